@@ -1,0 +1,117 @@
+"""Who sees which image: the one place that turns `media_index` into attention.
+
+`media_index (B, L)` holds, for every text token, the 1-based position in its row of the image it sees; 0 means it
+sees none. A token never sees more than one image (Alayrac et al. 2022, section 3.1.3), so no mask over all images is
+ever needed: tokens are regrouped into blocks that each see exactly one image, and the work grows with the text
+alone, not with text x images.
+
+Shape legend: B rows, L text tokens, T images of a row, n latents of an image, N blocks, c tokens of a block, D width.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+def running_media_index(is_media: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The default rule: a token sees the last image placed at or before it.
+
+    Args:
+        is_media: `(B, L)` bool, True at `<image>` tokens.
+        seen: `(B,)` int64, images already seen by each row in earlier, cached calls.
+
+    Returns:
+        `media_index (B, L)` int64.
+    """
+    media_index = is_media.long().cumsum(dim=-1)  # (B, L)
+    return media_index if seen is None else media_index + seen[:, None]
+
+
+class MediaBlocks(NamedTuple):
+    """
+    Text tokens regrouped into N blocks of c that each see one image.
+
+    A plain tuple of tensors, so that accelerate's device hooks move it with the other layer arguments.
+    `token_of_slot` and `slot_of_token` are None when the blocks are the rows themselves (one image per row, or one
+    token per row as in decoding).
+    """
+
+    visible: torch.Tensor  # (B, L) bool, the token sees some image
+    media_of_block: torch.Tensor | None  # (N,) int64 into the B*T images; None: block i sees image i
+    token_of_slot: torch.Tensor | None  # (N, c) int64 into the B*L tokens; unused slots repeat a token of the row
+    slot_of_token: torch.Tensor | None  # (B*L,) int64 into the N*c slots
+
+    def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, L, D)` token features -> `(N, c, D)`."""
+        if self.token_of_slot is None:
+            return tokens
+        return tokens.flatten(0, 1)[self.token_of_slot]
+
+    def gather_media(self, media: torch.Tensor) -> torch.Tensor:
+        """`(B, T, n, D)` image features -> `(N, n, D)`, the image each block sees."""
+        media = media.flatten(0, 1)  # (B*T, n, D)
+        return media if self.media_of_block is None else media.index_select(0, self.media_of_block)
+
+    def scatter_tokens(self, blocks: torch.Tensor) -> torch.Tensor:
+        """`(N, c, D)` -> `(B, L, D)`; tokens that see no image get 0."""
+        tokens = blocks
+        if self.slot_of_token is not None:
+            tokens = blocks.flatten(0, 1).index_select(0, self.slot_of_token)  # (B*L, D)
+            tokens = tokens.view(*self.visible.shape, -1)
+        # where, not multiplication: an image nobody sees may hold anything, and 0 * inf is nan
+        return torch.where(self.visible[..., None], tokens, 0.0)
+
+
+def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
+    """
+    Group tokens by the image they see.
+
+    All shapes follow from `(B, L)` and `num_media` alone: nothing is read back from the device, so the function works
+    inside a compiled graph. Within a row the tokens of one image fill consecutive blocks, the last of them partly, so
+    `floor((L + T (c - 1)) / c)` blocks always suffice.
+
+    Args:
+        media_index: `(B, L)` int64, see the module's docstring; values above `num_media` are an error of the caller.
+        num_media: T, images stored per row.
+    """
+    batch_size, length = media_index.shape
+    visible = media_index > 0
+    image = (media_index - 1).clamp(min=0)  # (B, L); what sees nothing rides along with the first image
+    if num_media == 1:
+        return MediaBlocks(visible, None, None, None)
+    row = torch.arange(batch_size, device=media_index.device)[:, None]  # (B, 1)
+    if length == 1:
+        return MediaBlocks(visible, (row * num_media + image).flatten(), None, None)
+
+    block = _block_size(length, num_media)
+    num_blocks = (length + num_media * (block - 1)) // block
+    tokens_of_image = image.new_zeros(batch_size, num_media).scatter_add_(1, image, torch.ones_like(image))  # (B, T)
+    slots_of_image = (tokens_of_image + block - 1) // block * block
+    slot_end = slots_of_image.cumsum(dim=1)  # (B, T)
+    # an image's tokens start this many places later among the slots than among the tokens sorted by image
+    shift = (slot_end - slots_of_image) - (tokens_of_image.cumsum(dim=1) - tokens_of_image)  # (B, T)
+
+    order = image.argsort(dim=1, stable=True)  # (B, L)
+    position = torch.arange(length, device=media_index.device).expand(batch_size, length)
+    slot_in_order = position + shift.gather(1, image.gather(1, order))
+    slot_of_token = torch.empty_like(order).scatter_(1, order, slot_in_order)  # (B, L)
+    token_of_slot = order.new_zeros(batch_size, num_blocks * block).scatter_(1, slot_of_token, position)
+    block_start = torch.arange(num_blocks, device=media_index.device) * block
+    image_of_block = torch.searchsorted(slot_end, block_start.expand(batch_size, -1).contiguous(), right=True)
+    image_of_block = image_of_block.clamp(max=num_media - 1)  # (B, N/B); blocks past the last token see any image
+
+    return MediaBlocks(
+        visible,
+        (row * num_media + image_of_block).flatten(),
+        (row * length + token_of_slot).view(-1, block),
+        (row * (num_blocks * block) + slot_of_token).flatten(),
+    )
+
+
+def _block_size(length: int, num_media: int) -> int:
+    """Tokens per block: about half an average segment, a power of two, so that little of a last block is wasted."""
+    size = 16
+    while size < 64 and 2 * size * num_media < length:
+        size *= 2
+    return size
