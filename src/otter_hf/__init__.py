@@ -7,9 +7,11 @@ from .models import (
     FlamingoConfig,
     FlamingoForConditionalGeneration,
     FlamingoModel,
+    FlamingoProcessor,
     OtterConfig,
     OtterForConditionalGeneration,
     OtterModel,
+    OtterProcessor,
 )
 
 
@@ -19,7 +21,9 @@ __all__ = [
     "FlamingoConfig",
     "FlamingoForConditionalGeneration",
     "FlamingoModel",
+    "FlamingoProcessor",
     "OtterConfig",
     "OtterForConditionalGeneration",
     "OtterModel",
+    "OtterProcessor",
 ]

@@ -91,3 +91,10 @@ def weight_renamings() -> list[WeightRenaming]:
         WeightRenaming(r"^vision_encoder\.", "model.vision_tower."),
         WeightRenaming(r"^perceiver\.", "model.perceiver."),
     ]
+
+
+def read_vision_image_size(name_or_path: str, **hub_kwargs) -> int:
+    """Image side in pixels of the vision tower, from the `config.json` of a folder or Hub repository; else CLIP's 224."""
+    path = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+    return (config.get("vision_config") or {}).get("image_size", 224)

@@ -1,5 +1,12 @@
 from .configuration_flamingo import FlamingoConfig
 from .modeling_flamingo import FlamingoForConditionalGeneration, FlamingoModel, FlamingoPreTrainedModel
+from .processing_flamingo import FlamingoProcessor
 
 
-__all__ = ["FlamingoConfig", "FlamingoForConditionalGeneration", "FlamingoModel", "FlamingoPreTrainedModel"]
+__all__ = [
+    "FlamingoConfig",
+    "FlamingoForConditionalGeneration",
+    "FlamingoModel",
+    "FlamingoPreTrainedModel",
+    "FlamingoProcessor",
+]

@@ -1,5 +1,6 @@
 from .configuration_otter import OtterConfig
 from .modeling_otter import OtterForConditionalGeneration, OtterModel
+from .processing_otter import OtterProcessor
 
 
-__all__ = ["OtterConfig", "OtterForConditionalGeneration", "OtterModel"]
+__all__ = ["OtterConfig", "OtterForConditionalGeneration", "OtterModel", "OtterProcessor"]

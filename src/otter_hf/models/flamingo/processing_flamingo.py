@@ -1,0 +1,280 @@
+"""Text and images for Flamingo: one `<image>` per medium in the text, pixels batch first."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import load_image, to_numpy_array
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.utils import cached_file
+from transformers.video_utils import load_video
+
+from ..legacy import read_vision_image_size
+
+
+class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
+    """The keyword arguments of transformers' processors, nothing added."""
+
+
+class FlamingoProcessor(ProcessorMixin):
+    r"""
+    A tokenizer that knows `<image>` and `<|endofchunk|>`, and an image processor.
+
+    Every `<image>` in a text stands for one medium: an image, or a video given as frames. The output holds
+    `input_ids (B, L)`, `attention_mask (B, L)` and `pixel_values (B, T, F, C, H, W)`, where T is the largest number of
+    media of a text and F the largest number of frames of a medium; rows with fewer are padded with zeros.
+
+    Args:
+        image_processor: any image processor returning `pixel_values` of one size.
+        tokenizer: see [`FlamingoProcessor.prepare_tokenizer`]. Its padding side is set to left, which generation
+            needs; training collators pad on the right themselves.
+        chat_template (`str`, *optional*): Jinja template.
+
+    Raises:
+        ValueError: if a special token is missing in the tokenizer.
+    """
+
+    valid_processor_kwargs = FlamingoProcessorKwargs
+    text_kwargs = {"padding": True}
+
+    image_token = "<image>"
+    end_of_chunk_token = "<|endofchunk|>"
+    special_tokens = (end_of_chunk_token, image_token)
+    # what follows the last of these in a text is the model's answer
+    answer_start_token = image_token
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        vocabulary = tokenizer.get_vocab()
+        for token in self.special_tokens:
+            if token not in vocabulary:
+                raise ValueError(
+                    f"The tokenizer has no {token!r}; add it with {type(self).__name__}.prepare_tokenizer(tokenizer) "
+                    "and then call model.resize_token_embeddings(len(tokenizer))."
+                )
+        self.image_token_id = vocabulary[self.image_token]
+        self.end_of_chunk_token_id = vocabulary[self.end_of_chunk_token]
+        tokenizer.padding_side = "left"
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def prepare_tokenizer(cls, tokenizer):
+        """
+        Add the special tokens a base tokenizer lacks, in the order of the 2023 code: `<|endofchunk|>`, `<image>`
+        (Otter: `<answer>`), and `<PAD>` if it has no padding token. Returns the tokenizer.
+        """
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(cls.special_tokens)}, replace_extra_special_tokens=False
+        )
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": "<PAD>"})
+        return tokenizer
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # repositories of 2023 hold no image processor: the code took CLIP's, at the size of its vision tower
+        hub_kwargs = {
+            key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs
+        }
+        files = ("processor_config.json", "preprocessor_config.json")
+        if any(
+            cached_file(pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+            for file in files
+        ):
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        size = read_vision_image_size(pretrained_model_name_or_path, **hub_kwargs)
+        image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+        return [
+            image_processor,
+            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
+        ]
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """
+        Args:
+            images: one image, a list of images, or one list per text. A flat list is dealt out to the texts in order,
+                one image per `<image>`. An image is a PIL image, an array or tensor, a path, a URL or base64 text.
+            text: one text or a list of B texts.
+            videos: as `images`, each video a path or a list or array of frames `(F, H, W, C)`. Paths are decoded with
+                PyAV at `num_frames` (default 16) evenly spaced frames. A text holds images or videos, not both.
+            kwargs: those of the tokenizer and the image processor, and `return_tensors`.
+
+        Raises:
+            ValueError: if images and `<image>` tokens differ in number, naming the text; if an image cannot be read,
+                naming it.
+        """
+        if audio is not None:
+            raise ValueError("audio was given, but Flamingo sees images and videos only; leave it out.")
+        merged = self._merge_kwargs(**kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        merged["images_kwargs"].pop("return_tensors", None)
+
+        data = {}
+        counts = None
+        if text is not None:
+            texts = [text] if isinstance(text, str) else list(text)
+            data = dict(self.tokenizer(texts, **merged["text_kwargs"]))
+            counts = [list(ids).count(self.image_token_id) for ids in data["input_ids"]]
+            data.pop("token_type_ids", None)
+        if images is not None or videos is not None:
+            num_frames = merged["videos_kwargs"].get("num_frames") or 16
+            pictures = deal_out(images, counts, "images", _is_image)
+            clips = deal_out(videos, counts, "videos", _is_video)
+            media = []
+            for row in range(max(len(pictures), len(clips))):
+                row_pictures, row_clips = ([*rows[row]] if row < len(rows) else [] for rows in (pictures, clips))
+                if row_pictures and row_clips:
+                    raise ValueError(
+                        f"text[{row}] has both images and videos, whose order {self.image_token} tokens cannot tell; "
+                        "pass the images as videos of one frame."
+                    )
+                media.append(
+                    [[read_image(image, f"images[{row}][{i}]")] for i, image in enumerate(row_pictures)]
+                    + [_read_video(clip, f"videos[{row}][{i}]", num_frames) for i, clip in enumerate(row_clips)]
+                )
+            self.check_media_counts(counts, [len(row_media) for row_media in media])
+            data["pixel_values"] = self.pack_media(media, **merged["images_kwargs"])
+        elif counts is not None:
+            self.check_media_counts(counts, [0] * len(counts))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def check_media_counts(self, token_counts: list[int] | None, media_counts: list[int]) -> None:
+        """Raise ValueError for the first text whose `<image>` tokens and media differ in number."""
+        for row, (tokens, media) in enumerate(zip(token_counts or media_counts, media_counts, strict=True)):
+            if tokens != media:
+                raise ValueError(
+                    f"text[{row}] has {tokens} {self.image_token} token(s) but {media} image(s) or video(s); pass "
+                    f"exactly one per {self.image_token}, in their order."
+                )
+
+    def pack_media(self, media: list[list[list[Image.Image]]], **images_kwargs) -> torch.Tensor:
+        """
+        Preprocess nested media and lay them out batch first.
+
+        Args:
+            media: texts -> media (one per `<image>`) -> frames.
+            images_kwargs: for the image processor.
+
+        Returns:
+            `pixel_values (B, T, F, C, H, W)` float32, zero where a row has fewer media or a medium fewer frames. With
+            no medium at all it is one zero image per row: in distributed training every rank must run the same
+            modules, and the model encodes but never shows an image that no token refers to.
+        """
+        frames = [frame for row in media for medium in row for frame in medium]
+        shape = (len(media), max(map(len, media), default=0), max((len(m) for row in media for m in row), default=0))
+        if not frames:
+            frames, shape = [Image.new("RGB", (8, 8))], (len(media), 1, 1)
+        images_kwargs["return_tensors"] = "pt"
+        pixels = self.image_processor(images=frames, **images_kwargs)["pixel_values"]  # (N, C, H, W)
+        packed = pixels.new_zeros(*shape, *pixels.shape[1:])
+        next_frame = iter(pixels)
+        for i, row in enumerate(media):
+            for j, medium in enumerate(row):
+                for k in range(len(medium)):
+                    packed[i, j, k] = next(next_frame)
+        return packed
+
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
+        """
+        The model's answer in each generated sequence: what follows the last `<answer>` (Flamingo: the last
+        `<image>`), or the start if there is none, up to `<|endofchunk|>`.
+
+        Args:
+            generated_outputs: `(B, L)` ids from `generate`, with or without the prompt.
+            skip_special_tokens, kwargs: for the tokenizer's `decode`.
+        """
+        start_id = self.tokenizer.convert_tokens_to_ids(self.answer_start_token)
+        stop_ids = {self.end_of_chunk_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        answers = []
+        for ids in generated_outputs:
+            ids = [int(token) for token in ids]
+            if start_id in ids:
+                ids = ids[len(ids) - ids[::-1].index(start_id) :]
+            end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
+            text = self.tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, **kwargs)
+            answers.append(text.strip())
+        return answers
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+
+def _is_image(item) -> bool:
+    return not isinstance(item, (list, tuple))
+
+
+def _is_video(item) -> bool:
+    """A path, an array of frames, or a list of frames (not of paths: those are several videos)."""
+    if isinstance(item, (list, tuple)):
+        return len(item) > 0 and not any(isinstance(frame, (str, Path, list, tuple)) for frame in item)
+    return True
+
+
+def deal_out(media, counts: list[int] | None, kind: str, is_medium) -> list[list]:
+    """
+    One list of media per text, from one medium, a flat list (dealt out by `counts`), or lists already per text.
+
+    Args:
+        media: what the user gave, or None.
+        counts: `<image>` tokens of each text; None without texts.
+        kind: what to call the media in an error.
+        is_medium: tells a medium from a list of them.
+
+    Raises:
+        ValueError: if a flat list or the number of lists does not fit `counts`.
+    """
+    if media is None:
+        return []
+    if is_medium(media):
+        media = [media]
+    if all(item is not None and is_medium(item) for item in media):
+        counts = [len(media)] if counts is None else counts
+        if sum(counts) != len(media):
+            raise ValueError(
+                f"{len(media)} {kind} were given for {sum(counts)} <image> token(s) in {len(counts)} text(s); pass "
+                "exactly one per <image>."
+            )
+        remaining = iter(media)
+        return [[next(remaining) for _ in range(count)] for count in counts]
+    if counts is not None and len(media) != len(counts):
+        raise ValueError(f"{len(media)} lists of {kind} were given for {len(counts)} text(s); pass one list per text.")
+    return [list(row or []) for row in media]
+
+
+def read_image(image, name: str) -> Image.Image:
+    """
+    A PIL image in RGB from anything transformers reads: a PIL image, an array or tensor, a path, URL or base64 text.
+
+    Raises:
+        ValueError: naming `name`, if it cannot be read or decoded.
+    """
+    try:
+        if isinstance(image, Path):
+            image = str(image)
+        if isinstance(image, (str, Image.Image)):
+            return load_image(image).convert("RGB")
+        array = to_numpy_array(image)
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
+            array = array.transpose(1, 2, 0)  # channels last
+        if array.dtype.kind == "f":
+            array = (array * 255).round()
+        return Image.fromarray(array.squeeze().astype("uint8")).convert("RGB")
+    except (OSError, ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _read_video(video, name: str, num_frames: int) -> list[Image.Image]:
+    """Frames in RGB of a path (decoded at `num_frames` evenly spaced ones) or of frames given as they are."""
+    if isinstance(video, (str, Path)):
+        try:
+            video, _ = load_video(str(video), num_frames=num_frames, backend="pyav")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name} cannot be read as a video: {error}") from error
+    return [read_image(frame, f"{name}, frame {i}") for i, frame in enumerate(video)]
+
+
+__all__ = ["FlamingoProcessor"]
