@@ -1,12 +1,19 @@
-"""Shared by all tests: no network, and the numbers of the original code where they are at hand."""
+"""Shared by all tests: no network, a tiny Otter, and the numbers of the original code where they are at hand."""
 
 import os
 from pathlib import Path
 
-import pytest
-
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from otter_hf import OtterConfig, OtterForConditionalGeneration, OtterProcessor
+
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 
@@ -17,3 +24,69 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip("the numbers of the original code (../shared/golden) are not beside this checkout")
     return GOLDEN
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, `<s>` in front as Llama has it."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+@pytest.fixture
+def processor() -> OtterProcessor:
+    """An Otter processor of 28x28 pictures with a byte tokenizer."""
+    size = {"height": 28, "width": 28}
+    return OtterProcessor(
+        CLIPImageProcessorPil(size=size, do_center_crop=False), OtterProcessor.prepare_tokenizer(build_tokenizer())
+    )
+
+
+@pytest.fixture
+def model(processor) -> OtterForConditionalGeneration:
+    """A random Otter with open gates (two of four layers gated) for `processor`."""
+    torch.manual_seed(0)
+    config = OtterConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            image_size=28,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=4,
+            vocab_size=len(processor.tokenizer),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        ),
+        cross_attn_every_n_layers=2,
+        cross_attn_num_heads=2,
+        cross_attn_head_dim=16,
+        cross_attn_gate_init=1.0,
+        perceiver_depth=1,
+        perceiver_num_latents=4,
+        perceiver_num_heads=2,
+        perceiver_head_dim=16,
+        image_token_id=processor.image_token_id,
+        end_of_chunk_token_id=processor.end_of_chunk_token_id,
+        answer_token_id=processor.answer_token_id,
+        initializer_range=0.2,
+    )
+    return OtterForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def pictures() -> list[Image.Image]:
+    """Four plain pictures of different colours and sizes."""
+    colours = ["red", "green", "blue", "yellow"]
+    return [Image.new("RGB", (20 + 8 * i, 40), colour) for i, colour in enumerate(colours)]

@@ -1,0 +1,37 @@
+"""The `otter-hf` command: one module per subcommand, each with `add_parser(subparsers)`."""
+
+import argparse
+import sys
+
+from . import chat, train
+
+
+SUBCOMMANDS = (chat, train)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run `otter-hf SUBCOMMAND ...`; returns the exit status.
+
+    Bad input (a ValueError or OSError anywhere below) ends in its one sentence and status 2, without a traceback.
+    """
+    parser = argparse.ArgumentParser(prog="otter-hf", description="Otter, Flamingo and OtterHD: chat, train, convert.")
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for module in SUBCOMMANDS:
+        module.add_parser(subparsers)
+    # `train` hands its arguments on to HfArgumentParser
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and not getattr(arguments, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.rest = rest
+    try:
+        return arguments.func(arguments) or 0
+    except (ValueError, OSError) as error:
+        print(f"otter-hf: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -255,6 +255,9 @@ def read_image(image, name: str) -> Image.Image:
     try:
         if isinstance(image, Path):
             image = str(image)
+        # transformers would take a mistyped path for base64, which has no dots
+        if isinstance(image, str) and "." in image and "://" not in image and not Path(image).is_file():
+            raise ValueError("there is no such file")
         if isinstance(image, (str, Image.Image)):
             return load_image(image).convert("RGB")
         array = to_numpy_array(image)

@@ -9,7 +9,8 @@ class OtterProcessor(FlamingoProcessor):
     As [`FlamingoProcessor`], with `<answer>` in the tokenizer and Otter's chat template:
 
     ```python
-    messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is it?"}]}]
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    messages = [{"role": "user", "content": content}]
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )

@@ -1,0 +1,46 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything installs into $(VENV); nothing else is touched.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+OUT ?= out/demo
+
+.PHONY: demo test slow quality style bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: asked for by its exact version, pip takes the CPU build where one is at hand
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) torch
+	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(INSTALL) --editable ".[demo]"
+	@touch $@
+
+demo: export DEMO_STARTED := $(shell date +%s)
+demo: $(VENV)/.demo ## train a small Otter from scratch on easy-VQA and chat with it (CPU, minutes)
+	$(BIN)/python examples/easy_vqa/demo.py --output $(OUT) --started $(DEMO_STARTED)
+
+test: $(VENV)/.installed ## the test suite
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.demo ## the tests that take longer
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+quality: $(VENV)/.installed ## lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.installed ## lint and format in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed ## every benchmark; results in benchmarks/results
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV) out
