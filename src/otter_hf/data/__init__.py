@@ -1,0 +1,25 @@
+"""MIMIC-IT data: files, mixtures, prompts and training batches.
+
+Names are imported when they are first used: the models need only the prompts, not pandas and `datasets`.
+"""
+
+from importlib import import_module
+
+
+_MODULES = {
+    "collator": ("OtterCollator", "make_labels"),
+    "formats": ("MimicitFiles", "load_mimicit", "make_train_config", "write_mimicit"),
+    "image_store": ("ImageStore",),
+    "mixture": ("GroupedSampler", "MimicitMixture", "MixtureEntry", "read_mixture", "sample_rows"),
+    "prompts": ("FORMATS", "chat_template", "clean_text", "escape_reserved_tokens", "render"),
+    "samples": ("TASK_GROUPS", "Sample", "SampleError", "SampleOptions", "build_sample", "frame_indices"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

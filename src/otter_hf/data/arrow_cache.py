@@ -1,0 +1,119 @@
+"""Arrow files that are built once from other files and memory-mapped ever after."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock
+
+
+_FORMAT_VERSION = 1  # raise it when the content of cached files changes
+
+
+def cached_arrow_file(
+    sources: Sequence[str | Path],
+    purpose: str,
+    build: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]],
+    cache_dir: str | Path | None = None,
+    **parameters: Any,
+) -> Path:
+    """The path of an Arrow stream file made by `build` from `sources`, built now unless it exists.
+
+    The file is named after the paths, sizes and modification times of the sources, `purpose` and `parameters`, so a
+    changed source is never served from an old file. Several processes may ask for the same file: one builds it, the
+    others wait. It gets its name only when it is complete, so a process that is killed leaves nothing that is read.
+
+    Args:
+        sources: files that the result depends on.
+        purpose: what is built, also part of the name.
+        build: returns the schema and the batches to write.
+        cache_dir: where to keep the file; default: `otter_hf` in the cache of the `datasets` library.
+        parameters: anything else that the result depends on; must have a faithful `repr`.
+    """
+    stats = [(str(Path(source).resolve()), os.stat(source).st_size, os.stat(source).st_mtime_ns) for source in sources]
+    key = repr((_FORMAT_VERSION, purpose, stats, sorted(parameters.items())))
+    name = f"{Path(sources[0]).name}-{purpose}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.arrow"
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf")
+    path = folder / name
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            schema, batches = build()
+            incomplete = Path(f"{path}.incomplete")
+            try:
+                with pa.OSFile(str(incomplete), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+                os.replace(incomplete, path)
+            finally:
+                incomplete.unlink(missing_ok=True)
+    return path
+
+
+def open_arrow_file(path: str | Path) -> pa.Table:
+    """Memory-maps an Arrow stream or Arrow (Feather v2) file; nothing is read until it is used."""
+    file = pa.memory_map(str(path))
+    if file.read(6) == b"ARROW1":
+        return pa.ipc.open_file(file).read_all()
+    file.seek(0)
+    return pa.ipc.open_stream(file).read_all()
+
+
+class IdIndex:
+    """Finds the row of an id in a table, memory-mapped and without a dictionary of all ids.
+
+    The index holds 64-bit hashes of the ids in sorted order, and their rows; a hit is confirmed in the id column.
+
+    Args:
+        path: an Arrow file of `IdIndex.build`.
+        ids: the id column that the index was built from.
+    """
+
+    def __init__(self, path: str | Path, ids: pa.ChunkedArray):
+        table = open_arrow_file(path)
+        self.ids = ids
+        self.hashes = _as_numpy(table["hash"])  # (N,) uint64, sorted
+        self.rows = _as_numpy(table["row"])  # (N,) int64
+
+    @staticmethod
+    def build(ids: pa.ChunkedArray) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
+        """Schema and batches of the index of an id column, for `cached_arrow_file`."""
+        hashes = np.fromiter((_hash(id) for chunk in ids.chunks for id in chunk.to_pylist()), np.uint64, len(ids))
+        rows = np.argsort(hashes, kind="stable")
+        batch = pa.RecordBatch.from_arrays([pa.array(hashes[rows]), pa.array(rows)], names=["hash", "row"])
+        return batch.schema, [batch]
+
+    def find(self, id: str) -> int:
+        """The first row with this id, or -1."""
+        wanted = np.uint64(_hash(id))
+        position = int(np.searchsorted(self.hashes, wanted))
+        while position < len(self.hashes) and self.hashes[position] == wanted:
+            row = int(self.rows[position])
+            if self.ids[row].as_py() == id:
+                return row
+            position += 1
+        return -1
+
+    def duplicates(self) -> Iterable[tuple[int, int]]:
+        """Pairs `(first row, later row)` that have the same id."""
+        for position in np.flatnonzero(self.hashes[1:] == self.hashes[:-1]):
+            later = int(self.rows[position + 1])
+            first = self.find(self.ids[later].as_py())
+            if first != later:
+                yield first, later
+
+
+def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:
+    # the index is written as one batch, so this is a view of the memory map
+    return column.chunk(0).to_numpy(zero_copy_only=True) if column.num_chunks else column.to_numpy()
+
+
+def _hash(id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,345 @@
+"""MIMIC-IT files: instructions, train configs and image stores, read to memory-mapped tables and written.
+
+The formats are those of the MIMIC-IT paper, https://huggingface.co/papers/2306.05425, as the Otter repository reads
+them. Ids are opaque strings.
+"""
+
+import json
+import os
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, List, Value
+from PIL import Image
+from transformers.utils import logging
+
+from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
+from .image_store import ImageStore
+from .images import encode_base64, image_bytes
+from .json_stream import iter_json_object
+
+
+logger = logging.get_logger(__name__)
+
+_RECORD = {
+    "id": Value("string"),
+    "instruction": Value("string"),
+    "answer": Value("string"),
+    "image_ids": List(Value("string")),
+}
+# A row is a training example; `context` holds its earlier turns or in-context examples, oldest first.
+FEATURES = Features({**_RECORD, "rel_ins_ids": List(Value("string")), "context": List(_RECORD)})
+_BATCH_ROWS = 1000
+
+
+def load_mimicit(
+    instructions_path: str | Path,
+    images_path: str | Path | Sequence[str | Path] = (),
+    train_config_path: str | Path | None = None,
+    *,
+    populate_rel_ins: bool = False,
+    on_error: str = "raise",
+    cache_dir: str | Path | None = None,
+) -> tuple[Dataset, ImageStore]:
+    """Reads one MIMIC-IT dataset.
+
+    Args:
+        instructions_path: the `*_instructions.json` file: `{"meta": ..., "data": {id: record}}`.
+        images_path: image store, see `ImageStore`; none for text-only data.
+        train_config_path: the `*_train.json` file: `{id: [context ids]}`. Its keys are the training examples, in its
+            order, and its values their context.
+        populate_rel_ins: without a train config, take the context of each record from its `rel_ins_ids`. Without
+            both, every record is an example without context.
+        on_error: what to do with ids in contexts or in the train config that no record has: `"raise"`, or `"skip"`
+            them with a warning that counts them.
+        cache_dir: where Arrow copies are kept; default: `otter_hf` in the cache of the `datasets` library.
+
+    Returns:
+        The examples as a memory-mapped `Dataset` with the columns `FEATURES`, and the images. An `instruction` or
+        `answer` that is missing or not text is `None`; it matters only when it is used.
+
+    Raises:
+        ValueError: naming the file and the record, if something is malformed, an id is there twice, or (by default)
+            a context is unknown.
+    """
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+    instructions_path = Path(instructions_path)
+    records = _Records(instructions_path, cache_dir)
+    if train_config_path is not None:
+        arrow = cached_arrow_file(
+            [instructions_path, train_config_path],
+            "examples",
+            lambda: records.build_examples(_read_train_config(train_config_path), train_config_path, on_error),
+            cache_dir,
+            on_error=on_error,
+        )
+    elif populate_rel_ins:
+        arrow = cached_arrow_file(
+            [instructions_path],
+            "examples-rel-ins",
+            lambda: records.build_examples(records.related(), instructions_path, on_error),
+            cache_dir,
+            on_error=on_error,
+        )
+    else:
+        arrow = records.arrow
+    return Dataset.from_file(str(arrow)), ImageStore(images_path, cache_dir)
+
+
+def _build_records(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    def batches():
+        rows = []
+        for id, record in logging.tqdm(iter_json_object(path, "data"), desc=f"Reading {path.name}", unit=" records"):
+            if not isinstance(record, dict):
+                raise ValueError(f"Record {id!r} of {path} must be an object, got {_shown(record)}.")
+            rows.append(
+                {
+                    "id": id,
+                    "instruction": _text_or_none(record.get("instruction")),
+                    "answer": _text_or_none(record.get("answer")),
+                    "image_ids": _id_list(record.get("image_ids"), f"image_ids of record {id!r} of {path}"),
+                    "rel_ins_ids": _id_list(record.get("rel_ins_ids"), f"rel_ins_ids of record {id!r} of {path}"),
+                    "context": [],
+                }
+            )
+            if len(rows) == _BATCH_ROWS:
+                yield pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema)
+                rows = []
+        yield pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema)
+
+    return FEATURES.arrow_schema, batches()
+
+
+class _Records:
+    """The records of an instructions file with an index, to look up contexts."""
+
+    def __init__(self, path: Path, cache_dir: str | Path | None):
+        self.path = path
+        self.arrow = cached_arrow_file([path], "records", lambda: _build_records(path), cache_dir)
+        self.dataset = Dataset.from_file(str(self.arrow)).with_format("arrow")
+        ids = open_arrow_file(self.arrow)["id"]
+        self.index = IdIndex(cached_arrow_file([self.arrow], "index", lambda: IdIndex.build(ids), cache_dir), ids)
+        for first, _ in self.index.duplicates():
+            raise ValueError(f"Record {ids[first].as_py()!r} is in {self.path} twice: ids must be unique.")
+
+    def related(self) -> Iterator[tuple[str, list[str]]]:
+        for table in self.dataset.select_columns(["id", "rel_ins_ids"]).iter(_BATCH_ROWS):
+            yield from zip(table["id"].to_pylist(), table["rel_ins_ids"].to_pylist(), strict=True)
+
+    def build_examples(
+        self, contexts: Iterable[tuple[str, list[str]]], source: str | Path, on_error: str
+    ) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Schema and batches of the examples `(id, context ids)`, for `cached_arrow_file`."""
+
+        def batches():
+            rows, context_rows, lengths = [], [], []
+            unknown = 0
+            for id, context in logging.tqdm(contexts, desc=f"Resolving {Path(source).name}", unit=" examples"):
+                found = [self.index.find(other) for other in (id, *context)]
+                if -1 in found:
+                    missing = (id, *context)[found.index(-1)]
+                    where = "is a key" if found[0] == -1 else f"is in the context of {id!r}"
+                    message = f"Id {missing!r} {where} in {source}, but {self.path} has no such record"
+                    if on_error == "raise":
+                        raise ValueError(f"{message}: correct the id, or pass on_error='skip' to leave it out.")
+                    if not unknown:
+                        logger.warning(f"{message}; it is left out, as are others like it.")
+                    unknown += found.count(-1)
+                    if found[0] == -1:
+                        continue
+                rows.append(found[0])
+                context_rows.extend(row for row in found[1:] if row != -1)
+                lengths.append(sum(row != -1 for row in found[1:]))
+                if len(rows) == _BATCH_ROWS:
+                    yield from self._example_batches(rows, context_rows, lengths)
+                    rows, context_rows, lengths = [], [], []
+            yield from self._example_batches(rows, context_rows, lengths)
+            if unknown:
+                logger.warning(f"{unknown} ids in {source} are no records of {self.path}: they were left out.")
+
+        return FEATURES.arrow_schema, batches()
+
+    def _example_batches(self, rows: list[int], context_rows: list[int], lengths: list[int]):
+        if not rows:
+            return []
+        columns = {name: _one_chunk(self.dataset[rows][name]) for name in FEATURES if name != "context"}
+        context_schema = Features(_RECORD).arrow_schema
+        if context_rows:
+            context = self.dataset[context_rows].select(list(_RECORD))
+            fields = [_one_chunk(context[name]) for name in _RECORD]
+        else:
+            fields = [pa.array([], field.type) for field in context_schema]
+        structs = pa.StructArray.from_arrays(fields, names=list(_RECORD))
+        offsets = pa.array(np.cumsum([0, *lengths]), pa.int32())
+        columns["context"] = pa.ListArray.from_arrays(offsets, structs)
+        return [pa.RecordBatch.from_arrays([columns[name] for name in FEATURES], schema=FEATURES.arrow_schema)]
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks)
+
+
+def _read_train_config(path: str | Path) -> Iterator[tuple[str, list[str]]]:
+    for id, context in iter_json_object(path):
+        yield id, _id_list(context, f"context of {id!r} in {path}")
+
+
+def _text_or_none(value: Any) -> str | None:
+    # half a surrogate pair, which JSON can spell, becomes a question mark
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
+
+
+def _id_list(value: Any, what: str) -> list[str]:
+    ids = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
+        raise ValueError(f"The {what} must be a list of strings, a string or null, got {_shown(value)}.")
+    return [_text_or_none(id) for id in ids]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+class MimicitFiles(NamedTuple):
+    """The files of one dataset, in the order of `load_mimicit`'s arguments; `None` for those not written."""
+
+    instructions_path: Path
+    images_path: Path | tuple[()] = ()
+    train_config_path: Path | None = None
+
+
+def write_mimicit(
+    folder: str | Path,
+    name: str,
+    records: Mapping[str, Mapping[str, Any]] | Iterable[tuple[str, Mapping[str, Any]]],
+    images: ImageStore | Mapping[str, Any] | Iterable[tuple[str, bytes | str | Path | Image.Image]] | None = None,
+    train_config: Mapping[str, Sequence[str]] | None = None,
+    meta: Mapping[str, Any] | None = None,
+) -> MimicitFiles:
+    """Writes one MIMIC-IT dataset: `<name>_instructions.json`, `<name>.parquet` and `<name>_train.json` in `folder`.
+
+    The files get their names only when all are complete, so nothing half-written is ever read, and an existing dataset
+    stays as it was if this one turns out broken.
+
+    Args:
+        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids"}`, as a mapping or in pairs. The last two
+            are optional, `image_ids` may also be one string or `None`.
+        images: `image id -> picture`, as a mapping or in pairs, read one by one. Bytes and files are kept as they
+            are, PIL pictures become PNG. No parquet file is written for an `ImageStore`, which the records then refer
+            to, and for None, text-only data.
+        train_config: `id -> context ids`; none: no train config is written.
+        meta: what to put under `meta`, by default a format version.
+
+    Returns:
+        The paths, such that `load_mimicit(*write_mimicit(...))` reads the dataset back.
+
+    Raises:
+        ValueError: naming the record, if its text is missing or it names an image or record that is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    new_images = images is not None and not isinstance(images, ImageStore)
+    files = MimicitFiles(
+        folder / f"{name}_instructions.json",
+        folder / f"{name}.parquet" if new_images else (),
+        None if train_config is None else folder / f"{name}_train.json",
+    )
+    with ExitStack() as cleanup:
+        temporary = {path: path.with_name(f".{path.name}.incomplete") for path in files if path}
+        for path in temporary.values():
+            cleanup.callback(path.unlink, missing_ok=True)
+        image_ids = _write_images(temporary[files.images_path], _pairs(images)) if new_images else images or ()
+        ids, related = _write_records(
+            temporary[files.instructions_path], _pairs(records), image_ids, meta or {"version": "0.0.1"}
+        )
+        for id, context in (train_config or {}).items():
+            related.extend((id, other) for other in (id, *context))
+        for id, other in related:
+            if other not in ids:
+                raise ValueError(
+                    f"Record {id!r} has {other!r} as context, which is no record: add it or remove the id."
+                )
+        if train_config is not None:
+            with open(temporary[files.train_config_path], "w", encoding="utf-8") as file:
+                json.dump({id: list(context) for id, context in train_config.items()}, file, ensure_ascii=False)
+        # instructions last: who finds them finds all that they refer to
+        for path, incomplete in reversed(temporary.items()):
+            os.replace(incomplete, path)
+    return files
+
+
+def _pairs(items: Mapping | Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
+    return items.items() if isinstance(items, Mapping) else items
+
+
+def _write_images(path: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
+    # the row index of the parquet file is the image id, as pandas would write it
+    schema = pa.Schema.from_pandas(pd.DataFrame({"base64": [""]}, index=["id"], dtype="object"))
+    ids = set()
+    # zstd takes back what base64 adds; pictures do not repeat, so a dictionary would be in vain
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+        rows = []
+        for id, image in images:
+            if id in ids:
+                raise ValueError(f"Image id {id!r} is given twice: ids must be unique.")
+            ids.add(id)
+            rows.append({"base64": encode_base64(image_bytes(image)), "__index_level_0__": id})
+            if len(rows) == 100:
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+                rows = []
+        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+    return ids
+
+
+def _write_records(
+    path: Path, records: Iterable[tuple[str, Mapping[str, Any]]], known_images: Container[str], meta: Mapping[str, Any]
+) -> tuple[set[str], list[tuple[str, str]]]:
+    """Writes the instructions file; returns the ids and the pairs `(id, related id)` that remain to be checked."""
+    ids, related = set(), []
+    with open(path, "w", encoding="utf-8") as file:
+        file.write('{"meta": ' + json.dumps(meta, ensure_ascii=False) + ', "data": {')
+        for id, record in records:
+            for key in ("instruction", "answer"):
+                if not isinstance(record.get(key), str):
+                    raise ValueError(f"The {key} of record {id!r} must be a string, got {_shown(record.get(key))}.")
+            if id in ids:
+                raise ValueError(f"Record {id!r} is given twice: ids must be unique.")
+            image_ids = _id_list(record.get("image_ids"), f"image_ids of record {id!r}")
+            rel_ins_ids = _id_list(record.get("rel_ins_ids"), f"rel_ins_ids of record {id!r}")
+            for image_id in image_ids:
+                if image_id not in known_images:
+                    raise ValueError(f"Record {id!r} needs image {image_id!r}, which is not among the images.")
+            related.extend((id, other) for other in rel_ins_ids)
+            record = {**record, "image_ids": image_ids, "rel_ins_ids": rel_ins_ids}
+            separator = ",\n" if ids else "\n"
+            file.write(separator + json.dumps(id, ensure_ascii=False) + ": " + json.dumps(record, ensure_ascii=False))
+            ids.add(id)
+        file.write("\n}}\n")
+    return ids, related
+
+
+def make_train_config(records: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """Derives a train config from the `rel_ins_ids` of records.
+
+    A record that is already in the context of an earlier one is no example of its own. Related ids that no record has
+    are dropped. Records without `rel_ins_ids` are left out, with a warning that counts them.
+    """
+    records = dict(_pairs(records))
+    config, used, without = {}, set(), []
+    for id, record in records.items():
+        if record.get("rel_ins_ids") is None:
+            without.append(id)
+        elif id not in used:
+            config[id] = [other for other in record["rel_ins_ids"] if other in records]
+            used.update(config[id])
+    if without:
+        logger.warning(f"{len(without)} records have no rel_ins_ids and are left out, the first is {without[0]!r}.")
+    return config

@@ -1,0 +1,356 @@
+"""The training YAML: which MIMIC-IT datasets to train on, in which of the four groups, and how much of each."""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.utils.data import Dataset, Sampler, get_worker_info
+from transformers.utils import logging
+
+from .formats import load_mimicit
+from .image_store import ImageStore
+from .samples import TASK_GROUPS, Sample, SampleError, SampleOptions, build_sample
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MixtureEntry:
+    """One dataset of the training YAML.
+
+    Args:
+        task_group: one of `TASK_GROUPS`.
+        name: a label of the dataset, for tables and messages.
+        mimicit_path: instructions file.
+        images_path: image store, or a list of them; see `ImageStore`. Empty for text-only data.
+        train_config_path: train config. Empty for none.
+        num_samples: how many samples an epoch has of it; -1 or 0 for all. See `sample_rows`.
+        task_description: lines of which one may be put before a prompt; one string counts as a list of one.
+        images_as: several images of one record as `"frames"` of one medium or as `"media"` of their own.
+    """
+
+    task_group: str
+    name: str
+    mimicit_path: str
+    images_path: str | Sequence[str] = ()
+    train_config_path: str = ""
+    num_samples: int = 0
+    task_description: Sequence[str] = ()
+    images_as: str = "frames"
+
+    def __post_init__(self):
+        where = f"{self.task_group}/{self.name}"
+        if self.task_group not in TASK_GROUPS:
+            raise ValueError(f"{self.task_group!r} is no task group: use one of {', '.join(TASK_GROUPS)}.")
+        for key in ("images_path", "task_description"):
+            value = getattr(self, key) or []
+            value = [value] if isinstance(value, str) else value
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{where}: {key} must be a string or a list of strings, got {value!r}.")
+            object.__setattr__(self, key, list(value))
+        if not isinstance(self.mimicit_path, str) or not self.mimicit_path:
+            raise ValueError(f"{where}: mimicit_path must name the instructions file, got {self.mimicit_path!r}.")
+        if not isinstance(self.train_config_path, str):
+            raise ValueError(f"{where}: train_config_path must be a string, got {self.train_config_path!r}.")
+        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < -1:
+            raise ValueError(
+                f"{where}: num_samples must be a number of samples, or -1 or 0 for all, got {self.num_samples!r}."
+            )
+        if self.images_as not in ("frames", "media"):
+            raise ValueError(f"{where}: images_as must be 'frames' or 'media', got {self.images_as!r}.")
+        for path in (self.mimicit_path, self.train_config_path, *self.images_path):
+            if path and not Path(path).exists():
+                raise ValueError(f"{where}: the path {path} does not exist.")
+
+
+def read_mixture(path: str | Path) -> list[MixtureEntry]:
+    """Reads a training YAML: task group -> dataset name -> the fields of `MixtureEntry`.
+
+    Paths in it that are not absolute are looked for in the working directory and beside the YAML file. Unknown keys of
+    a dataset and groups without datasets are warned of.
+
+    Returns:
+        The datasets, ordered by group as in `TASK_GROUPS` and then as in the file.
+
+    Raises:
+        ValueError: naming the file and the group, dataset or key which is wrong.
+    """
+    path = Path(path)
+    try:
+        groups = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicatesLoader)
+    except FileNotFoundError:
+        raise ValueError(f"The training YAML {path} does not exist.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The training YAML {path} cannot be parsed: {error}.") from None
+    if not isinstance(groups, dict):
+        raise ValueError(f"The training YAML {path} must map task groups to datasets, got {groups!r}.")
+    entries = []
+    for group, datasets in groups.items():
+        if group not in TASK_GROUPS:
+            raise ValueError(f"{path}: {group!r} is no task group, use one of {', '.join(TASK_GROUPS)}.")
+        if datasets is None:
+            logger.warning(f"{path}: the group {group} has no datasets.")
+            continue
+        if not isinstance(datasets, dict):
+            raise ValueError(f"{path}: the group {group} must map dataset names to settings, got {datasets!r}.")
+        for name, settings in datasets.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"{path}: {group}/{name} must map keys to values, got {settings!r}.")
+            entries.append(_read_entry(path, group, str(name), settings))
+    if not entries:
+        raise ValueError(f"The training YAML {path} names no datasets.")
+    return sorted(entries, key=lambda entry: TASK_GROUPS.index(entry.task_group))
+
+
+def _read_entry(path: Path, group: str, name: str, settings: Mapping[str, Any]) -> MixtureEntry:
+    known = [field.name for field in fields(MixtureEntry)][2:]
+    unknown = [key for key in settings if key not in known]
+    if unknown:
+        logger.warning(f"{path}: {group}/{name} has unknown keys {unknown}, which are ignored; known are {known}.")
+    # a key without a value is the same as no key
+    settings = {key: value for key, value in settings.items() if key in known and value is not None}
+    for key in ("mimicit_path", "images_path", "train_config_path"):
+        value = settings.get(key)
+        if isinstance(value, str):
+            settings[key] = _find(value, path.parent)
+        elif isinstance(value, list):
+            settings[key] = [_find(item, path.parent) if isinstance(item, str) else item for item in value]
+    try:
+        return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _find(value: str, folder: Path) -> str:
+    beside = folder / value
+    return str(beside) if value and not Path(value).exists() and beside.exists() else value
+
+
+class _NoDuplicatesLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, count in Counter(key for key in keys if isinstance(key, str)).items():
+            if count > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def sample_rows(num_rows: int, num_samples: int) -> np.ndarray:
+    """The rows of a dataset that one epoch uses, int64 of shape `(N,)`.
+
+    `num_samples` of -1, 0 or `num_rows`: all, in order. Fewer: drawn without replacement. More: all of them as often
+    as they fit in whole, and the rest drawn with replacement. The draws are those of the original (seed 0), from a
+    generator of their own.
+    """
+    if num_samples in (-1, 0, num_rows):
+        return np.arange(num_rows)
+    if num_rows == 0:
+        raise ValueError(f"num_samples={num_samples} cannot be drawn from a dataset without samples.")
+    generator = random.Random(0)
+    if num_samples < num_rows:
+        return np.array(generator.sample(range(num_rows), num_samples))
+    rest = generator.choices(range(num_rows), k=num_samples % num_rows)
+    return np.concatenate([np.tile(np.arange(num_rows), num_samples // num_rows), np.array(rest, dtype=int)])
+
+
+class MimicitMixture(Dataset):
+    """The samples of several MIMIC-IT datasets as one map-style dataset; items are `Sample` dicts.
+
+    Nothing but ids and row numbers is held in memory; images are decoded when their sample is asked for. Random
+    choices depend on `(seed, epoch, index)` alone, so they are the same in any worker and after a restart.
+
+    Args:
+        mixture: a training YAML, or what `read_mixture` returned.
+        options: how samples are made, see `SampleOptions`.
+        populate_rel_ins: datasets without train config take their context from `rel_ins_ids`.
+        on_error: what to do with a sample that cannot be used (missing or unreadable image, missing text). `"raise"`
+            the `SampleError`, or `"skip"`: count it under its reason and take the next sample.
+        seed: for the choices made per sample.
+        cache_dir: where Arrow copies are kept; default: `otter_hf` in the cache of the `datasets` library.
+        transform: `(sample, generator) -> sample`, applied to each sample: augmentation of its images, another order
+            or choice of its turns. All its random choices have to come from the generator.
+
+    Raises:
+        ValueError: for any mistake in the YAML or the files that it names, see `read_mixture` and `load_mimicit`.
+    """
+
+    def __init__(
+        self,
+        mixture: str | Path | Sequence[MixtureEntry],
+        options: SampleOptions | None = None,
+        *,
+        populate_rel_ins: bool = False,
+        on_error: str = "raise",
+        seed: int = 42,
+        cache_dir: str | Path | None = None,
+        transform: Callable[[Sample, random.Random], Sample] | None = None,
+    ):
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
+        self.entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+        self.options = options or SampleOptions()
+        self.on_error = on_error
+        self.seed = seed
+        self.transform = transform
+        self._tables, self._stores, self._rows = [], [], []
+        stores: dict[tuple[str, ...], ImageStore] = {}
+        for entry in self.entries:
+            try:
+                table, _ = load_mimicit(
+                    entry.mimicit_path,
+                    train_config_path=entry.train_config_path or None,
+                    populate_rel_ins=populate_rel_ins,
+                    on_error=on_error,
+                    cache_dir=cache_dir,
+                )
+                key = tuple(entry.images_path)
+                if key not in stores:
+                    stores[key] = ImageStore(entry.images_path, cache_dir)
+                rows = sample_rows(len(table), entry.num_samples)
+            except ValueError as error:
+                raise ValueError(f"{entry.task_group}/{entry.name}: {error}") from None
+            self._tables.append(table)
+            self._stores.append(stores[key])
+            self._rows.append(rows)
+        self._ends = np.cumsum([len(rows) for rows in self._rows])
+        # shared with data loader workers, which live through epochs and count what they skip
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._skipped = _SharedCounter()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @property
+    def task_groups(self) -> list[str]:
+        """The task group of each sample."""
+        return [entry.task_group for entry, rows in zip(self.entries, self._rows, strict=True) for _ in rows]
+
+    @property
+    def skipped(self) -> dict[str, int]:
+        """How many samples were skipped so far, by reason, in all data loader workers."""
+        return self._skipped.totals()
+
+    def set_epoch(self, epoch: int):
+        """Tells the epoch that the choices made per sample depend on; the `Trainer` calls it."""
+        self._epoch[0] = epoch
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Sample {index} of {len(self)}.")
+        index %= len(self)
+        for attempt in range(len(self)):
+            try:
+                return self._build((index + attempt) % len(self))
+            except SampleError as error:
+                if self.on_error == "raise":
+                    raise
+                if self._skipped.add(error.reason) == 1:
+                    logger.warning(f"{error} It is skipped, as are others like it ({error.reason}).")
+        raise SampleError(f"None of the {len(self)} samples of the mixture can be used.")
+
+    def _build(self, index: int) -> Sample:
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        entry, rows = self.entries[number], self._rows[number]
+        row = int(rows[index - (self._ends[number] - len(rows))])
+        generator = random.Random(f"{self.seed} {int(self._epoch)} {index}")
+        sample = build_sample(
+            self._tables[number][row],
+            self._stores[number],
+            entry.task_group,
+            self.options,
+            images_as=entry.images_as,
+            task_descriptions=entry.task_description,
+            generator=generator,
+        )
+        sample = {**sample, "task_group": entry.task_group, "dataset": entry.name}
+        return sample if self.transform is None else self.transform(sample, generator)
+
+    def summary(self) -> str:
+        """A table of the datasets: group, name, number of records, samples per epoch, their share, and images."""
+        lines = [("group", "dataset", "records", "samples", "share", "images")]
+        for entry, table, rows, store in zip(self.entries, self._tables, self._rows, self._stores, strict=True):
+            share = f"{len(rows) / max(1, len(self)):.1%}"
+            numbers = (f"{len(table):,}", f"{len(rows):,}", share, f"{len(store):,}")
+            lines.append((entry.task_group, entry.name, *numbers))
+        lines.append(("total", "", f"{sum(map(len, self._tables)):,}", f"{len(self):,}", "", ""))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(cells)
+            ).rstrip()
+            for cells in (list(zip(line, widths, strict=True)) for line in lines)
+        )
+
+
+class _SharedCounter:
+    """Counts by reason; increments of data loader workers are seen by the process that made it."""
+
+    reasons = ("missing image", "unreadable image", "no frames", "missing instruction", "missing answer")
+
+    def __init__(self):
+        # a row for each worker, so that no two processes write one number
+        self._counts = torch.zeros(256, len(self.reasons), dtype=torch.int64).share_memory_()
+
+    def add(self, reason: str) -> int:
+        """Counts one more; returns how many this process has counted for the reason."""
+        worker = get_worker_info()
+        row = 0 if worker is None else 1 + worker.id % (len(self._counts) - 1)
+        count = self._counts[row, self.reasons.index(reason)]
+        count += 1
+        return int(count)
+
+    def totals(self) -> dict[str, int]:
+        totals = self._counts.sum(dim=0).tolist()
+        return {reason: total for reason, total in zip(self.reasons, totals, strict=True) if total}
+
+
+class GroupedSampler(Sampler[int]):
+    """Shuffles samples such that every global batch is of one group (task group, by default in Otter's training).
+
+    Each sample is used once per epoch, so groups are met in proportion to their sizes. The order depends on
+    `(seed, epoch)` alone: all ranks of a distributed job see the same sequence, and `accelerate` deals consecutive
+    batches of it to the ranks, which therefore work on one group in each step.
+
+    Args:
+        groups: the group of each sample.
+        batch_size: samples of one global step: batch size per device times number of processes.
+        seed: seed of the shuffle.
+
+    The last samples of each group that fill no batch follow at the end, mixed.
+    """
+
+    def __init__(self, groups: Sequence[str], batch_size: int, seed: int = 42):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        names, self._group_of = np.unique(np.asarray(groups), return_inverse=True)
+        self._num_groups = len(names)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self._group_of)
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self.seed, self.epoch))
+        batches, rest = [], []
+        for group in range(self._num_groups):
+            members = generator.permutation(np.flatnonzero(self._group_of == group))
+            full = len(members) // self.batch_size * self.batch_size
+            batches.extend(members[:full].reshape(-1, self.batch_size))
+            rest.extend(members[full:])
+        for batch in generator.permutation(len(batches)):
+            yield from batches[batch].tolist()
+        yield from generator.permutation(np.array(rest, dtype=int)).tolist()

@@ -1,0 +1,184 @@
+"""One training sample: from a row of a MIMIC-IT table to turns of text and their media."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+from PIL import Image
+from transformers.utils import logging
+
+from .image_store import ImageStore
+from .prompts import clean_text
+
+
+logger = logging.get_logger(__name__)
+
+IMAGE_TEXT = "IMAGE_TEXT"
+TEXT_ONLY = "TEXT_ONLY"
+VIDEO_TEXT = "VIDEO_TEXT"
+IMAGE_TEXT_IN_CONTEXT = "IMAGE_TEXT_IN_CONTEXT"
+TASK_GROUPS = (IMAGE_TEXT, TEXT_ONLY, VIDEO_TEXT, IMAGE_TEXT_IN_CONTEXT)
+
+
+class _OptionalKeys(TypedDict, total=False):
+    task_description: str | None
+    task_group: str
+    dataset: str
+
+
+class Sample(_OptionalKeys):
+    """One training example, not yet rendered or tokenised.
+
+    `media` holds one list of frames per image or video, in the order of their placeholders: an image has one frame.
+    `media_per_turn` tells how many of them stand in front of each turn; it adds up to `len(media)`.
+    Optional keys: `task_description`, a line in front of the prompt, and `task_group` and `dataset`, where it is from.
+    """
+
+    id: str
+    turns: list[tuple[str, str]]
+    media_per_turn: list[int]
+    media: list[list[Image.Image]]
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used. `reason` is a short name under which such samples are counted."""
+
+    # torch raises errors of data loader workers again with the message as only argument
+    def __init__(self, message: str, reason: str = "unusable"):
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How samples are made.
+
+    Args:
+        num_frames: number of frames a video is resampled to.
+        max_context: largest number of context turns or examples; the latest are kept. `None` for all.
+        keep_symbols: `False` deletes most punctuation like the original's default, see `clean_text`.
+        use_task_description: draw one of the dataset's task descriptions for each sample.
+    """
+
+    num_frames: int = 32
+    max_context: int | None = None
+    keep_symbols: bool = True
+    use_task_description: bool = False
+
+    def __post_init__(self):
+        if self.num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {self.num_frames}.")
+        if self.max_context is not None and self.max_context < 0:
+            raise ValueError(f"max_context must not be negative, got {self.max_context}.")
+
+
+def frame_indices(num_available: int, num_frames: int) -> list[int]:
+    """`num_frames` indices evenly spaced from the first to the last of `num_available` frames, rounded down.
+
+    Repeats frames if there are fewer than asked for. `ValueError` if there are none.
+    """
+    if num_available < 1:
+        raise ValueError("There are no frames to choose from.")
+    return np.linspace(0, num_available - 1, num_frames, dtype=int).tolist()
+
+
+def build_sample(
+    row: Mapping[str, Any],
+    store: ImageStore,
+    task_group: str,
+    options: SampleOptions,
+    *,
+    images_as: str = "frames",
+    task_descriptions: Sequence[str] = (),
+    generator: random.Random | None = None,
+) -> Sample:
+    """Makes the sample of one row of `load_mimicit`'s dataset.
+
+    Where the media come from and stand depends on the group:
+
+    * `IMAGE_TEXT`: the images of the record, in front of the first turn; the context are earlier turns about them.
+    * `VIDEO_TEXT`: as one video, resampled to `num_frames` frames.
+    * `IMAGE_TEXT_IN_CONTEXT`: each context example has its own images in front of its own turn.
+    * `TEXT_ONLY`: none.
+
+    Args:
+        row: a row with the columns of `otter_hf.data.formats.FEATURES`.
+        store: the images.
+        task_group: one of `TASK_GROUPS`.
+        options: see `SampleOptions`.
+        images_as: several images of one record are the `"frames"` of one medium (one `<image>`, as the original
+            trained), or `"media"` of their own (one `<image>` each).
+        task_descriptions: what to draw a task description from.
+        generator: the random state to draw with, needed with `use_task_description`.
+
+    Raises:
+        SampleError: naming the sample and the image, if a text, frame or image is missing or unreadable.
+    """
+    context = row["context"]
+    if options.max_context is not None:
+        context = context[max(0, len(context) - options.max_context) :]
+    records = [*context, row]
+    if task_group in (IMAGE_TEXT, VIDEO_TEXT) and any(turn["image_ids"] != row["image_ids"] for turn in context):
+        logger.warning_once(
+            f"Some context in the group {task_group} is about other images than its sample, whose images it is shown "
+            f"with: does the dataset belong to {IMAGE_TEXT_IN_CONTEXT}?"
+        )
+    if task_group == IMAGE_TEXT_IN_CONTEXT:
+        media = [_load_images(row["id"], record["image_ids"], store, images_as) for record in records]
+    elif task_group == VIDEO_TEXT:
+        media = [[_load_video(row["id"], row["image_ids"], store, options.num_frames)]]
+    elif task_group == IMAGE_TEXT:
+        media = [_load_images(row["id"], row["image_ids"], store, images_as)]
+    else:
+        media = []
+    media += [[]] * (len(records) - len(media))
+    description = None
+    if options.use_task_description and task_descriptions:
+        description = generator.choice(task_descriptions)
+    return {
+        "id": row["id"],
+        "turns": [_turn(row["id"], record, options.keep_symbols) for record in records],
+        "media_per_turn": [len(of_turn) for of_turn in media],
+        "media": [medium for of_turn in media for medium in of_turn],
+        "task_description": description,
+    }
+
+
+def _turn(id: str, record: Mapping[str, Any], keep_symbols: bool) -> tuple[str, str]:
+    for key in ("instruction", "answer"):
+        if record[key] is None:
+            message = f"Sample {id!r} cannot be used: record {record['id']!r} has no {key} text."
+            raise SampleError(message, reason=f"missing {key}")
+    return (
+        clean_text(record["instruction"], keep_symbols=keep_symbols),
+        clean_text(record["answer"], answer=True, keep_symbols=keep_symbols),
+    )
+
+
+def _load_images(id: str, image_ids: list[str], store: ImageStore, images_as: str) -> list[list[Image.Image]]:
+    images = [_load_image(id, image_id, store) for image_id in image_ids]
+    if images_as == "media":
+        return [[image] for image in images]
+    return [images] if images else []
+
+
+def _load_video(id: str, image_ids: list[str], store: ImageStore, num_frames: int) -> list[Image.Image]:
+    if not image_ids:
+        message = f"Sample {id!r} of the group {VIDEO_TEXT} has no image_ids: it needs its frames."
+        raise SampleError(message, reason="no frames")
+    indices = frame_indices(len(image_ids), num_frames)
+    frames = {index: _load_image(id, image_ids[index], store) for index in sorted(set(indices))}
+    return [frames[index] for index in indices]
+
+
+def _load_image(id: str, image_id: str, store: ImageStore) -> Image.Image:
+    try:
+        return store[image_id]
+    except KeyError:
+        message = f"Sample {id!r} needs image {image_id!r}, which its image store does not have."
+        raise SampleError(message, reason="missing image") from None
+    except OSError as error:
+        message = f"Sample {id!r} needs image {image_id!r}, which cannot be decoded ({error})."
+        raise SampleError(message, reason="unreadable image") from None

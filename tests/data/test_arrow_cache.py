@@ -1,0 +1,106 @@
+import multiprocessing
+import os
+import time
+
+import pyarrow as pa
+import pytest
+
+from otter_hf.data.arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
+
+
+SCHEMA = pa.schema({"id": pa.string()})
+
+
+def build(ids, then=lambda: None):
+    def batches():
+        for id in ids:
+            yield pa.RecordBatch.from_pydict({"id": [id]}, schema=SCHEMA)
+            then()
+
+    return lambda: (SCHEMA, batches())
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "source.json"
+    path.write_text("1")
+    return path
+
+
+def read(path):
+    return open_arrow_file(path)["id"].to_pylist()
+
+
+def test_files_are_built_once_per_content(source, tmp_path):
+    first = cached_arrow_file([source], "ids", build(["a", "b"]), tmp_path / "cache")
+    assert read(first) == ["a", "b"]
+    again = cached_arrow_file([source], "ids", build(["not", "used"]), tmp_path / "cache")
+    assert again == first and read(again) == ["a", "b"]
+    assert cached_arrow_file([source], "ids", build(["c"]), tmp_path / "cache", option=1) != first
+    source.write_text("22")
+    assert read(cached_arrow_file([source], "ids", build(["d"]), tmp_path / "cache")) == ["d"]
+
+
+def killed_while_building(source, cache):
+    cached_arrow_file([source], "ids", build(["half"], then=lambda: os._exit(9)), cache)
+
+
+def test_a_killed_process_leaves_nothing_that_is_read(source, tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=killed_while_building, args=(source, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 9 and len(list(tmp_path.glob("*.incomplete"))) == 1
+    assert read(cached_arrow_file([source], "ids", build(["a", "b"]), tmp_path)) == ["a", "b"]
+    assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_an_error_leaves_nothing_behind(source, tmp_path):
+    def fail():
+        raise ValueError("broken source")
+
+    with pytest.raises(ValueError, match="broken source"):
+        cached_arrow_file([source], "ids", build(["a"], then=fail), tmp_path)
+    assert not list(tmp_path.glob("*.arrow*complete")) and not list(tmp_path.glob("*.arrow"))
+
+
+def build_slowly(source, cache, log):
+    def note():
+        with open(log, "a") as file:
+            file.write("built\n")
+        time.sleep(0.3)
+
+    path = cached_arrow_file([source], "ids", build(["a"], then=note), cache)
+    assert read(path) == ["a"]
+
+
+def test_several_processes_build_one_file(source, tmp_path):
+    context = multiprocessing.get_context("fork")
+    arguments = (source, tmp_path / "cache", tmp_path / "log")
+    processes = [context.Process(target=build_slowly, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def index_of(tmp_path, *chunks):
+    ids = pa.chunked_array([pa.array(chunk, pa.string()) for chunk in chunks], pa.string())
+    source = tmp_path / "ids"
+    source.write_text(repr(chunks))
+    return IdIndex(cached_arrow_file([source], "index", lambda: IdIndex.build(ids), tmp_path), ids)
+
+
+def test_index_finds_first_rows(tmp_path):
+    index = index_of(tmp_path, [f"id{i}" for i in range(500)], ["é", "id7", "é"])
+    assert [index.find(id) for id in ("id0", "id499", "é", "id7", "none")] == [0, 499, 500, 7, -1]
+    assert sorted(index.duplicates()) == [(7, 501), (500, 502)]
+    assert index_of(tmp_path).find("a") == -1
+
+
+def test_equal_hashes_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("otter_hf.data.arrow_cache._hash", lambda id: len(id))
+    index = index_of(tmp_path, ["aa", "bb", "c", "bb", "aa"])
+    assert [index.find(id) for id in ("aa", "bb", "c", "d", "ee")] == [0, 1, 2, -1, -1]
+    assert sorted(index.duplicates()) == [(0, 4), (1, 3)]

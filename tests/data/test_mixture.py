@@ -1,0 +1,386 @@
+import json
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from torch._utils import ExceptionWrapper
+from torch.utils.data import DataLoader
+
+import otter_hf.data
+from otter_hf.data.collator import OtterCollator
+from otter_hf.data.formats import write_mimicit
+from otter_hf.data.mixture import GroupedSampler, MimicitMixture, MixtureEntry, read_mixture, sample_rows
+from otter_hf.data.samples import SampleError, SampleOptions, frame_indices
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def files(tmp_path, by_colour):
+    """A dataset of one-colour pictures: two turns on red, an in-context pair, a clip, and a text."""
+    records = {
+        "red_1": {"instruction": "Colour?", "answer": "red", "image_ids": ["red"]},
+        "red_2": {"instruction": "Sure?", "answer": "yes", "image_ids": ["red"], "rel_ins_ids": ["red_1"]},
+        "blue": {"instruction": "Sky?", "answer": "blue", "image_ids": ["blue"], "rel_ins_ids": ["red_1", "green"]},
+        "green": {"instruction": "Grass?", "answer": "green", "image_ids": ["green"]},
+        "clip": {"instruction": "Order?", "answer": "rgb", "image_ids": ["red", "green", "blue"]},
+        "text": {"instruction": "Hello", "answer": "Hi", "image_ids": None},
+    }
+    return write_mimicit(tmp_path, "X", records, by_colour)
+
+
+def write_yaml(tmp_path, content):
+    path = tmp_path / "mix.yaml"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def mixture(files, task_group, keep, options=None, **settings):
+    config = files.instructions_path.parent / "X_keep_train.json"
+    config.write_text(json.dumps(keep))
+    mix_keys = {key: settings.pop(key) for key in ("on_error", "seed") if key in settings}
+    entry = MixtureEntry(
+        task_group, "X", str(files.instructions_path), [str(files.images_path)], str(config), **settings
+    )
+    return MimicitMixture([entry], options, **mix_keys)
+
+
+def colours(frames):
+    names = {(255, 0, 0): "red", (0, 255, 0): "green", (0, 0, 255): "blue", (255, 255, 255): "white"}
+    return [names[frame.getpixel((0, 0))] for frame in frames]
+
+
+# sampling
+
+
+@pytest.mark.parametrize(
+    "num_samples, expected",
+    [(12, "abcdeabcdeed"), (3, "dea"), (5, "abcde"), (0, "abcde"), (-1, "abcde"), (10, "abcdeabcde")],
+)
+def test_sampling_draws_like_the_original(num_samples, expected):
+    assert "".join("abcde"[row] for row in sample_rows(5, num_samples)) == expected
+
+
+def test_sampling_leaves_global_randomness_alone():
+    import random
+
+    random.seed(1)
+    state = random.getstate()
+    sample_rows(5, 12)
+    assert random.getstate() == state
+
+
+def test_sampling_from_nothing_is_an_error():
+    assert len(sample_rows(0, -1)) == 0
+    with pytest.raises(ValueError, match="num_samples=3"):
+        sample_rows(0, 3)
+
+
+@pytest.mark.parametrize(
+    "available, expected",
+    [
+        (1, [0] * 8),
+        (2, [0, 0, 0, 0, 0, 0, 0, 1]),
+        (5, [0, 0, 1, 1, 2, 2, 3, 4]),
+        (16, [0, 2, 4, 6, 8, 10, 12, 15]),
+        (32, [0, 4, 8, 13, 17, 22, 26, 31]),
+        (33, [0, 4, 9, 13, 18, 22, 27, 32]),
+        (64, [0, 9, 18, 27, 36, 45, 54, 63]),
+        (100, [0, 14, 28, 42, 56, 70, 84, 99]),
+    ],
+)
+def test_frames_are_resampled_like_the_original(available, expected):
+    assert frame_indices(available, 8) == expected
+
+
+# samples of each group
+
+
+def test_image_text_has_its_turns_on_one_image(files):
+    (sample,) = mixture(files, "IMAGE_TEXT", {"red_2": ["red_1"]})
+    assert sample["turns"] == [("Colour?", "red"), ("Sure?", "yes")]
+    assert sample["media_per_turn"] == [1, 0]
+    assert [colours(frames) for frames in sample["media"]] == [["red"]]
+    assert (sample["id"], sample["task_group"], sample["dataset"]) == ("red_2", "IMAGE_TEXT", "X")
+
+
+def test_turns_about_other_images_are_warned_of(files, monkeypatch):
+    messages = []
+    monkeypatch.setattr("otter_hf.data.samples.logger.warning_once", messages.append)
+    mixture(files, "IMAGE_TEXT", {"red_2": ["red_1"]})[0]
+    mixture(files, "IMAGE_TEXT_IN_CONTEXT", {"blue": ["red_1"]})[0]
+    assert not messages
+    mixture(files, "IMAGE_TEXT", {"blue": ["red_1"]})[0]
+    assert "does the dataset belong to IMAGE_TEXT_IN_CONTEXT?" in messages[0]
+
+
+def test_in_context_examples_bring_their_own_images(files):
+    (sample,) = mixture(files, "IMAGE_TEXT_IN_CONTEXT", {"blue": ["red_1", "green"]})
+    assert sample["media_per_turn"] == [1, 1, 1]
+    assert [colours(frames) for frames in sample["media"]] == [["red"], ["green"], ["blue"]]
+    assert [answer for _, answer in sample["turns"]] == ["red", "green", "blue"]
+
+
+def test_several_images_are_frames_or_media(files):
+    (sample,) = mixture(files, "IMAGE_TEXT", {"clip": []})
+    assert sample["media_per_turn"] == [1] and colours(sample["media"][0]) == ["red", "green", "blue"]
+    (sample,) = mixture(files, "IMAGE_TEXT", {"clip": []}, images_as="media")
+    assert sample["media_per_turn"] == [3] and list(map(colours, sample["media"])) == [["red"], ["green"], ["blue"]]
+
+
+def test_videos_are_resampled(files):
+    (sample,) = mixture(files, "VIDEO_TEXT", {"clip": []}, SampleOptions(num_frames=4))
+    assert sample["media_per_turn"] == [1]
+    assert colours(sample["media"][0]) == ["red", "red", "green", "blue"]
+
+
+def test_text_only_has_no_images(files):
+    for sample in mixture(files, "TEXT_ONLY", {"text": [], "red_2": ["red_1"]}):
+        assert sample["media"] == [] and set(sample["media_per_turn"]) == {0}
+
+
+def test_context_is_capped_to_the_latest(files):
+    keep = {"blue": ["red_1", "red_2", "green"]}
+    (sample,) = mixture(files, "IMAGE_TEXT_IN_CONTEXT", keep, SampleOptions(max_context=1))
+    assert [answer for _, answer in sample["turns"]] == ["green", "blue"]
+    (sample,) = mixture(files, "IMAGE_TEXT_IN_CONTEXT", keep, SampleOptions(max_context=0))
+    assert [answer for _, answer in sample["turns"]] == ["blue"]
+
+
+def test_symbols_can_be_deleted(tmp_path):
+    files = write_mimicit(tmp_path, "S", {"a": {"instruction": "a-b?", "answer": " 50% "}})
+    entry = MixtureEntry("TEXT_ONLY", "S", str(files.instructions_path))
+    assert MimicitMixture([entry])[0]["turns"] == [("a-b?", "50%")]
+    assert MimicitMixture([entry], SampleOptions(keep_symbols=False))[0]["turns"] == [("ab?", "50")]
+
+
+def test_task_descriptions_depend_on_seed_epoch_and_index(files):
+    lines = [f"Task {i}." for i in range(8)]
+    keep = {"red_1": [], "green": [], "blue": []}
+    options = SampleOptions(use_task_description=True)
+
+    def drawn(data):
+        return [sample["task_description"] for sample in data]
+
+    data = mixture(files, "IMAGE_TEXT", keep, options, task_description=lines, num_samples=60)
+    first = drawn(data)
+    assert set(first) == set(lines)
+    assert drawn(data) == drawn(pickle.loads(pickle.dumps(data))) == first
+    loader = DataLoader(data, batch_size=7, num_workers=2, persistent_workers=True, collate_fn=list)
+    assert [line for batch in loader for line in drawn(batch)] == first
+    data.set_epoch(1)
+    second = drawn(data)
+    assert second != first
+    assert [line for batch in loader for line in drawn(batch)] == second
+    other = mixture(files, "IMAGE_TEXT", keep, options, task_description=lines, num_samples=60, seed=7)
+    assert drawn(other) != first
+    one_line = mixture(files, "IMAGE_TEXT", keep, options, task_description="Look.")
+    assert set(drawn(one_line)) == {"Look."}
+    assert set(drawn(mixture(files, "IMAGE_TEXT", keep, task_description=lines))) == {None}
+
+
+# errors and skipping
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    records = {
+        "good": {"instruction": "Q", "answer": "A", "image_ids": []},
+        "lost": {"instruction": "Q", "answer": "A", "image_ids": ["gone"]},
+        "broken": {"instruction": "Q", "answer": "A", "image_ids": ["bad"]},
+        "mute": {"instruction": "Q", "image_ids": []},
+    }
+    (tmp_path / "D.json").write_text(json.dumps({"data": records}))
+    (tmp_path / "I.json").write_text(json.dumps({"bad": "AAAA"}))
+    return MixtureEntry("IMAGE_TEXT", "D", str(tmp_path / "D.json"), str(tmp_path / "I.json"))
+
+
+def test_unusable_samples_are_named(damaged):
+    data = MimicitMixture([damaged])
+    assert data[0]["id"] == "good"
+    for index, message in (
+        (1, "Sample 'lost' needs image 'gone', which its image store does not have"),
+        (2, "Sample 'broken' needs image 'bad', which cannot be decoded"),
+        (3, "Sample 'mute' cannot be used: record 'mute' has no answer"),
+    ):
+        with pytest.raises(SampleError, match=message):
+            data[index]
+
+
+def test_errors_in_workers_are_named(damaged):
+    # what a data loader does with the error of a worker
+    data = MimicitMixture([damaged])
+    try:
+        data[1]
+    except SampleError:
+        wrapped = ExceptionWrapper(where="in worker")
+    with pytest.raises(SampleError, match="Sample 'lost' needs image 'gone'"):
+        wrapped.reraise()
+
+
+def test_unusable_samples_are_skipped_and_counted(damaged):
+    data = MimicitMixture([damaged], on_error="skip")
+    assert [sample["id"] for sample in data] == ["good"] * 4
+    loader = DataLoader(data, num_workers=2, collate_fn=list)
+    assert [sample["id"] for batch in loader for sample in batch] == ["good"] * 4
+    # index 1 skips three samples, index 2 two, index 3 one; here and in the workers
+    assert data.skipped == {"missing image": 2, "unreadable image": 4, "missing answer": 6}
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    (tmp_path / "D.json").write_text(json.dumps({"data": {"a": {}, "b": {}}}))
+    data = MimicitMixture([MixtureEntry("TEXT_ONLY", "D", str(tmp_path / "D.json"))], on_error="skip")
+    with pytest.raises(SampleError, match="None of the 2 samples"):
+        data[0]
+
+
+def test_videos_need_frames(files):
+    with pytest.raises(SampleError, match="'text' of the group VIDEO_TEXT has no image_ids"):
+        mixture(files, "VIDEO_TEXT", {"text": []})[0]
+
+
+# the YAML
+
+
+def test_yaml_is_read_in_group_order(tmp_path, files, caplog):
+    path = write_yaml(
+        tmp_path,
+        f"""
+        IMAGE_TEXT_IN_CONTEXT:
+          C: {{mimicit_path: X_instructions.json, images_path: [X.parquet], num_samples: 3}}
+        VIDEO_TEXT:
+        IMAGE_TEXT:
+          B: {{mimicit_path: {files.instructions_path}, images_path: X.parquet, weight: 2, train_config_path: }}
+          A: {{mimicit_path: X_instructions.json, task_description: Look.}}
+        """,
+    )
+    entries = read_mixture(path)
+    assert [(entry.task_group, entry.name) for entry in entries] == [
+        ("IMAGE_TEXT", "B"),
+        ("IMAGE_TEXT", "A"),
+        ("IMAGE_TEXT_IN_CONTEXT", "C"),
+    ]
+    assert entries[0].images_path == [str(tmp_path / "X.parquet")]
+    assert entries[1].task_description == ["Look."]
+    assert entries[2].num_samples == 3
+    data = MimicitMixture(path)
+    assert len(data) == 6 + 6 + 3
+    assert Counter(data.task_groups) == {"IMAGE_TEXT": 12, "IMAGE_TEXT_IN_CONTEXT": 3}
+    assert data[14]["dataset"] == "C" and data[-15]["dataset"] == "B"
+    with pytest.raises(IndexError):
+        data[15]
+    rows = [line.split() for line in data.summary().splitlines()]
+    assert rows[0] == ["group", "dataset", "records", "samples", "share", "images"]
+    assert rows[3] == ["IMAGE_TEXT_IN_CONTEXT", "C", "6", "3", "20.0%", "4"]
+    assert rows[4] == ["total", "18", "15"]
+
+
+def test_yaml_warns_of_unknown_keys_and_empty_groups(tmp_path, files, monkeypatch):
+    messages = []
+    monkeypatch.setattr("otter_hf.data.mixture.logger.warning", messages.append)
+    read_mixture(
+        write_yaml(
+            tmp_path,
+            {"VIDEO_TEXT": None, "IMAGE_TEXT": {"A": {"mimicit_path": "X.json", "wight": 1}}}
+            | {"IMAGE_TEXT": {"A": {"mimicit_path": str(files.instructions_path), "wight": 1}}},
+        )
+    )
+    assert "VIDEO_TEXT has no datasets" in messages[0]
+    assert "IMAGE_TEXT/A has unknown keys ['wight']" in messages[1]
+
+
+GOOD = {"mimicit_path": "X_instructions.json"}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("IMAGE_TEXT: [", "mix.yaml cannot be parsed"),
+        ("", "must map task groups to datasets, got None"),
+        ({"IMAGE_TEXT": None}, "names no datasets"),
+        ({"IMAGE_TEXTS": {"A": GOOD}}, "'IMAGE_TEXTS' is no task group, use one of IMAGE_TEXT, TEXT_ONLY"),
+        ({"IMAGE_TEXT": [GOOD]}, "the group IMAGE_TEXT must map dataset names"),
+        ({"IMAGE_TEXT": {"A": "X.json"}}, "IMAGE_TEXT/A must map keys to values, got 'X.json'"),
+        ({"IMAGE_TEXT": {"A": {"num_samples": 3}}}, "IMAGE_TEXT/A: mimicit_path must name the instructions file"),
+        ({"IMAGE_TEXT": {"A": {"mimicit_path": "gone.json"}}}, "IMAGE_TEXT/A: the path gone.json does not exist"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "images_path": "gone.parquet"}}}, "the path gone.parquet does not exist"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "images_path": [1]}}}, "images_path must be a string or a list of strings"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "num_samples": "all"}}}, "num_samples must be .* got 'all'"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "num_samples": True}}}, "num_samples must be .* got True"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "num_samples": -2}}}, "num_samples must be .* got -2"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "task_description": {"a": 1}}}}, "task_description must be"),
+        ({"IMAGE_TEXT": {"A": {**GOOD, "images_as": "grid"}}}, "images_as must be 'frames' or 'media', got 'grid'"),
+        ("IMAGE_TEXT: {A: {num_samples: 1}, A: {num_samples: 2}}", "the key 'A' is there twice"),
+    ],
+)
+def test_wrong_yaml_is_named(tmp_path, files, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_mixture(write_yaml(tmp_path, content))
+
+
+def test_missing_yaml_and_wrong_files_are_named(tmp_path, files):
+    with pytest.raises(ValueError, match="gone.yaml does not exist"):
+        read_mixture(tmp_path / "gone.yaml")
+    (tmp_path / "bad.json").write_text("{}")
+    path = write_yaml(tmp_path, {"TEXT_ONLY": {"A": {"mimicit_path": "bad.json"}}})
+    with pytest.raises(ValueError, match="TEXT_ONLY/A: .*bad.json cannot be read as JSON"):
+        MimicitMixture(path)
+
+
+# batches
+
+
+def test_groups_share_a_batch(files, tiny_processor):
+    options = SampleOptions(num_frames=5)
+    samples = [
+        mixture(files, "IMAGE_TEXT", {"red_2": ["red_1"]}, options)[0],
+        mixture(files, "IMAGE_TEXT_IN_CONTEXT", {"blue": ["red_1", "green"]}, options)[0],
+        mixture(files, "VIDEO_TEXT", {"clip": []}, options)[0],
+        mixture(files, "TEXT_ONLY", {"text": []}, options)[0],
+    ]
+    batch = OtterCollator(tiny_processor)(samples)
+    assert batch["pixel_values"].shape[:3] == (4, 3, 5)
+    placeholders = (batch["input_ids"] == tiny_processor.image_token_id).sum(dim=1)
+    assert placeholders.tolist() == [1, 3, 1, 0]
+    media = batch["pixel_values"].flatten(3).abs().sum(dim=-1) > 0
+    assert media.any(dim=2).sum(dim=1).tolist() == placeholders.tolist()
+
+
+def test_grouped_batches_cover_everything_in_proportion():
+    groups = ["a"] * 640 + ["b"] * 250 + ["c"] * 3
+    sampler = GroupedSampler(groups, batch_size=8)
+    order = list(sampler)
+    assert sorted(order) == list(range(893)) and len(sampler) == 893
+    batches = [order[i : i + 8] for i in range(0, len(order), 8)]
+    whole = [batch for batch in batches if len({groups[i] for i in batch}) == 1 and len(batch) == 8]
+    assert Counter(groups[batch[0]] for batch in whole) == {"a": 80, "b": 31}
+    # groups alternate: the first half of the epoch has its share of each
+    first_half = Counter(groups[batch[0]] for batch in whole[:55])
+    assert 30 < first_half["a"] < 50
+    # every rank draws the same order, every epoch another one
+    assert list(GroupedSampler(groups, batch_size=8)) == order
+    sampler.set_epoch(1)
+    assert list(sampler) != order and sorted(sampler) == list(range(893))
+
+
+def test_ranks_work_on_one_group_in_each_step():
+    accelerate = pytest.importorskip("accelerate.data_loader")
+    groups = ["a"] * 40 + ["b"] * 24
+    order = GroupedSampler(groups, batch_size=2 * 4)
+    steps = []
+    for rank in range(2):
+        batches = torch.utils.data.BatchSampler(order, batch_size=4, drop_last=True)
+        steps.append(list(accelerate.BatchSamplerShard(batches, num_processes=2, process_index=rank)))
+    for first, second in zip(*steps, strict=True):
+        assert len({groups[i] for i in (*first, *second)}) == 1
+
+
+def test_public_names():
+    for name in otter_hf.data.__all__:
+        assert getattr(otter_hf.data, name).__doc__
+    with pytest.raises(AttributeError, match="no_such_name"):
+        getattr(otter_hf.data, "no_such_name")  # noqa: B009
