@@ -8,9 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from otter_tiny import build_tokenizer
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from otter_hf import OtterConfig, OtterForConditionalGeneration, OtterProcessor
 
@@ -24,19 +24,6 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip("the numbers of the original code (../shared/golden) are not beside this checkout")
     return GOLDEN
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, `<s>` in front as Llama has it."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
-    )
-    return tokenizer
 
 
 @pytest.fixture

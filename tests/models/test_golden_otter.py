@@ -1,6 +1,8 @@
 """The numbers of the 2023 code, reproduced: logits, loss, gradients, greedy tokens."""
 
 import json
+import runpy
+import shutil
 
 import pytest
 import torch
@@ -8,45 +10,87 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import otter_hf  # noqa: F401  registers the families
+from otter_hf.conversion.names import rename_2023
+from otter_hf.models.legacy import split_lora_key
 
 
-CASES = ["otter_llama_image", "otter_llama_image_every4", "otter_llama_video", "flamingo_llama"]
-RENAMED = {"lang_encoder.model.": "model.language_model.", "perceiver.": "model.perceiver."}
+CASES = [
+    "flamingo_falcon",
+    "flamingo_llama",
+    "flamingo_mpt",
+    "otter_llama_image",
+    "otter_llama_image_every4",
+    "otter_llama_video",
+    "otter_mpt1b_redpajama",
+    "otter_mpt_image",
+    "otter_mpt_lora",
+    pytest.param("otter_mpt_vis1024", marks=pytest.mark.slow),
+]
+# The stored logits of the LoRA case are themselves 2e-4 away from those computed in float64: its attention is sharp.
+TOLERANCE = {"otter_mpt_lora": 1e-3}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request, golden):
+def case(request, golden, tmp_path_factory):
     folder = golden / "otter" / request.param
-    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    if not (weights := list(folder.glob("*.bin")) + list(folder.glob("model*.safetensors"))):
+        # its weights are computed, not stored
+        folder = shutil.copytree(folder, tmp_path_factory.mktemp("golden") / request.param)
+        runpy.run_path(str(folder / "make_weights.py"), run_name="__main__")
+        weights = list(folder.glob("*.bin"))
+    assert weights
+    # the original code knew no other attention than this
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(info.values()), info
-    return model, load_file(folder / "golden.safetensors"), json.loads((folder / "golden.json").read_text())
+    # the original code chose from the untrained rows of the vocabulary, too
+    model.config.tokenizer_vocab_size = None
+    facts = json.loads((folder / "golden.json").read_text())
+    return model, load_file(folder / "golden.safetensors"), facts, TOLERANCE.get(request.param, 1e-4)
+
+
+def ignores_mask(model) -> bool:
+    """Whether the original code attended to the padding of this case (Falcon without ALiBi), which is not repeated."""
+    return model.config.text_config.model_type == "falcon"
 
 
 def test_forward_and_loss(case):
-    model, tensors, facts = case
+    model, tensors, facts, atol = case
     inputs = {"input_ids": tensors["lang_x"], "pixel_values": tensors["vision_x"]}
     mask = tensors["attention_mask"]
     with torch.no_grad():
         output = model(**inputs, attention_mask=mask, labels=tensors["labels"])
-    torch.testing.assert_close(output.logits[mask == 1], tensors["logits"][mask == 1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(output.loss.item(), facts["loss"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.logits[mask == 1], tensors["logits"][mask == 1], atol=atol, rtol=0)
+    torch.testing.assert_close(output.loss.item(), facts["loss"], atol=atol / 10, rtol=0)
+    for attention in ("sdpa", "eager"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            logits = model(**inputs, attention_mask=mask).logits
+        torch.testing.assert_close(logits[mask == 1], tensors["logits"][mask == 1], atol=5 * atol, rtol=0)
 
 
 def test_left_padding(case):
-    model, tensors, _ = case
+    model, tensors, _, atol = case
     if "lang_x_left" not in tensors:
         pytest.skip("this case has no left-padded batch")
     mask = tensors["attention_mask_left"]
     with torch.no_grad():
         logits = model(input_ids=tensors["lang_x_left"], pixel_values=tensors["vision_x"], attention_mask=mask).logits
-    torch.testing.assert_close(logits[mask == 1], tensors["logits_left"][mask == 1], atol=1e-4, rtol=0)
+    expected = tensors["logits_left"][mask == 1]
+    if ignores_mask(model):
+        expected = tensors["logits"][tensors["attention_mask"] == 1]
+    torch.testing.assert_close(logits[mask == 1], expected, atol=atol, rtol=0)
 
 
 def test_gradients(case):
-    model, tensors, facts = case
+    model, tensors, facts, atol = case
     gradients = {name.removeprefix("grad::"): value for name, value in tensors.items() if name.startswith("grad::")}
     if not gradients:
         pytest.skip("this case has no gradients")
+    if model.config.tie_word_embeddings and "lang_encoder.lm_head.weight" in facts["state_dict_keys"]:
+        # Falcon's head was tied when the original loaded it again, but a frozen copy when the gradients were taken
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     model.zero_grad()
     model(
         input_ids=tensors["lang_x"],
@@ -55,24 +99,25 @@ def test_gradients(case):
         labels=tensors["labels"],
     ).loss.backward()
     parameters = dict(model.named_parameters())
+    rename = rename_2023(model.config.text_config)
 
     def ours(name):
-        for old, new in RENAMED.items():
-            if name.startswith(old):
-                return parameters[new + name.removeprefix(old)].grad
-        return parameters[name.replace("lang_encoder.lm_head", "lm_head")].grad
+        return parameters[rename(split_lora_key(name)[0])].grad
 
-    for name, expected in gradients.items():
-        error = (ours(name) - expected).norm() / expected.norm()
-        assert error < 1e-4, (name, error)
+    compared = [name for name in gradients if ".lora_" not in name]
+    assert compared
+    for name in compared:
+        error = (ours(name) - gradients[name]).norm() / gradients[name].norm()
+        assert error < atol, (name, error)
     for name, norm in facts["train"]["grad_norms"].items():
-        if not name.startswith("vision_encoder"):
-            assert ours(name).norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-6), name
+        # LoRA factors are merged into their weights, whose gradients are others
+        if not name.startswith("vision_encoder") and ".lora_" not in name:
+            assert ours(name).norm().item() == pytest.approx(norm, rel=10 * atol, abs=1e-6), name
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_tokens(case, use_cache):
-    model, tensors, _ = case
+    model, tensors, *_ = case
     settings = {"do_sample": False, "use_cache": use_cache, "eos_token_id": -1, "pad_token_id": 0}
     rows = [name.split(".")[1] for name in tensors if name.startswith("gen_truth.")]
     assert rows
@@ -81,7 +126,7 @@ def test_greedy_tokens(case, use_cache):
         pixels = tensors["vision_x"][int(row) : int(row) + 1]
         output = model.generate(input_ids=prompt, pixel_values=pixels, max_new_tokens=truth.shape[1], **settings)
         assert output[:, prompt.shape[1] :].tolist() == truth.tolist()
-    if "gen_left_lang_x" in tensors:
+    if "gen_left_lang_x" in tensors and not ignores_mask(model):
         prompt, truth = tensors["gen_left_lang_x"], tensors["gen_left_truth"]
         output = model.generate(
             input_ids=prompt,

@@ -13,8 +13,7 @@ def add_parser(subparsers):
     parser = subparsers.add_parser(
         "chat",
         help="ask a model about pictures",
-        description="Chat with an image-text-to-text model, streaming its answers. Without --prompt it is interactive; "
-        + HELP,
+        description=f"Chat with an image-text-to-text model, streaming its answers. Without --prompt it asks; {HELP}",
     )
     parser.add_argument("model", help="folder or Hub id, e.g. out/demo/model")
     parser.add_argument("--image", action="append", default=[], metavar="PATH", help="picture for the first message")

@@ -36,6 +36,9 @@ _RECORD = {
 # A row is a training example; `context` holds its earlier turns or in-context examples, oldest first.
 FEATURES = Features({**_RECORD, "rel_ins_ids": List(Value("string")), "context": List(_RECORD)})
 _BATCH_ROWS = 1000
+# Parquet options for pictures: a page is closed behind each, so that it can be read on its own. Pictures do not repeat,
+# and their smallest and largest are of no use.
+PICTURE_PAGES = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 4 << 10, "write_statistics": False}
 
 
 def load_mimicit(
@@ -256,7 +259,7 @@ def write_mimicit(
         temporary = {path: path.with_name(f".{path.name}.incomplete") for path in files if path}
         for path in temporary.values():
             cleanup.callback(path.unlink, missing_ok=True)
-        image_ids = _write_images(temporary[files.images_path], _pairs(images)) if new_images else images or ()
+        image_ids = write_images(temporary[files.images_path], _pairs(images)) if new_images else images or ()
         ids, related = _write_records(
             temporary[files.instructions_path], _pairs(records), image_ids, meta or {"version": "0.0.1"}
         )
@@ -280,12 +283,16 @@ def _pairs(items: Mapping | Iterable[tuple[str, Any]]) -> Iterable[tuple[str, An
     return items.items() if isinstance(items, Mapping) else items
 
 
-def _write_images(path: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
+def write_images(path: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
+    """Writes an image store, parquet with base64 text, from `(id, picture)` pairs; returns the ids.
+
+    See `write_mimicit` for the pictures. `ValueError` if an id is given twice.
+    """
     # the row index of the parquet file is the image id, as pandas would write it
     schema = pa.Schema.from_pandas(pd.DataFrame({"base64": [""]}, index=["id"], dtype="object"))
     ids = set()
-    # zstd takes back what base64 adds; pictures do not repeat, so a dictionary would be in vain
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    # zstd takes back what base64 adds
+    with pq.ParquetWriter(path, schema, compression="zstd", **PICTURE_PAGES) as writer:
         rows = []
         for id, image in images:
             if id in ids:

@@ -1,28 +1,24 @@
 """Image stores: pictures found by id, memory-mapped, decoded one at a time when they are used."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from transformers.utils import logging
 
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
-from .images import decode_base64, decode_image
+from .images import decode_image
 from .json_stream import iter_json_object
+from .parquet_store import ParquetPictures, picture_batches, text_picture
 
 
 logger = logging.get_logger(__name__)
 
 SUFFIXES = (".parquet", ".json", ".arrow")
 _SCHEMA = pa.schema({"id": pa.string(), "image": pa.binary()})
-_BATCH_BYTES = 16 << 20
-# without a buffer, a row group is read whole, and pandas writes files of one row group
-_READ_BYTES = 4 << 20
 
 
 class ImageStore:
@@ -34,8 +30,11 @@ class ImageStore:
     * `.json`: an object from id to base64 text, or to a list with one such text.
     * `.arrow`: columns `id` and `image` (bytes), used in place.
 
-    Parquet and JSON files cannot be read at random: on first use they are copied to an Arrow file of the pictures'
-    own bytes in the cache (see `cached_arrow_file`), one batch in memory at a time. Later uses start at once.
+    A parquet store opens at once: only its ids are read, and kept with an index in the cache (see
+    `cached_arrow_file`). Pictures in small pages, as `write_mimicit` stores them, are read where they are. pandas
+    packs them in pages of dozens of megabytes; these are copied to the cache, as the pictures' own bytes, when one of
+    their pictures is first asked for, so that a page is unpacked once, in whatever order and by however many processes
+    it is read. JSON files are copied whole on first use.
 
     `store[id]` is the RGB picture: `KeyError` if there is no such id, `OSError` if it cannot be decoded. Instances
     can be pickled and forked into data loader workers; they carry paths, not pictures.
@@ -52,33 +51,33 @@ class ImageStore:
 
     def __init__(self, paths: str | Path | Sequence[str | Path] = (), cache_dir: str | Path | None = None):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        self._files = []
-        for path in _expand(paths):
-            arrow = (
-                path if path.suffix == ".arrow" else cached_arrow_file([path], "images", _Converter(path), cache_dir)
-            )
-            ids = _open_images(arrow)["id"]
-            index = cached_arrow_file([arrow], "index", lambda ids=ids: IdIndex.build(ids), cache_dir)
-            self._files.append((path, arrow, index))
+        self._cache_dir = cache_dir
+        self._paths = list(_expand(paths))
         self._open()
         self._refuse_conflicts()
 
     def _open(self):
         self._parts = []
-        for _, arrow, index in self._files:
-            table = _open_images(arrow)
-            self._parts.append((table["image"], IdIndex(index, table["id"])))
+        for path in self._paths:
+            if path.suffix == ".parquet":
+                pictures = ParquetPictures(path, self._cache_dir)
+            else:
+                pictures = _ArrowPictures(path, self._cache_dir)
+            index = cached_arrow_file(
+                [pictures.id_file], "index", lambda ids=pictures.ids: IdIndex.build(ids), self._cache_dir
+            )
+            self._parts.append((pictures, IdIndex(index, pictures.ids)))
 
     def __getstate__(self):
-        return self._files
+        return self._paths, self._cache_dir
 
-    def __setstate__(self, files):
-        self._files = files
+    def __setstate__(self, state):
+        self._paths, self._cache_dir = state
         self._open()
 
     def __len__(self) -> int:
         """The number of rows; identical copies of a picture count each."""
-        return sum(len(images) for images, _ in self._parts)
+        return sum(len(index.ids) for _, index in self._parts)
 
     def __contains__(self, id: str) -> bool:
         return any(index.find(id) >= 0 for _, index in self._parts)
@@ -92,31 +91,45 @@ class ImageStore:
         return decode_image(self.read_bytes(id))
 
     def read_bytes(self, id: str) -> bytes:
-        """The encoded picture as it is stored; `KeyError` if there is none, `OSError` if its base64 was damaged."""
-        for images, index in self._parts:
+        """The encoded picture as it is stored; `KeyError` if there is none, `OSError` if what holds it is damaged."""
+        for pictures, index in self._parts:
             row = index.find(id)
             if row >= 0:
-                data = images[row].as_py()
+                data = pictures[row]
                 if data is None:
                     raise OSError("damaged base64")
                 return data
         raise KeyError(id)
 
     def _refuse_conflicts(self):
-        for number, (images, index) in enumerate(self._parts):
+        for number, (_, index) in enumerate(self._parts):
             for first, later in index.duplicates():
-                self._refuse_conflict(index.ids[first].as_py(), number, images[first], number, images[later])
-            for other, (other_images, other_index) in enumerate(self._parts[:number]):
+                self._refuse_conflict((number, first), (number, later))
+            for other, (_, other_index) in enumerate(self._parts[:number]):
                 for row in _common_rows(index, other_index):
-                    id = index.ids[row].as_py()
-                    self._refuse_conflict(id, other, other_images[other_index.find(id)], number, images[row])
+                    first = other_index.find(index.ids[row].as_py())
+                    self._refuse_conflict((other, first), (number, row))
 
-    def _refuse_conflict(self, id: str, file: int, image: pa.Scalar, other_file: int, other_image: pa.Scalar):
-        if image != other_image:
+    def _refuse_conflict(self, place: tuple[int, int], other_place: tuple[int, int]):
+        first, second = (self._parts[number][0][row] for number, row in (place, other_place))
+        if first != second:
+            number, row = place
             raise ValueError(
-                f"Image id {id!r} stands for two different pictures, in {self._files[file][0]} and "
-                f"{self._files[other_file][0]}: rename or remove one."
+                f"Image id {self._parts[number][1].ids[row].as_py()!r} stands for two different pictures, in "
+                f"{self._paths[number]} and {self._paths[other_place[0]]}: rename or remove one."
             )
+
+
+def iter_pictures(
+    paths: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None
+) -> Iterator[tuple[str, bytes | None]]:
+    """All ids and pictures of a store in file order, None for damaged ones; JSON files are read without a copy."""
+    for path in _expand([paths] if isinstance(paths, (str, Path)) else paths):
+        if path.suffix == ".json":
+            yield from _json_rows(path)
+        else:
+            pictures = (ParquetPictures if path.suffix == ".parquet" else _ArrowPictures)(path, cache_dir)
+            yield from ((id.as_py(), pictures[row]) for row, id in enumerate(pictures.ids))
 
 
 def _expand(paths: Iterable[str | Path]) -> Iterator[Path]:
@@ -156,73 +169,23 @@ def _common_rows(index: IdIndex, other: IdIndex) -> Iterator[int]:
             yield row
 
 
-class _Converter:
-    """Reads a parquet or JSON store as batches of ids and picture bytes, for `cached_arrow_file`."""
+class _ArrowPictures:
+    """Pictures by row of an Arrow file, or of the Arrow copy of a JSON file."""
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        return _SCHEMA, self._batches()
-
-    def _batches(self) -> Iterator[pa.RecordBatch]:
-        rows = self._parquet_rows() if self.path.suffix == ".parquet" else self._json_rows()
-        ids, images, size = [], [], 0
-        for id, image in rows:
-            ids.append(id)
-            images.append(image)
-            size += len(image or b"")
-            if size > _BATCH_BYTES:
-                yield pa.RecordBatch.from_arrays([ids, images], schema=_SCHEMA)
-                ids, images, size = [], [], 0
-        yield pa.RecordBatch.from_arrays([ids, images], schema=_SCHEMA)
-
-    def _json_rows(self) -> Iterator[tuple[str, bytes | None]]:
-        progress = logging.tqdm(desc=f"Indexing {self.path.name}", unit=" images")
-        for id, value in iter_json_object(self.path):
-            value = value[0] if isinstance(value, list) and len(value) == 1 else value
-            yield id, _bytes_or_none(value)
-            progress.update()
-        progress.close()
-
-    def _parquet_rows(self) -> Iterator[tuple[str, bytes | None]]:
-        try:
-            with pq.ParquetFile(self.path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
-                id_column, image_column = self._columns(file.schema_arrow)
-                progress = logging.tqdm(
-                    desc=f"Indexing {self.path.name}", total=file.metadata.num_rows, unit=" images"
-                )
-                for batch in file.iter_batches(batch_size=64, columns=[id_column, image_column], use_threads=False):
-                    ids = batch.column(batch.schema.get_field_index(id_column)).to_pylist()
-                    values = batch.column(batch.schema.get_field_index(image_column)).to_pylist()
-                    for id, value in zip(ids, values, strict=True):
-                        if id is None:
-                            raise ValueError(f"The image store {self.path} has a row without an id.")
-                        yield str(id), _bytes_or_none(value["bytes"] if isinstance(value, dict) else value)
-                    progress.update(len(ids))
-                progress.close()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"The image store {self.path} cannot be read as parquet ({error}).") from None
-
-    def _columns(self, schema: pa.Schema) -> tuple[str, str]:
-        pandas = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
-        indices = [name for name in pandas.get("index_columns", []) if isinstance(name, str)]
-        id_names = [*indices, "__index_level_0__", "__null_dask_index__", "id", "image_id"]
-        id_column = next((name for name in id_names if name in schema.names), None)
-        image_column = next((name for name in ("base64", "image") if name in schema.names), None)
-        if id_column is None or image_column is None:
-            raise ValueError(
-                f"The image store {self.path} has the columns {', '.join(schema.names)}: it needs the image ids as "
-                "pandas index or column id, and the pictures as column base64 or image."
+    def __init__(self, path: Path, cache_dir: str | Path | None):
+        self.id_file = path
+        if path.suffix == ".json":
+            self.id_file = cached_arrow_file(
+                [path], "images", lambda: (_SCHEMA, picture_batches(_json_rows(path), _SCHEMA)), cache_dir
             )
-        return id_column, image_column
+        table = _open_images(self.id_file)
+        self.ids, self._images = table["id"], table["image"]
+
+    def __getitem__(self, row: int) -> bytes | None:
+        return self._images[row].as_py()
 
 
-def _bytes_or_none(value: object) -> bytes | None:
-    """The picture's bytes; None, which is reported when the picture is used, if there are none."""
-    if isinstance(value, bytes):
-        return value
-    try:
-        return decode_base64(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
+def _json_rows(path: Path) -> Iterator[tuple[str, bytes | None]]:
+    for id, value in logging.tqdm(iter_json_object(path), desc=f"Indexing {path.name}", unit=" images"):
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
+        yield id, text_picture(value) if isinstance(value, str) else None

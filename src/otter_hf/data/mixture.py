@@ -2,10 +2,10 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,11 +70,32 @@ class MixtureEntry:
                 raise ValueError(f"{where}: the path {path} does not exist.")
 
 
-def read_mixture(path: str | Path) -> list[MixtureEntry]:
+class Problem(NamedTuple):
+    """Something wrong with a mixture: an `"error"`, a `"warning"`, or a `"note"` of what is worth knowing."""
+
+    severity: str
+    rule: str
+    message: str
+    task_group: str = ""
+    dataset: str = ""
+
+
+def _raise_or_warn(problem: Problem):
+    if problem.severity == "error":
+        raise ValueError(problem.message)
+    logger.warning(problem.message)
+
+
+def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or_warn) -> list[MixtureEntry]:
     """Reads a training YAML: task group -> dataset name -> the fields of `MixtureEntry`.
 
     Paths in it that are not absolute are looked for in the working directory and beside the YAML file. Unknown keys of
     a dataset and groups without datasets are warned of.
+
+    Args:
+        path: the YAML file.
+        report: what to do with a problem, by default to raise or to log it. If it returns, reading goes on without
+            the group or dataset that is wrong.
 
     Returns:
         The datasets, ordered by group as in `TASK_GROUPS` and then as in the file.
@@ -83,37 +104,50 @@ def read_mixture(path: str | Path) -> list[MixtureEntry]:
         ValueError: naming the file and the group, dataset or key which is wrong.
     """
     path = Path(path)
-    try:
-        groups = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicatesLoader)
-    except FileNotFoundError:
-        raise ValueError(f"The training YAML {path} does not exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The training YAML {path} cannot be parsed: {error}.") from None
-    if not isinstance(groups, dict):
-        raise ValueError(f"The training YAML {path} must map task groups to datasets, got {groups!r}.")
     entries = []
-    for group, datasets in groups.items():
+    for group, datasets in _read_groups(path, report).items():
         if group not in TASK_GROUPS:
-            raise ValueError(f"{path}: {group!r} is no task group, use one of {', '.join(TASK_GROUPS)}.")
-        if datasets is None:
-            logger.warning(f"{path}: the group {group} has no datasets.")
-            continue
-        if not isinstance(datasets, dict):
-            raise ValueError(f"{path}: the group {group} must map dataset names to settings, got {datasets!r}.")
-        for name, settings in datasets.items():
-            if not isinstance(settings, dict):
-                raise ValueError(f"{path}: {group}/{name} must map keys to values, got {settings!r}.")
-            entries.append(_read_entry(path, group, str(name), settings))
+            message = f"{path}: {group!r} is no task group, use one of {', '.join(TASK_GROUPS)}."
+            report(Problem("error", "task group", message))
+        elif datasets is None:
+            report(Problem("warning", "empty group", f"{path}: the group {group} has no datasets.", group))
+        elif not isinstance(datasets, dict):
+            message = f"{path}: the group {group} must map dataset names to settings, got {datasets!r}."
+            report(Problem("error", "task group", message, group))
+        else:
+            for name, settings in datasets.items():
+                try:
+                    entries.append(_read_entry(path, group, str(name), settings, report))
+                except ValueError as error:
+                    report(Problem("error", "settings", f"{path}: {error}", group, str(name)))
     if not entries:
-        raise ValueError(f"The training YAML {path} names no datasets.")
+        report(Problem("error", "no datasets", f"The training YAML {path} names no datasets."))
     return sorted(entries, key=lambda entry: TASK_GROUPS.index(entry.task_group))
 
 
-def _read_entry(path: Path, group: str, name: str, settings: Mapping[str, Any]) -> MixtureEntry:
+def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any]:
+    try:
+        groups = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicatesLoader)
+    except OSError:
+        message = f"The training YAML {path} does not exist."
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        message = f"The training YAML {path} cannot be parsed: {error}."
+    else:
+        if isinstance(groups, dict):
+            return groups
+        message = f"The training YAML {path} must map task groups to datasets, got {groups!r}."
+    report(Problem("error", "YAML", message))
+    return {}
+
+
+def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callable[[Problem], None]) -> MixtureEntry:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{group}/{name} must map keys to values, got {settings!r}.")
     known = [field.name for field in fields(MixtureEntry)][2:]
     unknown = [key for key in settings if key not in known]
     if unknown:
-        logger.warning(f"{path}: {group}/{name} has unknown keys {unknown}, which are ignored; known are {known}.")
+        message = f"{path}: {group}/{name} has unknown keys {unknown}, which are ignored; known are {known}."
+        report(Problem("warning", "unknown keys", message, group, name))
     # a key without a value is the same as no key
     settings = {key: value for key, value in settings.items() if key in known and value is not None}
     for key in ("mimicit_path", "images_path", "train_config_path"):
@@ -122,10 +156,7 @@ def _read_entry(path: Path, group: str, name: str, settings: Mapping[str, Any]) 
             settings[key] = _find(value, path.parent)
         elif isinstance(value, list):
             settings[key] = [_find(item, path.parent) if isinstance(item, str) else item for item in value]
-    try:
-        return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
 
 
 def _find(value: str, folder: Path) -> str:

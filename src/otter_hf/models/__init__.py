@@ -10,8 +10,16 @@ from transformers import (
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 
 from .flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoModel, FlamingoProcessor
-from .legacy import weight_renamings
+from .legacy import mosaic_gpt_renamings, weight_renamings
+from .mpt import OtterMptConfig, OtterMptForCausalLM, OtterMptModel
 from .otter import OtterConfig, OtterForConditionalGeneration, OtterModel, OtterProcessor
+from .otterhd import (
+    OtterHDConfig,
+    OtterHDForConditionalGeneration,
+    OtterHDImageProcessor,
+    OtterHDModel,
+    OtterHDProcessor,
+)
 
 
 for _config, _model, _conditional, _processor in (
@@ -24,6 +32,8 @@ for _config, _model, _conditional, _processor in (
     AutoModelForMultimodalLM.register(_config, _conditional)
     AutoProcessor.register(_config, _processor)
     register_checkpoint_conversion_mapping(_config.model_type, weight_renamings())
+# a mapping of its own, which holds below the language model only: Falcon has an `ln_f` too, under the same 2023 prefix
+register_checkpoint_conversion_mapping(OtterMptConfig.model_type, mosaic_gpt_renamings())
 
 __all__ = [
     "FlamingoConfig",
@@ -32,6 +42,14 @@ __all__ = [
     "FlamingoProcessor",
     "OtterConfig",
     "OtterForConditionalGeneration",
+    "OtterHDConfig",
+    "OtterHDForConditionalGeneration",
+    "OtterHDImageProcessor",
+    "OtterHDModel",
+    "OtterHDProcessor",
     "OtterModel",
+    "OtterMptConfig",
+    "OtterMptForCausalLM",
+    "OtterMptModel",
     "OtterProcessor",
 ]

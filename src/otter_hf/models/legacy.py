@@ -1,65 +1,212 @@
-"""What the 2023 code wrote and how it is called today: configuration dialects, token ids, weight names.
+"""What the 2023 code wrote and how it is called today: configuration dialects, token ids, weight names, LoRA.
 
-The facts are listed in the model cards; the names on the left are those of Luodian/Otter and
-mlfoundations/open_flamingo as published in 2023.
+The names on the left are those of Luodian/Otter and mlfoundations/open_flamingo as published in 2023. Everything here
+works on JSON and on dictionaries of tensors; nothing reaches out for a repository that the caller did not name.
 """
 
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoTokenizer
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file, logging
+
+from .mpt import MOSAIC_GPT_RENAMES, OtterMptConfig
 
 
 logger = logging.get_logger(__name__)
 
-# token text -> field of the configuration
+# token text -> field of the configuration, in the order in which the 2023 code added them to a base tokenizer
 SPECIAL_TOKENS = {
-    "<image>": "image_token_id",
     "<|endofchunk|>": "end_of_chunk_token_id",
+    "<image>": "image_token_id",
     "<answer>": "answer_token_id",
 }
-# fields the 2023 configurations carry that have no meaning any more: `only_attend_previous` was never read, and the
-# random placement of `use_media_placement_augmentation` is a choice of `media_index`, not of the model
-_DROPPED_FIELDS = ("only_attend_previous", "use_media_placement_augmentation")
+PAD_TOKEN = "<PAD>"
+
+# Fields the 2023 configurations carry that say nothing about the model: training switches and bookkeeping, a flag that
+# was never read (`only_attend_previous`), and the random placement of `use_media_placement_augmentation`, which is a
+# choice of `media_index` and not of the model. `architectures` may be a plain string, or name the wrong class.
+_DROPPED_FIELDS = frozenset(
+    "architectures only_attend_previous special_tokens train_full_model train_lang_encoder train_vision_encoder "
+    "transformers_version use_media_placement_augmentation _commit_hash".split()
+)
+# In the nested configurations also the number format, which there never meant that of the weights.
+_DROPPED_SUB_FIELDS = frozenset("_commit_hash _name_or_path architectures torch_dtype transformers_version".split())
+
+# class name in `architectures` -> the model type of its configuration, where `text_config` does not say
+_TEXT_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MPTForCausalLM": "mpt",
+    "MosaicGPT": "mosaic_gpt",
+    "RWForCausalLM": "RefinedWebModel",
+}
+# whose tokenizer a repository without one needs, where the configuration does not say
+_BASE_TOKENIZERS = {
+    "llama": "the Llama model it was built on",
+    "mpt": "EleutherAI/gpt-neox-20b (MPT)",
+    "mosaic_gpt": "EleutherAI/gpt-neox-20b (MPT)",
+    "RefinedWebModel": "tiiuae/falcon-7b",
+}
+_REFINED_WEB_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+
+# Recomputed or unused buffers that old versions of transformers stored.
+STALE_KEYS = re.compile(
+    r"(rotary_emb\.inv_freq|embeddings\.position_ids|attention\.(bias|masked_bias)|attn\.attn_bias)$"
+)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Added tokens of a tokenizer (text -> id), its size (one more than its largest id), and the text of its eos."""
+
+    ids: Mapping[str, int]
+    size: int
+    eos_token: str | None = None
 
 
 def is_legacy_config(config_dict: dict) -> bool:
-    """Whether `config_dict` (a parsed `config.json`) was written by the 2023 code, which never stored the resampler."""
+    """Whether a parsed `config.json` was written by the 2023 code, which never stored the resampler's shape."""
     return "text_config" in config_dict and "perceiver_depth" not in config_dict
 
 
-def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None) -> dict:
+def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, tokenizer=None) -> dict:
     """
     Translate a 2023 Otter or Flamingo configuration; anything newer is returned untouched.
 
     Args:
-        config_dict: the parsed `config.json`.
+        config_dict: the parsed `config.json`. Not modified.
         name_or_path: folder or Hub repository it came from, where the tokenizer files are looked for.
+        tokenizer: a tokenizer, or the folder or repository of one, used instead: see [`read_token_table`].
 
     Returns:
-        a new dictionary with the token ids resolved from the tokenizer files beside the configuration (the 2023 code
-        looked them up at construction and never stored them).
+        a new dictionary with the token ids resolved from the tokenizer (the 2023 code looked them up at construction
+        and never stored them) and the text model in today's dialect.
+
+    Raises:
+        OSError: if `name_or_path` holds no tokenizer and none is given: without the id of `<image>` the model would
+            not see any image, and say nothing.
+        ValueError: for a text model that cannot be told, or computes something no decoder here does.
     """
     if not is_legacy_config(config_dict):
         return config_dict
     config = {key: value for key, value in config_dict.items() if key not in _DROPPED_FIELDS}
+    text_config = dict(config["text_config"])
+    text_config["model_type"] = _text_model_type(text_config)
+    config["text_config"] = upgrade_text_config(text_config)
+    if config.get("vision_config"):
+        config["vision_config"] = _without(config["vision_config"], _DROPPED_SUB_FIELDS)
     # the head is tied or not as the language model says: the outer field was never meant, and ties Llama by default
     config["tie_word_embeddings"] = config["text_config"].get("tie_word_embeddings")
-    token_ids = read_added_tokens(name_or_path) if name_or_path else {}
+
+    if tokenizer is None and name_or_path is None:
+        return config
+    table = read_token_table(name_or_path if tokenizer is None else tokenizer, config.get("model_type"))
+    if "<image>" not in table.ids:
+        raise OSError(_missing_tokenizer_message(name_or_path, config_dict["text_config"], text_config["model_type"]))
     for token, field in SPECIAL_TOKENS.items():
-        if config.get(field) is None and token in token_ids:
-            config[field] = token_ids[token]
+        if config.get(field) is None:
+            config[field] = table.ids.get(token)
+    config["tokenizer_vocab_size"] = table.size
+    config["pad_token_id"] = table.ids.get(PAD_TOKEN, config["text_config"].get("pad_token_id"))
+    # an answer ends with its chunk; the 2023 code left that to its demo scripts, and models talked on for ever
+    eos_token_id = config["text_config"].get("eos_token_id")
+    eos_token_id = table.ids.get(table.eos_token) if eos_token_id is None else eos_token_id
+    ends = [*(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]), config["end_of_chunk_token_id"]]
+    config["eos_token_id"] = [token_id for token_id in ends if token_id is not None]
+    _explain_token_order(table, name_or_path)
     return config
 
 
-def read_added_tokens(name_or_path: str) -> dict[str, int]:
+def upgrade_text_config(text_config: dict) -> dict:
     """
-    Added tokens (text -> id) of the tokenizer files in a folder or Hub repository; `{}` if there are none.
+    A 2023 language model's configuration -> one that today's decoders read: MosaicML's `mpt` and `mosaic_gpt` become
+    `otter_mpt`, `RefinedWebModel` becomes `falcon`, others keep their type.
 
-    Reads JSON only: no tokenizer is built, and nothing but the repository itself is asked.
+    Raises:
+        ValueError: from [`OtterMptConfig.from_legacy`].
     """
-    added = {}
+    model_type = text_config["model_type"]
+    text_config = _without(text_config, _DROPPED_SUB_FIELDS)
+    if model_type in ("mpt", "mosaic_gpt"):
+        return OtterMptConfig.from_legacy(text_config).to_diff_dict() | {"model_type": OtterMptConfig.model_type}
+    if model_type in ("RefinedWebModel", "RefinedWeb"):
+        renamed = {_REFINED_WEB_NAMES.get(key, key): value for key, value in text_config.items()}
+        return renamed | {"model_type": "falcon", "new_decoder_architecture": model_type == "RefinedWeb"}
+    return text_config
+
+
+def _without(mapping: dict, names: frozenset) -> dict:
+    return {key: value for key, value in mapping.items() if key not in names}
+
+
+def _text_model_type(text_config: dict) -> str:
+    """The model type of a nested 2023 configuration, which may name only a class or only a repository."""
+    if text_config.get("model_type"):
+        return text_config["model_type"]
+    for architecture in text_config.get("architectures") or ():
+        if architecture in _TEXT_MODEL_TYPES:
+            return _TEXT_MODEL_TYPES[architecture]
+    if "llama" in text_config.get("_name_or_path", "").lower():
+        return "llama"
+    raise ValueError(
+        f"text_config names neither a model_type nor one of the architectures {', '.join(_TEXT_MODEL_TYPES)}; add "
+        '"model_type" to it in config.json.'
+    )
+
+
+def _missing_tokenizer_message(name_or_path, text_config: dict, model_type: str) -> str:
+    base = text_config.get("tokenizer_name") or text_config.get("_name_or_path") or _BASE_TOKENIZERS.get(model_type)
+    return (
+        f"{name_or_path} holds no tokenizer that knows <image>, as many repositories of 2023 do; pass tokenizer= with "
+        f"a tokenizer or a folder of one (it was built on that of {base or 'its language model'})."
+    )
+
+
+def _explain_token_order(table: TokenTable, name_or_path) -> None:
+    answer, pad = table.ids.get("<answer>"), table.ids.get(PAD_TOKEN)
+    if answer is not None and pad is not None and pad < answer:
+        logger.warning_once(
+            f"The tokenizer of {name_or_path} has <PAD> at {pad} and <answer> at {answer}: <answer> was added to a "
+            "Flamingo that had its <PAD> already. These ids are used as they are; Otter's own code of 2023 would have "
+            "swapped the two and read the wrong rows."
+        )
+
+
+def read_token_table(source, model_type: str | None = None) -> TokenTable:
+    """
+    The token ids of a tokenizer.
+
+    Args:
+        source: a tokenizer; or a folder or Hub repository, of which only JSON files are read if they know `<image>`.
+            A base tokenizer is read as the 2023 code extended it: `<|endofchunk|>`, `<image>`, for Otter `<answer>`,
+            and `<PAD>` if it has no padding token, at the next free ids.
+        model_type: `"otter"` or `"flamingo"`, for a base tokenizer.
+
+    Returns:
+        an empty table if a folder or repository holds no tokenizer.
+    """
+    if isinstance(source, (str, Path)):
+        table = _read_tokenizer_files(str(source))
+        if "<image>" in table.ids or not table.size:
+            return table
+        source = AutoTokenizer.from_pretrained(source)
+    ids, size = dict(source.get_added_vocab()), len(source)
+    wanted = [token for token in SPECIAL_TOKENS if token != "<answer>" or model_type == "otter"]
+    if source.pad_token is None:
+        wanted.append(PAD_TOKEN)
+    for token in wanted:
+        known = source.get_vocab().get(token)
+        ids[token], size = (size, size + 1) if known is None else (known, size)
+    ids |= {token: source.convert_tokens_to_ids(token) for token in source.all_special_tokens}
+    return TokenTable(ids, max(size, *(token_id + 1 for token_id in ids.values())), source.eos_token)
+
+
+def _read_tokenizer_files(name_or_path: str) -> TokenTable:
+    ids, size, eos_token = {}, 0, None
     for filename in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
         path = cached_file(
             name_or_path,
@@ -72,20 +219,28 @@ def read_added_tokens(name_or_path: str) -> dict[str, int]:
             continue
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if filename == "tokenizer.json":
-            added |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+            vocabulary = content.get("model", {}).get("vocab") or {}
+            # Unigram models list their tokens, in the order of their ids
+            largest = max(vocabulary.values()) if isinstance(vocabulary, dict) and vocabulary else len(vocabulary) - 1
+            size = max(size, largest + 1)
+            ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
         elif filename == "tokenizer_config.json":
             entries = content.get("added_tokens_decoder") or {}
-            added |= {entry["content"]: int(token_id) for token_id, entry in entries.items()}
+            ids |= {entry["content"]: int(token_id) for token_id, entry in entries.items()}
+            eos_token = content.get("eos_token")
+            eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
         else:
-            added |= content
-    return added
+            ids |= content
+    return TokenTable(ids, max([size, *(token_id + 1 for token_id in ids.values())]), eos_token)
 
 
 def weight_renamings() -> list[WeightRenaming]:
     """2023 weight names -> ours, in the form `register_checkpoint_conversion_mapping` wants."""
     return [
         WeightRenaming(r"^lang_encoder\.lm_head\.", "lm_head."),
+        WeightRenaming(r"^lang_encoder\.embed_out\.", "lm_head."),
         WeightRenaming(r"^lang_encoder\.model\.", "model.language_model."),
+        WeightRenaming(r"^lang_encoder\.gpt_neox\.", "model.language_model."),
         WeightRenaming(r"^lang_encoder\.transformer\.", "model.language_model."),
         WeightRenaming(r"^vision_encoder\.vision_model\.", "model.vision_tower."),
         WeightRenaming(r"^vision_encoder\.", "model.vision_tower."),
@@ -93,8 +248,61 @@ def weight_renamings() -> list[WeightRenaming]:
     ]
 
 
+def mosaic_gpt_renamings() -> list[WeightRenaming]:
+    """As [`weight_renamings`], for an MPT decoder inside or outside a Flamingo: MosaicGPT's names -> MPT's."""
+    return [WeightRenaming(old, new) for old, new in MOSAIC_GPT_RENAMES.items()]
+
+
+def is_stale_key(key: str) -> bool:
+    """Whether a stored tensor is one that no version computes with: recomputed tables and masks."""
+    return STALE_KEYS.search(key) is not None
+
+
+# what peft wrote around a language model: up to 0.6 the adapted layer keeps its own name, from 0.7 on it is
+# `base_layer`
+_LORA_ROOT = "base_model.model."
+_LORA_WEIGHT = re.compile(r"\.lora_([AB])(?:\.default)?\.weight$")
+
+
+def split_lora_key(key: str) -> tuple[str, str]:
+    """
+    A stored name -> the name without peft's additions, and what it is: `"A"` or `"B"` (the two factors), or `"base"`.
+    """
+    key = key.replace(_LORA_ROOT, "", 1)
+    if match := _LORA_WEIGHT.search(key):
+        return key[: match.start()] + ".weight", match.group(1)
+    return key.replace(".base_layer.", "."), "base"
+
+
+def lora_scaling(lora_config: dict) -> float:
+    """The factor alpha / r of the low-rank update (Hu et al. 2021, https://huggingface.co/papers/2106.09685)."""
+    return lora_config["lora_alpha"] / lora_config["r"]
+
+
+def merge_lora_pair(weight, lora_a, lora_b, scaling: float):
+    """`weight (out, in)` + scaling * `lora_b (out, r)` @ `lora_a (r, in)`, rounded once, to `weight`'s dtype."""
+    return (weight.double() + scaling * (lora_b.double() @ lora_a.double())).to(weight.dtype)
+
+
+def merge_lora(state_dict: dict, lora_config: dict) -> dict:
+    """
+    Fold LoRA factors stored beside a model into its weights, and drop peft's additions to the names.
+
+    Args:
+        state_dict: names -> tensors as the 2023 code stored them, with peft up to 0.6 or from 0.7 on.
+        lora_config: the field of that name in `config.json`; `r` and `lora_alpha` are used.
+    """
+    merged, factors = {}, {}
+    for key, tensor in state_dict.items():
+        name, part = split_lora_key(key)
+        (merged if part == "base" else factors.setdefault(name, {}))[name if part == "base" else part] = tensor
+    for name, pair in factors.items():
+        merged[name] = merge_lora_pair(merged[name], pair["A"], pair["B"], lora_scaling(lora_config))
+    return merged
+
+
 def read_vision_image_size(name_or_path: str, **hub_kwargs) -> int:
-    """Image side in pixels of the vision tower, from the `config.json` of a folder or Hub repository; else CLIP's 224."""
+    """Image side in pixels of the vision tower, from the `config.json` of a folder or repository; 224 if unsaid."""
     path = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
     return (config.get("vision_config") or {}).get("image_size", 224)

@@ -13,19 +13,39 @@ from typing import NamedTuple
 import torch
 
 
-def running_media_index(is_media: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
+def running_media_index(
+    is_media: torch.Tensor, seen: torch.Tensor | None = None, in_view: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The default rule: a token sees the last image placed at or before it.
 
     Args:
         is_media: `(B, L)` bool, True at `<image>` tokens.
-        seen: `(B,)` int64, images already seen by each row in earlier, cached calls.
+        seen: `(B,)` int64, images already seen by each row in earlier, cached calls; the next is numbered `seen + 1`.
+        in_view: `(B,)` int64, the image the last cached token sees, and with it every token before a new image. Given
+            together with `seen`.
 
     Returns:
         `media_index (B, L)` int64.
     """
     media_index = is_media.long().cumsum(dim=-1)  # (B, L)
-    return media_index if seen is None else media_index + seen[:, None]
+    if seen is None:
+        return media_index
+    return torch.where(media_index > 0, media_index + seen[:, None], in_view[:, None])
+
+
+def batch_first_media(pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """`(B, C, H, W)`, `(B, T, C, H, W)` or `(B, T, F, C, H, W)` -> `(B, T, F, C, H, W)`; ValueError otherwise."""
+    if pixel_values.ndim == 4:
+        pixel_values = pixel_values[:, None, None]
+    elif pixel_values.ndim == 5:
+        pixel_values = pixel_values[:, :, None]
+    if pixel_values.ndim != 6 or pixel_values.shape[0] != batch_size:
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (B, T, F, C, H, W), (B, T, C, H, W) or "
+            f"(B, C, H, W) with B = {batch_size}, the rows of input_ids."
+        )
+    return pixel_values
 
 
 class MediaBlocks(NamedTuple):
@@ -62,18 +82,25 @@ class MediaBlocks(NamedTuple):
         # where, not multiplication: an image nobody sees may hold anything, and 0 * inf is nan
         return torch.where(self.visible[..., None], tokens, 0.0)
 
+    def scatter_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention weights `(N, H, c, n)` -> `(B, H, L, n)`; tokens that see no image get 0."""
+        per_token = self.scatter_tokens(weights.transpose(1, 2).flatten(2))  # (B, L, H*n)
+        return per_token.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
 
-def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
+
+def make_media_blocks(media_index: torch.Tensor, num_media: int, longest: int | None = None) -> MediaBlocks:
     """
     Group tokens by the image they see.
 
-    All shapes follow from `(B, L)` and `num_media` alone: nothing is read back from the device, so the function works
-    inside a compiled graph. Within a row the tokens of one image fill consecutive blocks, the last of them partly, so
-    `floor((L + T (c - 1)) / c)` blocks always suffice.
+    All shapes follow from the arguments' shapes and the two numbers: nothing is read back from the device, so the
+    function works inside a compiled graph. Where `longest` is known and the images are seen by about equally many
+    tokens, a block is an image, and no keys and values are copied. Otherwise the tokens of an image fill consecutive
+    blocks of c, the last of them partly, so `floor((L + T (c - 1)) / c)` blocks per row always suffice.
 
     Args:
         media_index: `(B, L)` int64, see the module's docstring; values above `num_media` are an error of the caller.
         num_media: T, images stored per row.
+        longest: the largest number of tokens that see the same image, those without any counted to the first.
     """
     batch_size, length = media_index.shape
     visible = media_index > 0
@@ -84,10 +111,15 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
     if length == 1:
         return MediaBlocks(visible, (row * num_media + image).flatten(), None, None)
 
-    block = _block_size(length, num_media)
-    num_blocks = (length + num_media * (block - 1)) // block
     tokens_of_image = image.new_zeros(batch_size, num_media).scatter_add_(1, image, torch.ones_like(image))  # (B, T)
-    slots_of_image = (tokens_of_image + block - 1) // block * block
+    block_is_image = longest is not None and longest * num_media <= 3.2 * length
+    if block_is_image:
+        block, num_blocks = longest, num_media
+        slots_of_image = torch.full_like(tokens_of_image, block)
+    else:
+        block = _block_size(length, num_media)
+        num_blocks = (length + num_media * (block - 1)) // block
+        slots_of_image = (tokens_of_image + block - 1) // block * block
     slot_end = slots_of_image.cumsum(dim=1)  # (B, T)
     # an image's tokens start this many places later among the slots than among the tokens sorted by image
     shift = (slot_end - slots_of_image) - (tokens_of_image.cumsum(dim=1) - tokens_of_image)  # (B, T)
@@ -97,21 +129,31 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
     slot_in_order = position + shift.gather(1, image.gather(1, order))
     slot_of_token = torch.empty_like(order).scatter_(1, order, slot_in_order)  # (B, L)
     token_of_slot = order.new_zeros(batch_size, num_blocks * block).scatter_(1, slot_of_token, position)
-    block_start = torch.arange(num_blocks, device=media_index.device) * block
-    image_of_block = torch.searchsorted(slot_end, block_start.expand(batch_size, -1).contiguous(), right=True)
-    image_of_block = image_of_block.clamp(max=num_media - 1)  # (B, N/B); blocks past the last token see any image
+    media_of_block = None
+    if not block_is_image:
+        block_start = torch.arange(num_blocks, device=media_index.device) * block
+        image_of_block = torch.searchsorted(slot_end, block_start.expand(batch_size, -1).contiguous(), right=True)
+        # blocks past the last token see any image
+        media_of_block = (row * num_media + image_of_block.clamp(max=num_media - 1)).flatten()
 
     return MediaBlocks(
         visible,
-        (row * num_media + image_of_block).flatten(),
+        media_of_block,
         (row * length + token_of_slot).view(-1, block),
         (row * (num_blocks * block) + slot_of_token).flatten(),
     )
 
 
+def longest_segment(media_index: torch.Tensor) -> int:
+    """
+    `longest` of `make_media_blocks` for `media_index (B, L)`; reads one number back from the device.
+
+    It is an upper bound if a row has an image that no token sees.
+    """
+    image = (media_index - 1).clamp(min=0)
+    return int(image.new_zeros(image.shape[0], int(image.amax()) + 1).scatter_add_(1, image, torch.ones_like(image)).amax())
+
+
 def _block_size(length: int, num_media: int) -> int:
-    """Tokens per block: about half an average segment, a power of two, so that little of a last block is wasted."""
-    size = 16
-    while size < 64 and 2 * size * num_media < length:
-        size *= 2
-    return size
+    """Tokens per block: large enough that copying an image's keys and values for each block does not dominate."""
+    return 64 if 128 * num_media <= length else 32

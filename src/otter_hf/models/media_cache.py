@@ -7,6 +7,7 @@ token sees, which is all that a later token needs to find its own. Nothing is ke
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
 class MediaCacheMixin:
@@ -15,8 +16,8 @@ class MediaCacheMixin:
 
     Attributes:
         media_key_values: layer index -> `(B, T, n, 2 * inner)` projected keys and values of that layer.
-        media_index: `(B, S)` int64, the image each cached token sees; only the last column for a static cache, whose
-            tensors must not grow. None before the first call.
+        media_index: `(B, S)` int64, the image each cached token sees; for a static cache, whose tensors must not
+            grow, only two columns: the largest value so far and the last one. None before the first call.
     """
 
     media_key_values: dict[int, torch.Tensor]
@@ -30,6 +31,11 @@ class MediaCacheMixin:
     @property
     def media_seen(self) -> torch.Tensor | None:
         """`(B,)` int64, images each row has seen so far; None for an empty cache."""
+        return None if self.media_index is None else self.media_index.amax(dim=1)
+
+    @property
+    def media_in_view(self) -> torch.Tensor | None:
+        """`(B,)` int64, the image the last cached token of each row sees; None for an empty cache."""
         return None if self.media_index is None else self.media_index[:, -1]
 
     def update_media(self, key_values: torch.Tensor, layer_idx: int) -> torch.Tensor:
@@ -45,23 +51,33 @@ class MediaCacheMixin:
         """
         old = self.media_key_values.get(layer_idx)
         if old is not None:
-            seen = self.media_seen
+            seen = self.media_seen[:, None]  # (B, 1)
             place = torch.arange(old.shape[1] + key_values.shape[1], device=seen.device)  # (T,)
-            source = torch.where(place < seen[:, None], place, old.shape[1] + place - seen[:, None])  # (B, T)
+            source = torch.where(place < seen, place, old.shape[1] + place - seen)  # (B, T)
             source = source.clamp(max=place.shape[0] - 1).to(key_values.device)
             row = torch.arange(source.shape[0], device=source.device)[:, None]
             key_values = torch.cat([old, key_values], dim=1)[row, source]
-        self.media_key_values[layer_idx] = key_values
+        self.media_key_values[layer_idx] = self._fix_address(key_values)
         return key_values
 
     def update_media_index(self, media_index: torch.Tensor) -> None:
         """Remember the image each new token sees. `media_index`: `(B, L)` int64."""
-        if self.is_compileable:
-            self.media_index = media_index[:, -1:]
-        elif self.media_index is None:
-            self.media_index = media_index
+        if not self.is_compileable:
+            old = [] if self.media_index is None else [self.media_index]
+            self.media_index = torch.cat([*old, media_index], dim=1)
+            return
+        largest = media_index.amax(dim=1)
+        if self.media_index is None:
+            self.media_index = self._fix_address(torch.stack([largest, media_index[:, -1]], dim=1))
         else:
-            self.media_index = torch.cat([self.media_index, media_index], dim=1)
+            largest = torch.maximum(largest, self.media_seen)
+            self.media_index.copy_(torch.stack([largest, media_index[:, -1]], dim=1))
+
+    def _fix_address(self, states: torch.Tensor) -> torch.Tensor:
+        """In a static cache a tensor stays where it is: CUDA graphs then read it in place, as the text layers'."""
+        if self.is_compileable and not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(states)
+        return states
 
     def _apply_to_media(self, function) -> None:
         self.media_key_values = {layer: function(states) for layer, states in self.media_key_values.items()}
@@ -85,7 +101,7 @@ class MediaCacheMixin:
         self._apply_to_media(lambda states: states[indices.to(states.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As in the parent class; images whose `<image>` token is cropped are forgotten with it."""
+        """As in the parent class; images that no remaining token sees are forgotten."""
         super().crop(tokens_to_remove)
         if tokens_to_remove < 0 and self.media_index is not None:
             self.media_index = self.media_index[:, :tokens_to_remove]

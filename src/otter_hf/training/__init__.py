@@ -1,0 +1,1 @@
+"""Fine-tuning on MIMIC-IT data with the HF `Trainer`."""

@@ -17,7 +17,7 @@ class FlamingoConfig(PreTrainedConfig):
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, defaults to a CLIP ViT-L/14 vision tower):
-            Any vision encoder known to `AutoModel`. Token features `(N, v, D)` and feature maps `(N, D, h, w)` both work.
+            Any vision encoder known to `AutoModel`, with token features `(N, v, D)` or feature maps `(N, D, h, w)`.
         text_config (`dict` or `PreTrainedConfig`, defaults to Llama):
             A decoder listed in `otter_hf.models.flamingo.modeling_flamingo.SUPPORTED_DECODERS`.
         vision_feature_select_strategy (`"default"` or `"full"`):
@@ -34,6 +34,12 @@ class FlamingoConfig(PreTrainedConfig):
             told apart by their order.
         image_token_id, end_of_chunk_token_id, answer_token_id (`int`, *optional*): ids of `<image>`,
             `<|endofchunk|>` and (Otter) `<answer>`.
+        tokenizer_vocab_size (`int`, *optional*): size of the tokenizer, where the embedding has more rows: those were
+            never trained, and generation does not choose them. Raise it, or set it to None, when the tokenizer grows.
+        lora_config (`dict`, *optional*): only in a 2023 checkpoint that was saved with its LoRA factors: `r` and
+            `lora_alpha`. The factors are merged while loading.
+        bos_token_id, eos_token_id, pad_token_id (`int`, or for the second a list, *optional*): where generation begins
+            and ends, and the padding of finished rows.
         tie_word_embeddings (`bool`, *optional*): taken from `text_config` when not given.
     """
 
@@ -73,6 +79,11 @@ class FlamingoConfig(PreTrainedConfig):
     image_token_id: int | None = None
     end_of_chunk_token_id: int | None = None
     answer_token_id: int | None = None
+    tokenizer_vocab_size: int | None = None
+    lora_config: dict | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool | None = None
@@ -106,8 +117,14 @@ class FlamingoConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in the parent class; a configuration written by the 2023 code is translated first."""
-        return super().from_dict(upgrade_config_dict(config_dict, kwargs.get("name_or_path")), **kwargs)
+        """
+        As in the parent class; a configuration written by the 2023 code is translated first.
+
+        Args:
+            tokenizer (*optional*): for a 2023 repository without tokenizer files, a tokenizer or the folder of one.
+        """
+        tokenizer = kwargs.pop("tokenizer", None)
+        return super().from_dict(upgrade_config_dict(config_dict, kwargs.get("name_or_path"), tokenizer), **kwargs)
 
     @property
     def vision_hidden_size(self) -> int:

@@ -5,7 +5,7 @@ https://huggingface.co/papers/2305.03726) gave it: a vision tower, a perceiver r
 cross-attention blocks in front of some layers of an otherwise untouched decoder.
 
 Shape legend: B rows, L text tokens, T media (one per `<image>`), F frames of one medium, v vision tokens of one frame,
-n latents of one medium, D vision width, H heads, d head width; N, c as in `media_attention`.
+n latents of one medium, D vision width, H heads.
 """
 
 from dataclasses import dataclass
@@ -15,25 +15,29 @@ from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
-from transformers.utils import can_return_tuple, logging
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import load_state_dict, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..media_attention import MediaBlocks, make_media_blocks, running_media_index
-from ..media_cache import MediaCacheMixin, with_media
+from ..falcon import OtterFalconModel
+from ..legacy import merge_lora
+from ..lm_loss import scale_logits, supervised_loss
+from ..media_attention import batch_first_media, make_media_blocks, running_media_index
+from ..media_cache import with_media
 from .configuration_flamingo import FlamingoConfig
+from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
+from .layers_flamingo import FlamingoDecoderLayer, GatedCrossAttentionBlock, PerceiverResampler
 
-
-logger = logging.get_logger(__name__)
 
 # model_type of every decoder that hands unknown keyword arguments on to its layers, which is how images reach the
-# gated blocks. Others would run blind without an error (Falcon, BLOOM, GPT-J and transformers' own MPT do), or scale
-# their logits outside the headless model (Cohere, Granite, Gemma 2). Value: where the layers are.
+# gated blocks, and whose output layer is a matrix (Phi's has a bias). Others would run blind without an error: BLOOM,
+# GPT-J and transformers' own MPT do. Value: where the layers are.
 SUPPORTED_DECODERS = {
+    "falcon": "h",
     "gemma": "layers",
     "gemma3_text": "layers",
     "gpt_neox": "layers",
@@ -42,13 +46,15 @@ SUPPORTED_DECODERS = {
     "olmo2": "layers",
     "opt": "decoder.layers",
     "otter_mpt": "blocks",
-    "phi": "layers",
     "phi3": "layers",
     "qwen2": "layers",
     "qwen3": "layers",
     "smollm3": "layers",
     "stablelm": "layers",
 }
+
+# transformers' own class runs blind; this one does not
+_DECODER_CLASSES = {"falcon": OtterFalconModel}
 
 # parameters of a tower that do not reach `last_hidden_state`: frozen, or DDP would wait for their gradients for ever
 _UNUSED_TOWER_MODULES = {
@@ -67,6 +73,8 @@ class FlamingoModelOutputWithPast(ModelOutput):
         last_hidden_state: `(B, L, hidden)`.
         past_key_values: the cache, holding the images too.
         hidden_states, attentions: of the decoder, as in the text model.
+        cross_attentions: one `(B, H, L, n)` per gated layer, with `output_attentions=True` and eager attention: how
+            much each token looks at each latent of the one image it sees; zeros where it sees none.
         image_hidden_states: `(B, T, n, D)` latents of the resampler; zeros where a row has fewer images.
     """
 
@@ -74,6 +82,7 @@ class FlamingoModelOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -82,8 +91,9 @@ class FlamingoCausalLMOutputWithPast(ModelOutput):
     """
     Args:
         loss: scalar, given `labels`.
-        logits: `(B, L, vocab)`, or fewer positions with `logits_to_keep`.
-        past_key_values, hidden_states, attentions, image_hidden_states: see [`FlamingoModelOutputWithPast`].
+        logits: `(B, L, vocab)`, or fewer positions with `logits_to_keep`; None where `skip_logits` applies.
+        past_key_values, hidden_states, attentions, cross_attentions, image_hidden_states: see
+            [`FlamingoModelOutputWithPast`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -91,189 +101,8 @@ class FlamingoCausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_hidden_states: torch.FloatTensor | None = None
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """`(N, H, c, d)` queries over `(N, H, n, d)` keys and values -> `(N, c, H, d)`, weights `(N, H, c, n)`."""
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-class CrossAttention(nn.Module):
-    """Bias-free multi-head attention of queries over the keys and values of one source, without any mask."""
-
-    is_causal = False
-    num_key_value_groups = 1
-
-    def __init__(self, config: FlamingoConfig, query_dim: int, source_dim: int, num_heads: int, head_dim: int):
-        super().__init__()
-        self.config = config
-        self.num_heads = num_heads
-        self.scaling = head_dim**-0.5
-        inner_dim = num_heads * head_dim
-        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
-        self.to_kv = nn.Linear(source_dim, 2 * inner_dim, bias=False)
-        self.to_out = nn.Linear(inner_dim, query_dim, bias=False)
-
-    def attend(self, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
-        """`query (N, c, H*d)`, `key_value (N, n, 2*H*d)` -> `(N, c, H*d)`."""
-        states = (query, *key_value.chunk(2, dim=-1))
-        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in states)  # (N, H, ., d)
-        implementation = self.config._attn_implementation
-        # flex attention exists for masks, and there is none here
-        if implementation == "flex_attention":
-            implementation = "sdpa"
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
-        return output.flatten(2)
-
-
-class FeedForward(nn.Sequential):
-    """LayerNorm, expand, GELU, contract; the indices 0, 1 and 3 are part of the published weight names."""
-
-    def __init__(self, dim: int, mult: int):
-        super().__init__(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, mult * dim, bias=False),
-            nn.GELU(),
-            nn.Linear(mult * dim, dim, bias=False),
-        )
-
-
-class PerceiverBlock(GradientCheckpointingLayer, CrossAttention):
-    """The latents attend to the medium and to themselves, then pass a feed-forward layer."""
-
-    def __init__(self, config: FlamingoConfig):
-        dim = config.vision_hidden_size
-        super().__init__(config, dim, dim, config.perceiver_num_heads, config.perceiver_head_dim)
-        self.norm_media = nn.LayerNorm(dim)
-        self.norm_latents = nn.LayerNorm(dim)
-        self.feed_forward = FeedForward(dim, config.perceiver_ff_mult)
-
-    def forward(self, latents: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
-        """`latents (N, n, D)`, `media (N, F*v, D)` -> `(N, n, D)`."""
-        normed = self.norm_latents(latents)
-        source = torch.cat([self.norm_media(media), normed], dim=1)  # (N, F*v + n, D)
-        latents = latents + self.to_out(self.attend(self.to_q(normed), self.to_kv(source)))
-        return latents + self.feed_forward(latents)
-
-
-class PerceiverResampler(nn.Module):
-    """
-    Turns the features of an image or video into a fixed number of latents (Alayrac et al. 2022, section 3.1.1;
-    Jaegle et al. 2021, https://huggingface.co/papers/2103.03206).
-    """
-
-    def __init__(self, config: FlamingoConfig):
-        super().__init__()
-        dim = config.vision_hidden_size
-        self.latents = nn.Parameter(torch.empty(config.perceiver_num_latents, dim))
-        self.frame_embs = None
-        if config.max_num_frames is not None:
-            self.frame_embs = nn.Parameter(torch.empty(config.max_num_frames, dim))
-        self.layers = nn.ModuleList([PerceiverBlock(config) for _ in range(config.perceiver_depth)])
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """
-        `features (N, F, v, D)` -> `(N, n, D)`.
-
-        Raises:
-            ValueError: for more frames than the model has frame embeddings.
-        """
-        if self.frame_embs is not None:
-            num_frames, max_num_frames = features.shape[1], self.frame_embs.shape[0]
-            if num_frames > max_num_frames:
-                raise ValueError(
-                    f"pixel_values has {num_frames} frames per medium, but the model has embeddings for "
-                    f"{max_num_frames} (config.max_num_frames); sample at most {max_num_frames} frames."
-                )
-            features = features + self.frame_embs[:num_frames, None]
-        media = features.flatten(1, 2)  # (N, F*v, D)
-        latents = self.latents.expand(media.shape[0], -1, -1)
-        for layer in self.layers:
-            latents = layer(latents, media)
-        return self.norm(latents)
-
-
-class GatedCrossAttention(CrossAttention):
-    """Text tokens attend to the latents of the one image each of them sees; tokens that see none get 0."""
-
-    def __init__(self, config: FlamingoConfig, layer_idx: int):
-        hidden_size = config.text_config.hidden_size
-        super().__init__(
-            config, hidden_size, config.vision_hidden_size, config.cross_attn_num_heads, config.cross_attn_head_dim
-        )
-        self.layer_idx = layer_idx
-        self.norm = nn.LayerNorm(hidden_size)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        vision_states: torch.Tensor | None,
-        media_blocks: MediaBlocks,
-        media_cache: MediaCacheMixin | None,
-    ) -> torch.Tensor:
-        """
-        `hidden_states (B, L, hidden)`; `vision_states (B, T, n, D)` of the images new in this call, or None when all
-        are in `media_cache` already.
-        """
-        if vision_states is None:
-            key_value = media_cache.media_key_values[self.layer_idx]
-        else:
-            key_value = self.to_kv(vision_states)  # (B, T, n, 2*H*d)
-            if media_cache is not None:
-                key_value = media_cache.update_media(key_value, self.layer_idx)
-        query = media_blocks.gather_tokens(self.to_q(self.norm(hidden_states)))  # (N, c, H*d)
-        attended = self.attend(query, media_blocks.gather_media(key_value))
-        return self.to_out(media_blocks.scatter_tokens(attended))
-
-
-class GatedCrossAttentionBlock(GradientCheckpointingLayer):
-    """Tanh-gated cross-attention and feed-forward (Alayrac et al. 2022, section 3.1.2)."""
-
-    def __init__(self, config: FlamingoConfig, layer_idx: int):
-        super().__init__()
-        self.attn = GatedCrossAttention(config, layer_idx)
-        self.attn_gate = nn.Parameter(torch.empty(1))
-        self.feed_forward = FeedForward(config.text_config.hidden_size, config.cross_attn_ff_mult)
-        self.ff_gate = nn.Parameter(torch.empty(1))
-
-    # tensors that carry gradients come first and by position: reentrant checkpointing follows only those
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        vision_states: torch.Tensor | None,
-        media_blocks: MediaBlocks | None,
-        media_cache: MediaCacheMixin | None,
-    ) -> torch.Tensor:
-        """`(B, L, hidden)` -> `(B, L, hidden)`; without any image only the feed-forward part acts, as published."""
-        if media_blocks is not None:
-            attended = self.attn(hidden_states, vision_states, media_blocks, media_cache)
-            hidden_states = hidden_states + attended * self.attn_gate.tanh()
-        return hidden_states + self.feed_forward(hidden_states) * self.ff_gate.tanh()
-
-
-class FlamingoDecoderLayer(nn.Module):
-    """
-    A decoder layer of the text model, untouched, with an optional gated block in front.
-
-    A plain module, not a checkpointing one: both parts checkpoint themselves, and a checkpoint around both would
-    recompute the gated block twice and break reentrant checkpointing.
-    """
-
-    def __init__(self, decoder_layer: nn.Module, gated_cross_attn_layer: GatedCrossAttentionBlock | None):
-        super().__init__()
-        self.gated_cross_attn_layer = gated_cross_attn_layer
-        self.decoder_layer = decoder_layer
-
-    def forward(self, hidden_states, *args, vision_states=None, media_blocks=None, media_cache=None, **kwargs):
-        """As the wrapped layer; the three media arguments are those of [`GatedCrossAttentionBlock`]."""
-        if self.gated_cross_attn_layer is not None:
-            hidden_states = self.gated_cross_attn_layer(hidden_states, vision_states, media_blocks, media_cache)
-        return self.decoder_layer(hidden_states, *args, **kwargs)
 
 
 class FlamingoPreTrainedModel(PreTrainedModel):
@@ -284,12 +113,18 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["FlamingoDecoderLayer", "PerceiverBlock"]
-    _skip_keys_device_placement = ["past_key_values", "media_cache"]
+    _skip_keys_device_placement = ["past_key_values", "media_cache", "media_outputs"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers does not initialise modules without parameters of their own in custom code, as it may overwrite
+        # loaded weights. Ours does not, and needs those modules: the one that sets the gates, and CLIP's layers
+        return False
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -303,6 +138,16 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 if layer.gated_cross_attn_layer is not None:
                     init.constant_(layer.gated_cross_attn_layer.attn_gate, self.config.cross_attn_gate_init)
                     init.constant_(layer.gated_cross_attn_layer.ff_gate, self.config.cross_attn_gate_init)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        # some 2023 repositories hold LoRA factors beside the weights they belong to
+        if model.config.lora_config is not None:
+            if state_dict is None:
+                state_dict = {key: value for file in checkpoint_files for key, value in load_state_dict(file).items()}
+            state_dict = merge_lora(state_dict, model.config.lora_config)
+            model.config.lora_config = None
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """
@@ -332,15 +177,27 @@ class FlamingoModel(FlamingoPreTrainedModel):
         for name in _UNUSED_TOWER_MODULES.get(config.vision_config.model_type, []):
             getattr(self.vision_tower, name).requires_grad_(False)
         self.perceiver = PerceiverResampler(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        decoder_class = _DECODER_CLASSES.get(text_type)
+        build = AutoModel.from_config if decoder_class is None else decoder_class._from_config
+        self.language_model = build(config.text_config)
         layers = self.decoder_layers
         for layer_idx, decoder_layer in enumerate(layers):
             gated = (layer_idx + 1) % config.cross_attn_every_n_layers == 0
             layers[layer_idx] = FlamingoDecoderLayer(
                 decoder_layer, GatedCrossAttentionBlock(config, layer_idx) if gated else None
             )
+        # the text model's plans name its layers as they were before they were wrapped
+        prefix = f"{SUPPORTED_DECODERS[text_type]}.*."
+        for plan in ("_tp_plan", "_pp_plan", "_ep_plan", "_fsdp_plan"):
+            renamed = {
+                key.replace(prefix, f"{prefix}decoder_layer.", 1) if key.startswith(prefix) else key: value
+                for key, value in getattr(self.language_model, plan).items()
+            }
+            setattr(self.language_model, plan, renamed)
         self.gradient_checkpointing = False
         self.post_init()
+        # one unit per layer for FSDP and device maps, gated block included
+        self._no_split_modules -= self.language_model._no_split_modules
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -353,20 +210,39 @@ class FlamingoModel(FlamingoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """
-        Encode media: `pixel_values (N, F, C, H, W)` -> latents `(N, n, D)`.
+        Encode media, each by itself.
 
         The vision tower's last hidden state feeds the resampler, without its final norm and class token, as in the
         2023 code (open_clip up to 2.22).
+
+        Args:
+            pixel_values: `(N, F, C, H, W)`, or `(N, C, H, W)` for images.
+            kwargs: handed to the vision tower.
+
+        Returns:
+            the vision tower's output, with `last_hidden_state` of the N*F frames; `pooler_output` is `(N, n, D)`, the
+            latents that text attends to.
         """
+        if pixel_values.ndim == 4:
+            pixel_values = pixel_values[:, None]
         num_media = pixel_values.shape[0]
-        features = self.vision_tower(pixel_values.flatten(0, 1).to(self.vision_tower.dtype)).last_hidden_state
+        outputs = self.vision_tower(pixel_values.flatten(0, 1).to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        features = outputs.last_hidden_state
         if features.ndim == 4:
             features = features.flatten(2).transpose(1, 2)  # (N*F, D, h, w) -> (N*F, v, D)
         elif self.config.vision_feature_select_strategy == "default":
             features = features[:, 1:]
-        return self.perceiver(features.unflatten(0, (num_media, -1)))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.perceiver(features.unflatten(0, (num_media, -1))),
+            hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),  # convolutional towers have none
+        )
 
     def _find_media_tokens(self, input_ids, inputs_embeds) -> torch.Tensor:
         """`(B, L)` bool, True at `<image>`; given only embeddings, where they equal that of `<image>`."""
@@ -386,11 +262,12 @@ class FlamingoModel(FlamingoPreTrainedModel):
         """
         batch_size, num_media = pixel_values.shape[:2]
         if num_referenced is None or sum(num_referenced) == batch_size * num_media:
-            return self.get_image_features(pixel_values.flatten(0, 1)).unflatten(0, (batch_size, num_media))
+            latents = self.get_image_features(pixel_values.flatten(0, 1), return_dict=True).pooler_output
+            return latents.unflatten(0, (batch_size, num_media))
         # at least one medium is always encoded: in distributed training every rank must run the same modules
         places = [(row, i) for row, count in enumerate(num_referenced) for i in range(count)] or [(0, 0)]
         rows, columns = torch.tensor(places, device=pixel_values.device).unbind(1)
-        latents = self.get_image_features(pixel_values[rows, columns])
+        latents = self.get_image_features(pixel_values[rows, columns], return_dict=True).pooler_output
         states = latents.new_zeros(batch_size, num_media, *latents.shape[1:])
         return states.index_put((rows, columns), latents)
 
@@ -407,7 +284,19 @@ class FlamingoModel(FlamingoPreTrainedModel):
             )
         return referenced
 
+    def _blank_media(self, media_index: torch.Tensor) -> torch.Tensor:
+        """
+        One black medium per row that no token sees. A training step without any image runs the same modules as the
+        others all the same, with gradients of 0: ranks of a distributed run would wait for each other for ever.
+        """
+        config = self.config.vision_config
+        size = getattr(config, "image_size", 224)  # convolutional towers take any
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        shape = (media_index.shape[0], 1, 1, config.num_channels, height, width)
+        return torch.zeros(shape, device=media_index.device)
+
     @can_return_tuple
+    @accept_legacy_arguments
     @merge_with_config_defaults
     def forward(
         self,
@@ -419,7 +308,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         media_index: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoModelOutputWithPast:
         """
         Args:
@@ -447,14 +336,22 @@ class FlamingoModel(FlamingoPreTrainedModel):
         cache = None if past_key_values is None else with_media(past_key_values)
         seen = None if cache is None else cache.media_seen  # (B,)
         if media_index is None:
-            media_index = running_media_index(self._find_media_tokens(input_ids, inputs_embeds), seen)
+            in_view = None if cache is None else cache.media_in_view
+            media_index = running_media_index(self._find_media_tokens(input_ids, inputs_embeds), seen, in_view)
 
         if pixel_values is not None:
-            pixel_values = _batch_first_media(pixel_values, media_index.shape[0])
+            pixel_values = batch_first_media(pixel_values, media_index.shape[0])
+        elif self.training and cache is None:
+            pixel_values = self._blank_media(media_index)
         referenced = None if is_torchdynamo_compiling() else self._check_media(media_index, seen, pixel_values)
         vision_states = None if pixel_values is None else self._encode_referenced(pixel_values, referenced)
         num_media = (0 if cache is None else cache.num_media) + (0 if pixel_values is None else pixel_values.shape[1])
 
+        # the text model does not see the outer configuration, only arguments
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs.setdefault(name, getattr(self.config, name))
+        recording = kwargs["output_attentions"] or kwargs["output_hidden_states"] not in (None, False)
+        media_outputs = {"inputs": [], "cross_attentions": []} if recording else None
         outputs = self.language_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -465,20 +362,25 @@ class FlamingoModel(FlamingoPreTrainedModel):
             vision_states=vision_states,
             media_blocks=make_media_blocks(media_index, num_media) if num_media else None,
             media_cache=cache,
+            media_outputs=media_outputs,
             **kwargs,
         )
         if cache is not None:
             cache.update_media_index(media_index)
+        hidden_states = outputs.hidden_states
+        if hidden_states and hidden_states[0] is not None:
+            hidden_states = (media_outputs["inputs"][0], *hidden_states[1:])
         return FlamingoModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=tuple(media_outputs["cross_attentions"]) if kwargs["output_attentions"] else None,
             image_hidden_states=vision_states,
         )
 
 
-class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin):
+class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerationMixin):
     """Flamingo with a language-modelling head: loss and generation."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -501,11 +403,14 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
     def set_output_embeddings(self, new_embeddings: nn.Module):
         self.lm_head = new_embeddings
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> BaseModelOutputWithPooling:
         """See [`FlamingoModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values)
+        return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
+    @accept_legacy_arguments
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -518,16 +423,28 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        skip_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoCausalLMOutputWithPast:
         """
         Args:
             labels: `(B, L)`, not shifted; -100 is ignored.
+            use_cache: with labels there is none by default: a loss needs no cache, and a cache hides from the text
+                model where packed samples begin.
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions given.
+            skip_logits: with labels, compute logits only where a label asks for them, in bounded memory, and return
+                none. By default in training, unless `loss_function` was replaced.
             kwargs: `num_items_in_batch` divides the summed loss; all are handed to the text model.
 
         For the other arguments and errors see [`FlamingoModel.forward`].
+
+        Raises:
+            ValueError: for `skip_logits` without labels.
         """
+        if labels is None and skip_logits:
+            raise ValueError("skip_logits is True, but there are no labels to compute a loss from; pass labels.")
+        if labels is not None and use_cache is None:
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -539,101 +456,32 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, GenerationMixin)
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None and self.loss_function is ForCausalLMLoss
+        loss = logits = None
+        text_config = self.config.text_config
+        # MPT multiplies its logits, Gemma bends them
+        scaling = {
+            "scale": getattr(text_config, "logit_scale", None),
+            "softcap": getattr(text_config, "final_logit_softcapping", None),
+        }
+        loss_kwargs = {"labels": labels, "vocab_size": text_config.vocab_size, **kwargs}
+        if skip_logits:
+            loss = supervised_loss(self.lm_head, outputs.last_hidden_state, **scaling, **loss_kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            logits = scale_logits(logits, **scaling)
+            if labels is not None:
+                loss = self.loss_function(logits=logits, **loss_kwargs)
         return FlamingoCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        media_index=None,
-        pixel_values=None,
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        """
-        As in the parent class. A chat continued on a cache may pass the images of the whole conversation, as a
-        processor makes them, or only the new ones.
-        """
-        if is_first_iteration and pixel_values is not None and past_key_values is not None:
-            pixel_values = self._new_media(input_ids, pixel_values, past_key_values)
-        inputs = super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            pixel_values=pixel_values,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-        if media_index is not None:
-            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            inputs["media_index"] = media_index[:, -tokens.shape[1] :]
-        return inputs
-
-    def _new_media(self, input_ids, pixel_values, past_key_values) -> torch.Tensor | None:
-        """The media in `pixel_values` that a cache does not hold yet, aligned to the left; see the caller."""
-        seen = getattr(past_key_values, "media_seen", None)
-        if seen is None:
-            return pixel_values
-        pixel_values = _batch_first_media(pixel_values, input_ids.shape[0])
-        total = (input_ids == self.config.image_token_id).sum(dim=1)
-        if pixel_values.shape[1] < int(total.max()):
-            return pixel_values  # only the new ones
-        place = torch.arange(pixel_values.shape[1], device=seen.device) + seen[:, None]  # (B, T)
-        rows = torch.arange(place.shape[0], device=seen.device)[:, None]
-        num_new = int((total - seen).max())
-        if num_new <= 0:
-            return None
-        return pixel_values[rows, place[:, :num_new].clamp(max=pixel_values.shape[1] - 1)]
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
-        )
-        # a generated token sees what the token before it saw
-        if (media_index := model_kwargs.get("media_index")) is not None:
-            new = media_index[:, -1:].expand(-1, num_new_tokens)
-            model_kwargs["media_index"] = torch.cat([media_index, new], dim=1)
-        return model_kwargs
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if model_kwargs.get("past_key_values") is not None:
-            with_media(model_kwargs["past_key_values"])
-
-    def _prepare_generation_config(self, generation_config, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        # `<image>` is a place to put an image, not a word: generated, it would ask for an image that does not exist
-        if self.config.image_token_id is not None:
-            suppressed = set(generation_config.suppress_tokens or []) | {self.config.image_token_id}
-            generation_config.suppress_tokens = sorted(suppressed)
-        return generation_config, model_kwargs
-
-
-def _batch_first_media(pixel_values: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """`(B, C, H, W)`, `(B, T, C, H, W)` or `(B, T, F, C, H, W)` -> `(B, T, F, C, H, W)`; ValueError otherwise."""
-    if pixel_values.ndim == 4:
-        pixel_values = pixel_values[:, None, None]
-    elif pixel_values.ndim == 5:
-        pixel_values = pixel_values[:, :, None]
-    if pixel_values.ndim != 6 or pixel_values.shape[0] != batch_size:
-        raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)}; expected (B, T, F, C, H, W), (B, T, C, H, W) or "
-            f"(B, C, H, W) with B = {batch_size}, the rows of input_ids."
-        )
-    return pixel_values
 
 
 __all__ = [

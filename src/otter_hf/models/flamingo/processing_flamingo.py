@@ -4,18 +4,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil
+from transformers import AutoTokenizer, CLIPImageProcessorPil
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import load_image, to_numpy_array
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+from transformers.image_utils import ImageInput, load_image, to_numpy_array
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
-from transformers.video_utils import load_video
+from transformers.video_utils import VideoInput, load_video
 
 from ..legacy import read_vision_image_size
-
-
-class FlamingoProcessorKwargs(ProcessingKwargs, total=False):
-    """The keyword arguments of transformers' processors, nothing added."""
 
 
 class FlamingoProcessor(ProcessorMixin):
@@ -36,7 +32,6 @@ class FlamingoProcessor(ProcessorMixin):
         ValueError: if a special token is missing in the tokenizer.
     """
 
-    valid_processor_kwargs = FlamingoProcessorKwargs
     text_kwargs = {"padding": True}
 
     image_token = "<image>"
@@ -72,6 +67,21 @@ class FlamingoProcessor(ProcessorMixin):
         return tokenizer
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, tokenizer=None, **kwargs):
+        """
+        As in the parent class.
+
+        Args:
+            tokenizer (*optional*): a tokenizer, or the folder or repository of one, in place of the repository's own;
+                many of 2023 have none. The special tokens it lacks are added.
+        """
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if tokenizer is not None:
+            kwargs["tokenizer"] = cls.prepare_tokenizer(tokenizer)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # repositories of 2023 hold no image processor: the code took CLIP's, at the size of its vision tower
         hub_kwargs = {
@@ -87,12 +97,19 @@ class FlamingoProcessor(ProcessorMixin):
         image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         )
-        return [
-            image_processor,
-            cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs),
-        ]
+        tokenizer = kwargs.pop("tokenizer", None)
+        if tokenizer is None:
+            tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        return [image_processor, tokenizer]
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        images: ImageInput | list[ImageInput] | None = None,
+        text: str | list[str] | None = None,
+        videos: VideoInput | list[VideoInput] | None = None,
+        audio: None = None,
+        **kwargs,
+    ) -> BatchFeature:
         """
         Args:
             images: one image, a list of images, or one list per text. A flat list is dealt out to the texts in order,
@@ -104,11 +121,13 @@ class FlamingoProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if images and `<image>` tokens differ in number, naming the text; if an image cannot be read,
-                naming it.
+                naming it; if there is nothing to process.
         """
         if audio is not None:
             raise ValueError("audio was given, but Flamingo sees images and videos only; leave it out.")
-        merged = self._merge_kwargs(**kwargs)
+        if images is None and text is None and videos is None:
+            raise ValueError("Nothing to process: give text, images or videos.")
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
         merged["images_kwargs"].pop("return_tensors", None)
 

@@ -1,0 +1,215 @@
+"""MIMIC-IT datasets in the form they have on the Hub, as `pufanyi/MIMICIT`: written, uploaded, and read back.
+
+A dataset `X` there has up to three configurations: `X_Images` (`id`, `image`), `X_Instructions` (`id`, `instruction`,
+`answer`, `images` and `related instructions` as ids), and `X`, the same with the pictures themselves in each row. We
+add `X_Train` (`id`, `context`) where there is a train config.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import sha1
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from datasets import Features, Image, List, Value, get_dataset_config_names, load_dataset
+from huggingface_hub import HfApi
+from transformers.utils import logging
+
+from .formats import PICTURE_PAGES, MimicitFiles, load_mimicit, write_mimicit
+from .image_store import ImageStore
+from .json_stream import iter_json_object
+from .mixture import MixtureEntry, read_mixture
+
+
+logger = logging.get_logger(__name__)
+
+_IMAGES = Features({"id": Value("string"), "image": Image()})
+_INSTRUCTIONS = Features(
+    {
+        "id": Value("string"),
+        "instruction": Value("string"),
+        "answer": Value("string"),
+        "images": List(Value("string")),
+        "related instructions": List(Value("string")),
+    }
+)
+_TRAIN = Features({"id": Value("string"), "context": List(Value("string"))})
+_ROWS = 100
+
+
+def write_hub_form(
+    mixture: str | Path | Sequence[MixtureEntry], folder: str | Path, cache_dir: str | Path | None = None
+) -> list[str]:
+    """Writes every dataset of a mixture to `folder`, ready for `datasets.load_dataset(folder, "X_Images")`.
+
+    Pictures are kept byte by byte. The folder appears when all is written.
+
+    Returns:
+        The names of the configurations.
+
+    Raises:
+        ValueError: if two datasets have one name, or the folder exists.
+    """
+    entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+    names = [entry.name for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"Two datasets of the mixture are called {name!r}: on the Hub, names must differ.")
+    folder = Path(folder)
+    if folder.exists():
+        raise ValueError(f"The folder {folder} exists: name a new one.")
+    incomplete = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    configurations = []
+    try:
+        for entry in entries:
+            for suffix, features, rows in _configurations(entry, cache_dir):
+                configuration = f"{entry.name}_{suffix}"
+                _write_parquet(incomplete / configuration / "train-00000.parquet", features, rows)
+                configurations.append(configuration)
+        (incomplete / "README.md").write_text(_card(configurations), encoding="utf-8")
+        os.replace(incomplete, folder)
+    finally:
+        shutil.rmtree(incomplete, ignore_errors=True)
+    return configurations
+
+
+def push_mixture(
+    mixture: str | Path | Sequence[MixtureEntry],
+    repo_id: str,
+    folder: str | Path,
+    *,
+    private: bool = False,
+    cache_dir: str | Path | None = None,
+) -> list[str]:
+    """Writes a mixture to `folder` (`write_hub_form`) and uploads it to the dataset repository `repo_id`.
+
+    The repository is created if need be. If `folder` exists, it is taken for that of an earlier run whose upload was
+    broken off, and only uploaded. Returns the names of the configurations.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        configurations = get_dataset_config_names(str(folder))
+    else:
+        configurations = write_hub_form(mixture, folder, cache_dir)
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
+    return configurations
+
+
+def read_hub_form(repository: str, name: str, folder: str | Path, revision: str | None = None) -> MimicitFiles:
+    """Writes the dataset `name` of a Hub repository, or of a folder in that form, as MIMIC-IT files in `folder`.
+
+    Reads `X_Instructions` with `X_Images` if they are there, else `X`, whose pictures get ids `X_IMG_` and a hash of
+    their bytes, so that equal ones are stored once. Pictures are kept byte by byte; rows are streamed. `X_Train`
+    becomes the train config.
+
+    Raises:
+        ValueError: if the repository has no such dataset, or it lacks a column.
+    """
+    known = get_dataset_config_names(repository, revision=revision)
+
+    def rows(configuration: str) -> Iterable[Mapping[str, Any]]:
+        stream = load_dataset(repository, configuration, split="train", streaming=True, revision=revision)
+        features = stream.features or stream._resolve_features().features
+        for column, feature in features.items():
+            if isinstance(feature, Image):
+                stream = stream.cast_column(column, Image(decode=False))
+            elif isinstance(getattr(feature, "feature", None), Image):
+                stream = stream.cast_column(column, List(Image(decode=False)))
+        return logging.tqdm(stream, desc=f"Reading {configuration}")
+
+    if f"{name}_Instructions" in known:
+        records = (_record(row, row.get("images") or []) for row in rows(f"{name}_Instructions"))
+        images = ((row["id"], _image(row["image"], row["id"])) for row in rows(f"{name}_Images"))
+        images = images if f"{name}_Images" in known else None
+    elif name in known:
+        records = (
+            _record(row, [_picture_id(name, _image(image, row["id"])) for image in row.get("images") or []])
+            for row in rows(name)
+        )
+        images = _embedded_images(name, rows(name))
+    else:
+        raise ValueError(f"{repository} has no configuration {name} or {name}_Instructions, only {', '.join(known)}.")
+    train = f"{name}_Train"
+    config = {row["id"]: row["context"] for row in rows(train)} if train in known else None
+    return write_mimicit(folder, name, records, images, config)
+
+
+def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterator[tuple[str, Features, Iterable]]:
+    records, store = load_mimicit(entry.mimicit_path, entry.images_path, cache_dir=cache_dir)
+    if len(store):
+        images = ({"id": id, "image": {"bytes": store.read_bytes(id), "path": None}} for id in _once(store))
+        yield "Images", _IMAGES, images
+    columns = {"image_ids": "images", "rel_ins_ids": "related instructions"}
+    table = records.select_columns([column for column in records.column_names if column != "context"])
+    yield "Instructions", _INSTRUCTIONS, table.rename_columns(columns)
+    if entry.train_config_path:
+        contexts = iter_json_object(entry.train_config_path)
+        yield "Train", _TRAIN, ({"id": id, "context": context} for id, context in contexts)
+
+
+def _once(store: ImageStore) -> Iterator[str]:
+    seen = set()
+    for id in store:
+        if id not in seen:
+            seen.add(id)
+            yield id
+
+
+def _write_parquet(path: Path, features: Features, rows: Iterable[Mapping[str, Any]]):
+    path.parent.mkdir(parents=True)
+    schema = features.arrow_schema
+    with pq.ParquetWriter(path, schema, compression="zstd", **PICTURE_PAGES) as writer:
+        batch = []
+        for row in logging.tqdm(rows, desc=f"Writing {path.parent.name}", unit=" rows"):
+            batch.append(row)
+            if len(batch) == _ROWS:
+                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch = []
+        if batch:
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+
+
+def _card(configurations: Sequence[str]) -> str:
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}/*"}]} for name in configurations
+    ]
+    return f"---\n{yaml.safe_dump({'configs': configs}, sort_keys=False)}---\n"
+
+
+def _record(row: Mapping[str, Any], image_ids: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    missing = [column for column in ("id", "instruction", "answer") if column not in row]
+    if missing:
+        raise ValueError(f"The instructions have no column {', '.join(missing)}, only {', '.join(row)}.")
+    record = {"instruction": row["instruction"], "answer": row["answer"], "image_ids": list(image_ids)}
+    return row["id"], {**record, "rel_ins_ids": list(row.get("related instructions") or [])}
+
+
+def _image(value: Mapping[str, Any], id: str) -> bytes:
+    data = value.get("bytes")
+    if data is None and value.get("path"):
+        data = Path(value["path"]).read_bytes()
+    if data is None:
+        raise ValueError(f"Row {id!r} has an image without bytes.")
+    return data
+
+
+def _picture_id(name: str, data: bytes) -> str:
+    return f"{name}_IMG_{sha1(data).hexdigest()[:16]}"
+
+
+def _embedded_images(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
+    seen = set()
+    for row in rows:
+        for image in row.get("images") or []:
+            data = _image(image, row["id"])
+            id = _picture_id(name, data)
+            if id not in seen:
+                seen.add(id)
+                yield id, data

@@ -1,0 +1,338 @@
+"""Checks a training mixture before a run: every file, record, id and picture, with all that is wrong in one report."""
+
+import io
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from transformers.utils import logging
+
+from .image_store import ImageStore
+from .images import decode_image
+from .json_stream import iter_json_object
+from .mixture import MixtureEntry, Problem, read_mixture
+from .prompts import RESERVED_TOKENS
+from .samples import IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
+
+
+SEVERITIES = ("error", "warning", "note")
+_BATCH_IMAGES = 256
+
+
+@dataclass
+class Finding:
+    """All problems of one rule in one dataset: how many there are, the first message, and what they concern."""
+
+    severity: str
+    rule: str
+    message: str
+    task_group: str = ""
+    dataset: str = ""
+    count: int = 0
+    ids: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DatasetCounts:
+    """What a dataset holds."""
+
+    task_group: str
+    dataset: str
+    records: int = 0
+    examples: int = 0
+    images: int = 0
+    fewest_images: int = 0
+    most_images: int = 0
+    unmatched_image_ids: int = 0
+    unreadable_images: int = 0
+
+
+@dataclass
+class ValidationReport:
+    """The result of `check_mixture`."""
+
+    datasets: list[DatasetCounts] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    def ok(self, strict: bool = False) -> bool:
+        """Whether there are no errors, and with `strict` no warnings either."""
+        bad = ("error", "warning") if strict else ("error",)
+        return not any(finding.severity in bad for finding in self.findings)
+
+    def add(self, severity: str, rule: str, message: str, entry: MixtureEntry | Problem | None = None, id: str = ""):
+        """Counts one problem; later ones of the same rule and dataset join the first."""
+        group, name = (entry.task_group, _name(entry)) if entry else ("", "")
+        key = (severity, rule, group, name)
+        finding = self._by_key.get(key)
+        if finding is None:
+            finding = self._by_key[key] = Finding(severity, rule, message, group, name)
+            self.findings.append(finding)
+        finding.count += 1
+        if id:
+            finding.ids.append(id)
+
+    def __post_init__(self):
+        self._by_key: dict[tuple, Finding] = {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: `ok`, and the datasets and findings with all ids concerned."""
+        return {
+            "ok": self.ok(),
+            "datasets": [asdict(counts) for counts in self.datasets],
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def table(self) -> str:
+        """For people: a line per dataset, then the findings, worst first."""
+        columns = ("group", "dataset", "records", "examples", "images", "per record", "unmatched", "unreadable")
+        lines = [columns]
+        for counts in self.datasets:
+            per_record = f"{counts.fewest_images}-{counts.most_images}"
+            numbers = (counts.records, counts.examples, counts.images)
+            bad = (counts.unmatched_image_ids, counts.unreadable_images)
+            cells = (*(f"{number:,}" for number in numbers), per_record, *(f"{number:,}" for number in bad))
+            lines.append((counts.task_group, counts.dataset, *cells))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
+        for finding in sorted(self.findings, key=lambda finding: SEVERITIES.index(finding.severity)):
+            where = f"{finding.task_group}/{finding.dataset}: " if finding.dataset else ""
+            times = f" ({finding.count:,} times)" if finding.count > 1 else ""
+            message = finding.message.removeprefix(where)
+            text.append(f"{finding.severity}: {where}{finding.rule}{times}: {message}")
+        totals = Counter(finding.severity for finding in self.findings)
+        text.append(", ".join(f"{totals[severity]} {severity}s" for severity in SEVERITIES))
+        return "\n".join(text)
+
+
+def check_mixture(
+    mixture: str | Path | Sequence[MixtureEntry],
+    *,
+    populate_rel_ins: bool = False,
+    decode_images: bool = True,
+    num_threads: int | None = None,
+    cache_dir: str | Path | None = None,
+) -> ValidationReport:
+    """Checks a training YAML and everything that it names; reads on behind a mistake, to find all of them.
+
+    Errors are what training would stop at, or skip: mistakes in the YAML, files that cannot be parsed, records without
+    text, ids that nothing has, ids with two meanings, pictures that cannot be decoded. Warnings are what trains
+    otherwise than it seems: unknown keys, truncated pictures, dangling `rel_ins_ids` that are not used, context about
+    other images, empty texts, repeated records. Notes do no harm: ragged image counts, pictures that no record uses,
+    reserved tokens in texts.
+
+    Args:
+        mixture: a training YAML, or what `read_mixture` returned.
+        populate_rel_ins: as for `MimicitMixture`.
+        decode_images: also decode each picture that a record uses.
+        num_threads: threads that decode; default: one per processor.
+        cache_dir: where the index files of image stores are kept.
+    """
+    report = ValidationReport()
+    if isinstance(mixture, (str, Path)):
+        mixture = read_mixture(mixture, lambda problem: report.add(*problem[:3], problem if problem.dataset else None))
+    stores = {}
+    for entry in mixture:
+        counts = DatasetCounts(entry.task_group, entry.name)
+        report.datasets.append(counts)
+        key = tuple(entry.images_path)
+        if key not in stores:
+            stores[key] = _open_store(entry, report, cache_dir), {}
+        try:
+            _DatasetCheck(entry, report, counts, populate_rel_ins).run(*stores[key], decode_images, num_threads)
+        except (ValueError, OSError) as error:
+            report.add("error", "unreadable file", str(error), entry)
+    return report
+
+
+def _open_store(entry: MixtureEntry, report: ValidationReport, cache_dir: str | Path | None) -> ImageStore | None:
+    try:
+        return ImageStore(entry.images_path, cache_dir)
+    except (ValueError, OSError) as error:
+        report.add("error", "image store", str(error), entry)
+        return None
+
+
+def _name(entry: MixtureEntry | Problem) -> str:
+    return entry.dataset if isinstance(entry, Problem) else entry.name
+
+
+class _DatasetCheck:
+    """The check of one dataset."""
+
+    def __init__(self, entry: MixtureEntry, report: ValidationReport, counts: DatasetCounts, populate_rel_ins: bool):
+        self.entry, self.report, self.counts = entry, report, counts
+        self.populate_rel_ins = populate_rel_ins
+        self.images: dict[str, list[str]] = {}  # record id -> image ids
+        self.related: dict[str, list[str]] = {}
+
+    def run(
+        self,
+        store: ImageStore | None,
+        results: dict[str, tuple[str, str] | None],
+        decode_images: bool,
+        num_threads: int | None,
+    ):
+        self._check_records()
+        self._check_contexts()
+        if self.entry.task_group != TEXT_ONLY and store is not None:
+            self._check_images(store, results, decode_images, num_threads)
+
+    def _add(self, severity: str, rule: str, message: str, id: str = ""):
+        self.report.add(severity, rule, message, self.entry, id)
+
+    def _check_records(self):
+        seen = set()
+        path = self.entry.mimicit_path
+        records = iter_json_object(path, "data")
+        for id, record in logging.tqdm(records, desc=f"Checking {Path(path).name}", unit=" records"):
+            self.counts.records += 1
+            if id in self.images:
+                self._add("error", "record twice", f"record {id!r} is in the file more than once", id)
+                continue
+            self.images[id] = []
+            if not isinstance(record, dict):
+                self._add("error", "record", f"record {id!r} is no object", id)
+                continue
+            self._check_texts(id, record)
+            self.images[id] = self._id_list(id, record, "image_ids")
+            self.related[id] = self._id_list(id, record, "rel_ins_ids")
+            content = repr((record.get("instruction"), record.get("answer"), self.images[id], self.related[id]))
+            digest = blake2b(content.encode("utf-8", "replace"), digest_size=8).digest()
+            if digest in seen:
+                self._add("warning", "repeated record", f"record {id!r} says the same as an earlier one", id)
+            seen.add(digest)
+        used = [len(ids) for ids in self.images.values()]
+        self.counts.fewest_images, self.counts.most_images = min(used, default=0), max(used, default=0)
+
+    def _check_texts(self, id: str, record: dict[str, Any]):
+        for key in ("instruction", "answer"):
+            text = record.get(key)
+            if not isinstance(text, str):
+                self._add("error", f"missing {key}", f"record {id!r} has no {key} text", id)
+            elif not text.strip():
+                self._add("warning", f"empty {key}", f"the {key} of record {id!r} is empty", id)
+            elif any(token in text for token in RESERVED_TOKENS):
+                self._add("note", "reserved token", f"the {key} of record {id!r} holds one; it will be escaped", id)
+
+    def _id_list(self, id: str, record: dict[str, Any], key: str) -> list[str]:
+        ids = record.get(key)
+        ids = [] if ids is None else [ids] if isinstance(ids, str) else ids
+        if not isinstance(ids, list) or not all(isinstance(other, str) for other in ids):
+            self._add("error", key, f"the {key} of record {id!r} are not strings in a list", id)
+            return []
+        return ids
+
+    def _check_contexts(self):
+        contexts = self._contexts()
+        in_use = bool(self.entry.train_config_path) or self.populate_rel_ins
+        same_images = self.entry.task_group not in (IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY)
+        examples = set()
+        for id, context in contexts:
+            if id in examples:
+                self._add("warning", "example twice", f"example {id!r} is in the train config more than once", id)
+            examples.add(id)
+            self.counts.examples += 1
+            for other in (id, *context):
+                if other not in self.images:
+                    message = f"{other!r}, needed by example {id!r}, is no record"
+                    self._add("error" if in_use else "warning", "unmatched context", message, other)
+                elif in_use and same_images and self.images[other] != self.images.get(id):
+                    message = f"example {id!r} has {other!r} as context, which is about other images"
+                    self._add("warning", "context about other images", message, id)
+        if not self.counts.examples:
+            samples = self.entry.num_samples
+            severity = "error" if samples > 0 else "warning"
+            self._add(severity, "no examples", f"there is nothing to train on (num_samples={samples})")
+
+    def _contexts(self) -> Iterator[tuple[str, list[str]]]:
+        if not self.entry.train_config_path:
+            yield from self.related.items()
+            return
+        for id, context in iter_json_object(self.entry.train_config_path):
+            yield id, self._id_list(id, {"train config": context}, "train config")
+
+    def _check_images(
+        self,
+        store: ImageStore,
+        results: dict[str, tuple[str, str] | None],
+        decode_images: bool,
+        num_threads: int | None,
+    ):
+        self.counts.images = len(store)
+        wanted = dict.fromkeys(image_id for ids in self.images.values() for image_id in ids)
+        found = [image_id for image_id in wanted if image_id in store]
+        missing = wanted.keys() - set(found)
+        self.counts.unmatched_image_ids = len(missing)
+        for id, ids in self.images.items():
+            if self.entry.task_group == VIDEO_TEXT and not ids:
+                self._add("error", "no frames", f"record {id!r} of a video dataset has no image_ids", id)
+            for image_id in ids:
+                if image_id in missing:
+                    message = f"record {id!r} needs image {image_id!r}, which the image store does not have"
+                    self._add("error", "missing image", message, image_id)
+        if self.counts.fewest_images != self.counts.most_images and self.entry.task_group != VIDEO_TEXT:
+            counts = f"{self.counts.fewest_images} to {self.counts.most_images}"
+            self._add("note", "ragged image counts", f"records have {counts} images; batches are padded")
+        if len(store) > len(found):
+            self._add("note", "unused images", f"{len(store) - len(found):,} images are used by no record")
+        if decode_images:
+            _decode_all(store, [id for id in found if id not in results], results, self.entry.name, num_threads)
+            for image_id in found:
+                if results[image_id]:
+                    severity, reason = results[image_id]
+                    rule = "unreadable image" if severity == "error" else "truncated image"
+                    self.counts.unreadable_images += severity == "error"
+                    self._add(severity, rule, f"image {image_id!r}: {reason}", image_id)
+
+
+def _decode_all(
+    store: ImageStore,
+    image_ids: Sequence[str],
+    results: dict[str, tuple[str, str] | None],
+    name: str,
+    num_threads: int | None,
+):
+    """Adds to `results` what is wrong with each picture, None if nothing is."""
+    remaining = iter(image_ids)
+    with (
+        ThreadPoolExecutor(num_threads or os.cpu_count()) as pool,
+        logging.tqdm(desc=f"Decoding images of {name}", total=len(image_ids), unit=" images") as progress,
+    ):
+        while batch := list(islice(remaining, _BATCH_IMAGES)):
+            results.update(zip(batch, pool.map(lambda id: _decode(store, id), batch), strict=True))
+            progress.update(len(batch))
+
+
+def _decode(store: ImageStore, image_id: str) -> tuple[str, str] | None:
+    try:
+        data = store.read_bytes(image_id)
+    except OSError as error:
+        return "error", str(error)
+    try:
+        Image.open(io.BytesIO(data)).convert("RGB")
+    except Exception as error:  # Pillow's plugins raise anything
+        try:
+            decode_image(data)
+        except OSError as reason:
+            return "error", str(reason)
+        if not isinstance(error, Image.DecompressionBombError):
+            return "warning", f"decoded only in part ({error})"
+    return None
+
+
+def write_report(report: ValidationReport, path: str | Path):
+    """Writes the report as JSON, whole or not at all."""
+    temporary = Path(f"{path}.incomplete")
+    temporary.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,4 @@
+from .modeling_falcon import OtterFalconModel
+
+
+__all__ = ["OtterFalconModel"]

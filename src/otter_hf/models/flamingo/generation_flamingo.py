@@ -1,0 +1,133 @@
+"""How `generate` feeds a Flamingo: new images on an old cache, an explicit `media_index`, no generated `<image>`."""
+
+import functools
+
+import torch
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.utils import logging
+
+from ..media_attention import batch_first_media
+from ..media_cache import with_media
+
+
+logger = logging.get_logger(__name__)
+
+# argument names of the 2023 code -> ours
+_LEGACY_ARGUMENTS = {"vision_x": "pixel_values", "lang_x": "input_ids"}
+
+
+def accept_legacy_arguments(method):
+    """Let a method also take `vision_x` and `lang_x`, the argument names of 2023, with one deprecation warning."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        for old in _LEGACY_ARGUMENTS.keys() & kwargs.keys():
+            new = _LEGACY_ARGUMENTS[old]
+            if kwargs.get(new) is not None:
+                raise ValueError(f"Both {new} and {old}, its name in 2023, are given; pass {new} only.")
+            logger.warning_once("The arguments vision_x and lang_x are deprecated; use pixel_values and input_ids.")
+            kwargs[new] = kwargs.pop(old)
+        return method(self, *args, **kwargs)
+
+    return wrapper
+
+
+class FlamingoGenerationMixin(GenerationMixin):
+    """What generation with images needs beyond [`~transformers.GenerationMixin`]."""
+
+    @accept_legacy_arguments
+    def generate(self, *args, **kwargs):
+        """
+        As in the parent class, with `pixel_values (B, T, F, C, H, W)` and, optionally, `media_index (B, L)` of the
+        prompt; a generated token sees what the last token of the prompt sees.
+
+        A chat continued on `past_key_values` may pass the images of the whole conversation, as a processor makes them,
+        or only the new ones.
+        """
+        return super().generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        media_index=None,
+        pixel_values=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """As in the parent class; see `generate` for `media_index` and `pixel_values`."""
+        if is_first_iteration and pixel_values is not None and past_key_values is not None:
+            pixel_values = self._new_media(input_ids, pixel_values, past_key_values)
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # the assistant of assisted decoding gets no first iteration, which is when images are passed on
+        if pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() == 0:
+            inputs["pixel_values"] = pixel_values
+        if media_index is not None:
+            # candidates of assisted decoding are not in it yet
+            missing = max(0, input_ids.shape[1] - media_index.shape[1])
+            media_index = torch.cat([media_index, media_index[:, -1:].expand(-1, missing)], dim=1)
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            inputs["media_index"] = media_index[:, -tokens.shape[1] :]
+        return inputs
+
+    def _new_media(self, input_ids, pixel_values, past_key_values) -> torch.Tensor | None:
+        """The media in `pixel_values` that a cache does not hold yet, aligned to the left; see `generate`."""
+        seen = getattr(past_key_values, "media_seen", None)
+        if seen is None:
+            return pixel_values
+        pixel_values = batch_first_media(pixel_values, input_ids.shape[0])
+        total = (input_ids == self.config.image_token_id).sum(dim=1)
+        if pixel_values.shape[1] < int(total.max()):
+            return pixel_values  # only the new ones
+        place = torch.arange(pixel_values.shape[1], device=seen.device) + seen[:, None]  # (B, T)
+        rows = torch.arange(place.shape[0], device=seen.device)[:, None]
+        num_new = int((total - seen).max())
+        if num_new <= 0:
+            return None
+        return pixel_values[rows, place[:, :num_new].clamp(max=pixel_values.shape[1] - 1)]
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, num_new_tokens=num_new_tokens, **kwargs
+        )
+        # a generated token sees what the token before it saw
+        if (media_index := model_kwargs.get("media_index")) is not None:
+            new = media_index[:, -1:].expand(-1, num_new_tokens)
+            model_kwargs["media_index"] = torch.cat([media_index, new], dim=1)
+        return model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if model_kwargs.get("past_key_values") is not None:
+            with_media(model_kwargs["past_key_values"])
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        suppressed = set(generation_config.suppress_tokens or [])
+        # `<image>` is a place to put an image, not a word: generated, it would ask for an image that does not exist
+        if self.config.image_token_id is not None:
+            suppressed.add(self.config.image_token_id)
+        # rows that only round the embedding up to a multiple were never trained, and no tokenizer can read their ids
+        if self.config.tokenizer_vocab_size is not None:
+            suppressed.update(range(self.config.tokenizer_vocab_size, self.config.text_config.vocab_size))
+        if suppressed:
+            generation_config.suppress_tokens = sorted(suppressed)
+        return generation_config, model_kwargs
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        """As in the parent class."""
+        super().adjust_generation_fn(*args, **kwargs)
+        # Nobody wrote this one, as in the 2023 repositories: it repeats defaults of the text model at that time, such
+        # as a length of 20 tokens and no cache, and does not know where an answer ends.
+        if self.generation_config._from_model_config:
+            self.generation_config = GenerationConfig.from_model_config(self.config)

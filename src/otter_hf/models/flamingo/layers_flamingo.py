@@ -1,0 +1,225 @@
+"""
+The layers of Flamingo: perceiver resampler, gated cross-attention, and the wrapper around a decoder layer.
+
+Shape legend: N media or blocks of text tokens, c tokens of a block, T media of a row, F frames of one medium, v vision
+tokens of one frame, n latents of one medium, D vision width, H heads, d head width.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..media_attention import MediaBlocks
+from ..media_cache import MediaCacheMixin
+from .configuration_flamingo import FlamingoConfig
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """`(N, H, c, d)` queries over `(N, H, n, d)` keys and values -> `(N, c, H, d)`, weights `(N, H, c, n)`."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class CrossAttention(nn.Module):
+    """Bias-free multi-head attention of queries over the keys and values of one source, without any mask."""
+
+    is_causal = False
+    num_key_value_groups = 1
+
+    def __init__(self, config: FlamingoConfig, query_dim: int, source_dim: int, num_heads: int, head_dim: int):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = head_dim**-0.5
+        inner_dim = num_heads * head_dim
+        self.to_q = nn.Linear(query_dim, inner_dim, bias=False)
+        self.to_kv = nn.Linear(source_dim, 2 * inner_dim, bias=False)
+        self.to_out = nn.Linear(inner_dim, query_dim, bias=False)
+
+    def attend(self, query: torch.Tensor, key_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        `query (N, c, H*d)`, `key_value (N, n, 2*H*d)` -> `(N, c, H*d)` and, by eager attention only, the weights
+        `(N, H, c, n)`.
+        """
+        states = (query, *key_value.chunk(2, dim=-1))
+        query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in states)  # (N, H, ., d)
+        implementation = self.config._attn_implementation
+        # flex attention exists for masks, and there is none here
+        if implementation == "flex_attention":
+            implementation = "sdpa"
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
+        return output.flatten(2), weights
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, expand, GELU, contract; the indices 0, 1 and 3 are part of the published weight names."""
+
+    def __init__(self, dim: int, mult: int):
+        super().__init__(
+            nn.LayerNorm(dim),
+            nn.Linear(dim, mult * dim, bias=False),
+            nn.GELU(),
+            nn.Linear(mult * dim, dim, bias=False),
+        )
+
+
+class PerceiverBlock(GradientCheckpointingLayer, CrossAttention):
+    """The latents attend to the medium and to themselves, then pass a feed-forward layer."""
+
+    def __init__(self, config: FlamingoConfig):
+        dim = config.vision_hidden_size
+        super().__init__(config, dim, dim, config.perceiver_num_heads, config.perceiver_head_dim)
+        self.norm_media = nn.LayerNorm(dim)
+        self.norm_latents = nn.LayerNorm(dim)
+        self.feed_forward = FeedForward(dim, config.perceiver_ff_mult)
+
+    def forward(self, latents: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
+        """`latents (N, n, D)`, `media (N, F*v, D)` -> `(N, n, D)`."""
+        normed = self.norm_latents(latents)
+        source = torch.cat([self.norm_media(media), normed], dim=1)  # (N, F*v + n, D)
+        attended, _ = self.attend(self.to_q(normed), self.to_kv(source))
+        latents = latents + self.to_out(attended)
+        return latents + self.feed_forward(latents)
+
+
+class PerceiverResampler(nn.Module):
+    """
+    Turns the features of an image or video into a fixed number of latents (Alayrac et al. 2022, section 3.1.1;
+    Jaegle et al. 2021, https://huggingface.co/papers/2103.03206).
+    """
+
+    def __init__(self, config: FlamingoConfig):
+        super().__init__()
+        dim = config.vision_hidden_size
+        self.latents = nn.Parameter(torch.empty(config.perceiver_num_latents, dim))
+        self.frame_embs = None
+        if config.max_num_frames is not None:
+            self.frame_embs = nn.Parameter(torch.empty(config.max_num_frames, dim))
+        self.layers = nn.ModuleList([PerceiverBlock(config) for _ in range(config.perceiver_depth)])
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        `features (N, F, v, D)` -> `(N, n, D)`.
+
+        Raises:
+            ValueError: for more frames than the model has frame embeddings.
+        """
+        if self.frame_embs is not None:
+            num_frames, max_num_frames = features.shape[1], self.frame_embs.shape[0]
+            if num_frames > max_num_frames:
+                raise ValueError(
+                    f"pixel_values has {num_frames} frames per medium, but the model has embeddings for "
+                    f"{max_num_frames} (config.max_num_frames); sample at most {max_num_frames} frames."
+                )
+            features = features + self.frame_embs[:num_frames, None]
+        media = features.flatten(1, 2)  # (N, F*v, D)
+        latents = self.latents.expand(media.shape[0], -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, media)
+        return self.norm(latents)
+
+
+class GatedCrossAttention(CrossAttention):
+    """Text tokens attend to the latents of the one image each of them sees; tokens that see none get 0."""
+
+    def __init__(self, config: FlamingoConfig, layer_idx: int):
+        hidden_size = config.text_config.hidden_size
+        super().__init__(
+            config, hidden_size, config.vision_hidden_size, config.cross_attn_num_heads, config.cross_attn_head_dim
+        )
+        self.layer_idx = layer_idx
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        vision_states: torch.Tensor | None,
+        media_blocks: MediaBlocks,
+        media_cache: MediaCacheMixin | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        `hidden_states (B, L, hidden)`; `vision_states (B, T, n, D)` of the images new in this call, or None when all
+        are in `media_cache` already. Returns `(B, L, hidden)` and the weights `(N, H, c, n)` of `attend`.
+        """
+        if vision_states is None:
+            key_value = media_cache.media_key_values[self.layer_idx]
+        else:
+            key_value = self.to_kv(vision_states)  # (B, T, n, 2*H*d)
+            if media_cache is not None:
+                key_value = media_cache.update_media(key_value, self.layer_idx)
+        query = media_blocks.gather_tokens(self.to_q(self.norm(hidden_states)))  # (N, c, H*d)
+        attended, weights = self.attend(query, media_blocks.gather_media(key_value))
+        return self.to_out(media_blocks.scatter_tokens(attended)), weights
+
+
+class GatedCrossAttentionBlock(GradientCheckpointingLayer):
+    """Tanh-gated cross-attention and feed-forward (Alayrac et al. 2022, section 3.1.2)."""
+
+    def __init__(self, config: FlamingoConfig, layer_idx: int):
+        super().__init__()
+        self.attn = GatedCrossAttention(config, layer_idx)
+        self.attn_gate = nn.Parameter(torch.empty(1))
+        self.feed_forward = FeedForward(config.text_config.hidden_size, config.cross_attn_ff_mult)
+        self.ff_gate = nn.Parameter(torch.empty(1))
+
+    # tensors that carry gradients come first and by position: reentrant checkpointing follows only those
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        vision_states: torch.Tensor | None,
+        media_blocks: MediaBlocks | None,
+        media_cache: MediaCacheMixin | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        `(B, L, hidden)` -> `(B, L, hidden)` and the attention weights `(N, H, c, n)`; without any image only the
+        feed-forward part acts, as published.
+        """
+        weights = None
+        if media_blocks is not None:
+            attended, weights = self.attn(hidden_states, vision_states, media_blocks, media_cache)
+            hidden_states = hidden_states + attended * self.attn_gate.tanh()
+        return hidden_states + self.feed_forward(hidden_states) * self.ff_gate.tanh(), weights
+
+
+class FlamingoDecoderLayer(nn.Module):
+    """
+    A decoder layer of the text model, untouched, with an optional gated block in front.
+
+    A plain module, not a checkpointing one: both parts checkpoint themselves, and a checkpoint around both would
+    recompute the gated block twice and break reentrant checkpointing.
+    """
+
+    def __init__(self, decoder_layer: nn.Module, gated_cross_attn_layer: GatedCrossAttentionBlock | None):
+        super().__init__()
+        self.gated_cross_attn_layer = gated_cross_attn_layer
+        self.decoder_layer = decoder_layer
+
+    def forward(
+        self,
+        hidden_states,
+        *args,
+        vision_states=None,
+        media_blocks=None,
+        media_cache=None,
+        media_outputs: dict[str, list] | None = None,
+        **kwargs,
+    ):
+        """
+        As the wrapped layer; the first three media arguments are those of [`GatedCrossAttentionBlock`].
+
+        `media_outputs` collects what transformers' hooks on the text model cannot see: the input of each layer in
+        front of its gated block, and the weights of cross-attention.
+        """
+        if media_outputs is not None:
+            media_outputs["inputs"].append(hidden_states)
+        if self.gated_cross_attn_layer is not None:
+            hidden_states, weights = self.gated_cross_attn_layer(
+                hidden_states, vision_states, media_blocks, media_cache
+            )
+            if media_outputs is not None and weights is not None:
+                media_outputs["cross_attentions"].append(media_blocks.scatter_weights(weights))
+        return self.decoder_layer(hidden_states, *args, **kwargs)

@@ -1,0 +1,95 @@
+"""Next-token loss that computes logits only where a label asks for them, a bounded number at a time."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_torchdynamo_compiling
+
+
+# logits held at once: 256 MiB in float32, whatever the vocabulary
+MAX_LOGITS = 2**26
+
+
+def scale_logits(logits: torch.Tensor, scale: float | None = None, softcap: float | None = None) -> torch.Tensor:
+    """`softcap * tanh(scale * logits / softcap)`; None leaves a step out."""
+    if scale is not None:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def supervised_loss(
+    lm_head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    scale: float | None = None,
+    softcap: float | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    The same number and gradients as transformers' causal-LM loss on the logits of `lm_head`.
+
+    Positions without a label are left out (while compiling, when their number is unknown, they are not), and more
+    than `MAX_LOGITS` logits are never held: chunks of positions are recomputed in the backward pass. With Liger
+    installed its fused kernel takes over on CUDA (https://huggingface.co/papers/2410.10989).
+
+    Args:
+        lm_head: `(N, hidden)` -> `(N, vocab)`.
+        hidden_states: `(B, L, hidden)`.
+        labels: `(B, L)` int64, not shifted.
+        vocab_size: width of the logits.
+        scale, softcap: see `scale_logits`.
+        num_items_in_batch: divides the summed loss; by default the number of labels.
+        ignore_index: label of positions that are left out.
+        shift_labels: `(B, L)` int64, labels already shifted, in place of `labels`.
+
+    Returns:
+        float32 scalar; 0 where transformers has nan, for a batch without any label.
+    """
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.flatten().to(hidden_states.device)  # (B*L,)
+    hidden_states = hidden_states.flatten(0, -2)  # (B*L, hidden)
+    if not is_torchdynamo_compiling():
+        supervised = (targets != ignore_index).nonzero().squeeze(1)  # (N,)
+        targets, hidden_states = targets[supervised], hidden_states[supervised]
+
+    if scale is None and _fused_kernel_applies(lm_head, hidden_states, vocab_size):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", ignore_index=ignore_index, softcap=softcap)
+        loss = fused(lm_head.weight, hidden_states, targets)
+    else:
+
+        def chunk_loss(hidden_states, targets):
+            logits = scale_logits(lm_head(hidden_states), scale, softcap).float()  # (c, vocab)
+            return nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+
+        size = max(1, MAX_LOGITS // vocab_size)
+        chunks = list(zip(hidden_states.split(size), targets.split(size), strict=True))
+        if len(chunks) == 1:
+            loss = chunk_loss(*chunks[0])
+        else:
+            loss = torch.stack([checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
+    elif torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss / num_items_in_batch
+
+
+def _fused_kernel_applies(lm_head: nn.Module, hidden_states: torch.Tensor, vocab_size: int) -> bool:
+    """Whether Liger's kernel may read the weight directly: a plain layer, whole on the device of its input."""
+    return (
+        hidden_states.is_cuda
+        and is_liger_kernel_available()
+        and type(lm_head) is nn.Linear
+        and lm_head.weight.device == hidden_states.device
+        and lm_head.weight.shape == (vocab_size, hidden_states.shape[-1])  # sharded by ZeRO-3 it is empty
+        and hidden_states.shape[0] > 0
+    )

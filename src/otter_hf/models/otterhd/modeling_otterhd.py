@@ -1,0 +1,469 @@
+"""OtterHD: transformers' Fuyu with padding-free attention, a frugal loss and image inputs that survive `generate`.
+
+Architecture and numbers are those of Fuyu-8B (https://www.adept.ai/blog/fuyu-8b) as OtterHD
+(https://huggingface.co/papers/2311.04219, Luodian/Otter, MIT licence) fine-tuned it: no vision tower, image patches
+pass one linear layer and are read by the Persimmon decoder in place of `|SPEAKER|` tokens.
+
+Shapes: B rows, L positions, D hidden size, H heads, E head size, N image patches of the whole batch, V vocabulary.
+"""
+
+import torch
+from torch import nn
+from transformers import FuyuForCausalLM, FuyuModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.fuyu.modeling_fuyu import FuyuPreTrainedModel
+from transformers.models.persimmon.modeling_persimmon import (
+    PersimmonAttention,
+    PersimmonDecoderLayer,
+    PersimmonModel,
+    PersimmonPreTrainedModel,
+    PersimmonRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from ..lm_loss import supervised_loss
+from .configuration_otterhd import OtterHDConfig
+
+
+def segment_lengths(
+    position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None = None
+) -> tuple[int, ...] | None:
+    """
+    Lengths of the samples packed into one row.
+
+    Args:
+        position_ids (`(B, L)`, integer): positions; a sample starts wherever they do not go up by one.
+        cu_seq_lens (`(S + 1,)`, integer): cumulative lengths of the S samples, starting with 0, when known.
+
+    Returns:
+        one length per sample, or `None` where the row holds a single sample.
+
+    Raises:
+        ValueError: when positions restart in a batch of several rows.
+    """
+    if cu_seq_lens is not None:
+        return tuple(cu_seq_lens.diff().tolist())
+    if position_ids is None or position_ids.shape[1] == 1:
+        return None
+    restarts = position_ids.diff(dim=1) != 1  # (B, L-1)
+    if not restarts.any():
+        return None
+    if position_ids.shape[0] > 1:
+        raise ValueError(
+            f"Packed samples (position_ids that restart) must come as one row, got {position_ids.shape[0]} rows: "
+            "concatenate them, or pad and pass attention_mask."
+        )
+    ends = restarts[0].nonzero().flatten() + 1  # (S-1,)
+    length = position_ids.shape[1]
+    return tuple(torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), length)).tolist())
+
+
+class OtterHDAttention(PersimmonAttention):
+    """Persimmon's attention which, for packed rows, runs SDPA sample by sample instead of building a block mask."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, L, D)
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segments: tuple[int, ...] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, length, _ = hidden_states.shape
+        query, key, value = self._split_heads(self.query_key_value(hidden_states))  # 3 x (B, L, H, E)
+        if self.qk_layernorm:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # 3 x (B, H, L, E)
+
+        # only the first `rotary_ndims` channels of a head carry the position
+        rotated, passed = zip(
+            *(states.split([self.rotary_ndims, self.head_dim - self.rotary_ndims], dim=-1) for states in (query, key)),
+            strict=True,
+        )
+        rotated = apply_rotary_pos_emb(*rotated, *position_embeddings)
+        query, key = (torch.cat(halves, dim=-1) for halves in zip(rotated, passed, strict=True))
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if segments is not None:
+            per_sample = zip(*(states.split(segments, dim=2) for states in (query, key, value)), strict=True)
+            attended = torch.cat(
+                [
+                    nn.functional.scaled_dot_product_attention(
+                        q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
+                    )
+                    for q, k, v in per_sample  # 3 x (1, H, length of the sample, E)
+                ],
+                dim=2,
+            ).transpose(1, 2)  # (1, L, H, E)
+            weights = None
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            attended, weights = attend(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )  # (B, L, H, E)
+        return self.dense(attended.reshape(batch_size, length, -1)), weights
+
+
+class OtterHDDecoderLayer(PersimmonDecoderLayer):
+    """Persimmon's decoder layer with `OtterHDAttention`."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = OtterHDAttention(config, layer_idx)
+
+
+class OtterHDTextModel(PersimmonModel):
+    """Persimmon's decoder, without a language modeling head, which accepts the `segments` of a packed row."""
+
+    _no_split_modules = ["OtterHDDecoderLayer"]
+    _can_record_outputs = {"hidden_states": OtterHDDecoderLayer, "attentions": OtterHDAttention}
+
+    def __init__(self, config):
+        PersimmonPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([OtterHDDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.rotary_emb = PersimmonRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        segments: tuple[int, ...] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        segments (`tuple[int, ...]`, *optional*):
+            Lengths of the samples packed into the one row of the batch: each attends to itself only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)  # (B, L, D)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+
+        causal_mask = None
+        if segments is None:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                segments=segments,
+                **kwargs,
+            )  # (B, L, D)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class OtterHDPreTrainedModel(FuyuPreTrainedModel):
+    config: OtterHDConfig
+    config_class = OtterHDConfig
+    _no_split_modules = ["OtterHDDecoderLayer"]
+    # Persimmon refuses flex attention, whatever Fuyu says
+    _supports_flex_attn = False
+
+
+class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
+    """
+    Decoder and patch embedding without a language modeling head.
+
+    Several samples may share one row ("packing"): pass `position_ids` that restart at 0 with each sample and no
+    `attention_mask`. With `sdpa` attention each sample is attended on its own, with `flash_attention_2` the
+    variable-length kernel is used (give `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` to spare
+    their computation), and with `eager` a block mask is built. A packed row makes no cache.
+    """
+
+    def __init__(self, config: OtterHDConfig):
+        FuyuPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.text_config.pad_token_id
+        self.vocab_size = config.text_config.vocab_size
+        self.language_model = OtterHDTextModel._from_config(config.text_config)
+        self.vision_embed_tokens = nn.Linear(
+            config.patch_size * config.patch_size * config.num_channels, config.text_config.hidden_size
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Embeds image patches; they are cast to the dtype of the weights.
+
+        pixel_values (`torch.FloatTensor` of shape `(N, patch_size * patch_size * num_channels)`):
+            Flattened patches (row, column, channel), normalised to about -1 .. 1.
+        """
+        if pixel_values.shape[-1] != self.vision_embed_tokens.in_features:
+            raise ValueError(
+                f"pixel_values holds patches of width {pixel_values.shape[-1]}, but patch_size="
+                f"{self.config.patch_size} and num_channels={self.config.num_channels} need "
+                f"{self.vision_embed_tokens.in_features}: use the processor of this checkpoint."
+            )
+        return super().get_image_features(pixel_values.to(self.vision_embed_tokens.weight.dtype), **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): token ids, `config.image_token_id` for each patch.
+            pixel_values (`torch.FloatTensor` of shape `(N, patch_size * patch_size * num_channels)`): the patches of
+                all rows, in the order of their tokens.
+            attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for tokens, 0 for padding on either side.
+            position_ids (`torch.LongTensor` of shape `(B, L)`): positions; restarts mark packed samples.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`): embeddings in place of `input_ids`.
+
+        Raises:
+            ValueError: when image tokens and patches do not match in number, when patches have the wrong width, when
+                there are image tokens but no patches, and when packed samples come in several rows.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.language_model.get_input_embeddings()(input_ids)  # (B, L, D)
+
+        if pixel_values is not None:
+            patches = self.get_image_features(pixel_values, return_dict=True).last_hidden_state  # (N, D)
+            patches = patches.flatten(0, -2).unsqueeze(0).to(inputs_embeds.device, inputs_embeds.dtype)  # (1, N, D)
+            is_patch = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=patches)
+            inputs_embeds = inputs_embeds.masked_scatter(is_patch, patches)
+        elif input_ids is not None and not is_tracing(input_ids):
+            # tokens generated on top of a cache are the model's own words
+            if past_key_values is None or past_key_values.get_seq_length() == 0:
+                count = (input_ids == self.config.image_token_id).sum().item()
+                if count:
+                    raise ValueError(
+                        f"input_ids holds {count} image tokens (id {self.config.image_token_id}) but pixel_values is "
+                        "missing: pass the processor's pixel_values, or the text without image tokens."
+                    )
+
+        if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
+            raise ValueError("cu_seq_lens_q needs position_ids that restart at 0 with each packed sample.")
+        segments = None
+        if attention_mask is None and position_ids is not None and past_key_values is None:
+            if is_tracing(position_ids):
+                # a traced graph cannot ask whether positions restart; without a cache the mask is built from them
+                use_cache = False
+            else:
+                segments = segment_lengths(position_ids, kwargs.get("cu_seq_lens_q"))
+                if segments is not None:
+                    use_cache = False
+        if self.language_model.config._attn_implementation != "sdpa":
+            segments = None
+
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            segments=segments,
+            **kwargs,
+        )
+
+
+class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
+    """
+    OtterHD with its language modeling head.
+
+    Differences from `FuyuForCausalLM` of transformers: in training the head runs on supervised positions only, image
+    inputs follow `num_beams` and `num_return_sequences`, the list inputs of 2023 are accepted, and what does not fit
+    is refused by name.
+    """
+
+    def __init__(self, config: OtterHDConfig):
+        FuyuPreTrainedModel.__init__(self, config)
+        self.model = OtterHDModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        image_patches: list[torch.Tensor] | torch.Tensor | None = None,
+        image_patches_indices: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
+                see [`OtterHDModel`].
+            labels (`torch.LongTensor` of shape `(B, L)`): targets, shifted inside, -100 where there is none. The first
+                position of each packed sample must be -100.
+            skip_logits (`bool`, *optional*): with `labels`, compute the loss from the supervised positions alone and
+                return no logits (a full row of logits takes a vocabulary of 262,144 numbers). Defaults to `True` while
+                training and `False` in evaluation; the loss is the same.
+            image_patches (`list[torch.Tensor]` of shapes `(1, n_i, patch_size * patch_size * num_channels)`): the
+                patches of each row as the processors of 2023 returned them; a tensor is taken for `pixel_values`.
+            image_patches_indices (`torch.LongTensor`): what came with the list in 2023; implied by `input_ids`.
+
+        Raises:
+            ValueError: as [`OtterHDModel`], and when a row of `image_patches` does not match its image tokens.
+        """
+        if image_patches is not None:
+            pixel_values = self._flatten_image_patches(image_patches, input_ids)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, L, D)
+        loss = logits = None
+        if labels is not None and (self.training if skip_logits is None else skip_logits):
+            vocab_size = self.config.text_config.vocab_size
+            loss = supervised_loss(self.lm_head, hidden_states, labels, vocab_size=vocab_size, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))  # (B, kept, V)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _flatten_image_patches(self, image_patches, input_ids: torch.LongTensor) -> torch.FloatTensor:
+        """`pixel_values` from the image inputs of 2023; checks the count of each row."""
+        if isinstance(image_patches, torch.Tensor):
+            return image_patches
+        rows = [row.reshape(-1, row.shape[-1]) for row in image_patches]
+        counts = (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        if len(rows) != len(counts):
+            raise ValueError(f"image_patches has {len(rows)} entries for {len(counts)} rows: give one per row.")
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            if len(row) != count:
+                raise ValueError(
+                    f"Row {index} has {count} image tokens in input_ids but {len(row)} patches in image_patches: give "
+                    "each row the patches of its own images."
+                )
+        return torch.cat(rows)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """Repeats each row `expand_size` times; patches have no row axis, so they are regrouped by their tokens."""
+        if model_kwargs.get("image_patches") is not None:
+            model_kwargs["pixel_values"] = self._flatten_image_patches(model_kwargs.pop("image_patches"), input_ids)
+        model_kwargs.pop("image_patches_indices", None)
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        if pixel_values is not None and expand_size > 1:
+            pixel_values = pixel_values.reshape(-1, pixel_values.shape[-1])  # (N, patch width)
+            counts = self._image_token_counts(input_ids, model_kwargs.get("inputs_embeds"))
+            if sum(counts) != len(pixel_values):
+                raise ValueError(
+                    f"The prompts hold {sum(counts)} image tokens but pixel_values {len(pixel_values)} patches: pass "
+                    "input_ids and pixel_values of one processor call."
+                )
+            pixel_values = torch.cat([row for row in pixel_values.split(counts) for _ in range(expand_size)])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
+
+    def _image_token_counts(self, input_ids, inputs_embeds) -> list[int]:
+        """Number of image tokens of each row."""
+        if inputs_embeds is None:
+            return (input_ids == self.config.image_token_id).sum(dim=1).tolist()
+        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        is_patch = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)  # (B, L)
+        return is_patch.sum(dim=1).tolist()
+
+
+class _FirstRevisionName(WeightRenaming):
+    """A name of adept/fuyu-8b's first revision: read, but not written back, since transformers cannot read it."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        return self.copy(self._original_target_patterns, self._original_target_patterns)
+
+
+register_checkpoint_conversion_mapping(
+    OtterHDConfig.model_type,
+    get_checkpoint_conversion_mapping(OtterHDConfig.model_type)
+    + [
+        _FirstRevisionName(rf"^model\.{name}", f"model.language_model.{name}")
+        for name in ("embed_tokens", "final_layernorm", "layers")
+    ],
+    overwrite=True,
+)
+
+__all__ = ["OtterHDForConditionalGeneration", "OtterHDModel", "OtterHDPreTrainedModel", "OtterHDTextModel"]

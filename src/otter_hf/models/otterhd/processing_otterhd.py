@@ -1,0 +1,440 @@
+"""OtterHD's processor: text and images to the token sequence of Fuyu, and back.
+
+A row with images is written as in 2023 (transformers 4.35's and Luodian/Otter's `FuyuProcessor`):
+
+    image 1, image 2, ... `<s>` text `<0x04>`
+
+where an image is its rows of patches, `|SPEAKER|` for a patch and `|NEWLINE|` after the last patch of a row, and
+`<0x04>` (the character U+0004 in text) opens the answer. A row without images is `|ENDOFTEXT|` text. Images stand in
+front of the text in the order given, unless the text places them itself with `|SPEAKER|`.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from ...data.prompts import chat_template as format_chat_template
+from ...data.prompts import escape_reserved_tokens
+from .image_processing_otterhd import OtterHDImageProcessor, OtterHDImagesKwargs
+
+
+IMAGE_TOKEN = "|SPEAKER|"
+IMAGE_NEWLINE_TOKEN = "|NEWLINE|"
+END_OF_TEXT_TOKEN = "|ENDOFTEXT|"
+TEXT_START_TOKEN = "<s>"
+ANSWER_TOKEN = "<0x04>"
+# opening and closing token of a location, and how many numbers it holds
+LOCATIONS = {"box": ("<0x00>", "<0x01>", 4), "point": ("<0x02>", "<0x03>", 2)}
+_LOCATION = re.compile(r"<(box|point)>(.*?)</\1>", re.DOTALL)
+
+# The tokenizer reads these as tokens wherever they stand in a text, also in one a user typed.
+RESERVED_TOKENS = (
+    IMAGE_TOKEN,
+    IMAGE_NEWLINE_TOKEN,
+    END_OF_TEXT_TOKEN,
+    TEXT_START_TOKEN,
+    "</s>",
+    "<unk>",
+    *(f"<0x0{code}>" for code in range(5)),
+    *(chr(code) for code in range(5)),
+)
+
+
+class OtterHDTextKwargs(TextKwargs, total=False):
+    r"""
+    add_answer_token (`bool`, *optional*):
+        Whether to end each row with `<0x04>`, after which the model answers. By default it is added where 2023 added
+        it, to rows with images, unless the text holds one already. A row that ends with it never gets a second one.
+    """
+
+    add_answer_token: bool | None
+
+
+class OtterHDProcessorKwargs(ProcessingKwargs, total=False):
+    text_kwargs: OtterHDTextKwargs
+    images_kwargs: OtterHDImagesKwargs
+    _defaults = {"text_kwargs": {"padding": True, "return_mm_token_type_ids": False}}
+
+
+class OtterHDProcessor(ProcessorMixin):
+    r"""
+    Joins [`OtterHDImageProcessor`] and the tokenizer of Fuyu.
+
+    Args:
+        image_processor ([`OtterHDImageProcessor`]): turns images into patches.
+        tokenizer ([`TokenizersBackend`]): Fuyu's Unigram tokenizer. The files call it `LlamaTokenizer`, whose class
+            gives other ids: load with `OtterHDProcessor.from_pretrained`.
+        chat_template (`str`, *optional*): Jinja template; defaults to the format OtterHD was trained with,
+            `User:{question} Assistant:` and the answer after `<0x04>`. Reserved tokens in the messages are escaped.
+    """
+
+    valid_processor_kwargs = OtterHDProcessorKwargs
+
+    def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
+        vocabulary = tokenizer.get_vocab()
+        for token in (IMAGE_TOKEN, IMAGE_NEWLINE_TOKEN, END_OF_TEXT_TOKEN, TEXT_START_TOKEN, ANSWER_TOKEN):
+            if token not in vocabulary:
+                raise ValueError(f"The tokenizer has no token {token!r}: use the tokenizer of a Fuyu checkpoint.")
+        self.image_token = IMAGE_TOKEN
+        self.image_newline_token = IMAGE_NEWLINE_TOKEN
+        ids = tokenizer.convert_tokens_to_ids
+        self.image_token_id, self.image_newline_id = ids(IMAGE_TOKEN), ids(IMAGE_NEWLINE_TOKEN)
+        self.text_start_id, self.end_of_text_id = ids(TEXT_START_TOKEN), ids(END_OF_TEXT_TOKEN)
+        self.answer_token_id = ids(ANSWER_TOKEN)
+        if tokenizer("a\x04", add_special_tokens=False)["input_ids"][-1:] != [self.answer_token_id]:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not read U+0004 as {ANSWER_TOKEN}: load the tokenizer with "
+                "OtterHDProcessor.from_pretrained or TokenizersBackend.from_pretrained."
+            )
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = "<unk>"  # id 0, as transformers pads Fuyu
+        super().__init__(
+            image_processor,
+            tokenizer,
+            chat_template=chat_template or format_chat_template("fuyu", RESERVED_TOKENS),
+        )
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # neither Auto class will do: the files of 2023 name a broken image processor and the wrong tokenizer class
+        image_processor = OtterHDImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        tokenizer = TokenizersBackend.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "token_type_ids" in tokenizer.model_input_names:
+            tokenizer.model_input_names.remove("token_type_ids")
+        return [image_processor, tokenizer]
+
+    def __call__(
+        self,
+        images=None,
+        text: str | Sequence[str] | None = None,
+        videos=None,
+        audio=None,
+        **kwargs: Unpack[OtterHDProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Prepares rows for the model.
+
+        Args:
+            images: an image, a list with one image per text (or any number of images for one text), or a list of lists
+                with the images of each text, which may be empty. Pillow images, arrays, tensors, paths or URLs.
+            text: the prompt of each row; `None` with images is an empty prompt per image. `|SPEAKER|` in it is the
+                place of an image; escape it in the words of a user with `escape_reserved_tokens`. Locations are
+                written `<box>y1, x1, y2, x2</box>` and `<point>x, y</point>` in pixels of the image as given (the last
+                image before the tag).
+            add_answer_token (`bool`, *optional*): whether rows end with `<0x04>`, see [`OtterHDTextKwargs`].
+            resolution, max_pixels, size, ...: options of [`OtterHDImageProcessor`].
+            padding (`bool` or `str`, defaults to `True`): `True` or `"longest"`, `"max_length"`, or `False`.
+            padding_side (`str`, *optional*): `"left"` (default; padded with the tokenizer's pad token, as transformers
+                does) or `"right"` (padded with `|ENDOFTEXT|`, as OtterHD's training did).
+            truncation (`bool`, defaults to `False`), max_length (`int`, *optional*): cut the end of the *text*; image
+                tokens, `<s>` and `<0x04>` are never cut.
+            return_mm_token_type_ids (`bool`, defaults to `False`): also return 1 for image tokens and 0 for others.
+            return_tensors (`str`, *optional*): `"pt"`, or lists when rows are not padded; by default `"pt"` where
+                possible.
+
+        Returns:
+            `BatchFeature` with **input_ids** and **attention_mask** of shape `(B, L)` and, if there are images,
+            **pixel_values** of shape `(N, patch size ** 2 * 3)`: the patches of all rows in the order of their tokens.
+
+        Raises:
+            ValueError: for numbers of images and texts, or images and placeholders, that do not match; for a location
+                that is not made of 4 or 2 numbers or has no token; for images longer than `max_length`; for
+                videos and audio; and for images that [`OtterHDImageProcessor`] refuses.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("OtterHD reads images only: pass the frames of a video as images.")
+        if text is None and images is None:
+            raise ValueError("Give text, images or both.")
+        options = self._merge_kwargs(OtterHDProcessorKwargs, tokenizer_init_kwargs={}, **kwargs)
+        texts, image_lists = self._match_images(text, images)
+
+        grids, factors, image_inputs = [], [], {}
+        flat_images = [image for row in image_lists for image in row]
+        if flat_images:
+            processed = self.image_processor(flat_images, **(options["images_kwargs"] | {"return_tensors": "pt"}))
+            grids, factors = processed["patch_grids"].tolist(), processed["image_scale_factors"].tolist()
+            image_inputs = {"pixel_values": processed["pixel_values"]}
+
+        rows, start = [], 0
+        for index, (row_text, row_images) in enumerate(zip(texts, image_lists, strict=True)):
+            end = start + len(row_images)
+            try:
+                ids, _ = self.encode(row_text, grids[start:end], factors[start:end], **options["text_kwargs"])
+            except ValueError as error:
+                raise ValueError(f"Row {index}: {error}") from error
+            rows.append(ids)
+            start = end
+        return self._collate(rows, image_inputs, **options["text_kwargs"])
+
+    def encode(
+        self,
+        text: str,
+        grids: Sequence[tuple[int, int]] = (),
+        scale_factors: Sequence[tuple[float, float]] = (),
+        add_answer_token: bool | None = None,
+        truncation: bool = False,
+        max_length: int | None = None,
+        **kwargs,
+    ) -> tuple[list[int], list[int]]:
+        """
+        Token ids of one row.
+
+        Args:
+            text: the prompt, see `__call__`.
+            grids: rows and columns of patches of each image (`patch_grids` of the image processor).
+            scale_factors: vertical and horizontal scale of each image (`image_scale_factors`), used for locations;
+                1 where left out.
+            add_answer_token, truncation, max_length: see `__call__`.
+
+        Returns:
+            the ids, and for each the place of its first character in `text`, or -1 for tokens not from the text.
+        """
+        scale_factors = scale_factors or [(1.0, 1.0)] * len(grids)
+        pieces = text.split(IMAGE_TOKEN)
+        in_front = len(grids) if len(pieces) == 1 else 0
+        if not in_front and len(pieces) - 1 != len(grids):
+            raise ValueError(
+                f"the text places {len(pieces) - 1} images ({IMAGE_TOKEN}) but {len(grids)} were given: make them "
+                "equal, or escape what a user typed with escape_reserved_tokens."
+            )
+        pieces = [""] * in_front + pieces
+        tokens: list[tuple[int, int]] = []
+        first_text = next((i for i, piece in enumerate(pieces) if piece), len(pieces) - 1)
+        position = 0
+        for index, piece in enumerate(pieces):
+            if index:
+                tokens += [(token, -1) for token in self._image_ids(*grids[index - 1])]
+            if index == first_text:
+                tokens.append((self.text_start_id if grids else self.tokenizer.bos_token_id, -1))
+            tokens += self._encode_text(piece, position, scale_factors[index - 1] if index else None)
+            position += len(piece) + (0 if index < in_front else len(IMAGE_TOKEN))
+
+        present = any(token == self.answer_token_id for token, _ in tokens)
+        wanted = (bool(grids) and not present) if add_answer_token is None else add_answer_token
+        suffix = [(self.answer_token_id, -1)] if wanted and tokens[-1][0] != self.answer_token_id else []
+        if truncation and max_length is not None and len(tokens) + len(suffix) > max_length:
+            if tokens[-1][0] == self.answer_token_id:
+                tokens, suffix = tokens[:-1], tokens[-1:]
+            tokens = _cut_text(tokens, len(tokens) + len(suffix) - max_length, max_length)
+        ids, starts = zip(*tokens, *suffix, strict=True)
+        return list(ids), list(starts)
+
+    def _image_ids(self, rows: int, columns: int) -> list[int]:
+        return ([self.image_token_id] * columns + [self.image_newline_id]) * rows
+
+    def _encode_text(
+        self, text: str, position: int, scale_factors: tuple[float, float] | None
+    ) -> list[tuple[int, int]]:
+        """Ids of a piece of text that stands at `position`, with the place of each; translates locations."""
+        tokens, start = [], 0
+        # without an image there are no pixels to point at: tags are then words like others, as in 2023
+        for match in _LOCATION.finditer(text) if scale_factors is not None else ():
+            tokens += self._tokenize(text[start : match.start()], position + start)
+            tokens += [(token, position + match.start()) for token in self._location_ids(match, scale_factors)]
+            start = match.end()
+        return tokens + self._tokenize(text[start:], position + start)
+
+    def _tokenize(self, text: str, position: int = 0) -> list[tuple[int, int]]:
+        if not text:
+            return []
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = (position + start for start, _ in encoded["offset_mapping"])
+        return list(zip(encoded["input_ids"], starts, strict=True))
+
+    def _location_ids(self, match: re.Match, scale_factors: tuple[float, float]) -> list[int]:
+        kind, content = match.groups()
+        opening, closing, count = LOCATIONS[kind]
+        try:
+            numbers = [float(number) for number in content.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != count:
+            expected = "<box>y1, x1, y2, x2</box>" if kind == "box" else "<point>x, y</point>"
+            raise ValueError(f"cannot read the location {match.group()!r}: write {expected} with numbers in pixels.")
+        vertical, horizontal = scale_factors
+        axes = (vertical, horizontal) * 2 if kind == "box" else (horizontal, vertical)
+        # Fuyu was taught half pixels; `round` goes to even numbers as numpy does
+        tokens = [str(round(number / 2 * factor)) for number, factor in zip(numbers, axes, strict=True)]
+        ids = self.tokenizer.convert_tokens_to_ids([opening, *tokens, closing])
+        for token, token_id in zip(tokens, ids[1:-1], strict=True):
+            if token_id in (None, self.tokenizer.unk_token_id):
+                raise ValueError(f"the location {match.group()!r} needs the token {token!r}, which does not exist.")
+        return ids
+
+    def _match_images(self, text, images) -> tuple[list[str], list[list]]:
+        """The texts, and the list of images of each."""
+        texts = [text] if isinstance(text, str) else text
+        if images is None:
+            return list(texts), [[] for _ in texts]
+        is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+        images = list(images) if is_batch else [images]
+        if texts is None:
+            texts = [""] * len(images)
+        if any(isinstance(entry, (list, tuple)) for entry in images):
+            rows = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+        elif len(texts) == 1:
+            rows = [images]
+        elif len(texts) == len(images):
+            rows = [[image] for image in images]
+        else:
+            counts = [row_text.count(IMAGE_TOKEN) for row_text in texts]
+            if sum(counts) != len(images):
+                raise ValueError(
+                    f"{len(images)} images for {len(texts)} texts: give one per text, or a list of lists with the "
+                    "images of each text."
+                )
+            remaining = iter(images)
+            rows = [[next(remaining) for _ in range(count)] for count in counts]
+        if len(rows) != len(texts):
+            raise ValueError(f"{len(rows)} lists of images for {len(texts)} texts: give one list per text.")
+        return list(texts), rows
+
+    def _collate(
+        self,
+        rows: list[list[int]],
+        image_inputs: dict,
+        padding: bool | str = True,
+        padding_side: str | None = None,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        return_mm_token_type_ids: bool = False,
+        **kwargs,
+    ) -> BatchFeature:
+        side = padding_side or "left"
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}.")
+        length = 0
+        if padding in (True, "longest", "max_length"):
+            length = max_length if padding == "max_length" and max_length is not None else max(map(len, rows))
+        pad_id = self.tokenizer.pad_token_id if side == "left" else self.end_of_text_id
+        input_ids, masks = [], []
+        for row in rows:
+            missing = max(length - len(row), 0)
+            before, after = (missing, 0) if side == "left" else (0, missing)
+            input_ids.append([pad_id] * before + row + [pad_id] * after)
+            masks.append([0] * before + [1] * len(row) + [0] * after)
+        data = {"input_ids": input_ids, "attention_mask": masks}
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in input_ids]
+        if return_tensors is None and len({len(row) for row in input_ids}) == 1:
+            return_tensors = "pt"
+        return BatchFeature(data | image_inputs, tensor_type=return_tensors)
+
+    @staticmethod
+    def escape_reserved_tokens(text: str) -> str:
+        """`text` with the tokens a user must not inject made ordinary text: `|SPEAKER|` becomes `| SPEAKER|`."""
+        return escape_reserved_tokens(text, RESERVED_TOKENS)
+
+    @property
+    def image_token_ids(self) -> list[int]:
+        return [self.image_token_id, self.image_newline_id]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values"]
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Tokens and patches of images of the given (height, width), without processing them."""
+        data = {}
+        if image_sizes is not None:
+            grids = [self.image_processor.get_patch_grid(height, width, kwargs) for height, width in image_sizes]
+            data["num_image_tokens"] = [rows * (columns + 1) for rows, columns in grids]
+            data["num_image_patches"] = [rows * columns for rows, columns in grids]
+        return MultiModalData(**data)
+
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:
+        """
+        The answers in generated sequences, which may include the prompt.
+
+        Args:
+            generated_outputs: token ids `(B, L)` or one sequence `(L,)`; tensors, arrays or lists.
+            skip_special_tokens: whether to leave out `|ENDOFTEXT|`.
+
+        Returns:
+            for each sequence the text after its first `<0x04>`, up to `|ENDOFTEXT|`, without surrounding spaces and
+            newlines; of a sequence without `<0x04>`, the text without image tokens.
+        """
+        answers = []
+        for ids in _as_rows(generated_outputs):
+            if self.answer_token_id in ids:
+                ids = ids[ids.index(self.answer_token_id) + 1 :]
+                if self.end_of_text_id in ids:
+                    ids = ids[: ids.index(self.end_of_text_id) + 1]
+            ids = [token for token in ids if token not in self.image_token_ids]
+            answer = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, **kwargs)
+            answers.append(answer.strip(" ").strip("\n"))
+        return answers
+
+    def post_process_box_coordinates(self, outputs, target_sizes=None) -> list[torch.Tensor]:
+        """
+        Puts locations in generated sequences into pixels of the original images, written as text.
+
+        The arithmetic is that of 2023: a number is divided by the scale at which an image of that size is read (it
+        must be smaller than the image processor's `size`, or was shrunk to fit), truncated and doubled, which loses up
+        to two pixels.
+
+        Args:
+            outputs: token ids, one sequence per row, `(B, L)` or a list.
+            target_sizes: (height, width) in pixels of the image of each row; without it no scaling is undone.
+
+        Returns:
+            for each row a `torch.LongTensor` of ids in which each location is replaced by the tokens of
+            ` <box>y1, x1, y2, x2</box>` or ` <point>x, y</point>`. What is no complete location stays as it is.
+        """
+        rows = _as_rows(outputs)
+        sizes = [None] * len(rows) if target_sizes is None else [tuple(map(float, size)) for size in target_sizes]
+        if len(sizes) != len(rows):
+            raise ValueError(
+                f"{len(sizes)} target_sizes for {len(rows)} sequences: give one (height, width) for each."
+            )
+        return [
+            torch.tensor(self._locations_to_text(ids, size), dtype=torch.long)
+            for ids, size in zip(rows, sizes, strict=True)
+        ]
+
+    def _locations_to_text(self, ids: list[int], image_size: tuple[float, float] | None) -> list[int]:
+        scale = 1.0
+        if image_size is not None:
+            limit = self.image_processor.size
+            scale = min(1.0, limit.height / image_size[0], limit.width / image_size[1])
+        to_id = self.tokenizer.convert_tokens_to_ids
+        for kind, (opening, closing, count) in LOCATIONS.items():
+            position = 0
+            while position < len(ids):
+                end = position + count + 1
+                if ids[position] == to_id(opening) and end < len(ids) and ids[end] == to_id(closing):
+                    numbers = self.tokenizer.convert_ids_to_tokens(ids[position + 1 : end])
+                    if all(re.fullmatch(r"\d+", number) for number in numbers):
+                        pixels = ", ".join(str(2 * int(int(number) / scale)) for number in numbers)
+                        # the first token is the space the tokenizer puts in front of every text
+                        written = [token for token, _ in self._tokenize(f" <{kind}>{pixels}</{kind}>")[1:]]
+                        ids = ids[:position] + written + ids[end + 1 :]
+                position += 1
+        return ids
+
+
+def _cut_text(tokens: list[tuple[int, int]], excess: int, max_length: int) -> list[tuple[int, int]]:
+    """`tokens` without the last `excess` of those that come from the text."""
+    places = [place for place, (_, start) in enumerate(tokens) if start >= 0]
+    if excess > len(places):
+        raise ValueError(
+            f"images and special tokens alone are more than max_length={max_length} tokens (by "
+            f"{excess - len(places)}): allow more, or use smaller images (resolution, max_pixels)."
+        )
+    dropped = set(places[len(places) - excess :])
+    return [token for place, token in enumerate(tokens) if place not in dropped]
+
+
+def _as_rows(ids) -> list[list[int]]:
+    """Token ids of any kind as a list of lists."""
+    ids = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+    return [list(row) for row in ids] if ids and isinstance(ids[0], (list, tuple)) else [ids]
+
+
+__all__ = ["RESERVED_TOKENS", "OtterHDProcessor"]

@@ -1,0 +1,366 @@
+"""Folders of 2023 read through the Auto classes: dialects, token ids, LoRA, and what is missing in them."""
+
+import json
+import logging
+import pickle
+import shutil
+
+import pytest
+import torch
+from otter_tiny import build_tokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from otter_hf import FlamingoProcessor, OtterConfig, OtterForConditionalGeneration, OtterModel, OtterProcessor
+from otter_hf.models.legacy import merge_lora, read_token_table, upgrade_config_dict
+
+
+# what transformers 4.35 put into every nested configuration
+GENERATION_DEFAULTS = {"max_length": 20, "top_k": 50, "bad_words_ids": None, "num_beams": 1}
+LLAMA = {
+    "_name_or_path": "luodian/llama-7b-hf",
+    "model_type": "llama",
+    "architectures": None,
+    "vocab_size": 270,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+    **GENERATION_DEFAULTS,
+}
+MPT = {
+    "_name_or_path": "",
+    "model_type": "mpt",
+    "architectures": ["MPTForCausalLM"],
+    "vocab_size": 270,
+    "d_model": 32,
+    "hidden_size": 32,
+    "n_heads": 2,
+    "n_layers": 2,
+    "attn_config": {"alibi": True, "attn_impl": "torch", "attn_pdrop": 0, "qk_ln": False, "alibi_bias_max": 8},
+    "init_config": {"name": "kaiming_normal_"},
+    "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16",
+    "use_cache": False,
+    **GENERATION_DEFAULTS,
+}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 32,
+    "image_size": 28,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "torch_dtype": "float16",
+}
+
+
+def legacy_config(text_config=LLAMA, model_type="otter", **fields) -> dict:
+    return {
+        "model_type": model_type,
+        "architectures": ["FlamingoForConditionalGeneration"],
+        "cross_attn_every_n_layers": 1,
+        "text_config": text_config,
+        "vision_config": VISION,
+        "torch_dtype": "float32",
+        "use_media_placement_augmentation": True,
+        "only_attend_previous": True,
+        "transformers_version": None,
+        "_commit_hash": None,
+        **fields,
+    }
+
+
+@pytest.fixture
+def otter_tokenizer():
+    return OtterProcessor.prepare_tokenizer(build_tokenizer())
+
+
+@pytest.fixture
+def legacy_folder(tmp_path, otter_tokenizer):
+    """A 2023 Otter folder with random weights in one pickled file."""
+    (tmp_path / "config.json").write_text(json.dumps(legacy_config()))
+    otter_tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = OtterForConditionalGeneration(AutoConfig.from_pretrained(tmp_path))
+    names = {"model.language_model.": "lang_encoder.model.", "model.perceiver.": "perceiver."}
+    names |= {"model.vision_tower.": "vision_encoder.vision_model.", "lm_head.": "lang_encoder.lm_head."}
+    state_dict = {}
+    for name, tensor in model.state_dict().items():
+        old, new = next((old, new) for old, new in names.items() if name.startswith(old))
+        state_dict[new + name.removeprefix(old)] = tensor.clone()
+    # stored by transformers up to 4.31, computed today
+    state_dict["lang_encoder.model.layers.0.decoder_layer.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    state_dict["vision_encoder.vision_model.embeddings.position_ids"] = torch.arange(5)[None]
+    torch.save(state_dict, tmp_path / "pytorch_model.bin")
+    return tmp_path, model
+
+
+def remove_tokenizer(folder):
+    for file in folder.glob("*token*"):
+        file.unlink()
+
+
+class TestAutoClasses:
+    def test_every_class_reads_the_folder(self, legacy_folder, caplog):
+        folder, original = legacy_folder
+        with caplog.at_level(logging.WARNING):
+            model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values())
+        assert not caplog.records
+        assert type(model) is OtterForConditionalGeneration
+        assert type(AutoModel.from_pretrained(folder)) is OtterModel
+        assert type(AutoConfig.from_pretrained(folder)) is OtterConfig
+        assert type(AutoProcessor.from_pretrained(folder)) is OtterProcessor
+        for name, tensor in original.state_dict().items():
+            assert torch.equal(tensor, model.state_dict()[name]), name
+
+    def test_saved_and_read_again_it_is_the_same(self, legacy_folder, tmp_path_factory):
+        folder, original = legacy_folder
+        new = tmp_path_factory.mktemp("saved")
+        first = AutoModelForImageTextToText.from_pretrained(folder)
+        first.save_pretrained(new)
+        AutoProcessor.from_pretrained(folder).save_pretrained(new)
+        model = AutoModelForImageTextToText.from_pretrained(new)
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in original.state_dict().items())
+        config, expected = model.config.to_dict(), first.config.to_dict()
+        assert config.pop("_name_or_path") != expected.pop("_name_or_path")
+        assert config == expected
+        processor = AutoProcessor.from_pretrained(new)
+        assert processor.tokenizer.get_vocab() == AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+
+    def test_half_precision_copy(self, legacy_folder):
+        folder, _ = legacy_folder
+        state_dict = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        torch.save({name: tensor.half() for name, tensor in state_dict.items()}, folder / "pytorch_model.bin")
+        (folder / "config.json").write_text(json.dumps(legacy_config(torch_dtype="float16")))
+        assert AutoModelForImageTextToText.from_pretrained(folder).dtype == torch.float16
+
+    def test_pickled_code_does_not_run(self, legacy_folder, tmp_path):
+        folder, _ = legacy_folder
+
+        class Payload:
+            def __reduce__(self):
+                return (open, (str(tmp_path / "ran"), "w"))
+
+        torch.save({"perceiver.latents": Payload()}, folder / "pytorch_model.bin")
+        with pytest.raises((pickle.UnpicklingError, ValueError, OSError)):
+            AutoModelForImageTextToText.from_pretrained(folder)
+        assert not (tmp_path / "ran").exists()
+
+    def test_weights_missing(self, legacy_folder):
+        folder, _ = legacy_folder
+        (folder / "pytorch_model.bin").unlink()
+        with pytest.raises(OSError, match="safetensors"):
+            AutoModelForImageTextToText.from_pretrained(folder)
+
+
+class TestTokenIds:
+    def test_ids_and_size_come_from_the_tokenizer(self, legacy_folder, otter_tokenizer):
+        folder, _ = legacy_folder
+        config = AutoConfig.from_pretrained(folder)
+        vocabulary = otter_tokenizer.get_vocab()
+        assert config.image_token_id == vocabulary["<image>"]
+        assert config.end_of_chunk_token_id == vocabulary["<|endofchunk|>"]
+        assert config.answer_token_id == vocabulary["<answer>"]
+        assert config.pad_token_id == vocabulary["<PAD>"]
+        assert config.tokenizer_vocab_size == len(otter_tokenizer)
+        assert config.eos_token_id == [2, vocabulary["<|endofchunk|>"]]
+
+    def test_generation_stops_at_the_end_of_an_answer(self, legacy_folder):
+        folder, _ = legacy_folder
+        # a file of that time: never written by a person
+        generation = {"_from_model_config": True, "eos_token_id": 2, "max_length": 20, "use_cache": False}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert model.generation_config.eos_token_id == model.config.eos_token_id
+        assert model.generation_config.pad_token_id == model.config.pad_token_id
+        assert model.generation_config.use_cache is True
+        assert model.generation_config.max_length != 20
+
+    def test_a_generation_config_that_somebody_wrote_is_kept(self, legacy_folder):
+        folder, _ = legacy_folder
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "max_new_tokens": 3}))
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert (model.generation_config.eos_token_id, model.generation_config.max_new_tokens) == (7, 3)
+
+    def test_rows_above_the_tokenizer_are_never_generated(self, legacy_folder):
+        folder, _ = legacy_folder
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        size = model.config.tokenizer_vocab_size
+        assert size < model.config.text_config.vocab_size
+        with torch.no_grad():
+            model.lm_head.weight[size:] = 100 * model.lm_head.weight[size:]
+        inputs = {"input_ids": torch.arange(10)[None], "max_new_tokens": 12, "eos_token_id": -1, "do_sample": False}
+        assert model.generate(**inputs).max() < size
+        model.config.tokenizer_vocab_size = None
+        assert model.generate(**inputs).max() >= size
+
+    def test_no_tokenizer_is_one_sentence_that_names_the_base(self, legacy_folder):
+        folder, _ = legacy_folder
+        remove_tokenizer(folder)
+        for auto_class in (AutoConfig, AutoModelForImageTextToText, AutoProcessor):
+            with pytest.raises(OSError, match="tokenizer=.*luodian/llama-7b-hf"):
+                auto_class.from_pretrained(folder)
+
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_tokenizer_given(self, legacy_folder, tmp_path_factory, otter_tokenizer, prepared):
+        folder, _ = legacy_folder
+        expected = AutoConfig.from_pretrained(folder)
+        remove_tokenizer(folder)
+        tokenizer_folder = tmp_path_factory.mktemp("tokenizer")
+        (otter_tokenizer if prepared else build_tokenizer()).save_pretrained(tokenizer_folder)
+        for tokenizer in (str(tokenizer_folder), otter_tokenizer if prepared else build_tokenizer()):
+            config = AutoModelForImageTextToText.from_pretrained(folder, tokenizer=tokenizer).config
+            assert config.image_token_id == expected.image_token_id
+            assert config.answer_token_id == expected.answer_token_id
+            assert config.pad_token_id == expected.pad_token_id
+            assert config.tokenizer_vocab_size == expected.tokenizer_vocab_size
+            processor = AutoProcessor.from_pretrained(folder, tokenizer=tokenizer)
+            assert processor.tokenizer.get_vocab() == otter_tokenizer.get_vocab()
+
+    def test_answer_above_pad_is_explained(self, tmp_path, caplog):
+        tokenizer = OtterProcessor.prepare_tokenizer(FlamingoProcessor.prepare_tokenizer(build_tokenizer()))
+        vocabulary = tokenizer.get_vocab()
+        assert vocabulary["<PAD>"] < vocabulary["<answer>"]
+        tokenizer.save_pretrained(tmp_path)
+        with caplog.at_level(logging.WARNING):
+            config = upgrade_config_dict(legacy_config(), tmp_path)
+        assert config["answer_token_id"] == vocabulary["<answer>"]
+        assert config["pad_token_id"] == vocabulary["<PAD>"]
+        assert "would have swapped" in caplog.text
+
+    def test_flamingo_gets_no_answer_token(self):
+        ids = read_token_table(build_tokenizer(), "flamingo").ids
+        assert "<answer>" not in ids
+        assert ids["<PAD>"] == ids["<image>"] + 1 == ids["<|endofchunk|>"] + 2
+
+    def test_image_token_outside_the_vocabulary(self, otter_tokenizer):
+        config = upgrade_config_dict(legacy_config(LLAMA | {"vocab_size": 256}), None, otter_tokenizer)
+        with pytest.raises(ValueError, match="image_token_id is .* vocabulary of 256 rows"):
+            OtterConfig(**config)
+
+
+class TestDialects:
+    def read(self, tokenizer, config) -> OtterConfig:
+        return AutoConfig.for_model(**upgrade_config_dict(config, None, tokenizer))
+
+    def test_written_by_the_training_script(self, otter_tokenizer):
+        config = legacy_config(architectures="OtterForConditionalGeneration", special_tokens=["<answer>"])
+        config = self.read(otter_tokenizer, config | {"train_full_model": True})
+        assert not hasattr(config, "special_tokens")
+        assert not hasattr(config, "train_full_model")
+
+    def test_llama_known_by_its_name_only(self, otter_tokenizer):
+        text_config = {key: value for key, value in LLAMA.items() if key not in ("model_type", "architectures")}
+        assert self.read(otter_tokenizer, legacy_config(text_config)).text_config.model_type == "llama"
+
+    def test_model_type_from_the_architecture(self, otter_tokenizer):
+        text_config = {key: value for key, value in MPT.items() if key != "model_type"}
+        assert self.read(otter_tokenizer, legacy_config(text_config)).text_config.model_type == "otter_mpt"
+
+    def test_unknown_language_model(self, otter_tokenizer):
+        with pytest.raises(ValueError, match="model_type"):
+            upgrade_config_dict(legacy_config({"hidden_size": 8}), None, otter_tokenizer)
+
+    def test_mpt(self, otter_tokenizer):
+        config = self.read(otter_tokenizer, legacy_config(MPT))
+        assert config.text_config.model_type == "otter_mpt"
+        assert config.text_config.num_hidden_layers == 2
+        assert config.tie_word_embeddings
+
+    def test_mosaic_gpt(self, otter_tokenizer):
+        text_config = {key: value for key, value in MPT.items() if key not in ("attn_config", "init_config")}
+        text_config |= {"model_type": "mosaic_gpt", "architectures": ["MosaicGPT"]}
+        text_config |= {"attn_qk_ln": True, "attn_clip_qkv": None, "mlp_ratio": 4, "alibi": True, "alibi_bias_max": 8}
+        config = self.read(otter_tokenizer, legacy_config(text_config))
+        assert config.text_config.model_type == "otter_mpt"
+        assert config.text_config.qk_ln
+
+    def test_refined_web(self, otter_tokenizer):
+        text_config = {"model_type": "RefinedWebModel", "architectures": ["RWForCausalLM"], "n_layer": 2, "n_head": 4}
+        text_config |= {"hidden_size": 32, "vocab_size": 270, "multi_query": True, "parallel_attn": True}
+        config = self.read(otter_tokenizer, legacy_config(text_config, "flamingo"))
+        assert config.text_config.model_type == "falcon"
+        assert (config.text_config.num_hidden_layers, config.text_config.num_attention_heads) == (2, 4)
+        assert config.tie_word_embeddings
+
+    def test_tying_is_that_of_the_language_model(self, otter_tokenizer):
+        assert not self.read(otter_tokenizer, legacy_config()).tie_word_embeddings
+        assert not self.read(otter_tokenizer, legacy_config(tie_word_embeddings=True)).tie_word_embeddings
+        tied = legacy_config(LLAMA | {"tie_word_embeddings": True}, tie_word_embeddings=False)
+        assert self.read(otter_tokenizer, tied).tie_word_embeddings
+
+    def test_video(self, otter_tokenizer):
+        assert self.read(otter_tokenizer, legacy_config(max_num_frames=16)).max_num_frames == 16
+
+    def test_number_format_of_the_parts_is_ignored(self, otter_tokenizer):
+        config = self.read(otter_tokenizer, legacy_config())
+        assert config.dtype == torch.float32
+        assert config.text_config.dtype is None and config.vision_config.dtype is None
+
+    def test_a_configuration_of_today_is_untouched(self):
+        config = OtterConfig().to_dict()
+        assert upgrade_config_dict(config, "nowhere") is config
+
+
+class TestLora:
+    @pytest.mark.parametrize("base_layer", ["", "base_layer."])
+    def test_names_of_all_peft_versions(self, base_layer):
+        weight, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+        prefix = "lang_encoder.base_model.model.transformer.blocks.0.decoder_layer.attn.Wqkv."
+        state_dict = {
+            f"{prefix}{base_layer}weight": weight,
+            f"{prefix}lora_A.default.weight": a,
+            f"{prefix}lora_B.default.weight": b,
+            "perceiver.latents": torch.ones(1),
+        }
+        merged = merge_lora(state_dict, {"r": 2, "lora_alpha": 6})
+        name = "lang_encoder.transformer.blocks.0.decoder_layer.attn.Wqkv.weight"
+        assert set(merged) == {name, "perceiver.latents"}
+        torch.testing.assert_close(merged[name], weight + 3 * b @ a)
+
+    def test_factors_are_merged_while_loading(self, legacy_folder):
+        folder, original = legacy_folder
+        state_dict = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        name = "lang_encoder.model.layers.1.decoder_layer.self_attn.q_proj."
+        a, b = torch.randn(2, 32), torch.randn(32, 2)
+        state_dict = {
+            key.replace("lang_encoder.", "lang_encoder.base_model.model."): v for key, v in state_dict.items()
+        }
+        prefix = name.replace("lang_encoder.", "lang_encoder.base_model.model.")
+        state_dict |= {f"{prefix}lora_A.default.weight": a, f"{prefix}lora_B.default.weight": b}
+        torch.save(state_dict, folder / "pytorch_model.bin")
+        lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.05}
+        (folder / "config.json").write_text(json.dumps(legacy_config(lora_config=lora)))
+        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        assert not any(info.values())
+        assert model.config.lora_config is None
+        ours = "model.language_model.layers.1.decoder_layer.self_attn.q_proj.weight"
+        torch.testing.assert_close(model.state_dict()[ours], original.state_dict()[ours] + 2 * b @ a)
+
+
+def test_golden_processors_know_their_tokens(golden, tmp_path):
+    for case in sorted((golden / "otter").glob("*ter_*")) + sorted((golden / "otter").glob("flamingo_*")):
+        facts = json.loads((case / "golden.json").read_text())
+        processor = AutoProcessor.from_pretrained(case)
+        assert processor.image_token_id == facts["special_ids"]["media"]
+        assert processor.tokenizer.pad_token_id == facts["special_ids"]["pad"]
+        config = AutoConfig.from_pretrained(case)
+        assert config.tokenizer_vocab_size == len(processor.tokenizer)
+        assert processor.image_processor.crop_size["height"] == config.vision_config.image_size
+
+
+def test_golden_folder_without_tokenizer(golden, tmp_path):
+    folder = shutil.copytree(golden / "otter" / "otter_mpt_image", tmp_path / "copy")
+    remove_tokenizer(folder)
+    with pytest.raises(OSError, match="gpt-neox-20b"):
+        AutoModelForImageTextToText.from_pretrained(folder)
+    tokenizer = golden / "otter" / "_tokenizers" / "neox"
+    config = AutoModelForImageTextToText.from_pretrained(folder, tokenizer=tokenizer).config
+    expected = AutoConfig.from_pretrained(golden / "otter" / "otter_mpt_image")
+    assert config.image_token_id == expected.image_token_id
+    assert config.pad_token_id == expected.pad_token_id

@@ -1,0 +1,204 @@
+"""`generate` in every mode against the plain forward pass repeated token by token."""
+
+import pytest
+import torch
+from tiny_flamingo import GREEDY, IMAGE, assert_close, images, pad_rows, row, tiny_config, tiny_model
+from transformers import DynamicCache, StaticCache
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def greedy_truth(model, ids, pixels, num_tokens, media_index=None):
+    """Greedy tokens `(B, num_tokens)` by whole forward passes."""
+    start = ids.shape[1]
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=pixels, media_index=media_index, use_cache=False).logits[:, -1]
+        logits[:, model.config.image_token_id] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+        if media_index is not None:
+            media_index = torch.cat([media_index, media_index[:, -1:]], dim=1)
+    return ids[:, start:]
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    ids = torch.cat([row(1, 5), row(3, seed=1)])
+    pixels = images(2, 2)
+    return ids, pixels, greedy_truth(model, ids, pixels, 8)
+
+
+def generate(model, ids, pixels, num_tokens=8, **kwargs):
+    kwargs = {**GREEDY, "attention_mask": torch.ones_like(ids), **kwargs}
+    output = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=num_tokens, **kwargs)
+    return output[:, ids.shape[1] :]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "dynamic"},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=str,
+)
+def test_greedy(model, batch, settings):
+    ids, pixels, truth = batch
+    assert torch.equal(generate(model, ids, pixels, **settings), truth)
+
+
+def test_the_image_matters_while_decoding(model, batch):
+    ids, pixels, truth = batch
+    for use_cache in (True, False):
+        assert not torch.equal(generate(model, ids, images(2, 2, seed=4), use_cache=use_cache), truth)
+
+
+def test_every_step_has_the_logits_of_the_whole_pass(model, batch):
+    ids, pixels, truth = batch
+    output = model.generate(
+        input_ids=ids,
+        pixel_values=pixels,
+        max_new_tokens=8,
+        output_logits=True,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        **GREEDY,
+    )
+    with torch.no_grad():
+        whole = model(input_ids=output.sequences, pixel_values=pixels).logits[:, 11:-1]
+    assert_close(torch.stack(output.logits, dim=1), whole)
+    assert len(output.hidden_states) == 8
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_left_padded_rows(model, use_cache):
+    rows = [row(1, 5), row(2, length=8, seed=1), row(length=5, seed=2)]
+    ids, mask = pad_rows(rows, "left")
+    pixels = images(3, 2)
+    tokens = generate(model, ids, pixels, attention_mask=mask, use_cache=use_cache)
+    for i, (single, num_media) in enumerate(zip(rows, (2, 1, 0), strict=True)):
+        truth = greedy_truth(model, single, pixels[i : i + 1, :num_media] if num_media else None, 8)
+        assert torch.equal(tokens[i : i + 1], truth)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_beams(model, batch, cache):
+    ids, pixels, _ = batch
+    settings = {"num_beams": 3, "num_return_sequences": 2, "disable_compile": True}
+    tokens = generate(model, ids, pixels, cache_implementation=cache, **settings)
+    assert tokens.shape == (4, 8)
+    assert torch.equal(tokens, generate(model, ids, pixels, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sampling_with_a_seed(model, batch, use_cache):
+    ids, pixels, _ = batch
+    settings = {"do_sample": True, "num_return_sequences": 3, "top_k": 0, "use_cache": use_cache}
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(generate(model, ids, pixels, **settings))
+    assert runs[0].shape == (6, 8) and torch.equal(*runs)
+    torch.manual_seed(0)
+    settings["use_cache"] = not use_cache
+    assert torch.equal(runs[0], generate(model, ids, pixels, **settings))
+
+
+def test_assisted_and_prompt_lookup(model):
+    ids, pixels = row(1, 5, length=14), images(1, 2)
+    truth = greedy_truth(model, ids, pixels, 12)
+    for settings in ({"assistant_model": tiny_model(seed=3)}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(generate(model, ids, pixels, 12, **settings), truth)
+        index = (ids == IMAGE).long().cumsum(1)
+        assert torch.equal(generate(model, ids, pixels, 12, media_index=index, **settings), truth)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_explicit_media_index(model, use_cache, beams):
+    ids, pixels = row(1, 5), images(1, 2)
+    # the last token, and so all generated ones, look at the first image
+    media_index = torch.tensor([[0] + [1] * 4 + [2] * 4 + [1] * 3])
+    tokens = generate(model, ids, pixels, media_index=media_index, use_cache=use_cache, num_beams=beams)
+    if beams == 1:
+        assert torch.equal(tokens, greedy_truth(model, ids, pixels, 8, media_index))
+    else:
+        other = generate(model, ids, pixels, media_index=media_index, use_cache=not use_cache, num_beams=beams)
+        assert torch.equal(tokens, other)
+    swapped = pixels.clone()
+    swapped[:, 1] = images(seed=7)[:, 0]
+    last = media_index[:, -1:].expand_as(media_index)
+    assert torch.equal(
+        generate(model, ids, swapped, media_index=last, use_cache=use_cache),
+        generate(model, ids, pixels, media_index=last, use_cache=use_cache),
+    )
+
+
+@pytest.mark.parametrize("only_new", [True, False])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_chat_goes_on_with_new_images(model, only_new, kind):
+    """Three turns on one cache, rows with different numbers of images, against one pass over everything."""
+    config = tiny_config().text_config
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=40)
+    turns = [
+        (torch.cat([row(1, 4, length=6), row(2, length=6, seed=1)]), [2, 1]),
+        (torch.cat([row(0, length=5, seed=2), row(1, 3, length=5, seed=3)]), [1, 2]),
+        (torch.cat([row(length=4, seed=4), row(length=4, seed=5)]), [0, 0]),
+    ]
+    pixels = images(2, 3)
+    ids, done = torch.zeros(2, 0, dtype=torch.long), [0, 0]
+    for turn, new in turns:
+        ids = torch.cat([ids, turn], dim=1)
+        if only_new:
+            given = torch.zeros(2, max(new), *pixels.shape[2:]) if max(new) else None
+            for i in range(2):
+                if new[i]:
+                    given[i, : new[i]] = pixels[i, done[i] : done[i] + new[i]]
+        else:
+            given = pixels
+        done = [a + b for a, b in zip(done, new, strict=True)]
+        tokens = generate(model, ids, given, 3, past_key_values=cache, disable_compile=True)
+        assert torch.equal(tokens, greedy_truth(model, ids, pixels, 3))
+        ids = torch.cat([ids, tokens], dim=1)
+
+
+def test_text_only(model):
+    ids = row()
+    assert torch.equal(generate(model, ids, None), greedy_truth(model, ids, None, 8))
+
+
+def test_no_image_token_is_generated(model):
+    eager = tiny_model()
+    with torch.no_grad():
+        eager.lm_head.weight[IMAGE] = 10 * eager.lm_head.weight.sum(0)
+    ids = row(1)
+    torch.manual_seed(0)
+    tokens = generate(eager, ids, images(), 20, do_sample=True, num_return_sequences=8, top_k=0)
+    assert not (tokens == IMAGE).any()
+    assert not eager.generation_config.suppress_tokens  # the model's own settings are left alone
+
+
+def test_inputs_embeds(model, batch):
+    ids, pixels, truth = batch
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, pixel_values=pixels, max_new_tokens=8, **GREEDY), truth)
+
+
+@pytest.mark.slow
+def test_compiled_decoding_with_a_static_cache(model, batch):
+    ids, pixels, truth = batch
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    cache = StaticCache(config=tiny_config().text_config, max_cache_len=32)
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=pixels, past_key_values=cache, use_cache=True).logits
+        tokens = []
+        for _ in range(8):
+            logits[:, -1, IMAGE] = -torch.inf
+            tokens.append(logits[:, -1].argmax(-1, keepdim=True))
+            logits = step(input_ids=tokens[-1], past_key_values=cache, use_cache=True).logits
+    assert torch.equal(torch.cat(tokens, dim=1), truth)

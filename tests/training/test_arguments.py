@@ -1,0 +1,73 @@
+"""Arguments of fine-tuning from YAML and flags; mistakes end in one sentence."""
+
+import pytest
+
+from otter_hf.training.arguments import parse_arguments
+
+
+FLAGS = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "out"]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        required = ["model_name_or_path: m\n", "train_mixture: t.yaml\n", "output_dir: out\n"]
+        path.write_text("".join(line for line in required if line.split(":")[0] not in text) + text)
+        return str(path)
+
+    return write
+
+
+def test_flags():
+    model_args, data_args, training_args = parse_arguments(
+        [*FLAGS, *"--freeze vision language --max_length 64 --learning_rate 1e-3 --use_cpu True".split()]
+    )
+    assert model_args.freeze == ["vision", "language"]
+    assert (data_args.max_length, data_args.eval_mixture, data_args.instruction_format) == (64, None, "simple")
+    assert training_args.learning_rate == 1e-3
+    assert training_args.remove_unused_columns is False
+
+
+def test_yaml_and_flags_of_which_the_flag_wins(recipe):
+    path = recipe("freeze: [vision]\nlearning_rate: 5e-4\nuse_cpu: true\nmax_length: 32\nmax_context:\n")
+    model_args, data_args, training_args = parse_arguments([path, "--learning_rate", "0.25", "--freeze", "perceiver"])
+    assert model_args.freeze == ["perceiver"]
+    assert (data_args.max_length, data_args.max_context) == (32, None)
+    assert (training_args.learning_rate, training_args.use_cpu) == (0.25, True)
+
+
+def test_dict_in_yaml(recipe):
+    path = recipe("use_cpu: true\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.125}\n")
+    assert parse_arguments([path])[2].lr_scheduler_kwargs == {"min_lr": 0.125}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rates: 1", r"recipe.yaml: 'learning_rates' is no argument; did you mean 'learning_rate'\?"),
+        ("model_name_or_path: no/such/folder", "'no/such/folder' is neither a folder here nor a Hub id"),
+        ("freeze: [eyes]", "freeze: 'eyes' is no group, use some of vision, perceiver"),
+        ("learning_rate: fast", "learning_rate.*: invalid float value: 'fast'"),
+        ("on_overlong: [", "recipe.yaml cannot be parsed"),
+        ("instruction_format: xml", "Unknown instruction format 'xml': use one of simple"),
+        ("dtype: int3", "dtype must be auto, float32, .*, got 'int3'"),
+        ("remove_unused_columns: true", "remove_unused_columns must stay False"),
+        ("label_smoothing_factor: 0.1", "label_smoothing_factor is 0.1"),
+    ],
+)
+def test_mistakes_in_the_recipe(recipe, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([recipe("use_cpu: true\n" + text)])
+
+
+def test_other_mistakes(tmp_path):
+    with pytest.raises(ValueError, match="The recipe nowhere.yaml does not exist"):
+        parse_arguments(["nowhere.yaml"])
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="list.yaml must map argument names to values"):
+        parse_arguments([str(tmp_path / "list.yaml")])
+    with pytest.raises(ValueError, match="the following arguments are required: --model_name_or_path"):
+        parse_arguments([])
+    with pytest.raises(ValueError, match="--colour"):
+        parse_arguments([*FLAGS, "--use_cpu", "True", "--colour", "red"])

@@ -1,0 +1,146 @@
+"""Fine-tuning from files to a saved model, on a tiny random Otter and six pictures."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from otter_hf.data import render, write_mimicit
+from otter_hf.training.run import main
+
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+@pytest.fixture
+def files(model, processor, tmp_path, monkeypatch):
+    """A model folder and a training YAML, and a function that trains with them and more arguments."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    model.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    records, images, turns, shots = {}, {}, {}, {}
+    for i, colour in enumerate(COLOURS):
+        images[f"IMG_{i}"] = Image.new("RGB", (20, 24), colour)
+        records[f"INS_{i}_a"] = {"instruction": "what color?", "answer": colour, "image_ids": [f"IMG_{i}"]}
+        records[f"INS_{i}_b"] = {"instruction": f"is it {colour}?", "answer": "yes", "image_ids": [f"IMG_{i}"]}
+        turns[f"INS_{i}_b"] = [f"INS_{i}_a"]
+        shots[f"INS_{i}_a"] = [f"INS_{(i + 1) % 6}_a"]
+    paths = write_mimicit(tmp_path, "six", records, images, turns)
+    (tmp_path / "shots_train.json").write_text(json.dumps(shots))
+    entry = {"mimicit_path": str(paths.instructions_path), "images_path": str(paths.images_path)}
+    mixture = {
+        "IMAGE_TEXT": {"turns": {**entry, "train_config_path": str(paths.train_config_path)}},
+        "IMAGE_TEXT_IN_CONTEXT": {"shots": {**entry, "train_config_path": str(tmp_path / "shots_train.json")}},
+    }
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(mixture))
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump({"IMAGE_TEXT": {"questions": entry}}))
+    return tmp_path
+
+
+def train(files, *flags: str, **kwargs):
+    paths = {"model_name_or_path": "base", "train_mixture": "data.yaml", "output_dir": "out"}
+    arguments = [part for name, path in paths.items() for part in (f"--{name}", str(files / path))]
+    fixed = "--use_cpu True --per_device_train_batch_size 3 --dataloader_num_workers 0 --disable_tqdm True"
+    main([*arguments, *fixed.split(), "--logging_steps", "1", *flags], **kwargs)
+    return files / "out"
+
+
+def load(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+
+def test_train_evaluate_save_reload(files, model):
+    flags = "--max_steps 3 --learning_rate 1e-2 --eval_strategy steps --eval_steps 2 --save_steps 2"
+    out = train(files, *flags.split(), "--eval_mixture", str(files / "eval.yaml"))
+
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    evaluations = [entry for entry in state["log_history"] if "eval_answer_accuracy" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 3]
+    assert 0 <= evaluations[0]["eval_answer_accuracy"] <= 1
+    assert Image.open(out / "training.png").width > 500
+
+    trained, processor = load(out)
+    text = render([("what color?", None)])
+    inputs = processor(text=text, images=Image.new("RGB", (20, 24), "red"), return_tensors="pt")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what color?"}]}]
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == text
+    with torch.no_grad():
+        before, after = model(**inputs).logits, trained(**inputs).logits
+        checkpoint = load(out / "checkpoint-2")[0](**inputs).logits
+    assert (before - after).abs().max() > 1e-2
+    assert (checkpoint - after).abs().max() > 1e-4
+    answer = trained.generate(**inputs, max_new_tokens=3)
+    # what the Trainer would change: where answers end, and that generation has a cache
+    assert processor.end_of_chunk_token_id in trained.generation_config.eos_token_id
+    assert trained.config.use_cache is True
+    assert isinstance(processor.post_process_image_text_to_text(answer)[0], str)
+
+
+def test_saved_model_has_the_logits_of_the_trained_one(files, monkeypatch):
+    trainers = []
+    monkeypatch.setattr("otter_hf.training.run._plot", lambda history, path: None)
+    monkeypatch.setattr(
+        "otter_hf.training.run.OtterTrainer.save_state", lambda self: trainers.append(self), raising=True
+    )
+    out = train(files, "--max_steps", "2", "--learning_rate", "1e-2")
+    trained = trainers[0].model.eval()
+    reloaded, processor = load(out)
+    inputs = processor(text=render([("what color?", None)]), images=Image.new("RGB", (9, 9)), return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(trained(**inputs).logits, reloaded(**inputs).logits)
+
+
+def test_resumed_training_ends_where_an_unbroken_one_does(files):
+    flags = "--max_steps 4 --save_steps 2 --learning_rate 1e-2 --lr_scheduler_type constant"
+    unbroken, _ = load(train(files, *flags.split()))
+    checkpoint = str(files / "out" / "checkpoint-2")
+    resumed, _ = load(train(files, *flags.split(), "--resume_from_checkpoint", checkpoint))
+    for (name, expected), parameter in zip(unbroken.named_parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, msg=name, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_groups_do_not_change(files, model):
+    trained, _ = load(train(files, "--max_steps", "2", "--freeze", "vision", "language", "--learning_rate", "1e-2"))
+    before = dict(model.named_parameters())
+    for name, parameter in trained.named_parameters():
+        if ".vision_tower." in name or ".decoder_layer." in name:
+            assert torch.equal(parameter, before[name]), name
+    assert not torch.equal(trained.model.perceiver.latents, model.model.perceiver.latents)
+    assert not torch.equal(trained.lm_head.weight, model.lm_head.weight)
+
+
+def test_batches_are_of_one_group_and_samples_are_transformed(files, monkeypatch):
+    seen = []
+
+    def transform(sample, generator):
+        seen.append((sample["task_group"], sample["id"], generator.random()))
+        return sample
+
+    train(files, "--num_train_epochs", "2", transform=transform)
+    assert len(seen) == 24
+    groups = [group for group, _, _ in seen]
+    assert all(len(set(groups[i : i + 3])) == 1 for i in range(0, 24, 3))
+    draws = {(id, group): set() for group, id, _ in seen}
+    for group, id, draw in seen:
+        draws[id, group].add(draw)
+    # each sample once per epoch, with other random choices in the second
+    assert len(draws) == 12
+    assert all(len(values) == 2 for values in draws.values())
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("PICTURES: {a: {mimicit_path: x}}", "data.yaml: 'PICTURES' is no task group"),
+        ("IMAGE_TEXT: {a: {mimicit_path: gone.json}}", "IMAGE_TEXT/a: the path gone.json does not exist"),
+    ],
+)
+def test_mistakes_in_the_mixture_leave_nothing_behind(files, yaml_text, message):
+    (files / "data.yaml").write_text(yaml_text)
+    with pytest.raises(ValueError, match=message):
+        train(files, "--max_steps", "1")
+    assert not (files / "out").exists()
