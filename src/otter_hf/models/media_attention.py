@@ -11,6 +11,7 @@ Shape legend: B rows, L text tokens, T images of a row, n latents of an image, N
 from typing import NamedTuple
 
 import torch
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
 
 def running_media_index(
@@ -53,14 +54,14 @@ class MediaBlocks(NamedTuple):
     Text tokens regrouped into N blocks of c that each see one image.
 
     A plain tuple of tensors, so that accelerate's device hooks move it with the other layer arguments.
-    `token_of_slot` and `slot_of_token` are None when the blocks are the rows themselves (one image per row, or one
-    token per row as in decoding).
+    Where blocks are rows (one image per row, or one token per row as in decoding), nothing is regrouped.
     """
 
     visible: torch.Tensor  # (B, L) bool, the token sees some image
     media_of_block: torch.Tensor | None  # (N,) int64 into the B*T images; None: block i sees image i
-    token_of_slot: torch.Tensor | None  # (N, c) int64 into the B*L tokens; unused slots repeat a token of the row
-    slot_of_token: torch.Tensor | None  # (B*L,) int64 into the N*c slots
+    # (N, c) int64 into the B*L tokens, unused slots repeat a token of the row; None: block i is row i
+    token_of_slot: torch.Tensor | None
+    slot_of_token: torch.Tensor | None  # (B*L,) int64 into the N*c slots; None: block i is row i
 
     def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """`(B, L, D)` token features -> `(N, c, D)`."""
@@ -88,19 +89,19 @@ class MediaBlocks(NamedTuple):
         return per_token.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
 
 
-def make_media_blocks(media_index: torch.Tensor, num_media: int, longest: int | None = None) -> MediaBlocks:
+def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
     """
     Group tokens by the image they see.
 
-    All shapes follow from the arguments' shapes and the two numbers: nothing is read back from the device, so the
-    function works inside a compiled graph. Where `longest` is known and the images are seen by about equally many
-    tokens, a block is an image, and no keys and values are copied. Otherwise the tokens of an image fill consecutive
-    blocks of c, the last of them partly, so `floor((L + T (c - 1)) / c)` blocks per row always suffice.
+    The tokens of an image fill consecutive blocks of c, the last of them partly, so `floor((L + T (c - 1)) / c)`
+    blocks per row always suffice: inside a compiled graph all shapes follow from `(B, L)` and `num_media` alone, and
+    nothing is read back from the device. Outside of one, a single number is: where the images of a row are seen by
+    about equally many tokens, blocks as long as the longest of these segments need no more room. A block then is an
+    image, and no keys and values are copied.
 
     Args:
         media_index: `(B, L)` int64, see the module's docstring; values above `num_media` are an error of the caller.
         num_media: T, images stored per row.
-        longest: the largest number of tokens that see the same image, those without any counted to the first.
     """
     batch_size, length = media_index.shape
     visible = media_index > 0
@@ -112,14 +113,16 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int, longest: int | 
         return MediaBlocks(visible, (row * num_media + image).flatten(), None, None)
 
     tokens_of_image = image.new_zeros(batch_size, num_media).scatter_add_(1, image, torch.ones_like(image))  # (B, T)
-    block_is_image = longest is not None and longest * num_media <= 3.2 * length
-    if block_is_image:
-        block, num_blocks = longest, num_media
-        slots_of_image = torch.full_like(tokens_of_image, block)
-    else:
-        block = _block_size(length, num_media)
-        num_blocks = (length + num_media * (block - 1)) // block
-        slots_of_image = (tokens_of_image + block - 1) // block * block
+    block = _block_size(length, num_media)
+    num_blocks = (length + num_media * (block - 1)) // block
+    slots_of_image = (tokens_of_image + block - 1) // block * block
+    block_is_image = False
+    if not is_torchdynamo_compiling():
+        longest = int(tokens_of_image.amax())
+        block_is_image = longest * num_media <= block * num_blocks
+        if block_is_image:
+            block, num_blocks = longest, num_media
+            slots_of_image = torch.full_like(tokens_of_image, longest)
     slot_end = slots_of_image.cumsum(dim=1)  # (B, T)
     # an image's tokens start this many places later among the slots than among the tokens sorted by image
     shift = (slot_end - slots_of_image) - (tokens_of_image.cumsum(dim=1) - tokens_of_image)  # (B, T)
@@ -142,16 +145,6 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int, longest: int | 
         (row * length + token_of_slot).view(-1, block),
         (row * (num_blocks * block) + slot_of_token).flatten(),
     )
-
-
-def longest_segment(media_index: torch.Tensor) -> int:
-    """
-    `longest` of `make_media_blocks` for `media_index (B, L)`; reads one number back from the device.
-
-    It is an upper bound if a row has an image that no token sees.
-    """
-    image = (media_index - 1).clamp(min=0)
-    return int(image.new_zeros(image.shape[0], int(image.amax()) + 1).scatter_add_(1, image, torch.ones_like(image)).amax())
 
 
 def _block_size(length: int, num_media: int) -> int:

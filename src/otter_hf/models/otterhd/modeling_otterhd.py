@@ -246,7 +246,8 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
                 f"{self.config.patch_size} and num_channels={self.config.num_channels} need "
                 f"{self.vision_embed_tokens.in_features}: use the processor of this checkpoint."
             )
-        return super().get_image_features(pixel_values.to(self.vision_embed_tokens.weight.dtype), **kwargs)
+        # the bias keeps the dtype of the computation where the weight is stored in 4 or 8 bits
+        return super().get_image_features(pixel_values.to(self.vision_embed_tokens.bias.dtype), **kwargs)
 
     @can_return_tuple
     def forward(

@@ -132,7 +132,8 @@ class OtterHDProcessor(ProcessorMixin):
                 does) or `"right"` (padded with `|ENDOFTEXT|`, as OtterHD's training did).
             truncation (`bool`, defaults to `False`), max_length (`int`, *optional*): cut the end of the *text*; image
                 tokens, `<s>` and `<0x04>` are never cut.
-            return_mm_token_type_ids (`bool`, defaults to `False`): also return 1 for image tokens and 0 for others.
+            return_mm_token_type_ids (`bool`, defaults to `False`): also return 1 for the tokens of images, `|NEWLINE|`
+                included, and 0 for others.
             return_tensors (`str`, *optional*): `"pt"`, or lists when rows are not padded; by default `"pt"` where
                 possible.
 
@@ -149,7 +150,9 @@ class OtterHDProcessor(ProcessorMixin):
             raise ValueError("OtterHD reads images only: pass the frames of a video as images.")
         if text is None and images is None:
             raise ValueError("Give text, images or both.")
-        options = self._merge_kwargs(OtterHDProcessorKwargs, tokenizer_init_kwargs={}, **kwargs)
+        options = self._merge_kwargs(
+            OtterHDProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
         texts, image_lists = self._match_images(text, images)
 
         grids, factors, image_inputs = [], [], {}
@@ -319,7 +322,7 @@ class OtterHDProcessor(ProcessorMixin):
             masks.append([0] * before + [1] * len(row) + [0] * after)
         data = {"input_ids": input_ids, "attention_mask": masks}
         if return_mm_token_type_ids:
-            data["mm_token_type_ids"] = [[int(token == self.image_token_id) for token in row] for row in input_ids]
+            data["mm_token_type_ids"] = [[int(token in self.image_token_ids) for token in row] for row in input_ids]
         if return_tensors is None and len({len(row) for row in input_ids}) == 1:
             return_tensors = "pt"
         return BatchFeature(data | image_inputs, tensor_type=return_tensors)

@@ -1,0 +1,71 @@
+"""What the benchmarks share: alternating timings, summaries, the result file."""
+
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def summary(values: list[float], digits: int = 5) -> dict:
+    return {
+        "min": round(min(values), digits),
+        "median": round(statistics.median(values), digits),
+        "max": round(max(values), digits),
+    }
+
+
+def time_call(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(workload: str, ours, peer, repeats: int, **extra) -> dict:
+    """
+    Time two functions in turn, so that each ratio is of two neighbours; ratio = peer's time over ours.
+
+    Fast functions are repeated until a sample takes at least 20 ms.
+    """
+    calls = []
+    for function in (ours, peer):
+        function()  # warm-up
+        calls.append(max(1, int(0.02 / time_call(function))))
+    seconds = ([], [])
+    for _ in range(repeats):
+        for values, function, count in zip(seconds, (ours, peer), calls, strict=True):
+            values.append(time_call(lambda: [function() for _ in range(count)]) / count)  # noqa: B023
+    return {
+        "workload": workload,
+        "unit": "s",
+        "ours": summary(seconds[0], 6),
+        "peer": summary(seconds[1], 6),
+        "ratio": summary([b / a for a, b in zip(*seconds, strict=True)], 2),
+        **extra,
+    }
+
+
+def report(name: str, peer: str, rows: list[dict]) -> None:
+    """Write `results/NAME.json` and print it as one object."""
+    result = {
+        "name": name,
+        "peer": peer,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    temporary = RESULTS / f"{name}.json.part"
+    temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    temporary.rename(RESULTS / f"{name}.json")
+    print(json.dumps(result))

@@ -1,0 +1,230 @@
+"""`otter-hf convert`: checkpoints of 2023 to today's folders, and back."""
+
+import argparse
+import sys
+
+from ..conversion import (
+    ConversionError,
+    ConversionReport,
+    apply_delta,
+    export_legacy,
+    finish,
+    lora_adapter,
+    make_delta,
+    plan_flamingo_to_otter,
+    plan_folder,
+    plan_inject_lm,
+    plan_lora,
+    plan_openflamingo,
+    plan_trainer_pt,
+)
+from ..conversion.job import DTYPES, finish_with_adapter, push_folder
+
+
+def add_parser(subparsers) -> None:
+    """Add the command and its subcommands; each sets `func` to a function of the parsed arguments."""
+    parser = subparsers.add_parser("convert", help="convert checkpoints of 2023, and back", description=__doc__)
+    commands = parser.add_subparsers(dest="conversion", required=True)
+    for name, add in _COMMANDS.items():
+        command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
+        add(command)
+
+
+def main(conversion: str) -> int:
+    """Run one conversion with the arguments of the process: for the scripts in `conversion/`."""
+    add = _COMMANDS[conversion]
+    parser = argparse.ArgumentParser(description=add.__doc__)
+    add(parser)
+    args = parser.parse_args()
+    try:
+        return args.func(args)
+    except (ConversionError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _add_output(parser, run, *, verify: bool = True) -> None:
+    parser.add_argument("--output", required=True, help="new or empty folder")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; by default as stored")
+    parser.add_argument("--allow", action="store_true", help="convert even if a tensor remains unexplained")
+    parser.add_argument("--max-shard-size", type=float, default=5.0, help="of a weight file, in GB (default: 5)")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="repository to upload the result to")
+    if verify:
+        parser.add_argument(
+            "--verify",
+            action="store_true",
+            help="load the result and compare its logits with the sources' (2x memory)",
+        )
+    parser.set_defaults(func=lambda args: _report(run, args))
+
+
+def _report(run, args) -> int:
+    report: ConversionReport = run(args)
+    print(report.summary())
+    print(f"written to {args.output}")
+    return 0
+
+
+def _options(args) -> dict:
+    return {"dtype": args.dtype, "allow": args.allow, "max_shard_size": int(args.max_shard_size * 10**9)}
+
+
+def _finish(job, args) -> ConversionReport:
+    return finish(job, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args))
+
+
+def _add_tokenizer(parser) -> None:
+    parser.add_argument("--tokenizer", help="folder or repository of the tokenizer, where the source has none")
+
+
+def _openflamingo(parser) -> None:
+    """an OpenFlamingo checkpoint.pt (v1 or v2) with its language model and CLIP -> Flamingo"""
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt")
+    parser.add_argument("--language-model", required=True, help="folder or repository it was trained on")
+    parser.add_argument("--vision-tower", required=True, help="folder or repository of the CLIP, or an open_clip file")
+    _add_tokenizer(parser)
+    parser.add_argument("--open-clip-head-dim", type=int, default=64, help="head width in an open_clip file")
+    parser.add_argument(
+        "--open-clip-activation", default="quick_gelu", help="quick_gelu for OpenAI's weights, or gelu"
+    )
+    _add_output(
+        parser,
+        lambda args: _finish(
+            plan_openflamingo(
+                args.checkpoint,
+                args.language_model,
+                args.vision_tower,
+                args.tokenizer,
+                args.open_clip_head_dim,
+                args.open_clip_activation,
+            ),
+            args,
+        ),
+    )
+
+
+def _flamingo_to_otter(parser) -> None:
+    """a Flamingo folder -> Otter: adds <answer> and a row for it"""
+    parser.add_argument("--source", required=True, help="Flamingo folder or repository, of 2023 or of today")
+    _add_tokenizer(parser)
+    parser.add_argument(
+        "--answer-init", default="mean", help="'mean' of all rows (default), or a text whose mean row <answer> gets"
+    )
+    _add_output(
+        parser, lambda args: _finish(plan_flamingo_to_otter(args.source, args.tokenizer, args.answer_init), args)
+    )
+
+
+def _inject_lm(parser) -> None:
+    """a language model and a vision tower -> a Flamingo or Otter to be trained"""
+    parser.add_argument("--language-model", required=True, help="folder or repository")
+    parser.add_argument("--vision-tower", required=True, help="folder or repository, or an open_clip file")
+    _add_tokenizer(parser)
+    parser.add_argument("--model-type", choices=("flamingo", "otter"), default="flamingo")
+    parser.add_argument("--cross-attn-every-n-layers", type=int, default=4, help="default: 4")
+    parser.add_argument("--max-num-frames", type=int, help="frame embeddings for videos")
+    parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    _add_output(
+        parser,
+        lambda args: _finish(
+            plan_inject_lm(
+                args.language_model,
+                args.vision_tower,
+                args.tokenizer,
+                args.model_type,
+                args.cross_attn_every_n_layers,
+                args.max_num_frames,
+                args.seed,
+            ),
+            args,
+        ),
+    )
+
+
+def _trainer_pt(parser) -> None:
+    """final_weights.pt or checkpoint_*.pt of the 2023 training scripts, on the model they started from"""
+    parser.add_argument("--checkpoint", required=True, help="final_weights.pt or checkpoint_*.pt")
+    parser.add_argument("--base", required=True, help="folder or repository of the model that was trained")
+    _add_tokenizer(parser)
+    _add_output(parser, lambda args: _finish(plan_trainer_pt(args.checkpoint, args.base, args.tokenizer), args))
+
+
+def _lora(parser) -> None:
+    """an Otter folder of 2023 with LoRA factors -> a merged model, or the model and a PEFT adapter"""
+    parser.add_argument("--source", required=True, help="folder or repository")
+    _add_tokenizer(parser)
+    parser.add_argument(
+        "--adapter", action="store_true", help="keep the factors apart, as a PEFT adapter in OUTPUT/adapter"
+    )
+
+    def run(args):
+        if not args.adapter:
+            return _finish(plan_lora(args.source, args.tokenizer), args)
+        job, adapter, adapter_config = lora_adapter(args.source, args.tokenizer)
+        return finish_with_adapter(
+            job,
+            adapter,
+            adapter_config,
+            args.output,
+            verify=args.verify,
+            push_to_hub=args.push_to_hub,
+            **_options(args),
+        )
+
+    _add_output(parser, run)
+
+
+def _delta(parser) -> None:
+    """tuned model minus base (make), or base plus that difference (apply)"""
+    parser.add_argument("action", choices=("make", "apply"))
+    parser.add_argument("--base", required=True, help="folder or repository of the base model")
+    parser.add_argument("--other", required=True, help="the tuned model (make) or the difference (apply)")
+
+    def run(args):
+        combine = make_delta if args.action == "make" else apply_delta
+        report = combine(args.base, args.other, args.output, **_options(args))
+        if args.push_to_hub:
+            push_folder(args.output, args.push_to_hub)
+        return report
+
+    _add_output(parser, run, verify=False)
+
+
+def _dtype(parser) -> None:
+    """any Flamingo or Otter folder -> today's names, in another dtype or the same"""
+    parser.add_argument("--source", required=True, help="folder or repository, of 2023 or of today")
+    _add_tokenizer(parser)
+    _add_output(parser, lambda args: _finish(plan_folder(args.source, args.tokenizer), args))
+
+
+def _export_legacy(parser) -> None:
+    """back to the weight names and the configuration that Otter's code of 2023 reads"""
+    parser.add_argument("--source", required=True, help="folder or repository")
+    _add_tokenizer(parser)
+    parser.add_argument("--language-model-name", help="where that code finds the base tokenizer")
+
+    def run(args):
+        report = export_legacy(
+            args.source,
+            args.output,
+            tokenizer=args.tokenizer,
+            language_model_name=args.language_model_name,
+            **_options(args),
+        )
+        if args.push_to_hub:
+            push_folder(args.output, args.push_to_hub)
+        return report
+
+    _add_output(parser, run, verify=False)
+
+
+_COMMANDS = {
+    "openflamingo": _openflamingo,
+    "flamingo-to-otter": _flamingo_to_otter,
+    "inject-lm": _inject_lm,
+    "trainer-pt": _trainer_pt,
+    "lora": _lora,
+    "delta": _delta,
+    "dtype": _dtype,
+    "export-legacy": _export_legacy,
+}

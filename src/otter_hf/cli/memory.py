@@ -1,0 +1,21 @@
+"""`otter-hf memory`: what a model takes, from its configuration alone."""
+
+import json
+
+from ..conversion import estimate_memory, memory_table
+from ..conversion.memory import load_config
+
+
+def add_parser(subparsers) -> None:
+    """Add the command; it sets `func` to a function of the parsed arguments."""
+    parser = subparsers.add_parser("memory", help="memory of a model by dtype, from its config.json")
+    parser.add_argument("config", help="config.json, or a folder or Hub repository with one")
+    parser.add_argument("--json", action="store_true", help="numbers for programs: bytes")
+    parser.set_defaults(func=run)
+
+
+def run(args) -> int:
+    """Print the table."""
+    config = load_config(args.config)
+    print(json.dumps(estimate_memory(config)) if args.json else memory_table(config))
+    return 0

@@ -1,0 +1,305 @@
+"""What all conversions share: reading folders, checking, writing everything a model folder needs, pushing it."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    PreTrainedConfig,
+)
+from transformers.utils import logging
+
+from ..models.flamingo import FlamingoProcessor
+from ..models.legacy import SPECIAL_TOKENS, is_legacy_config, split_lora_key, upgrade_text_config
+from ..models.otter import OtterProcessor
+from .model_card import conversion_card
+from .names import Rename, rename_2023
+from .plan import Source, model_class, source_files
+from .report import ConversionReport
+from .tensors import ConversionError, LazyTensor, open_checkpoint
+from .writer import output_folder, write_safetensors
+
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PROCESSORS = {"flamingo": FlamingoProcessor, "otter": OtterProcessor}
+
+
+@dataclass
+class Job:
+    """A planned conversion: the model's configuration, its tensors, its processor, and what became of the sources."""
+
+    config: PreTrainedConfig
+    tensors: dict[str, LazyTensor]
+    processor: object
+    report: ConversionReport
+    lineage: list[str] = field(default_factory=list)
+
+
+def finish(
+    job: Job,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    allow: bool = False,
+    verify: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    push_to_hub: str | None = None,
+) -> ConversionReport:
+    """
+    Check a planned conversion and write it: weights in shards, configuration, processor, generation config, model
+    card and report. The folder appears when everything is in it.
+
+    Args:
+        output: a new or empty folder.
+        dtype: a key of `DTYPES`, for all floating-point tensors; None keeps each as it is.
+        allow: write the result even if something in the sources is unexplained.
+        verify: load the result and compare its logits with a model assembled from the sources.
+        max_shard_size: of a weight file, in bytes.
+        push_to_hub: repository to create or update with the folder.
+
+    Raises:
+        ConversionError: if something is unexplained or the verification fails.
+    """
+    report, config = job.report, job.config
+    report.check(allow)
+    stored = most_common_dtype(job.tensors)
+    tensors = cast(job.tensors, dtype)
+    config.dtype = report.dtype = dtype or stored
+    config.architectures = [model_class(config).__name__]
+    report.token_table = token_table(config)
+    with output_folder(output) as folder:
+        report.files = write_safetensors(folder, tensors, max_shard_size)
+        config.save_pretrained(folder)
+        generation_config = GenerationConfig(
+            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+        )
+        generation_config.save_pretrained(folder)
+        job.processor.save_pretrained(folder)
+        if verify:
+            report.verification = verify_folder(folder, config, job.tensors, dtype)
+        (folder / "README.md").write_text(conversion_card(config, report, job.lineage), encoding="utf-8")
+        report.save(folder)
+    if push_to_hub:
+        push_folder(output, push_to_hub)
+    return report
+
+
+def finish_with_adapter(
+    job: Job,
+    adapter: dict[str, LazyTensor],
+    adapter_config: dict,
+    output: str | Path,
+    *,
+    push_to_hub: str | None = None,
+    **options,
+) -> ConversionReport:
+    """[`finish`], with a PEFT adapter in the folder `adapter` of the output, for `PeftModel.from_pretrained`."""
+    with output_folder(output) as folder:
+        model = folder / "model"
+        report = finish(job, model, **options)
+        (model / "adapter").mkdir()
+        write_safetensors(model / "adapter", cast(adapter, options.get("dtype")), name="adapter_model")
+        (model / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
+        for path in list(model.iterdir()):
+            path.rename(folder / path.name)
+        model.rmdir()
+    if push_to_hub:
+        push_folder(output, push_to_hub)
+    return report
+
+
+def cast(tensors: dict[str, LazyTensor], dtype: str | None) -> dict[str, LazyTensor]:
+    """Floating-point tensors in another dtype (a key of `DTYPES`); others, and all with None, as they are."""
+    if dtype is None:
+        return tensors
+    if dtype not in DTYPES:
+        raise ConversionError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}.")
+    target = DTYPES[dtype]
+    return {
+        name: tensor.map(lambda value: value.to(target), dtype=target) if tensor.dtype.is_floating_point else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def most_common_dtype(tensors: dict[str, LazyTensor]) -> str:
+    """The dtype of most floating-point tensors, as configurations write it."""
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point]
+    return str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
+
+
+def token_table(config: PreTrainedConfig) -> dict[str, int]:
+    """Special tokens and their ids."""
+    table = {token: getattr(config, name) for token, name in SPECIAL_TOKENS.items()}
+    table["<PAD>"] = config.pad_token_id
+    return {token: token_id for token, token_id in table.items() if token_id is not None}
+
+
+# what of a repository is downloaded: no code, no other frameworks' weights
+_PATTERNS = ["*.json", "*.txt", "*.bin", "*.safetensors", "*.model"]
+
+
+def resolve_folder(name_or_path: str | Path) -> Path:
+    """A local folder as it is; otherwise the named Hub repository, downloaded or from the cache."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if Path(name_or_path).exists() or str(name_or_path).startswith((".", "/")) or str(name_or_path).count("/") != 1:
+        raise ConversionError(f"{name_or_path} is no folder.")
+    try:
+        return Path(snapshot_download(str(name_or_path), allow_patterns=_PATTERNS))
+    except OSError as error:
+        raise ConversionError(f"{name_or_path} is neither a folder nor a Hub repository within reach.") from error
+
+
+def read_config(folder: str | Path) -> dict:
+    """The parsed `config.json` of a folder. Raises ConversionError without one."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ConversionError(f"{folder} holds no config.json.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{path} is damaged: {error}.") from error
+
+
+def load_text_config(folder: str | Path) -> PreTrainedConfig:
+    """The configuration of a causal language model, of 2023 (MosaicML's dialects, RefinedWeb) or of today."""
+    raw = read_config(folder)
+    if raw.get("model_type") in ("mpt", "mosaic_gpt", "RefinedWebModel", "RefinedWeb"):
+        upgraded = upgrade_text_config(raw)
+        return AutoConfig.for_model(upgraded.pop("model_type"), **upgraded)
+    return AutoConfig.from_pretrained(folder)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder. Raises ConversionError without one, naming the option to give another."""
+    # without these files transformers makes an empty tokenizer, and says nothing
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise ConversionError(f"{folder} holds no tokenizer; name a folder or repository with one by --tokenizer.")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"The tokenizer in {folder} cannot be read: {error}") from error
+
+
+def make_processor(model_type: str, tokenizer, vision_config: PreTrainedConfig, vision_folder: Path | None = None):
+    """The processor of a model type (`"flamingo"` or `"otter"`): special tokens added, CLIP's image processor unless
+    the folder of the vision tower has its own."""
+    if vision_folder is not None and (vision_folder / "preprocessor_config.json").is_file():
+        image_processor = AutoImageProcessor.from_pretrained(vision_folder, backend="pil")
+    else:
+        size = vision_config.image_size
+        image_processor = CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        )
+    processor_class = PROCESSORS[model_type]
+    return processor_class(image_processor, processor_class.prepare_tokenizer(tokenizer))
+
+
+def set_token_ids(config: PreTrainedConfig, tokenizer) -> None:
+    """Write the ids of a prepared tokenizer into a configuration."""
+    vocabulary = tokenizer.get_vocab()
+    for token, name in SPECIAL_TOKENS.items():
+        setattr(config, name, vocabulary.get(token))
+    config.tokenizer_vocab_size = len(tokenizer)
+    config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
+    config.eos_token_id = [tokenizer.eos_token_id, config.end_of_chunk_token_id]
+
+
+def open_flamingo_folder(name_or_path: str | Path, tokenizer: str | None = None):
+    """
+    A Flamingo or Otter folder, of 2023 or of today.
+
+    Args:
+        tokenizer: folder of a tokenizer, for a folder that has none.
+
+    Returns:
+        the configuration, the source of its tensors under our names, and its processor. LoRA factors are left out;
+        see `convert_lora`.
+    """
+    folder = resolve_folder(name_or_path)
+    raw = read_config(folder)
+    if raw.get("model_type") not in PROCESSORS:
+        raise ConversionError(
+            f"{folder} has the model type {raw.get('model_type')!r}; expected a Flamingo or Otter folder."
+        )
+    legacy = is_legacy_config(raw)
+    try:
+        config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer)
+        processor = PROCESSORS[raw["model_type"]].from_pretrained(folder, tokenizer=tokenizer)
+    except OSError as error:
+        raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
+    config.lora_config = None
+    source = Source(
+        str(name_or_path),
+        open_checkpoint(folder),
+        rename=_rename_stored(config) if legacy else (lambda key: key),
+        paths=source_files(folder),
+    )
+    return config, source, processor
+
+
+def _rename_stored(config) -> Rename:
+    rename = rename_2023(config.text_config)
+    return lambda key: rename(split_lora_key(key)[0])
+
+
+def verify_folder(folder: Path, config, tensors: dict[str, LazyTensor], dtype: str | None) -> dict:
+    """
+    Load a folder and compare it with a model assembled in memory from the source tensors, on one random input.
+
+    Returns:
+        the largest difference of logits, their largest magnitude, and the share of equal most likely tokens.
+
+    Raises:
+        ConversionError: if names are missing or left over, or, with the dtype unchanged, logits differ by over 1e-4.
+    """
+    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    if any(info.values()):
+        problems = {key: sorted(names) for key, names in info.items() if names}
+        raise ConversionError(f"The result does not load cleanly: {problems}.")
+    generator = torch.Generator().manual_seed(0)
+    size, text_size = config.vision_config.image_size, config.tokenizer_vocab_size or config.text_config.vocab_size
+    input_ids = torch.randint(0, text_size, (1, 12), generator=generator)
+    special = [token_id for token_id in (config.image_token_id, config.end_of_chunk_token_id) if token_id is not None]
+    input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
+    input_ids[0, 1] = config.image_token_id
+    pixel_values = torch.randn(1, 3, size, size, generator=generator)
+
+    def logits_of(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=input_ids, pixel_values=pixel_values.to(model.dtype)).logits.float()
+
+    result = logits_of(loaded)
+    del loaded
+    reference = model_class(config)(config).to(DTYPES[most_common_dtype(tensors)])
+    reference.load_state_dict({name: tensor.load() for name, tensor in tensors.items()}, strict=False)
+    reference.tie_weights()
+    expected = logits_of(reference)
+    difference = (result - expected).abs().max().item()
+    if dtype is None and difference > 1e-4:
+        raise ConversionError(f"The result computes other logits than its sources: they differ by {difference:.3g}.")
+    agreement = (result.argmax(-1) == expected.argmax(-1)).float().mean().item()
+    return {
+        "max_logit_difference": difference,
+        "max_logit": expected.abs().max().item(),
+        "equal_most_likely_tokens": agreement,
+    }
+
+
+def push_folder(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
+    """Upload a converted folder to the Hub, creating the repository if needed. Returns the address of the commit."""
+    api = HfApi()
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Convert with otter-hf")
+    logger.info(f"pushed {folder} to {commit.commit_url}")
+    return commit.commit_url

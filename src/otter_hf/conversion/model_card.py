@@ -1,0 +1,136 @@
+"""Model cards, of converted folders and of published models, from one template and facts."""
+
+import json
+
+from .memory import memory_table
+from .report import ConversionReport
+
+
+# what everyone meets who compares with the code of 2023
+OLD_CODE_DEFECTS = {
+    "cached decoding": (
+        "with a key-value cache the 2023 Otter code lost the image after the first new token (Llama models by "
+        "default, MPT models with `use_cache=True`); answers differ from its, and are those of its uncached decoding"
+    ),
+    "open_clip": (
+        "with open_clip 2.23 or newer the OpenFlamingo code feeds other image features than the model was trained on; "
+        "these here are those of 2.22 and older"
+    ),
+}
+
+
+def render_card(
+    *,
+    name: str,
+    summary: str,
+    metadata: dict,
+    lineage: list[str],
+    prompt: str | None = None,
+    tokens: dict[str, int] | None = None,
+    licences: dict[str, str] | None = None,
+    defects: list[str] | None = None,
+    memory: str | None = None,
+    commands: str | None = None,
+    notes: list[str] | None = None,
+) -> str:
+    """
+    A model card in Markdown. Sections without facts are left out.
+
+    Args:
+        name, summary: title and first paragraph.
+        metadata: the YAML block the Hub reads.
+        lineage: what the model was made from, in order.
+        prompt: the text form it was trained with.
+        tokens: special tokens and their ids.
+        licences: part -> licence.
+        defects: known faults of the published weights and of code for them.
+        memory: a Markdown table.
+        commands: Markdown with code blocks.
+        notes: further remarks.
+    """
+    # JSON is YAML: lists and strings need no other quoting
+    front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items())
+    sections = [f"---\n{front}\n---", f"# {name}", summary]
+    bullets = {"Made from": lineage, "Known defects": defects, "Notes": notes}
+    if lineage:
+        sections.append(_bullets("Made from", bullets["Made from"]))
+    if prompt:
+        sections.append(f"## Prompt\n\n```\n{prompt}\n```")
+    if tokens:
+        # a bar ends a cell of a table, even in code
+        escaped = {token.replace("|", "\\|"): token_id for token, token_id in tokens.items()}
+        rows = "\n".join(f"| `{token}` | {token_id} |" for token, token_id in escaped.items())
+        sections.append(f"## Special tokens\n\n| token | id |\n|---|---:|\n{rows}")
+    if licences:
+        sections.append(_bullets("Licences of the parts", [f"{part}: {text}" for part, text in licences.items()]))
+    for title in ("Known defects", "Notes"):
+        if bullets[title]:
+            sections.append(_bullets(title, bullets[title]))
+    if memory:
+        sections.append(
+            "## Memory\n\nComputed from the configuration (`otter-hf memory`); activations come on top. int8 and "
+            f"4-bit store linear layers so, except the output layer, and the rest in bfloat16.\n\n{memory}"
+        )
+    if commands:
+        sections.append(f"## Use\n\n{commands}")
+    return "\n\n".join(sections) + "\n"
+
+
+def _bullets(title: str, items: list[str]) -> str:
+    return f"## {title}\n\n" + "\n".join(f"- {item}" for item in items)
+
+
+def usage(repository: str, question: str = "What is in the image?") -> str:
+    """How to load a model and ask it something."""
+    return f"""```python
+import otter_hf  # registers the model with the Auto classes
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = "{repository}"
+processor = AutoProcessor.from_pretrained(name)
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+content = [{{"type": "image", "url": "image.jpg"}}, {{"type": "text", "text": "{question}"}}]
+messages = [{{"role": "user", "content": content}}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)
+print(processor.post_process_image_text_to_text(output)[0])
+```"""
+
+
+def completion_usage(repository: str, prompt: str = "<image>An image of") -> str:
+    """How to load a model without chat template and let it go on with a text."""
+    return f"""```python
+import otter_hf  # registers the model with the Auto classes
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+name = "{repository}"
+processor = AutoProcessor.from_pretrained(name)
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+inputs = processor(images="image.jpg", text="{prompt}", return_tensors="pt")
+output = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=32)
+print(processor.post_process_image_text_to_text(output)[0])
+```"""
+
+
+def conversion_card(config, report: ConversionReport, lineage: list[str]) -> str:
+    """The card of a folder that a conversion wrote."""
+    is_otter = config.model_type == "otter"
+    notes = [*report.notes, *(f"{name}: {how}" for name, how in list(report.initialised.items())[:8])]
+    if len(report.initialised) > 8:
+        notes.append(f"{len(report.initialised) - 8} more weights were initialised; see `conversion_report.json`")
+    return render_card(
+        name=f"{config.model_type.capitalize()}, converted with otter-hf",
+        summary=f"Written by `otter-hf convert {report.conversion}`. What became of every source tensor is in "
+        "`conversion_report.json`.",
+        metadata={"library_name": "otter-hf", "pipeline_tag": "image-text-to-text", "tags": [config.model_type]},
+        lineage=[f"`{path}`" for path in lineage],
+        prompt="<image>User: {question} GPT:<answer>" if is_otter else "<image>{text}<|endofchunk|>",
+        tokens=report.token_table,
+        licences={"all": "those of the sources above; a conversion changes none of them"},
+        defects=list(OLD_CODE_DEFECTS.values()),
+        memory=memory_table(config),
+        commands=usage("PATH") if is_otter else completion_usage("PATH"),
+        notes=notes,
+    )

@@ -1,0 +1,221 @@
+"""OpenFlamingo checkpoints, and fresh Flamingos: a language model and a vision tower become one model."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..models.flamingo import FlamingoConfig
+from ..models.flamingo.modeling_flamingo import SUPPORTED_DECODERS
+from ..models.otter import OtterConfig
+from .job import Job, load_text_config, load_tokenizer, make_processor, read_config, resolve_folder, set_token_ids
+from .names import (
+    from_open_clip,
+    gated_layer_indices,
+    language_model_rename,
+    open_clip_config,
+    rename_openflamingo,
+    vision_tower_rename,
+)
+from .plan import Source, fresh_weights, plan_model, source_files
+from .report import ConversionReport
+from .tensors import ConversionError, LazyTensor, open_checkpoint
+
+
+_CONFIGS = {"flamingo": FlamingoConfig, "otter": OtterConfig}
+# two-tower models store their text side too
+_OTHER_TOWER = ("text_model.", "text_projection", "logit_scale", "logit_bias", "visual_projection", "transformer.")
+_OPEN_CLIP_TEXT = ("proj", "token_embedding.", "text_projection", "logit_scale", "ln_final.")
+# input embeddings of Llama and OPT, MPT, GPT-NeoX, Falcon
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+# towers whose first token stands for the whole image
+_CLASS_TOKEN = ("clip_vision_model", "dinov2", "vit")
+
+
+def plan_openflamingo(
+    checkpoint: str | Path,
+    language_model: str | Path,
+    vision_tower: str | Path,
+    tokenizer: str | Path | None = None,
+    open_clip_head_dim: int = 64,
+    open_clip_activation: str = "quick_gelu",
+) -> Job:
+    """
+    An OpenFlamingo checkpoint (Awadalla et al. 2023, https://huggingface.co/papers/2308.01390; v1 or v2) -> Flamingo.
+
+    The checkpoint holds only what was trained; the rest comes from the models it was trained on. Where the gated
+    layers sit and how large the resampler is are read from it. Patch tokens go to the resampler without the tower's
+    last norm, as in open_clip up to 2.22, with which the published models were trained.
+
+    Args:
+        checkpoint: `checkpoint.pt`; flat, wrapped in `model_state_dict` or `model`, with or without `module.`.
+        language_model: folder or Hub repository of the language model.
+        vision_tower: the same of a CLIP (or its vision part), or a file of open_clip.
+        tokenizer: folder or Hub repository, where the language model's has none.
+        open_clip_head_dim, open_clip_activation: what an open_clip file does not tell; the defaults are OpenAI's.
+    """
+    report = ConversionReport("openflamingo")
+    trained = open_checkpoint(checkpoint)
+    text_config, text_source, text_folder = open_language_model(language_model)
+    rename = rename_openflamingo(text_config)
+    renamed = {rename(key): tensor for key, tensor in trained.items()}
+    if "model.perceiver.latents" not in renamed or not gated_layer_indices(renamed):
+        raise ConversionError(
+            f"{checkpoint} holds no resampler or no gated layers, so it is no OpenFlamingo checkpoint."
+        )
+    vision_config, vision_source, vision_folder = open_vision_tower(
+        vision_tower, open_clip_head_dim, open_clip_activation
+    )
+    tokenizer = load_tokenizer(text_folder if tokenizer is None else resolve_folder(tokenizer))
+    processor = make_processor("flamingo", tokenizer, vision_config, vision_folder)
+
+    embeddings = [tensor for key, tensor in trained.items() if key.endswith(_EMBEDDINGS)]
+    rows = embeddings[0].shape[0] if embeddings else len(processor.tokenizer)
+    if rows < len(processor.tokenizer):
+        raise ConversionError(
+            f"{checkpoint} has {rows} embedding rows, but the tokenizer with Flamingo's special tokens has "
+            f"{len(processor.tokenizer)}; name the tokenizer it was trained with by --tokenizer."
+        )
+    text_config.vocab_size = rows
+    config = FlamingoConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        cross_attn_every_n_layers=_every_n_layers(renamed, text_config, checkpoint),
+        **resampler_shape(renamed),
+    )
+    set_token_ids(config, processor.tokenizer)
+    source = Source(
+        Path(checkpoint).name,
+        trained,
+        rename,
+        ignore=lambda key: (
+            "a second copy of the gated layers, which v1 stored twice"
+            if key.startswith("lang_encoder.gated_cross_attn_layers.")
+            else None
+        ),
+        paths=source_files(checkpoint),
+    )
+    tensors = plan_model(config, [source, text_source, vision_source], report)
+    report.notes.append(
+        "image features are taken before the vision tower's last norm, as in open_clip up to 2.22; its activation is "
+        f"{vision_config.hidden_act}"
+    )
+    lineage = [str(path) for path in (checkpoint, language_model, vision_tower)]
+    return Job(config, tensors, processor, report, lineage)
+
+
+def plan_inject_lm(
+    language_model: str | Path,
+    vision_tower: str | Path,
+    tokenizer: str | Path | None = None,
+    model_type: str = "flamingo",
+    cross_attn_every_n_layers: int = 4,
+    max_num_frames: int | None = None,
+    seed: int = 0,
+    **config_kwargs,
+) -> Job:
+    """
+    A Flamingo or Otter to be trained, on any supported language model and vision tower.
+
+    The resampler and the gated layers are initialised at random with their gates closed, so that the language model
+    answers as before; rows of new tokens are the mean of the others.
+
+    Args:
+        language_model, vision_tower, tokenizer: folders or Hub repositories.
+        model_type: `"flamingo"` or `"otter"`.
+        seed: of the new weights.
+        config_kwargs: further fields of [`FlamingoConfig`].
+    """
+    report = ConversionReport("inject-lm")
+    text_config, text_source, text_folder = open_language_model(language_model)
+    vision_config, vision_source, vision_folder = open_vision_tower(vision_tower)
+    tokenizer = load_tokenizer(text_folder if tokenizer is None else resolve_folder(tokenizer))
+    processor = make_processor(model_type, tokenizer, vision_config, vision_folder)
+    # a vocabulary that is already larger than its tokenizer has room for the new tokens
+    text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))
+    config = _CONFIGS[model_type](
+        vision_config=vision_config,
+        text_config=text_config,
+        vision_feature_select_strategy="default" if vision_config.model_type in _CLASS_TOKEN else "full",
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
+        max_num_frames=max_num_frames,
+        **config_kwargs,
+    )
+    set_token_ids(config, processor.tokenizer)
+    tensors = plan_model(config, [text_source, vision_source], report, fresh_weights(config, seed))
+    return Job(config, tensors, processor, report, [str(language_model), str(vision_tower)])
+
+
+def open_language_model(name_or_path: str | Path) -> tuple[PreTrainedConfig, Source, Path]:
+    """Configuration, tensors and folder of a causal language model. Raises ConversionError for an unsupported one."""
+    folder = resolve_folder(name_or_path)
+    try:
+        config = load_text_config(folder)
+    except ValueError as error:
+        raise ConversionError(f"{folder} is no language model that transformers knows: {error}") from error
+    if config.model_type not in SUPPORTED_DECODERS:
+        raise ConversionError(
+            f"{folder} is a {config.model_type!r} model, whose layers images cannot reach; use one of "
+            f"{', '.join(sorted(SUPPORTED_DECODERS))}."
+        )
+    tensors = open_checkpoint(folder)
+    source = Source(str(name_or_path), tensors, language_model_rename(config), resize=True, paths=source_files(folder))
+    return config, source, folder
+
+
+def open_vision_tower(
+    name_or_path: str | Path, open_clip_head_dim: int = 64, open_clip_activation: str = "quick_gelu"
+) -> tuple[PreTrainedConfig, Source, Path | None]:
+    """Configuration, tensors and (of a transformers model) folder of a vision tower."""
+    if Path(name_or_path).is_file():
+        tensors = from_open_clip(open_checkpoint(name_or_path))
+        config = open_clip_config(tensors, open_clip_head_dim, open_clip_activation)
+        source = Source(
+            Path(name_or_path).name,
+            tensors,
+            lambda key: f"model.vision_tower.{key}",
+            ignore=_other_tower(_OPEN_CLIP_TEXT),
+            paths=source_files(name_or_path),
+        )
+        return config, source, None
+    folder = resolve_folder(name_or_path)
+    read_config(folder)
+    config = AutoConfig.from_pretrained(folder)
+    config = getattr(config, "vision_config", config)
+    source = Source(
+        str(name_or_path),
+        open_checkpoint(folder),
+        vision_tower_rename(config),
+        ignore=_other_tower(_OTHER_TOWER),
+        paths=source_files(folder),
+    )
+    return config, source, folder
+
+
+def _other_tower(prefixes: tuple[str, ...]):
+    return lambda key: "no part of the vision tower" if key.startswith(prefixes) else None
+
+
+def resampler_shape(tensors: dict[str, LazyTensor]) -> dict:
+    """The fields of [`FlamingoConfig`] that the resampler's tensors (under our names) tell; heads are 64 wide."""
+    prefix = "model.perceiver."
+    layers = {name.split(".")[3] for name in tensors if name.startswith(f"{prefix}layers.")}
+    num_latents, width = tensors[f"{prefix}latents"].shape
+    frames = tensors.get(f"{prefix}frame_embs")
+    return {
+        "perceiver_depth": len(layers),
+        "perceiver_num_latents": num_latents,
+        "perceiver_num_heads": tensors[f"{prefix}layers.0.to_q.weight"].shape[0] // 64,
+        "perceiver_ff_mult": tensors[f"{prefix}layers.0.feed_forward.1.weight"].shape[0] // width,
+        "max_num_frames": None if frames is None else frames.shape[0],
+    }
+
+
+def _every_n_layers(tensors, text_config, checkpoint) -> int:
+    gated = gated_layer_indices(tensors)
+    every, num_layers = gated[0] + 1, text_config.num_hidden_layers
+    if gated != list(range(every - 1, num_layers, every)):
+        raise ConversionError(
+            f"{checkpoint} has gated layers at {gated}, which do not fit a language model of {num_layers} layers; it "
+            "was trained on another one."
+        )
+    return every

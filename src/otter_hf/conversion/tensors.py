@@ -1,0 +1,161 @@
+"""Checkpoints as tables of tensors that are read from disk one at a time, when asked for."""
+
+import json
+import math
+import pickle
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+class ConversionError(ValueError):
+    """A source that cannot be converted; the message is one sentence for the user."""
+
+
+SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+# keys under which training scripts wrap a state dict
+_WRAPPERS = ("model_state_dict", "state_dict", "model")
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor on disk, or computed from others: its shape and dtype are known, `load()` makes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor], shape=None, dtype=None) -> "LazyTensor":
+        """The tensor after `function`, which changes the shape or dtype only as said here."""
+        return LazyTensor(
+            self.shape if shape is None else tuple(shape),
+            self.dtype if dtype is None else dtype,
+            lambda: function(self.load()),
+        )
+
+
+def open_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
+    """
+    The tensors of one file or of all weight files in a folder.
+
+    Args:
+        path: `.safetensors`, or a file of `torch.save` (`.bin`, `.pt`, `.pth`), of which only tensors and plain
+            containers are unpickled; or a folder with `model.safetensors` or `pytorch_model.bin`, whole or in shards.
+
+    Returns:
+        names -> tensors; the wrappers of training scripts (`model_state_dict`, `state_dict`, `model`) and the prefix
+        `module.` of distributed training are removed.
+
+    Raises:
+        ConversionError: if something is missing, damaged, or holds more than tensors.
+    """
+    path = Path(path)
+    if path.is_dir():
+        tensors = {}
+        for file in weight_files(path):
+            tensors |= open_checkpoint(file)
+        return tensors
+    if not path.is_file():
+        raise ConversionError(f"{path} does not exist.")
+    tensors = _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold a folder's weights, safetensors first. Raises ConversionError if there are none."""
+    folder = Path(folder)
+    for filename in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{filename}.index.json"
+        if index.is_file():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ConversionError(f"{folder} lacks {missing[0]}, which its {index.name} lists.")
+            return files
+        if (folder / filename).is_file():
+            return [folder / filename]
+    raise ConversionError(
+        f"{folder} holds no weights; expected model.safetensors or pytorch_model.bin, whole or in shards."
+    )
+
+
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    try:
+        with path.open("rb") as file:
+            header_size = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (struct.error, ValueError, OverflowError, MemoryError) as error:
+        raise ConversionError(f"{path} is damaged: its safetensors header cannot be read.") from error
+    if path.stat().st_size != expected:
+        raise ConversionError(
+            f"{path} is damaged: it has {path.stat().st_size} bytes where its header says {expected}; copy it again."
+        )
+    tensors = {}
+    for name, entry in header.items():
+        start = 8 + header_size + entry["data_offsets"][0]
+        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+        tensors[name] = LazyTensor(shape, dtype, _reader(path, start, dtype, math.prod(shape), shape))
+    return tensors
+
+
+def _open_torch(path: Path) -> dict[str, LazyTensor]:
+    try:
+        # fake tensors know where in the file their bytes are, and take no memory
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConversionError(
+            f"{path} holds pickled objects other than tensors, which could run code, and is not opened; ask its "
+            "author for a file of plain tensors."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ConversionError(f"{path} is damaged or is no file of torch.save; copy it again.") from error
+    while isinstance(content, dict) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
+        content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ConversionError(f"{path} is not a state dict: it holds values that are no tensors.")
+    return {name: _lazy_fake_tensor(path, tensor) for name, tensor in content.items()}
+
+
+def _lazy_fake_tensor(path: Path, fake: torch.Tensor) -> LazyTensor:
+    shape, dtype, stride = tuple(fake.shape), fake.dtype, fake.stride()
+    offset = fake.untyped_storage()._checkpoint_offset
+    if offset is None:
+        raise ConversionError(f"{path} was written before PyTorch 1.6; load it there and save it again.")
+    # the elements between the first and the last one, which for a contiguous tensor are just its own
+    span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if fake.numel() else 0
+    read = _reader(path, offset + fake.storage_offset() * dtype.itemsize, dtype, span, (span,))
+    return LazyTensor(shape, dtype, lambda: read().as_strided(shape, stride).contiguous())
+
+
+def _reader(path: Path, start: int, dtype: torch.dtype, count: int, shape) -> Callable[[], torch.Tensor]:
+    """Reads `count` elements at byte `start`. No memory map: its pages would count as memory in use until the end."""
+
+    def read() -> torch.Tensor:
+        buffer = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+        with path.open("rb") as file:
+            file.seek(start)
+            if count and file.readinto(buffer.numpy()) != buffer.numel():
+                raise ConversionError(f"{path} is damaged: it ends in the middle of a tensor; copy it again.")
+        return buffer.view(dtype).view(shape)
+
+    return read
