@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test slow quality style bench clean
+.PHONY: demo test slow quality style bench conformance clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ test: $(VENV)/.installed ## the test suite
 
 slow: $(VENV)/.demo ## the tests that take longer
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+conformance: $(VENV)/.installed ## transformers' own model and processor tests on ours (downloads them)
+	PYTHON=$(CURDIR)/$(BIN)/python tests/conformance/run.sh -q
 
 quality: $(VENV)/.installed ## lint
 	$(BIN)/ruff check .

@@ -21,9 +21,9 @@ def test_slopes_equal_transformers(n_heads, bias_max):
 
 
 def exact_attention(query, key, value, slopes, scaling):
-    """Causal ALiBi attention in float64; `(B, H, L, D)` in, `(B, L, H, D)` out."""
-    positions = torch.arange(query.shape[2], dtype=torch.float64)
-    distance = positions - positions[:, None]
+    """Causal ALiBi attention in float64 of the last Q tokens; `(B, H, Q or K, D)` in, `(B, Q, H, D)` out."""
+    positions = torch.arange(key.shape[2], dtype=torch.float64)
+    distance = positions - positions[-query.shape[2] :, None]
     scores = query.double() @ key.double().transpose(-1, -2) * scaling + slopes.double()[:, None, None] * distance
     weights = scores.masked_fill(distance > 0, -torch.inf).softmax(-1)
     return (weights @ value.double()).transpose(1, 2)
@@ -38,8 +38,10 @@ def test_sdpa_channels_are_exact_at_long_positions(n_heads, scaling, dtype, atol
     slopes = alibi_slopes(n_heads)
     got, _ = alibi_sdpa_forward(None, query, key, value, None, scaling=scaling, alibi_slopes=slopes)
     assert got.dtype == dtype
-    expected = exact_attention(query, key, value, slopes, scaling)
-    torch.testing.assert_close(got.double(), expected, atol=atol, rtol=0)
+    for end in (90, 1500):
+        states = query[:, :, end - 90 : end], key[:, :, :end], value[:, :, :end]
+        expected = exact_attention(*states, slopes, scaling)
+        torch.testing.assert_close(got[:, end - 90 : end].double(), expected, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("scaling", [0.25, 1 / 256])

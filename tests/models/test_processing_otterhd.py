@@ -107,7 +107,9 @@ class TestSequence:
 
     def test_token_types(self, processor):
         inputs = processor(text="Hi", images=picture(25, 11), return_mm_token_type_ids=True)
-        assert torch.equal(inputs["mm_token_type_ids"] == 1, inputs["input_ids"] == processor.image_token_id)
+        is_image = torch.isin(inputs["input_ids"], torch.tensor(processor.image_token_ids))
+        assert torch.equal(inputs["mm_token_type_ids"] == 1, is_image)
+        assert is_image.sum() == 2 * (3 + 1)
 
 
 class TestMatching:

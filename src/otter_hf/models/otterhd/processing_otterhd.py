@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
@@ -109,7 +110,7 @@ class OtterHDProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        images=None,
+        images: ImageInput | None = None,
         text: str | Sequence[str] | None = None,
         videos=None,
         audio=None,
