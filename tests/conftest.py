@@ -5,6 +5,8 @@ from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# models this small only wait for a second thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

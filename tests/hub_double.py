@@ -115,7 +115,7 @@ class HubDouble(ThreadingHTTPServer):
 
 
 _ROUTES: list[tuple[str, re.Pattern, Callable]] = []
-_REPOSITORY = r"/api/models/(?P<name>[^/]+/[^/]+)"
+_REPOSITORY = r"/api/(?:models|datasets)/(?P<name>[^/]+/[^/]+)"
 
 
 def _route(method: str, pattern: str):
@@ -346,7 +346,7 @@ def _refs(handler, hub, name):
     handler.reply({"branches": [branch], "tags": [], "converts": []})
 
 
-@_route("GET", r"/(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+@_route("GET", r"/(?:datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def _resolve(handler, hub, name, revision, path):
     commit, files = handler.repository(name).at(revision)
     headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}

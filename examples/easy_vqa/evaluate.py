@@ -17,6 +17,7 @@ Writes `metrics.json`, and `answers.png` with pictures, answers and mistakes.
 import argparse
 import json
 import random
+import textwrap
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -129,18 +130,21 @@ def question_type(question: str, truth: str) -> str:
 
 
 def draw_answers(results: list[tuple], output: Path) -> None:
-    """`answers.png`: three rows of questions drawn at random, and a row of mistakes."""
+    """`answers.png`: three rows of questions drawn at random, and a row of mistakes if there are any."""
     generator = random.Random(1)
     mistakes = [result for result in results if result[2] != result[3]]
     shown = generator.sample(results, 18) + generator.sample(mistakes, min(6, len(mistakes)))
-    figure = Figure(figsize=(14, 11), layout="constrained")
-    for axis in (axes := figure.subplots(4, 6).flat):
+    rows = 4 if mistakes else 3
+    figure = Figure(figsize=(13, 2.7 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, 6).flat)
+    for axis in axes:
         axis.axis("off")
     for axis, (picture, question, given, truth) in zip(axes, shown, strict=False):
         axis.imshow(picture, interpolation="nearest")
-        verdict = given if given == truth else f"{given} (truth: {truth})"
-        axis.set_title(f"{question}\n{verdict}", fontsize=9, color="darkgreen" if given == truth else "firebrick")
-    figure.suptitle(f"Test split: 18 questions at random, and up to 6 of the {len(mistakes)} mistakes")
+        title = f"{textwrap.fill(question, 24)}\n{given} (truth: {truth})"
+        axis.set_title(title, fontsize=9, color="darkgreen" if given == truth else "firebrick")
+    below = f"; last row: {len(shown) - 18} of the {len(mistakes)} mistakes" if mistakes else ""
+    figure.suptitle(f"Test split, questions drawn at random{below}")
     figure.savefig(output / "answers.png", dpi=100)
 
 

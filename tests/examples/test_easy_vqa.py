@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -89,6 +90,17 @@ def test_prepared_files_hold_no_test_picture_and_no_validation_picture_is_traine
     assert not pictures["train"] & pictures["validation"]
     assert len(records["train"]) + len(records["validation"]) == len(easy_vqa.get_train_questions()[0])
     assert len(validation) == len(records["validation"])
+
+
+def test_answers_are_drawn_with_mistakes_in_the_last_row(tmp_path):
+    pytest.importorskip("easy_vqa", reason="the demo's extra is not installed")
+    picture = Image.new("RGB", (64, 64), "lime")
+    results = [(picture, f"question {i}?", "yes", "no" if i < 2 else "yes") for i in range(30)]
+    load("evaluate").draw_answers(results, tmp_path)
+    with Image.open(tmp_path / "answers.png") as figure:
+        lime = (np.asarray(figure.convert("RGB")) == (0, 255, 0)).all(axis=2)  # (height, width)
+    rows = [row.sum() for row in np.array_split(lime, 4)]
+    assert min(rows[:3]) > 1.5 * rows[3] > 0
 
 
 @pytest.mark.slow

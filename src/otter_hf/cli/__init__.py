@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from . import chat, train
+from . import chat, convert, data, memory, train
 
 
-SUBCOMMANDS = (chat, train)
+SUBCOMMANDS = (chat, train, convert, data, memory)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from ..conversion import (
     ConversionError,
     ConversionReport,
     apply_delta,
+    convert_fuyu,
     export_legacy,
     finish,
     lora_adapter,
@@ -218,6 +219,17 @@ def _export_legacy(parser) -> None:
     _add_output(parser, run, verify=False)
 
 
+def _fuyu_to_otterhd(parser) -> None:
+    """Fuyu-8B or OtterHD-8B as published in 2023 -> an OtterHD folder: RoPE base, names, processor stated"""
+    parser.add_argument("--source", required=True, help="folder or repository, with its tokenizer")
+    _add_output(
+        parser,
+        lambda args: convert_fuyu(
+            args.source, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args)
+        ),
+    )
+
+
 _COMMANDS = {
     "openflamingo": _openflamingo,
     "flamingo-to-otter": _flamingo_to_otter,
@@ -226,5 +238,6 @@ _COMMANDS = {
     "lora": _lora,
     "delta": _delta,
     "dtype": _dtype,
+    "fuyu-to-otterhd": _fuyu_to_otterhd,
     "export-legacy": _export_legacy,
 }

@@ -7,6 +7,7 @@ tensor at a time). See `otter-hf convert --help` for the commands.
 from .delta import apply_delta, make_delta
 from .export import export_legacy
 from .folders import lora_adapter, plan_flamingo_to_otter, plan_folder, plan_lora, plan_trainer_pt
+from .fuyu import convert_fuyu
 from .job import Job, finish
 from .memory import estimate_memory, memory_table
 from .openflamingo import plan_inject_lm, plan_openflamingo
@@ -19,6 +20,7 @@ __all__ = [
     "ConversionReport",
     "Job",
     "apply_delta",
+    "convert_fuyu",
     "estimate_memory",
     "export_legacy",
     "finish",

@@ -8,11 +8,17 @@ from importlib import import_module
 
 _MODULES = {
     "collator": ("OtterCollator", "make_labels"),
+    "collator_otterhd": ("OtterHDCollator",),
+    "collator_idefics": ("IdeficsCollator", "prepare_idefics_tokenizer"),
     "formats": ("MimicitFiles", "load_mimicit", "make_train_config", "write_mimicit"),
+    "hub": ("push_mixture", "read_hub_form", "write_hub_form"),
     "image_store": ("ImageStore",),
     "mixture": ("GroupedSampler", "MimicitMixture", "MixtureEntry", "read_mixture", "sample_rows"),
+    "neighbours": ("nearest_neighbours", "write_neighbours"),
     "prompts": ("FORMATS", "chat_template", "clean_text", "escape_reserved_tokens", "render"),
     "samples": ("TASK_GROUPS", "Sample", "SampleError", "SampleOptions", "build_sample", "frame_indices"),
+    "stream": ("StreamedMixture",),
+    "validate": ("ValidationReport", "check_mixture"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -35,9 +35,10 @@ _RECORD = {
 }
 # A row is a training example; `context` holds its earlier turns or in-context examples, oldest first.
 FEATURES = Features({**_RECORD, "rel_ins_ids": List(Value("string")), "context": List(_RECORD)})
+_SCHEMA = FEATURES.arrow_schema
 _BATCH_ROWS = 1000
-# Parquet options for pictures: a page is closed behind each, so that it can be read on its own. Pictures do not repeat,
-# and their smallest and largest are of no use.
+# Parquet options for pictures: a page is closed behind each, so that it can be read on its own. Pictures do not
+# repeat, and their smallest and largest are of no use.
 PICTURE_PAGES = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 4 << 10, "write_statistics": False}
 
 
@@ -96,28 +97,41 @@ def load_mimicit(
     return Dataset.from_file(str(arrow)), ImageStore(images_path, cache_dir)
 
 
+def stream_records(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of an instructions file as rows with the columns `FEATURES`, without context, read as they go.
+
+    Raises:
+        ValueError: naming the file and the record, if something is malformed.
+    """
+    for id, record in iter_json_object(path, "data"):
+        if not isinstance(record, dict):
+            raise ValueError(f"Record {id!r} of {path} must be an object, got {_shown(record)}.")
+        yield {
+            "id": id,
+            "instruction": _text_or_none(record.get("instruction")),
+            "answer": _text_or_none(record.get("answer")),
+            "image_ids": _id_list(record.get("image_ids"), "image_ids of record %r of %s", id, path),
+            "rel_ins_ids": _id_list(record.get("rel_ins_ids"), "rel_ins_ids of record %r of %s", id, path),
+            "context": [],
+        }
+
+
 def _build_records(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     def batches():
         rows = []
-        for id, record in logging.tqdm(iter_json_object(path, "data"), desc=f"Reading {path.name}", unit=" records"):
-            if not isinstance(record, dict):
-                raise ValueError(f"Record {id!r} of {path} must be an object, got {_shown(record)}.")
-            rows.append(
-                {
-                    "id": id,
-                    "instruction": _text_or_none(record.get("instruction")),
-                    "answer": _text_or_none(record.get("answer")),
-                    "image_ids": _id_list(record.get("image_ids"), f"image_ids of record {id!r} of {path}"),
-                    "rel_ins_ids": _id_list(record.get("rel_ins_ids"), f"rel_ins_ids of record {id!r} of {path}"),
-                    "context": [],
-                }
-            )
+        for row in logging.tqdm(stream_records(path), desc=f"Reading {path.name}", unit=" records"):
+            rows.append(row)
             if len(rows) == _BATCH_ROWS:
-                yield pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema)
+                yield _record_batch(rows)
                 rows = []
-        yield pa.RecordBatch.from_pylist(rows, schema=FEATURES.arrow_schema)
+        yield _record_batch(rows)
 
-    return FEATURES.arrow_schema, batches()
+    return _SCHEMA, batches()
+
+
+def _record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    columns = [pa.array([row[field.name] for row in rows], field.type) for field in _SCHEMA]
+    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
 
 
 class _Records:
@@ -167,7 +181,7 @@ class _Records:
             if unknown:
                 logger.warning(f"{unknown} ids in {source} are no records of {self.path}: they were left out.")
 
-        return FEATURES.arrow_schema, batches()
+        return _SCHEMA, batches()
 
     def _example_batches(self, rows: list[int], context_rows: list[int], lengths: list[int]):
         if not rows:
@@ -182,7 +196,7 @@ class _Records:
         structs = pa.StructArray.from_arrays(fields, names=list(_RECORD))
         offsets = pa.array(np.cumsum([0, *lengths]), pa.int32())
         columns["context"] = pa.ListArray.from_arrays(offsets, structs)
-        return [pa.RecordBatch.from_arrays([columns[name] for name in FEATURES], schema=FEATURES.arrow_schema)]
+        return [pa.RecordBatch.from_arrays([columns[name] for name in FEATURES], schema=_SCHEMA)]
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -191,18 +205,20 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 def _read_train_config(path: str | Path) -> Iterator[tuple[str, list[str]]]:
     for id, context in iter_json_object(path):
-        yield id, _id_list(context, f"context of {id!r} in {path}")
+        yield id, _id_list(context, "context of %r in %s", id, path)
 
 
 def _text_or_none(value: Any) -> str | None:
+    if not isinstance(value, str) or value.isascii():
+        return value if isinstance(value, str) else None
     # half a surrogate pair, which JSON can spell, becomes a question mark
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else None
+    return value.encode("utf-8", "replace").decode()
 
 
-def _id_list(value: Any, what: str) -> list[str]:
+def _id_list(value: Any, what: str, *names: Any) -> list[str]:
     ids = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
-        raise ValueError(f"The {what} must be a list of strings, a string or null, got {_shown(value)}.")
+        raise ValueError(f"The {what % names} must be a list of strings, a string or null, got {_shown(value)}.")
     return [_text_or_none(id) for id in ids]
 
 
@@ -319,8 +335,8 @@ def _write_records(
                     raise ValueError(f"The {key} of record {id!r} must be a string, got {_shown(record.get(key))}.")
             if id in ids:
                 raise ValueError(f"Record {id!r} is given twice: ids must be unique.")
-            image_ids = _id_list(record.get("image_ids"), f"image_ids of record {id!r}")
-            rel_ins_ids = _id_list(record.get("rel_ins_ids"), f"rel_ins_ids of record {id!r}")
+            image_ids = _id_list(record.get("image_ids"), "image_ids of record %r", id)
+            rel_ins_ids = _id_list(record.get("rel_ins_ids"), "rel_ins_ids of record %r", id)
             for image_id in image_ids:
                 if image_id not in known_images:
                     raise ValueError(f"Record {id!r} needs image {image_id!r}, which is not among the images.")

@@ -126,8 +126,9 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
 
     if f"{name}_Instructions" in known:
         records = (_record(row, row.get("images") or []) for row in rows(f"{name}_Instructions"))
-        images = ((row["id"], _image(row["image"], row["id"])) for row in rows(f"{name}_Images"))
-        images = images if f"{name}_Images" in known else None
+        images = None
+        if f"{name}_Images" in known:
+            images = ((row["id"], _image(row["image"], row["id"])) for row in rows(f"{name}_Images"))
     elif name in known:
         records = (
             _record(row, [_picture_id(name, _image(image, row["id"])) for image in row.get("images") or []])

@@ -32,9 +32,9 @@ class ImageStore:
 
     A parquet store opens at once: only its ids are read, and kept with an index in the cache (see
     `cached_arrow_file`). Pictures in small pages, as `write_mimicit` stores them, are read where they are. pandas
-    packs them in pages of dozens of megabytes; these are copied to the cache, as the pictures' own bytes, when one of
-    their pictures is first asked for, so that a page is unpacked once, in whatever order and by however many processes
-    it is read. JSON files are copied whole on first use.
+    packs them in pages of dozens of megabytes; such a page is copied to the cache, as the pictures' own bytes, when a
+    second one of its pictures is asked for, so that it need not be unpacked again, in whatever order and by however
+    many processes it is read. JSON files are copied whole on first use.
 
     `store[id]` is the RGB picture: `KeyError` if there is no such id, `OSError` if it cannot be decoded. Instances
     can be pickled and forked into data loader workers; they carry paths, not pictures.

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,7 +255,7 @@ class MimicitMixture(Dataset):
         self._ends = np.cumsum([len(rows) for rows in self._rows])
         # shared with data loader workers, which live through epochs and count what they skip
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._skipped = _SharedCounter()
+        self._skipped = SkipCounter()
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -293,16 +293,7 @@ class MimicitMixture(Dataset):
         entry, rows = self.entries[number], self._rows[number]
         row = int(rows[index - (self._ends[number] - len(rows))])
         generator = random.Random(f"{self.seed} {int(self._epoch)} {index}")
-        sample = build_sample(
-            self._tables[number][row],
-            self._stores[number],
-            entry.task_group,
-            self.options,
-            images_as=entry.images_as,
-            task_descriptions=entry.task_description,
-            generator=generator,
-        )
-        sample = {**sample, "task_group": entry.task_group, "dataset": entry.name}
+        sample = sample_of_entry(entry, self._tables[number][row], self._stores[number], self.options, generator)
         return sample if self.transform is None else self.transform(sample, generator)
 
     def summary(self) -> str:
@@ -322,7 +313,23 @@ class MimicitMixture(Dataset):
         )
 
 
-class _SharedCounter:
+def sample_of_entry(
+    entry: MixtureEntry, row: Mapping[str, Any], store: ImageStore, options: SampleOptions, generator: random.Random
+) -> Sample:
+    """`build_sample` with the settings of a dataset, which the sample names."""
+    sample = build_sample(
+        row,
+        store,
+        entry.task_group,
+        options,
+        images_as=entry.images_as,
+        task_descriptions=entry.task_description,
+        generator=generator,
+    )
+    return {**sample, "task_group": entry.task_group, "dataset": entry.name}
+
+
+class SkipCounter:
     """Counts by reason; increments of data loader workers are seen by the process that made it."""
 
     reasons = ("missing image", "unreadable image", "no frames", "missing instruction", "missing answer")

@@ -28,7 +28,7 @@ class ParquetPictures:
     """Pictures of a parquet file by row; `ids` are their ids, kept in `id_file` of the cache.
 
     Opening reads the ids only. A picture in a small page is read from there. Larger pages are copied to Arrow files of
-    the pictures' own bytes, `_SEGMENT_BYTES` at a time, when one of their pictures is asked for.
+    the pictures' own bytes, `_SEGMENT_BYTES` at a time, when a second of their pictures is asked for.
 
     Args:
         path: the parquet file, see `ImageStore` for its columns.
@@ -57,6 +57,7 @@ class ParquetPictures:
         self._column = PagedColumn(path, metadata, parquet_schema, leaf)
         self._layouts: dict[int, tuple[np.ndarray, list[list[Page]]]] = {}
         self._segments: dict[int, pa.ChunkedArray] = {}
+        self._asked: set[int] = set()
 
     def __getitem__(self, row: int) -> bytes | None:
         """The picture's bytes, None if there are none; `OSError` if the file is damaged there."""
@@ -67,8 +68,11 @@ class ParquetPictures:
             starts, segments = self._layouts[group]
             number = int(np.searchsorted(starts, row, side="right")) - 1
             start, pages = int(starts[number]), segments[number]
-            if len(pages) == 1 and pages[0].cost <= _DIRECT_BYTES:
-                return next(islice(self._read_pages(pages), row - start, None))
+            small = len(pages) == 1 and pages[0].cost <= _DIRECT_BYTES
+            if small or (pages and start not in self._asked):
+                # a first batch should not wait for copies of all the places that it touches
+                self._asked.add(start)
+                return self._read_one(pages, row)
             if start not in self._segments:
                 self._segments[start] = self._copy_segment(group, start, pages)
             return self._segments[start][row - start].as_py()
@@ -97,6 +101,11 @@ class ParquetPictures:
             [self._path], "images", lambda: (_PICTURE_SCHEMA, _picture_batches(pictures)), self._cache_dir, row=start
         )
         return open_arrow_file(path)["image"]
+
+    def _read_one(self, pages: list[Page], row: int) -> bytes | None:
+        page = next(page for page in pages if row < page.first_row + page.num_rows)
+        value = next(islice(self._column.values(page), row - page.first_row, None))
+        return text_picture(value) if self._is_text and value is not None else value
 
     def _read_pages(self, pages: list[Page]) -> Iterator[bytes | None]:
         for page in pages:

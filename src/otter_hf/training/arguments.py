@@ -28,6 +28,19 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: transformers'."}
     )
+    lora: bool = field(
+        default=False, metadata={"help": "Train low-rank updates of lora_target_modules only, and save them alone."}
+    )
+    lora_r: int = field(default=64, metadata={"help": "Rank of the updates."})
+    lora_alpha: int = field(default=32, metadata={"help": "Updates are scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the updates."})
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of linear layers; OtterHD: query_key_value dense dense_h_to_4h dense_4h_to_h."},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "With lora: keep the frozen weights in 4 bits (QLoRA; bitsandbytes, CUDA)."}
+    )
 
     def __post_init__(self):
         name = self.model_name_or_path
@@ -38,6 +51,12 @@ class ModelArguments:
         for group in self.freeze:
             if group not in PARAMETER_GROUPS:
                 raise ValueError(f"freeze: {group!r} is no group, use some of {', '.join(PARAMETER_GROUPS)}.")
+        if self.lora and not self.lora_target_modules:
+            raise ValueError("lora needs lora_target_modules: name the linear layers to update, e.g. q_proj v_proj.")
+        if self.lora and self.freeze:
+            raise ValueError(f"freeze={self.freeze} and lora cannot be combined: lora freezes the whole model.")
+        if self.load_in_4bit and not self.lora:
+            raise ValueError("load_in_4bit needs lora: weights in 4 bits cannot be trained themselves.")
 
 
 @dataclass
@@ -47,7 +66,8 @@ class DataArguments:
     train_mixture: str = field(metadata={"help": "Training YAML: groups and datasets to train on."})
     eval_mixture: str | None = field(default=None, metadata={"help": "YAML of the same form, to evaluate on."})
     instruction_format: str = field(
-        default="simple", metadata={"help": f"How prompts are written: {', '.join(FORMATS)}. Otter: simple."}
+        default="simple",
+        metadata={"help": f"How prompts are written: {', '.join(FORMATS)}. Otter: simple, OtterHD: fuyu."},
     )
     max_length: int = field(default=2048, metadata={"help": "Tokens of a row, with BOS and EOS."})
     on_overlong: str = field(
@@ -62,6 +82,16 @@ class DataArguments:
     keep_symbols: bool = field(default=True, metadata={"help": "False deletes most punctuation, as the original did."})
     use_task_description: bool = field(
         default=False, metadata={"help": "Put one of the dataset's task descriptions in front of each prompt."}
+    )
+    resolution: int | None = field(
+        default=None, metadata={"help": "OtterHD: pixels of the shorter side that every image is resized to."}
+    )
+    dynamic_resolution: list[int] = field(
+        default_factory=list,
+        metadata={"help": "OtterHD: sides of squares in pixels, one drawn for each sample; 2023: 448 512 768."},
+    )
+    max_pixels: int | None = field(
+        default=None, metadata={"help": "OtterHD: images with more pixels than this are shrunk."}
     )
 
     def __post_init__(self):

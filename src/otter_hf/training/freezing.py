@@ -11,10 +11,10 @@ PARAMETER_GROUPS = ("vision", "perceiver", "cross_attention", "language", "embed
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     """
-    The parameters of a Flamingo or Otter by group, each parameter in one group.
+    The parameters of a Flamingo, Otter or OtterHD by group, each parameter in one group.
 
-    `vision`: the vision tower. `perceiver`: the resampler. `cross_attention`: the gated blocks. `embeddings`: input
-    embedding and output layer. `language`: all else of the decoder.
+    `vision`: the vision tower, or OtterHD's patch embedding. `perceiver`: the resampler. `cross_attention`: the gated
+    blocks. `embeddings`: input embedding and output layer. `language`: all else of the decoder.
     """
     groups = {name: [] for name in PARAMETER_GROUPS}
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
@@ -23,7 +23,7 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
             group = "embeddings"
         elif ".gated_cross_attn_layer." in name:
             group = "cross_attention"
-        elif name.startswith("model.vision_tower."):
+        elif name.startswith(("model.vision_tower.", "model.vision_embed_tokens.")):
             group = "vision"
         elif name.startswith("model.perceiver."):
             group = "perceiver"

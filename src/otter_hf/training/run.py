@@ -10,11 +10,14 @@ from random import Random
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 
 from ..data.collator import OtterCollator
+from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
 from ..data.prompts import chat_template, get_format
 from ..data.samples import Sample, SampleOptions
+from ..models.otterhd import OtterHDProcessor
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from .freezing import freeze, parameter_table
+from .lora import add_lora, quantization_config
 from .metrics import answer_accuracy, most_likely_tokens
 from .report import plot_history
 from .trainer import OtterTrainer
@@ -58,14 +61,7 @@ def train(
     """
     set_seed(training_args.seed)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
-    # the saved model shall be asked in the form it was trained on
-    processor.chat_template = chat_template(data_args.instruction_format)
-    collator = OtterCollator(
-        processor,
-        format=data_args.instruction_format,
-        max_length=data_args.max_length,
-        on_overlong=data_args.on_overlong,
-    )
+    collator = _make_collator(processor, data_args)
     train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, transform)
     logger.info(train_dataset.summary())
     eval_dataset = None
@@ -74,11 +70,19 @@ def train(
 
     # last, because it takes longest: a mistake in the data shows before
     model = AutoModelForImageTextToText.from_pretrained(
-        model_args.model_name_or_path, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization_config() if model_args.load_in_4bit else None,
     )
-    _stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(get_format(data_args.instruction_format).end))
-    freeze(model, model_args.freeze)
-    logger.info(parameter_table(model))
+    end = get_format(data_args.instruction_format).end or processor.tokenizer.eos_token
+    _stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
+    if model_args.lora:
+        model = add_lora(model, model_args, training_args)
+        logger.info("LoRA: {:,} of {:,} parameters are trained".format(*model.get_nb_trainable_parameters()))
+    else:
+        freeze(model, model_args.freeze)
+        logger.info(parameter_table(model))
 
     trainer = OtterTrainer(
         model=model,
@@ -96,6 +100,34 @@ def train(
         trainer.save_state()
         _plot(trainer.state.log_history, Path(training_args.output_dir) / "training.png")
     return trainer
+
+
+def _make_collator(processor, data_args: DataArguments) -> OtterCollator | OtterHDCollator:
+    """The collator for a processor, whose chat template becomes the form of the training text."""
+    if isinstance(processor, OtterHDProcessor):
+        if data_args.instruction_format != "fuyu":
+            raise ValueError(
+                f"instruction_format is {data_args.instruction_format!r}, which OtterHD does not know: set it to fuyu."
+            )
+        return OtterHDCollator(
+            processor,
+            resolution=data_args.resolution,
+            dynamic_resolution=data_args.dynamic_resolution or None,
+            max_pixels=data_args.max_pixels,
+            max_length=data_args.max_length,
+            on_overlong=data_args.on_overlong,
+        )
+    for name in ("resolution", "dynamic_resolution", "max_pixels"):
+        if getattr(data_args, name):
+            raise ValueError(f"{name} is for OtterHD: {type(processor).__name__} has one resolution, leave it out.")
+    # the saved model shall be asked in the form it was trained on
+    processor.chat_template = chat_template(data_args.instruction_format)
+    return OtterCollator(
+        processor,
+        format=data_args.instruction_format,
+        max_length=data_args.max_length,
+        on_overlong=data_args.on_overlong,
+    )
 
 
 def _load_mixture(path, data_args: DataArguments, training_args: TrainingArguments, transform=None) -> MimicitMixture:

@@ -1,0 +1,277 @@
+"""`otter-hf data`: check, look at, convert and exchange MIMIC-IT data."""
+
+import argparse
+from pathlib import Path
+
+
+_IMAGE_SOURCES = {"llava": "LLaVA", "llavar": "LLaVAR", "lrv": "LRV-Instruction", "svit": "SVIT"}
+_SELF_CONTAINED_SOURCES = {"m3it": "M3IT", "sharegpt": "ShareGPT", "lima": "LIMA", "alpaca": "Alpaca"}
+
+
+def add_parser(subparsers) -> None:
+    """Add the command and its subcommands; each sets `func` to a function of the parsed arguments."""
+    parser = subparsers.add_parser("data", help="check, show and convert MIMIC-IT data", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_check, _show, _stats, _to_parquet, _train_config, _merge, _neighbours, _to_hub, _from_hub):
+        add(commands)
+    for name, title in {**_IMAGE_SOURCES, **_SELF_CONTAINED_SOURCES}.items():
+        _source(commands, name, title)
+
+
+def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.add_argument("--cache-dir", help="where index files are kept (default: the cache of datasets)")
+    parser.set_defaults(func=run)
+    return parser
+
+
+def _check(commands) -> None:
+    parser = _command(commands, "check", _run_check, "find all that is wrong with a training YAML and its files")
+    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("--strict", action="store_true", help="fail at warnings too")
+    parser.add_argument("--json", metavar="PATH", help="write the report there, with every id concerned")
+    parser.add_argument("--skip-images", action="store_true", help="do not decode the pictures")
+    parser.add_argument("--populate-rel-ins", action="store_true", help="contexts come from rel_ins_ids")
+    parser.add_argument("--threads", type=int, help="decoding threads (default: one per processor)")
+
+
+def _run_check(args) -> int:
+    from ..data.validate import check_mixture, write_report
+
+    report = check_mixture(
+        args.mixture,
+        populate_rel_ins=args.populate_rel_ins,
+        decode_images=not args.skip_images,
+        num_threads=args.threads,
+        cache_dir=args.cache_dir,
+    )
+    print(report.table())
+    if args.json:
+        write_report(report, args.json)
+    return 0 if report.ok(args.strict) else 1
+
+
+def _show(commands) -> None:
+    parser = _command(commands, "show", _run_show, "show a sample as the model is given it")
+    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("index", type=int, nargs="?", default=0, help="number of the sample (default: 0)")
+    parser.add_argument(
+        "--processor", metavar="MODEL", help="folder or Hub id of a model: also show tokens and labels"
+    )
+    parser.add_argument("--format", default="simple", help="instruction format (default: simple)")
+    parser.add_argument("--png", metavar="PATH", help="write the pictures there, as a contact sheet")
+    parser.add_argument("--no-colour", action="store_true", help="mark with brackets in place of colours")
+    parser.add_argument("--populate-rel-ins", action="store_true", help="contexts come from rel_ins_ids")
+
+
+def _run_show(args) -> None:
+    from ..data.mixture import MimicitMixture
+    from ..data.preview import contact_sheet, describe_sample, prompt_of
+
+    mixture = MimicitMixture(args.mixture, populate_rel_ins=args.populate_rel_ins, cache_dir=args.cache_dir)
+    if not 0 <= args.index < len(mixture):
+        raise ValueError(f"sample {args.index} does not exist: the mixture has {len(mixture)}, counted from 0.")
+    sample = mixture[args.index]
+    if args.processor:
+        from transformers import AutoProcessor
+
+        import otter_hf  # noqa: F401  registers the processors
+
+        processor = AutoProcessor.from_pretrained(args.processor)
+        print(describe_sample(sample, processor, args.format, colour=not args.no_colour))
+    else:
+        print(prompt_of(sample, args.format))
+    if args.png:
+        contact_sheet(sample).save(args.png)
+
+
+def _stats(commands) -> None:
+    parser = _command(commands, "stats", _run_stats, "lengths of prompts and sizes of pictures")
+    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="count tokens with that of this folder or Hub id")
+    parser.add_argument("--limit", type=int, default=1000, help="samples to look at, 0 for all (default: 1000)")
+    parser.add_argument("--png", metavar="PATH", help="write histograms there")
+
+
+def _run_stats(args) -> None:
+    from ..data.mixture import MimicitMixture
+    from ..data.preview import mixture_statistics, statistics_table, write_histograms
+
+    mixture = MimicitMixture(args.mixture, on_error="skip", cache_dir=args.cache_dir)
+    print(mixture.summary())
+    values = mixture_statistics(mixture, _tokenizer(args.tokenizer), args.limit)
+    print(statistics_table(values))
+    if mixture.skipped:
+        print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in mixture.skipped.items()))
+    if args.png:
+        write_histograms(values, args.png)
+
+
+def _tokenizer(name: str | None):
+    if name is None:
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _to_parquet(commands) -> None:
+    parser = _command(commands, "to-parquet", _run_to_parquet, "image store of any kind to one parquet file")
+    parser.add_argument("images", nargs="+", help="image stores")
+    parser.add_argument("--output", required=True, help="the new file")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="to squares of PNG (default: bytes as they are)")
+
+
+def _run_to_parquet(args) -> None:
+    from ..data.tools import store_to_parquet
+
+    written, left_out = store_to_parquet(args.images, args.output, resize=args.resize, cache_dir=args.cache_dir)
+    print(f"{written:,} pictures in {args.output}, {len(left_out):,} left out that cannot be decoded")
+
+
+def _train_config(commands) -> None:
+    parser = _command(commands, "make-train-config", _run_train_config, "derive a train config from rel_ins_ids")
+    parser.add_argument("instructions", help="the instructions file")
+    parser.add_argument("--output", required=True, help="the new file")
+    parser.add_argument("--remove-rel-ins-ids", action="store_true", help="leave all contexts empty")
+
+
+def _run_train_config(args) -> None:
+    from ..data.tools import write_train_config
+
+    count = write_train_config(args.instructions, args.output, keep_context=not args.remove_rel_ins_ids)
+    print(f"{count:,} examples in {args.output}")
+
+
+def _merge(commands) -> None:
+    parser = _command(commands, "merge", _run_merge, "several MIMIC-IT datasets to one")
+    parser.add_argument("--name", required=True, help="of the new dataset")
+    parser.add_argument("--output", required=True, help="folder for it")
+    parser.add_argument(
+        "--dataset",
+        action="append",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="instructions, images and train config of one, in this order; '-' for none; repeat it",
+    )
+
+
+def _run_merge(args) -> None:
+    from ..data.formats import MimicitFiles
+    from ..data.tools import merge_datasets
+
+    datasets = []
+    for paths in args.dataset:
+        if len(paths) > 3:
+            raise ValueError(f"--dataset takes instructions, images and train config, got {len(paths)} paths.")
+        instructions, images, config = (*(None if path == "-" else path for path in paths), None, None)[:3]
+        if instructions is None:
+            raise ValueError("--dataset needs an instructions file as its first path.")
+        datasets.append(MimicitFiles(instructions, images or (), config))
+    _print_files(merge_datasets(datasets, args.output, args.name, args.cache_dir))
+
+
+def _neighbours(commands) -> None:
+    parser = _command(
+        commands, "neighbours", _run_neighbours, "give each record its most similar ones as in-context examples"
+    )
+    parser.add_argument("instructions", help="the instructions file")
+    parser.add_argument("--output", required=True, help="path of the new files without _instructions.json")
+    parser.add_argument("--encoder", required=True, help="folder or Hub id of a text encoder, or a CLIP for images")
+    parser.add_argument("--by", choices=("text", "image"), default="text")
+    parser.add_argument("--images", nargs="*", default=[], help="image stores, with --by image")
+    parser.add_argument("--k", type=int, default=10, help="neighbours of each record (default: 10)")
+    parser.add_argument("--context", type=int, default=2, help="of them in the train config (default: 2)")
+
+
+def _run_neighbours(args) -> None:
+    from ..data.neighbours import write_neighbours
+
+    written = write_neighbours(
+        args.instructions,
+        args.output,
+        args.encoder,
+        by=args.by,
+        images_path=args.images,
+        k=args.k,
+        context=args.context,
+        cache_dir=args.cache_dir,
+    )
+    print("\n".join(map(str, written)))
+
+
+def _to_hub(commands) -> None:
+    parser = _command(commands, "to-hub", _run_to_hub, "write a mixture as a Hub dataset, and upload it")
+    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("--output", required=True, help="folder to write; if it is there, it is only uploaded")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="dataset repository to upload to")
+    parser.add_argument("--private", action="store_true", help="if the repository is new")
+
+
+def _run_to_hub(args) -> None:
+    from ..data.hub import push_mixture, write_hub_form
+
+    if args.push_to_hub:
+        names = push_mixture(
+            args.mixture, args.push_to_hub, args.output, private=args.private, cache_dir=args.cache_dir
+        )
+    else:
+        names = write_hub_form(args.mixture, args.output, args.cache_dir)
+    print("\n".join(names))
+
+
+def _from_hub(commands) -> None:
+    parser = _command(commands, "from-hub", _run_from_hub, "a Hub dataset like pufanyi/MIMICIT to MIMIC-IT files")
+    parser.add_argument("repository", help="dataset repository, or a folder like one")
+    parser.add_argument("--name", required=True, help="of the dataset in it, such as CGD")
+    parser.add_argument("--output", required=True, help="folder for the files")
+    parser.add_argument("--revision", help="branch, tag or commit")
+
+
+def _run_from_hub(args) -> None:
+    from ..data.hub import read_hub_form
+
+    _print_files(read_hub_form(args.repository, args.name, args.output, args.revision))
+
+
+def _source(commands, name: str, title: str) -> None:
+    parser = _command(commands, f"from-{name}", _run_source, f"{title} to MIMIC-IT files")
+    parser.add_argument("input", help=f"file of {title}, JSON or JSON lines")
+    if name in _IMAGE_SOURCES:
+        parser.add_argument("--images", required=True, metavar="FOLDER", help="folder of its pictures")
+    parser.add_argument("--name", default=name.upper(), help=f"of the new dataset (default: {name.upper()})")
+    parser.add_argument("--output", required=True, help="folder for the files")
+    parser.add_argument("--max-tokens", type=int, help="leave out longer conversations; needs --tokenizer")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
+    parser.add_argument("--skip-missing", action="store_true", help="leave out conversations without their picture")
+    parser.add_argument("--overwrite", action="store_true", help="write again what an earlier run has completed")
+    parser.set_defaults(source=name)
+
+
+def _run_source(args) -> None:
+    from ..data import sources
+
+    # instructions are written last: with them, all is there
+    done = Path(args.output, f"{args.name}_instructions.json")
+    if done.exists() and not args.overwrite:
+        print(f"{done} is complete; --overwrite writes it again")
+        return
+    read = getattr(sources, f"read_{'llava' if args.source == 'llavar' else args.source}")
+    inputs = (args.input, args.images) if args.source in _IMAGE_SOURCES else (args.input,)
+    counts = sources.write_conversations(
+        args.output,
+        args.name,
+        lambda: read(*inputs),
+        max_tokens=args.max_tokens,
+        tokenizer=_tokenizer(args.tokenizer),
+        on_error="skip" if args.skip_missing else "raise",
+    )
+    print(f"{counts.conversations:,} conversations, {counts.records:,} records, {counts.images:,} pictures")
+    for reason, count in counts.left_out.items():
+        print(f"left out: {count:,} ({reason})")
+    _print_files(counts.files)
+
+
+def _print_files(files) -> None:
+    print("\n".join(str(path) for path in files if path))

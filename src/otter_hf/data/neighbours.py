@@ -1,0 +1,164 @@
+"""In-context examples by nearest neighbours, as MIMIC-IT made its LACR sets: records alike in text or in picture."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .formats import stream_records
+from .image_store import ImageStore
+from .json_stream import iter_json_object
+
+
+logger = logging.get_logger(__name__)
+
+
+def nearest_neighbours(embeddings: torch.Tensor, k: int, block: int = 1024) -> torch.Tensor:
+    """The `k` other rows that have the largest cosine with each row, nearest first; exact.
+
+    Args:
+        embeddings: float tensor of shape `(N, D)`, without zero rows.
+        k: number of neighbours, less than `N`.
+        block: rows that are compared with all others at a time; memory is `block * N` numbers.
+
+    Returns:
+        int64 row numbers of shape `(N, k)`. Of equally near rows, the first comes first.
+
+    Raises:
+        ValueError: if there are not enough rows, or one has no direction.
+    """
+    count = len(embeddings)
+    if not 0 < k < count:
+        raise ValueError(f"k must be from 1 to {count - 1}, the number of other records, got {k}.")
+    norms = embeddings.norm(dim=1, keepdim=True)
+    bad = (~(norms > 0) | ~norms.isfinite()).flatten().nonzero()
+    if len(bad):
+        raise ValueError(f"Row {int(bad[0])} of the embeddings is zero or not finite: it has no neighbours.")
+    unit = embeddings / norms  # (N, D)
+    found = []
+    for start in range(0, count, block):
+        cosine = unit[start : start + block] @ unit.T  # (block, N)
+        rows = torch.arange(len(cosine))
+        cosine[rows, start + rows] = -torch.inf
+        found.append(cosine.sort(dim=1, descending=True, stable=True).indices[:, :k])
+    return torch.cat(found)
+
+
+@torch.inference_mode()
+def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = 64) -> torch.Tensor:
+    """Mean of a text encoder's last hidden states over the real tokens, float32 of shape `(N, D)`.
+
+    Args:
+        texts: what to embed.
+        encoder: folder or Hub id of any encoder that `AutoModel` and `AutoTokenizer` load; MIMIC-IT used a MiniLM.
+        batch_size: texts per forward pass.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModel.from_pretrained(encoder).eval()
+    model = getattr(model, "text_model", model)
+
+    def embed(batch: list[str]) -> torch.Tensor:
+        inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+        hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+        mask = inputs["attention_mask"][..., None].to(hidden)  # (B, L, 1)
+        return (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (B, D)
+
+    return _in_batches(texts, embed, batch_size, len(texts))
+
+
+@torch.inference_mode()
+def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = 64) -> torch.Tensor:
+    """Pooled output of a vision encoder for PIL pictures, float32 of shape `(N, D)`.
+
+    Args:
+        images: PIL pictures.
+        encoder: folder or Hub id of a CLIP, whose image embedding is taken, or of any vision encoder with a pooled
+            output; MIMIC-IT used CLIP ViT-B/16.
+        batch_size: pictures per forward pass.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    processor = AutoImageProcessor.from_pretrained(encoder, backend="pil")
+    model = AutoModel.from_pretrained(encoder).eval()
+    encode = model.get_image_features if hasattr(model, "get_image_features") else model
+
+    def embed(batch: list) -> torch.Tensor:
+        output = encode(pixel_values=processor(batch, return_tensors="pt")["pixel_values"])
+        return output if isinstance(output, torch.Tensor) else output.pooler_output  # (B, D)
+
+    return _in_batches(images, embed, batch_size, None)
+
+
+def _in_batches(items: Iterable, embed: Callable[[list], torch.Tensor], size: int, total: int | None) -> torch.Tensor:
+    remaining: Iterator = iter(logging.tqdm(items, desc="Embedding", total=total))
+    embedded = []
+    while batch := list(islice(remaining, size)):
+        embedded.append(embed(batch).float())
+    return torch.cat(embedded)
+
+
+def write_neighbours(
+    instructions_path: str | Path,
+    output: str | Path,
+    encoder: str | Path,
+    *,
+    by: str = "text",
+    images_path: str | Path | Sequence[str | Path] = (),
+    k: int = 10,
+    context: int = 2,
+    cache_dir: str | Path | None = None,
+) -> tuple[Path, Path]:
+    """Finds for each record the `k` most similar other ones, as its context.
+
+    Writes `<output>_instructions.json`, the records with their neighbours as `rel_ins_ids`, nearest first, and
+    `<output>_train.json`, which has each record with the first `context` of them.
+
+    Args:
+        instructions_path: the records.
+        output: path of the new files without `_instructions.json`.
+        encoder: see `embed_texts` and `embed_images`.
+        by: compare the `"text"` of the instructions, or the first `"image"` of the records.
+        images_path: their image store, for `by="image"`.
+        k: number of neighbours of each record.
+        context: number of them in the train config.
+        cache_dir: see `ImageStore`.
+
+    Raises:
+        ValueError: for other values of `by`, too few records, or a record without text or image.
+    """
+    if by not in ("text", "image"):
+        raise ValueError(f"by must be 'text' or 'image', got {by!r}.")
+    rows = list(stream_records(instructions_path))
+    key = "instruction" if by == "text" else "image_ids"
+    for row in rows:
+        if not row[key]:
+            raise ValueError(f"Record {row['id']!r} has no {key} to be compared by.")
+    if not 0 < k < len(rows):
+        raise ValueError(f"k must be from 1 to {len(rows) - 1}, the number of other records, got {k}.")
+    if by == "text":
+        embeddings = embed_texts([row["instruction"] for row in rows], encoder)
+    else:
+        store = ImageStore(images_path, cache_dir)
+        embeddings = embed_images((store[row["image_ids"][0]] for row in rows), encoder)
+    ids = [row["id"] for row in rows]
+    neighbours = {
+        id: [ids[other] for other in nearest]
+        for id, nearest in zip(ids, nearest_neighbours(embeddings, k).tolist(), strict=True)
+    }
+    data = {
+        id: {**record, "rel_ins_ids": neighbours[id]} for id, record in iter_json_object(instructions_path, "data")
+    }
+    config = {id: nearest[:context] for id, nearest in neighbours.items()}
+    paths = Path(f"{output}_train.json"), Path(f"{output}_instructions.json")
+    for path, content in zip(paths, (config, {"meta": {"version": "0.0.1"}, "data": data}), strict=True):
+        temporary = path.with_name(f".{path.name}.incomplete")
+        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, path)
+    return paths[1], paths[0]

@@ -1,0 +1,171 @@
+"""The tools of `otter-hf data` on whole files, and what makes samples visible."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+from PIL import Image
+
+from otter_hf.cli import main
+from otter_hf.data.formats import load_mimicit, write_mimicit
+from otter_hf.data.image_store import ImageStore
+from otter_hf.data.images import encode_base64, image_bytes
+from otter_hf.data.mixture import MimicitMixture
+from otter_hf.data.preview import contact_sheet, describe_sample
+from otter_hf.data.sources import Conversation, write_conversations
+from otter_hf.data.tools import store_to_parquet
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+RECORDS = {
+    "red": {"instruction": "Colour?", "answer": "red", "image_ids": ["red"], "rel_ins_ids": []},
+    "both": {"instruction": "Two?", "answer": "yes", "image_ids": ["blue", "green"], "rel_ins_ids": ["red"]},
+}
+
+
+@pytest.fixture
+def encoded(by_colour):
+    return {name: image_bytes(picture) for name, picture in by_colour.items()}
+
+
+@pytest.fixture
+def mixture(tmp_path, by_colour):
+    files = write_mimicit(tmp_path, "X", RECORDS, by_colour, {"both": ["red"]})
+    settings = dict(zip(("mimicit_path", "images_path", "train_config_path"), map(str, files), strict=True))
+    (tmp_path / "mix.yaml").write_text(json.dumps({"IMAGE_TEXT_IN_CONTEXT": {"X": settings}}))
+    return tmp_path / "mix.yaml"
+
+
+def test_json_store_to_parquet(tmp_path, encoded, capsys):
+    content = {id: encode_base64(data).rstrip("=") for id, data in encoded.items()}
+    (tmp_path / "X.json").write_text(json.dumps({**content, "bad": "!", "text": "AAAA", "list": [content["red"]]}))
+    output = tmp_path / "new" / "X.parquet"
+    assert main(["data", "to-parquet", str(tmp_path / "X.json"), "--output", str(output)]) == 0
+    assert "5 pictures in" in capsys.readouterr().out
+    store = ImageStore(output)
+    assert {id: store.read_bytes(id) for id in store} == {**encoded, "list": encoded["red"]}
+    written, left_out = store_to_parquet(tmp_path / "X.json", tmp_path / "small.parquet", resize=3)
+    assert (written, left_out) == (5, ["bad", "text"])
+    assert ImageStore(tmp_path / "small.parquet")["red"].size == (3, 3)
+
+
+def test_broken_stores_leave_no_parquet(tmp_path, encoded):
+    (tmp_path / "X.json").write_text('{"red": "AAAA", ')
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        store_to_parquet(tmp_path / "X.json", tmp_path / "X.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["X.json"]
+
+
+def killed(work):
+    """Runs `work(die)` in a process that is killed as if by kill -9 when `die` has been called five times."""
+    calls = []
+
+    def die():
+        calls.append(None)
+        if len(calls) == 5:
+            os._exit(9)
+
+    process = multiprocessing.get_context("fork").Process(target=work, args=(die,))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+
+
+def test_killed_to_parquet_is_run_again(tmp_path, encoded, monkeypatch):
+    (tmp_path / "X.json").write_text(json.dumps({f"{i}": encode_base64(encoded["red"]) for i in range(300)}))
+
+    def work(die):
+        from otter_hf.data import tools
+
+        decode = tools.decode_image
+        monkeypatch.setattr(tools, "decode_image", lambda data: (die(), decode(data))[1])
+        store_to_parquet(tmp_path / "X.json", tmp_path / "out.parquet")
+
+    killed(work)
+    assert not (tmp_path / "out.parquet").exists()
+    store_to_parquet(tmp_path / "X.json", tmp_path / "out.parquet")
+    store_to_parquet(tmp_path / "X.json", tmp_path / "whole.parquet")
+    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_killed_conversion_is_run_again(tmp_path, encoded):
+    conversations = [Conversation(f"{i}", [("Q", "A")], [(f"{i}", encoded["red"])]) for i in range(300)]
+
+    def work(die):
+        def read():
+            for conversation in conversations:
+                die()
+                yield conversation
+
+        write_conversations(tmp_path / "out", "S", read)
+
+    killed(work)
+    assert not list((tmp_path / "out").glob("S*"))
+    for folder in ("out", "whole"):
+        write_conversations(tmp_path / folder, "S", lambda: iter(conversations))
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir()) and len(files) == 3
+    for name in files:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_train_config_command(tmp_path):
+    related = {"a": ["b", "c", "zz"], "b": ["a", "c"], "c": [], "d": ["a"]}
+    records = {id: {"instruction": "q", "answer": "a", "rel_ins_ids": ids} for id, ids in related.items()}
+    (tmp_path / "X.json").write_text(json.dumps({"data": {**records, "e": {"instruction": "q", "answer": "a"}}}))
+    command = ["data", "make-train-config", str(tmp_path / "X.json"), "--output", str(tmp_path / "train.json")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "train.json").read_text()) == {"a": ["b", "c"], "d": ["a"]}
+    assert main([*command, "--remove-rel-ins-ids"]) == 0
+    assert json.loads((tmp_path / "train.json").read_text()) == {"a": [], "d": []}
+
+
+def test_merge(tmp_path, by_colour, encoded, capsys):
+    first = write_mimicit(tmp_path / "1", "A", RECORDS, by_colour, {"both": ["red"]})
+    more = {"white": {"instruction": "q", "answer": "a", "image_ids": ["white"]}}
+    second = write_mimicit(tmp_path / "2", "B", more, {"white": by_colour["white"]})
+    text = write_mimicit(tmp_path / "3", "C", {"t": {"instruction": "q", "answer": "a"}})
+    datasets = [[*map(str, first)], [*map(str, second[:2])], [str(text.instructions_path)]]
+    arguments = [part for paths in datasets for part in ("--dataset", *paths)]
+    assert main(["data", "merge", "--name", "M", "--output", str(tmp_path / "M"), *arguments]) == 0
+    out = tmp_path / "M"
+    table, store = load_mimicit(out / "M_instructions.json", out / "M.parquet", out / "M_train.json")
+    assert table["id"] == ["both", "white", "t"] and table[0]["context"][0]["id"] == "red"
+    assert {id: store.read_bytes(id) for id in store} == encoded
+    assert main(["data", "merge", "--name", "N", "--output", str(tmp_path), *arguments[-2:], *arguments[-2:]]) == 2
+    assert "Record 't' is given twice" in capsys.readouterr().err
+    assert main(["data", "merge", "--name", "N", "--output", str(tmp_path), "--dataset", "-"]) == 2
+
+
+def test_a_sample_is_described(mixture, tiny_processor):
+    (sample,) = MimicitMixture(mixture)
+    text = describe_sample(sample, tiny_processor, colour=False)
+    assert "2 media" in text and "[1]<image>User:Colour? GPT:<answer>{red<|endofchunk|>}" in text
+    assert "[2]<image>User:Two? GPT:<answer>{yes<|endofchunk|></s>}" in text
+    coloured = describe_sample(sample, tiny_processor)
+    assert "\x1b[44;4mred<|endofchunk|>\x1b[0m" in coloured and "\x1b[42m<image>User:Two?" in coloured
+    sheet = contact_sheet(sample)
+    assert sheet.size == (320, 320)
+    assert sheet.getpixel((80, 80)) == (255, 0, 0) or sheet.getpixel((4, 60)) == (255, 255, 255)
+
+
+def test_show_and_stats_commands(tmp_path, mixture, tiny_processor, capsys):
+    png = tmp_path / "sheet.png"
+    assert main(["data", "show", str(mixture), "--png", str(png)]) == 0
+    assert capsys.readouterr().out.startswith("<image>User:Colour? GPT:<answer>red<|endofchunk|><image>User:Two?")
+    assert Image.open(png).format == "PNG"
+    assert main(["data", "show", str(mixture), "7"]) == 2
+    assert "sample 7 does not exist" in capsys.readouterr().err
+    tiny_processor.save_pretrained(tmp_path / "model")
+    assert main(["data", "show", str(mixture), "--processor", str(tmp_path / "model"), "--no-colour"]) == 0
+    assert "{yes<|endofchunk|></s>}" in capsys.readouterr().out
+    assert main(["data", "stats", str(mixture), "--tokenizer", str(tmp_path / "model"), "--png", str(png)]) == 0
+    out = capsys.readouterr().out
+    assert "IMAGE_TEXT_IN_CONTEXT" in out and "turns      1    2       2    2    2" in out
+    assert Image.open(png).format == "PNG"

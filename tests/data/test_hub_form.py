@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import load_dataset
+from hub_double import HubDouble
+
+from otter_hf.cli import main
+from otter_hf.data.formats import load_mimicit, write_mimicit
+from otter_hf.data.hub import read_hub_form, write_hub_form
+from otter_hf.data.images import image_bytes
+from otter_hf.data.validate import check_mixture
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+RECORDS = {
+    "a": {"instruction": "Colour?", "answer": "red", "image_ids": ["red"], "rel_ins_ids": []},
+    "b": {"instruction": "Two?", "answer": "yes", "image_ids": ["blue", "red"], "rel_ins_ids": ["a"]},
+    "c": {"instruction": "Hi", "answer": "Hello", "image_ids": [], "rel_ins_ids": []},
+}
+
+
+@pytest.fixture
+def mixture(tmp_path, by_colour):
+    files = write_mimicit(tmp_path, "X", RECORDS, by_colour, {"b": ["a"]})
+    text = write_mimicit(tmp_path, "T", {"t": {"instruction": "Q", "answer": "A"}})
+    settings = dict(zip(("mimicit_path", "images_path", "train_config_path"), map(str, files), strict=True))
+    groups = {"IMAGE_TEXT": {"X": settings}, "TEXT_ONLY": {"T": {"mimicit_path": str(text.instructions_path)}}}
+    (tmp_path / "mix.yaml").write_text(json.dumps(groups))
+    return tmp_path / "mix.yaml"
+
+
+def same(files, by_colour):
+    table, store = load_mimicit(files.instructions_path, files.images_path, files.train_config_path)
+    assert table["id"] == ["b"] and table[0]["context"][0]["id"] == "a"
+    assert [store.read_bytes(id) for id in table[0]["image_ids"]] == [
+        image_bytes(by_colour[n]) for n in ("blue", "red")
+    ]
+
+
+def test_round_trip_through_a_folder(tmp_path, mixture, by_colour):
+    folder = tmp_path / "hub"
+    assert main(["data", "to-hub", str(mixture), "--output", str(folder)]) == 0
+    images = load_dataset(str(folder), "X_Images", split="train", cache_dir=str(tmp_path / "c"))
+    assert images["id"] == list(by_colour) and images[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    instructions = load_dataset(str(folder), "X_Instructions", split="train", cache_dir=str(tmp_path / "c"))
+    assert instructions[1] == {
+        "id": "b",
+        "instruction": "Two?",
+        "answer": "yes",
+        "images": ["blue", "red"],
+        "related instructions": ["a"],
+    }
+    assert main(["data", "from-hub", str(folder), "--name", "X", "--output", str(tmp_path / "back")]) == 0
+    same(read_hub_form(str(folder), "X", tmp_path / "back"), by_colour)
+    text = read_hub_form(str(folder), "T", tmp_path / "back")
+    assert text.images_path == () and load_mimicit(text.instructions_path)[0]["id"] == ["t"]
+    with pytest.raises(ValueError, match="no configuration Y"):
+        read_hub_form(str(folder), "Y", tmp_path / "back")
+    with pytest.raises(ValueError, match="exists"):
+        write_hub_form(mixture, folder)
+
+
+def test_pictures_in_the_rows(tmp_path, by_colour):
+    """The form of `pufanyi/MIMICIT` whose rows hold their pictures."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    features = Features(
+        {
+            "id": Value("string"),
+            "instruction": Value("string"),
+            "answer": Value("string"),
+            "images": List(Image()),
+            "related instructions": List(Value("string")),
+        }
+    )
+    rows = [
+        {"id": f"CGD_{i}", "instruction": "Q", "answer": "A", "images": pair, "related instructions": []}
+        for i, pair in enumerate(([by_colour["red"], by_colour["blue"]], [by_colour["blue"], by_colour["red"]]))
+    ]
+    (tmp_path / "repo" / "CGD").mkdir(parents=True)
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "repo" / "CGD" / "train.parquet")
+    (tmp_path / "repo" / "README.md").write_text(
+        "---\nconfigs:\n- config_name: CGD\n  data_files:\n  - split: train\n    path: CGD/*\n---\n"
+    )
+    files = read_hub_form(str(tmp_path / "repo"), "CGD", tmp_path / "out")
+    table, store = load_mimicit(files.instructions_path, files.images_path)
+    assert len(store) == 2
+    colours = [[store[id].getpixel((0, 0)) for id in ids] for ids in table["image_ids"]]
+    assert colours == [[(255, 0, 0), (0, 0, 255)], [(0, 0, 255), (255, 0, 0)]]
+    settings = {"mimicit_path": str(files.instructions_path), "images_path": str(files.images_path)}
+    (tmp_path / "mix.yaml").write_text(json.dumps({"IMAGE_TEXT": {"CGD": settings}}))
+    assert check_mixture(tmp_path / "mix.yaml").ok()
+
+
+@pytest.mark.slow
+def test_push_and_read_back(tmp_path, mixture, by_colour):
+    with HubDouble() as hub:
+        environment = hub.environment(tmp_path / "home")
+
+        def otter(*arguments):
+            command = [sys.executable, "-m", "otter_hf.cli", "data", *map(str, arguments)]
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        push = ("to-hub", mixture, "--output", tmp_path / "hub", "--push-to-hub", "tester/mix")
+        assert otter(*push).split() == ["X_Images", "X_Instructions", "X_Train", "T_Instructions"]
+        otter(*push)  # the folder is there: it is only uploaded, which changes nothing
+        _, stored = hub.repositories["tester/mix"].at("main")
+        assert "X_Images/train-00000.parquet" in stored and "README.md" in stored
+        otter("from-hub", "tester/mix", "--name", "X", "--output", tmp_path / "back")
+    folder = tmp_path / "back"
+    table, store = load_mimicit(folder / "X_instructions.json", folder / "X.parquet", folder / "X_train.json")
+    assert table["id"] == ["b"] and store.read_bytes("red") == image_bytes(by_colour["red"])

@@ -1,0 +1,179 @@
+"""Pictures in parquet files: read page by page, at random, lazily."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from otter_hf.data import parquet_store
+from otter_hf.data.formats import write_images
+from otter_hf.data.image_store import ImageStore, iter_pictures
+from otter_hf.data.images import encode_base64
+from otter_hf.data.parquet_pages import PagedColumn, UnsupportedLayout
+
+
+def values(count, nulls):
+    source = random.Random(0)
+    same = source.randbytes(50)
+    data = [same if i % 7 == 0 else source.randbytes(source.randrange(200)) for i in range(count)]
+    return [None if nulls and i % 5 == 0 else value for i, value in enumerate(data)]
+
+
+def paged(path, leaf):
+    with pq.ParquetFile(path) as file:
+        return PagedColumn(path, file.metadata, file.schema, leaf), file.metadata.num_row_groups
+
+
+LAYOUTS = list(
+    product((False, True), (False, True), ("none", "snappy", "zstd", "gzip"), ("1.0", "2.0"), (False, True))
+)
+
+
+@pytest.mark.parametrize("nulls, nested, compression, version, dictionary", LAYOUTS)
+def test_pages_hold_what_pyarrow_reads(tmp_path, nulls, nested, compression, version, dictionary):
+    column = values(700, nulls)
+    if nested:
+        rows = [None if value is None and i % 2 else {"bytes": value, "path": None} for i, value in enumerate(column)]
+        table, leaf = pa.table({"id": range(700), "image": rows}), "image.bytes"
+    else:
+        table, leaf = pa.table({"id": range(700), "image": pa.array(column, pa.binary())}), "image"
+    layout = {"row_group_size": 400, "write_batch_size": 50, "data_page_size": 2000, "dictionary_pagesize_limit": 3000}
+    options = {"compression": compression, "data_page_version": version, "use_dictionary": dictionary}
+    pq.write_table(table, tmp_path / "x.parquet", **layout, **options)
+    pages, groups = paged(tmp_path / "x.parquet", leaf)
+    read, count = [], 0
+    for group in range(groups):
+        for page in pages.pages(group):
+            assert page.first_row == len(read)
+            read += pages.values(page)
+            count += 1
+    assert read == column and count > 4
+
+
+def test_other_layouts_are_left_to_pyarrow(tmp_path, by_colour):
+    table = pa.table({"id": ["a", "b"], "image": pa.array([b"1", b"2"], pa.binary())})
+    options = {"use_dictionary": False, "column_encoding": {"image": "DELTA_LENGTH_BYTE_ARRAY", "id": "PLAIN"}}
+    pq.write_table(table, tmp_path / "delta.parquet", **options)
+    pq.write_table(table, tmp_path / "lz4.parquet", compression="lz4")
+    for name in ("delta", "lz4"):
+        path = tmp_path / f"{name}.parquet"
+        with pytest.raises(UnsupportedLayout):
+            paged(path, "image")[0].pages(0)
+        store = ImageStore(path, tmp_path / "cache")
+        assert [store.read_bytes(id) for id in "ab"] == [b"1", b"2"]
+
+
+def big_store(path, count=3000):
+    """As pandas writes it: one row group, pages of 1024 rows."""
+    data = {f"I{i}": np.random.default_rng(i).bytes(1000 + i % 50) for i in range(count)}
+    pd.DataFrame({"base64": [encode_base64(one) for one in data.values()]}, index=list(data)).to_parquet(path)
+    return data
+
+
+def copies(cache):
+    return sorted(path.name for path in cache.glob("*-images-*.arrow"))
+
+
+def test_large_pages_are_copied_when_they_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_store, "_SEGMENT_BYTES", 1 << 20)
+    data = big_store(tmp_path / "X.parquet")
+    store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+    assert list(store) == list(data) and not copies(tmp_path / "cache")
+    assert store.read_bytes("I2500") == data["I2500"]
+    assert not copies(tmp_path / "cache")
+    assert store.read_bytes("I2501") == data["I2501"]
+    assert len(copies(tmp_path / "cache")) == 1
+    order = random.Random(0).sample(list(data), len(data))
+    assert all(store.read_bytes(id) == data[id] for id in order)
+    before = copies(tmp_path / "cache")
+    assert len(before) == 3
+    again = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+    assert all(again.read_bytes(id) == data[id] for id in order)
+    assert copies(tmp_path / "cache") == before
+
+
+def test_our_stores_are_read_where_they_are(tmp_path):
+    data = {f"I{i}": os.urandom(5000) for i in range(250)}
+    write_images(tmp_path / "X.parquet", data.items())
+    store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+    assert {id: store.read_bytes(id) for id in reversed(data)} == data
+    assert not copies(tmp_path / "cache")
+    assert dict(iter_pictures(tmp_path / "X.parquet", tmp_path / "cache")) == data
+
+
+def read_slowly(path, cache, order, started):
+    store = ImageStore(path, cache)
+    for id in order:
+        store.read_bytes(id)
+        started.set()
+        time.sleep(0.001)
+
+
+def test_killed_readers_leave_copies_that_are_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet_store, "_SEGMENT_BYTES", 1 << 20)
+    data = big_store(tmp_path / "X.parquet")
+    context = multiprocessing.get_context("fork")
+    for attempt in range(4):
+        started = context.Event()
+        order = random.Random(attempt).sample(list(data), 200)
+        arguments = (tmp_path / "X.parquet", tmp_path / "cache", order, started)
+        process = context.Process(target=read_slowly, args=arguments)
+        process.start()
+        if attempt:
+            started.wait(20)
+        time.sleep(0.01 * attempt)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    after = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+    assert {id: after.read_bytes(id) for id in data} == data
+    fresh = ImageStore(tmp_path / "X.parquet", tmp_path / "fresh")
+    assert {id: fresh.read_bytes(id) for id in data} == data
+    for name in copies(tmp_path / "fresh"):
+        assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
+
+
+def digest(path, cache, order, results):
+    store = ImageStore(path, cache)
+    results.put(sum(store.read_bytes(id)[0] for id in order))
+
+
+def test_several_processes_share_the_copies(tmp_path):
+    data = big_store(tmp_path / "X.parquet")
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = []
+    for seed in range(3):
+        order = random.Random(seed).sample(list(data), len(data))
+        arguments = (tmp_path / "X.parquet", tmp_path / "cache", order, results)
+        processes.append(context.Process(target=digest, args=arguments))
+        processes[-1].start()
+    assert {results.get(timeout=60) for _ in processes} == {sum(one[0] for one in data.values())}
+    for process in processes:
+        process.join()
+    assert not list((tmp_path / "cache").glob("*.incomplete"))
+
+
+def test_damage_is_met_where_it_is(tmp_path):
+    data = {f"I{i}": os.urandom(5000) for i in range(50)}
+    path = tmp_path / "X.parquet"
+    write_images(path, data.items())
+    content = bytearray(path.read_bytes())
+    content[100:160] = bytes(60)
+    path.write_bytes(content)
+    store = ImageStore(path, tmp_path / "cache")
+    bad = []
+    for id in data:
+        try:
+            assert store.read_bytes(id) == data[id]
+        except OSError as error:
+            assert "damaged" in str(error)
+            bad.append(id)
+    assert bad

@@ -1,0 +1,192 @@
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from otter_hf.cli import main
+from otter_hf.data.formats import write_mimicit
+from otter_hf.data.images import encode_base64, image_bytes
+from otter_hf.data.mixture import MixtureEntry
+from otter_hf.data.validate import check_mixture
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+RECORDS = {
+    "r1": {"instruction": "Colour?", "answer": "red", "image_ids": ["red"], "rel_ins_ids": []},
+    "r2": {"instruction": "Sure?", "answer": "yes", "image_ids": ["red"], "rel_ins_ids": ["r1"]},
+    "b": {"instruction": "Sky?", "answer": "blue", "image_ids": ["blue"], "rel_ins_ids": []},
+}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path, by_colour):
+    """Paths of the parts of a good dataset, to be spoilt."""
+    encoded = {id: encode_base64(image_bytes(by_colour[id])) for id in ("red", "blue")}
+    write(tmp_path / "X_instructions.json", {"data": RECORDS})
+    write(tmp_path / "X.json", encoded)
+    write(tmp_path / "X_train.json", {"r2": ["r1"], "b": []})
+    return encoded
+
+
+def mixture(tmp_path, group="IMAGE_TEXT", **settings):
+    paths = {"mimicit_path": "X_instructions.json", "images_path": "X.json", "train_config_path": "X_train.json"}
+    return write(tmp_path / "mix.yaml", {group: {"X": {**paths, **settings}}})
+
+
+def rules(report, severity=None):
+    return {finding.rule: finding for finding in report.findings if severity in (None, finding.severity)}
+
+
+def test_good_data_has_no_findings(tmp_path, dataset):
+    report = check_mixture(mixture(tmp_path))
+    assert report.ok(strict=True) and not report.findings
+    (counts,) = report.datasets
+    assert (counts.records, counts.examples, counts.images, counts.unmatched_image_ids) == (3, 2, 2, 0)
+    assert "0 errors, 0 warnings, 0 notes" in report.table()
+
+
+def changed(**change):
+    return {"data": {**RECORDS, "r2": {**RECORDS["r2"], **change}}}
+
+
+@pytest.mark.parametrize(
+    "content, rule, severity",
+    [
+        (changed(answer=None), "missing answer", "error"),
+        (changed(instruction=3), "missing instruction", "error"),
+        (changed(answer="  "), "empty answer", "warning"),
+        (changed(instruction="<image>?"), "reserved token", "note"),
+        (changed(image_ids=["red", "gone"]), "missing image", "error"),
+        (changed(image_ids=[1]), "image_ids", "error"),
+        (changed(image_ids=["red", "blue"]), "ragged image counts", "note"),
+        (changed(image_ids=["blue"]), "context about other images", "warning"),
+        (changed(rel_ins_ids={}), "rel_ins_ids", "error"),
+        ({"data": {**RECORDS, "r2": "text"}}, "record", "error"),
+        ({"data": {**RECORDS, "r3": RECORDS["b"]}}, "repeated record", "warning"),
+        ('{"data": {"r1": {"instruction": "q", "answer": "a"}, "r1": {}}}', "record twice", "error"),
+        ({"meta": {}}, "unreadable file", "error"),
+        ('{"data": {"r1"', "unreadable file", "error"),
+    ],
+)
+def test_every_rule_of_records(tmp_path, dataset, content, rule, severity):
+    write(tmp_path / "X_instructions.json", content)
+    found = rules(check_mixture(mixture(tmp_path)))
+    assert found[rule].severity == severity
+    assert found[rule].task_group == "IMAGE_TEXT" and found[rule].dataset == "X"
+
+
+@pytest.mark.parametrize(
+    "config, rule",
+    [
+        ({"gone": []}, "unmatched context"),
+        ({"r2": ["gone"]}, "unmatched context"),
+        ({"r2": 3}, "train config"),
+        ("{", "unreadable file"),
+    ],
+)
+def test_every_rule_of_train_configs(tmp_path, dataset, config, rule):
+    write(tmp_path / "X_train.json", config)
+    assert rules(check_mixture(mixture(tmp_path)), "error")[rule].count == 1
+
+
+@pytest.mark.parametrize(
+    "settings, rule, severity",
+    [
+        ({"mimicit_path": "gone.json"}, "settings", "error"),
+        ({"mimicit_path": ""}, "settings", "error"),
+        ({"images_path": "gone.json"}, "settings", "error"),
+        ({"num_samples": "5"}, "settings", "error"),
+        ({"num_samples": True}, "settings", "error"),
+        ({"task_description": {"a": 1}}, "settings", "error"),
+        ({"mimicit_vt_path": "x"}, "unknown keys", "warning"),
+    ],
+)
+def test_every_rule_of_settings(tmp_path, dataset, settings, rule, severity):
+    assert rules(check_mixture(mixture(tmp_path, **settings)))[rule].severity == severity
+
+
+@pytest.mark.parametrize(
+    "content, rule",
+    [
+        ("a: [", "YAML"),
+        ("- a", "YAML"),
+        ({"IMAGES": {"X": {}}}, "task group"),
+        ({"IMAGE_TEXT": ["X"]}, "task group"),
+        ({"IMAGE_TEXT": {"X": "path"}}, "settings"),
+        ({}, "no datasets"),
+    ],
+)
+def test_every_rule_of_the_yaml(tmp_path, content, rule):
+    report = check_mixture(write(tmp_path / "mix.yaml", content))
+    assert rule in rules(report, "error") and not report.ok()
+
+
+def test_a_missing_yaml_and_an_empty_group(tmp_path, dataset):
+    assert "does not exist" in check_mixture(tmp_path / "gone.yaml").findings[0].message
+    content = json.loads(mixture(tmp_path).read_text())
+    report = check_mixture(write(tmp_path / "mix.yaml", {**content, "VIDEO_TEXT": None}))
+    assert set(rules(report)) == {"empty group"} and report.ok() and not report.ok(strict=True)
+
+
+def test_pictures_are_decoded(tmp_path, dataset):
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, "JPEG")
+    write(tmp_path / "X.json", {"red": "AAAA", "blue": encode_base64(buffer.getvalue()[:3000]), "spare": "!"})
+    report = check_mixture(mixture(tmp_path))
+    found = rules(report)
+    assert found["unreadable image"].ids == ["red"] and found["unreadable image"].severity == "error"
+    assert found["truncated image"].ids == ["blue"] and found["truncated image"].severity == "warning"
+    assert found["unused images"].severity == "note"
+    assert report.datasets[0].unreadable_images == 1
+    assert set(rules(check_mixture(mixture(tmp_path), decode_images=False))) == {"unused images"}
+
+
+def test_one_id_for_two_pictures(tmp_path, dataset):
+    write(tmp_path / "Y.json", {"red": dataset["blue"]})
+    report = check_mixture(mixture(tmp_path, images_path=["X.json", "Y.json"]))
+    assert "'red' stands for two different pictures" in rules(report, "error")["image store"].message
+
+
+def test_videos_need_frames_and_samples_need_records(tmp_path, dataset):
+    write(tmp_path / "X_instructions.json", {"data": {"v": {"instruction": "q", "answer": "a"}}})
+    report = check_mixture(mixture(tmp_path, "VIDEO_TEXT", train_config_path=None))
+    assert rules(report, "error")["no frames"].ids == ["v"]
+    write(tmp_path / "X_train.json", {})
+    assert "no examples" in rules(check_mixture(mixture(tmp_path, num_samples=5)), "error")
+
+
+def test_unmatched_ids_are_counted_per_dataset(tmp_path, by_colour):
+    files = write_mimicit(tmp_path, "A", RECORDS, by_colour)
+    write(tmp_path / "B.json", {"data": {f"x{i}": {**RECORDS["b"], "image_ids": [f"no{i}"]} for i in range(30)}})
+    entries = [
+        MixtureEntry("IMAGE_TEXT", "A", str(files.instructions_path), str(files.images_path)),
+        MixtureEntry("IMAGE_TEXT", "B", str(tmp_path / "B.json"), str(files.images_path)),
+    ]
+    report = check_mixture(entries)
+    assert [counts.unmatched_image_ids for counts in report.datasets] == [0, 30]
+    (finding,) = (finding for finding in report.findings if finding.rule == "missing image")
+    assert finding.count == 30 and len(finding.ids) == 30
+    assert "IMAGE_TEXT/B: missing image (30 times)" in report.table()
+
+
+def test_command(tmp_path, dataset, capsys):
+    path, report = mixture(tmp_path), tmp_path / "report.json"
+    assert main(["data", "check", str(path), "--strict", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["ok"] is True
+    write(tmp_path / "X_instructions.json", changed(answer=""))
+    assert main(["data", "check", str(path)]) == 0
+    assert main(["data", "check", str(path), "--strict", "--json", str(report)]) == 1
+    assert json.loads(report.read_text())["findings"][0]["ids"] == ["r2"]
+    assert "warning: IMAGE_TEXT/X: empty answer" in capsys.readouterr().out
+    write(tmp_path / "X_instructions.json", changed(answer=None))
+    assert main(["data", "check", str(path)]) == 1
