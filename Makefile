@@ -43,7 +43,7 @@ style: $(VENV)/.installed ## lint and format in place
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed ## every benchmark; results in benchmarks/results
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) out
