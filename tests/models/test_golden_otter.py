@@ -11,7 +11,6 @@ from transformers import AutoModelForImageTextToText
 
 import otter_hf  # noqa: F401  registers the families
 from otter_hf.conversion.names import rename_2023
-from otter_hf.models.legacy import split_lora_key
 
 
 CASES = [
@@ -26,8 +25,6 @@ CASES = [
     "otter_mpt_lora",
     pytest.param("otter_mpt_vis1024", marks=pytest.mark.slow),
 ]
-# The stored logits of the LoRA case are themselves 2e-4 away from those computed in float64: its attention is sharp.
-TOLERANCE = {"otter_mpt_lora": 1e-3}
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -47,7 +44,7 @@ def case(request, golden, tmp_path_factory):
     # the original code chose from the untrained rows of the vocabulary, too
     model.config.tokenizer_vocab_size = None
     facts = json.loads((folder / "golden.json").read_text())
-    return model, load_file(folder / "golden.safetensors"), facts, TOLERANCE.get(request.param, 1e-4)
+    return model, load_file(folder / "golden.safetensors"), facts, 1e-4
 
 
 def ignores_mask(model) -> bool:
@@ -63,11 +60,13 @@ def test_forward_and_loss(case):
         output = model(**inputs, attention_mask=mask, labels=tensors["labels"])
     torch.testing.assert_close(output.logits[mask == 1], tensors["logits"][mask == 1], atol=atol, rtol=0)
     torch.testing.assert_close(output.loss.item(), facts["loss"], atol=atol / 10, rtol=0)
-    for attention in ("sdpa", "eager"):
+    # Fused kernels round in another order. The LoRA case is 1.01e-4 away with them, and its stored logits themselves
+    # are 2.5e-4 from those in float64.
+    for attention, slack in (("sdpa", 1.2), ("eager", 1)):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             logits = model(**inputs, attention_mask=mask).logits
-        torch.testing.assert_close(logits[mask == 1], tensors["logits"][mask == 1], atol=5 * atol, rtol=0)
+        torch.testing.assert_close(logits[mask == 1], tensors["logits"][mask == 1], atol=slack * atol, rtol=0)
 
 
 def test_left_padding(case):
@@ -102,16 +101,15 @@ def test_gradients(case):
     rename = rename_2023(model.config.text_config)
 
     def ours(name):
-        return parameters[rename(split_lora_key(name)[0])].grad
+        name = name.replace(".base_model.model.", ".")
+        return parameters[rename(name)].grad
 
-    compared = [name for name in gradients if ".lora_" not in name]
-    assert compared
-    for name in compared:
+    assert gradients
+    for name in gradients:
         error = (ours(name) - gradients[name]).norm() / gradients[name].norm()
         assert error < atol, (name, error)
     for name, norm in facts["train"]["grad_norms"].items():
-        # LoRA factors are merged into their weights, whose gradients are others
-        if not name.startswith("vision_encoder") and ".lora_" not in name:
+        if not name.startswith("vision_encoder"):
             assert ours(name).norm().item() == pytest.approx(norm, rel=10 * atol, abs=1e-6), name
 
 

@@ -11,7 +11,7 @@ from otter_tiny import build_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import FlamingoProcessor, OtterConfig, OtterForConditionalGeneration, OtterModel, OtterProcessor
-from otter_hf.models.legacy import merge_lora, read_token_table, upgrade_config_dict
+from otter_hf.models.legacy import name_lora_layers, read_token_table, upgrade_config_dict
 
 
 # what transformers 4.35 put into every nested configuration
@@ -310,37 +310,77 @@ class TestDialects:
 class TestLora:
     @pytest.mark.parametrize("base_layer", ["", "base_layer."])
     def test_names_of_all_peft_versions(self, base_layer):
-        weight, a, b = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
-        prefix = "lang_encoder.base_model.model.transformer.blocks.0.decoder_layer.attn.Wqkv."
+        prefix = "lang_encoder.base_model.model.transformer.blocks.0.decoder_layer."
         state_dict = {
-            f"{prefix}{base_layer}weight": weight,
-            f"{prefix}lora_A.default.weight": a,
-            f"{prefix}lora_B.default.weight": b,
-            "perceiver.latents": torch.ones(1),
+            f"{prefix}attn.Wqkv.{base_layer}weight": 0,
+            f"{prefix}attn.Wqkv.{base_layer}bias": 1,
+            f"{prefix}attn.Wqkv.lora_A.default.weight": 2,
+            f"{prefix}attn.Wqkv.lora_B.default.weight": 3,
+            f"{prefix}attn.out_proj.weight": 4,
+            "perceiver.latents": 5,
         }
-        merged = merge_lora(state_dict, {"r": 2, "lora_alpha": 6})
-        name = "lang_encoder.transformer.blocks.0.decoder_layer.attn.Wqkv.weight"
-        assert set(merged) == {name, "perceiver.latents"}
-        torch.testing.assert_close(merged[name], weight + 3 * b @ a)
+        ours = "lang_encoder.transformer.blocks.0.decoder_layer."
+        assert name_lora_layers(state_dict, {"target_modules": ["Wqkv"]}) == {
+            f"{ours}attn.Wqkv.base_layer.weight": 0,
+            f"{ours}attn.Wqkv.base_layer.bias": 1,
+            f"{ours}attn.Wqkv.lora_A.default.weight": 2,
+            f"{ours}attn.Wqkv.lora_B.default.weight": 3,
+            f"{ours}attn.out_proj.weight": 4,
+            "perceiver.latents": 5,
+        }
 
-    def test_factors_are_merged_while_loading(self, legacy_folder):
+    @pytest.fixture
+    def lora_folder(self, legacy_folder):
+        """The legacy folder with LoRA factors of rank 2 on q_proj and v_proj, and the same model with them merged."""
         folder, original = legacy_folder
-        state_dict = torch.load(folder / "pytorch_model.bin", weights_only=True)
-        name = "lang_encoder.model.layers.1.decoder_layer.self_attn.q_proj."
-        a, b = torch.randn(2, 32), torch.randn(32, 2)
-        state_dict = {
-            key.replace("lang_encoder.", "lang_encoder.base_model.model."): v for key, v in state_dict.items()
-        }
-        prefix = name.replace("lang_encoder.", "lang_encoder.base_model.model.")
-        state_dict |= {f"{prefix}lora_A.default.weight": a, f"{prefix}lora_B.default.weight": b}
+        stored = torch.load(folder / "pytorch_model.bin", weights_only=True)
+        state_dict = {key.replace("lang_encoder.", "lang_encoder.base_model.model."): v for key, v in stored.items()}
+        for layer in range(original.config.text_config.num_hidden_layers):
+            for name in ("q_proj", "v_proj"):
+                key = f"layers.{layer}.decoder_layer.self_attn.{name}"
+                a, b = torch.randn(2, 32), torch.randn(32, 2)
+                state_dict[f"lang_encoder.base_model.model.model.{key}.lora_A.default.weight"] = a
+                state_dict[f"lang_encoder.base_model.model.model.{key}.lora_B.default.weight"] = b
+                original.get_parameter(f"model.language_model.{key}.weight").data += 2 * b @ a
         torch.save(state_dict, folder / "pytorch_model.bin")
         lora = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.05}
         (folder / "config.json").write_text(json.dumps(legacy_config(lora_config=lora)))
+        return folder, original
+
+    def test_factors_stay_layers_of_their_own(self, lora_folder, tmp_path):
+        folder, merged = lora_folder
         model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
         assert not any(info.values())
-        assert model.config.lora_config is None
-        ours = "model.language_model.layers.1.decoder_layer.self_attn.q_proj.weight"
-        torch.testing.assert_close(model.state_dict()[ours], original.state_dict()[ours] + 2 * b @ a)
+        assert all(parameter.requires_grad for parameter in model.model.language_model.parameters())
+        input_ids = torch.tensor([[1, 2, 3, 4, 5]])
+        with torch.no_grad():
+            logits = model(input_ids=input_ids).logits
+            torch.testing.assert_close(logits, merged(input_ids=input_ids).logits, atol=1e-5, rtol=1e-4)
+
+        model.save_pretrained(tmp_path / "saved")
+        again, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not any(info.values())
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), name
+
+    def test_a_new_model_starts_without_an_update(self, lora_folder):
+        folder, _ = lora_folder
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        updates = [tensor for name, tensor in model.named_parameters() if ".lora_B." in name]
+        assert updates and not any(tensor.any() for tensor in updates)
+
+    def test_a_configuration_without_factors(self, legacy_folder):
+        folder, _ = legacy_folder
+        (folder / "config.json").write_text(json.dumps(legacy_config(lora_config={"r": 2, "lora_alpha": 4})))
+        with pytest.raises(ValueError, match="hold no LoRA factors: remove lora_config"):
+            AutoModelForImageTextToText.from_pretrained(folder)
+
+    def test_factors_of_other_layers(self, lora_folder):
+        folder, _ = lora_folder
+        lora = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "config.json").write_text(json.dumps(legacy_config(lora_config=lora)))
+        with pytest.raises(ValueError, match=r"LoRA factors of \['q_proj', 'v_proj'\]: write these"):
+            AutoModelForImageTextToText.from_pretrained(folder)
 
 
 def test_golden_processors_know_their_tokens(golden, tmp_path):

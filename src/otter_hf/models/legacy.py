@@ -51,6 +51,14 @@ _BASE_TOKENIZERS = {
     "mosaic_gpt": "EleutherAI/gpt-neox-20b (MPT)",
     "RefinedWebModel": "tiiuae/falcon-7b",
 }
+# layers that Otter's conversion script gave LoRA factors to; it never stored their names
+_LORA_TARGET_MODULES = {
+    "falcon": ["query_key_value"],
+    "gpt_neox": ["query_key_value"],
+    "llama": ["q_proj", "v_proj"],
+    "opt": ["q_proj", "v_proj"],
+    "otter_mpt": ["Wqkv"],
+}
 _REFINED_WEB_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
 
 # Recomputed or unused buffers that old versions of transformers stored.
@@ -97,6 +105,9 @@ def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, toke
     text_config = dict(config["text_config"])
     text_config["model_type"] = _text_model_type(text_config)
     config["text_config"] = upgrade_text_config(text_config)
+    if config.get("lora_config") is not None:
+        targets = _LORA_TARGET_MODULES.get(config["text_config"]["model_type"])
+        config["lora_config"] = {"target_modules": targets} | config["lora_config"]
     if config.get("vision_config"):
         config["vision_config"] = _without(config["vision_config"], _DROPPED_SUB_FIELDS)
     # the head is tied or not as the language model says: the outer field was never meant, and ties Llama by default
@@ -284,21 +295,37 @@ def merge_lora_pair(weight, lora_a, lora_b, scaling: float):
     return (weight.double() + scaling * (lora_b.double() @ lora_a.double())).to(weight.dtype)
 
 
-def merge_lora(state_dict: dict, lora_config: dict) -> dict:
+def name_lora_layers(state_dict: dict, lora_config: dict) -> dict:
     """
-    Fold LoRA factors stored beside a model into its weights, and drop peft's additions to the names.
+    A state dict with LoRA factors, as any version of peft named them -> the names of today's peft inside the model.
 
     Args:
         state_dict: names -> tensors as the 2023 code stored them, with peft up to 0.6 or from 0.7 on.
-        lora_config: the field of that name in `config.json`; `r` and `lora_alpha` are used.
+        lora_config: the configuration's, whose `target_modules` the factors must belong to.
+
+    Raises:
+        ValueError: if there are no factors, or they belong to other layers.
     """
-    merged, factors = {}, {}
-    for key, tensor in state_dict.items():
-        name, part = split_lora_key(key)
-        (merged if part == "base" else factors.setdefault(name, {}))[name if part == "base" else part] = tensor
-    for name, pair in factors.items():
-        merged[name] = merge_lora_pair(merged[name], pair["A"], pair["B"], lora_scaling(lora_config))
-    return merged
+    parts = {key: split_lora_key(key) for key in state_dict}
+    adapted = {name for name, part in parts.values() if part != "base"}
+    if not adapted:
+        raise ValueError("config.json has a lora_config, but the weights hold no LoRA factors: remove lora_config.")
+    targets = sorted({name.split(".")[-2] for name in adapted})
+    if targets != sorted(lora_config["target_modules"]):
+        raise ValueError(
+            f"lora_config in config.json has the target_modules {lora_config['target_modules']}, but the weights hold "
+            f"LoRA factors of {targets}: write these into lora_config."
+        )
+    renamed = {}
+    for key, (name, part) in parts.items():
+        module, _, parameter = name.rpartition(".")
+        if part != "base":
+            name = f"{module}.lora_{part}.default.weight"
+        # a bias belongs to the adapted layer, too
+        elif f"{module}.weight" in adapted:
+            name = f"{module}.base_layer.{parameter}"
+        renamed[name] = state_dict[key]
+    return renamed
 
 
 def read_vision_image_size(name_or_path: str, **hub_kwargs) -> int:

@@ -36,8 +36,10 @@ class FlamingoConfig(PreTrainedConfig):
             `<|endofchunk|>` and (Otter) `<answer>`.
         tokenizer_vocab_size (`int`, *optional*): size of the tokenizer, where the embedding has more rows: those were
             never trained, and generation does not choose them. Raise it, or set it to None, when the tokenizer grows.
-        lora_config (`dict`, *optional*): only in a 2023 checkpoint that was saved with its LoRA factors: `r` and
-            `lora_alpha`. The factors are merged while loading.
+        lora_config (`dict`, *optional*): arguments of `peft.LoraConfig`, for an Otter of 2023 that was trained and
+            saved with LoRA layers inside its language model: `r`, `lora_alpha`, `lora_dropout`, `target_modules`. They
+            stay layers of their own, since merging them rounds; `otter-hf convert lora` merges them, or makes a PEFT
+            adapter of them. For LoRA on any other model use PEFT.
         bos_token_id, eos_token_id, pad_token_id (`int`, or for the second a list, *optional*): where generation begins
             and ends, and the padding of finished rows.
         tie_word_embeddings (`bool`, *optional*): taken from `text_config` when not given.

@@ -11,6 +11,8 @@ n latents of one medium, D vision width, H heads.
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -24,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..falcon import OtterFalconModel
-from ..legacy import merge_lora
+from ..legacy import name_lora_layers
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import batch_first_media, make_media_blocks, running_media_index
 from ..media_cache import with_media
@@ -64,6 +66,11 @@ _UNUSED_TOWER_MODULES = {
     "siglip_vision_model": ["head"],
     "vit": ["pooler"],
 }
+
+
+def _freeze_unused_modules(vision_tower: nn.Module) -> None:
+    for name in _UNUSED_TOWER_MODULES.get(vision_tower.config.model_type, []):
+        getattr(vision_tower, name).requires_grad_(False)
 
 
 @dataclass
@@ -133,21 +140,24 @@ class FlamingoPreTrainedModel(PreTrainedModel):
             if module.frame_embs is not None:
                 init.normal_(module.frame_embs)
         elif isinstance(module, FlamingoModel):
-            # the gated blocks live inside the language model, whose own initialisation does not know their gates
+            # gated blocks and LoRA live inside the language model, whose own initialisation does not know them
             for layer in module.decoder_layers:
                 if layer.gated_cross_attn_layer is not None:
                     init.constant_(layer.gated_cross_attn_layer.attn_gate, self.config.cross_attn_gate_init)
                     init.constant_(layer.gated_cross_attn_layer.ff_gate, self.config.cross_attn_gate_init)
+            for part in module.language_model.modules():
+                if isinstance(part, LoraLayer):
+                    part.reset_lora_parameters("default", True)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
-        # some 2023 repositories hold LoRA factors beside the weights they belong to
         if model.config.lora_config is not None:
             if state_dict is None:
                 state_dict = {key: value for file in checkpoint_files for key, value in load_state_dict(file).items()}
-            state_dict = merge_lora(state_dict, model.config.lora_config)
-            model.config.lora_config = None
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+            state_dict = name_lora_layers(state_dict, model.config.lora_config)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        _freeze_unused_modules(model.base_model.vision_tower)  # loading makes every parameter trainable
+        return loaded
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """
@@ -174,12 +184,15 @@ class FlamingoModel(FlamingoPreTrainedModel):
                 f"{', '.join(sorted(SUPPORTED_DECODERS))}."
             )
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        for name in _UNUSED_TOWER_MODULES.get(config.vision_config.model_type, []):
-            getattr(self.vision_tower, name).requires_grad_(False)
+        _freeze_unused_modules(self.vision_tower)
         self.perceiver = PerceiverResampler(config)
         decoder_class = _DECODER_CLASSES.get(text_type)
         build = AutoModel.from_config if decoder_class is None else decoder_class._from_config
         self.language_model = build(config.text_config)
+        if config.lora_config is not None:
+            inject_adapter_in_model(LoraConfig(**config.lora_config), self.language_model)
+            # what is trained is the trainer's choice, here as in any other model
+            self.language_model.requires_grad_(True)
         layers = self.decoder_layers
         for layer_idx, decoder_layer in enumerate(layers):
             gated = (layer_idx + 1) % config.cross_attn_every_n_layers == 0
