@@ -88,15 +88,15 @@ class OtterHDAttention(PersimmonAttention):
         query, key, value = self._split_heads(self.query_key_value(hidden_states))  # 3 x (B, L, H, E)
         if self.qk_layernorm:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # 3 x (B, H, L, E)
 
         # only the first `rotary_ndims` channels of a head carry the position
         rotated, passed = zip(
             *(states.split([self.rotary_ndims, self.head_dim - self.rotary_ndims], dim=-1) for states in (query, key)),
             strict=True,
         )
-        rotated = apply_rotary_pos_emb(*rotated, *position_embeddings)
+        rotated = apply_rotary_pos_emb(*rotated, *position_embeddings, unsqueeze_dim=2)
         query, key = (torch.cat(halves, dim=-1) for halves in zip(rotated, passed, strict=True))
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # 3 x (B, H, L, E)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -108,11 +108,11 @@ class OtterHDAttention(PersimmonAttention):
                 [
                     nn.functional.scaled_dot_product_attention(
                         q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
-                    )
+                    ).transpose(1, 2)
                     for q, k, v in per_sample  # 3 x (1, H, length of the sample, E)
                 ],
-                dim=2,
-            ).transpose(1, 2)  # (1, L, H, E)
+                dim=1,
+            )  # (1, L, H, E)
             weights = None
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -293,6 +293,12 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
                         f"input_ids holds {count} image tokens (id {self.config.image_token_id}) but pixel_values is "
                         "missing: pass the processor's pixel_values, or the text without image tokens."
                     )
+                if self.training:
+                    # no patch, yet the patch embedding is run: ranks of a distributed run would wait for its gradient
+                    no_patch = inputs_embeds.new_zeros(0, self.vision_embed_tokens.in_features)
+                    features = self.get_image_features(no_patch, return_dict=True).last_hidden_state  # (0, D)
+                    nowhere = torch.zeros_like(inputs_embeds, dtype=torch.bool)
+                    inputs_embeds = inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds.dtype))
 
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens_q needs position_ids that restart at 0 with each packed sample.")
