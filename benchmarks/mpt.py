@@ -1,12 +1,12 @@
 """Training step of our MPT decoder beside transformers' `MptForCausalLM`: time and peak memory over the length.
 
-    OMP_NUM_THREADS=2 python benchmarks/mpt.py      # about four minutes on two cores
+    OMP_NUM_THREADS=2 python benchmarks/mpt.py      # about five minutes on two cores
 
 Random weights, float32: width 512, 8 heads, 6 layers, vocabulary 1024; both sides hold the same weights and see the
 same row of tokens, forward and backward, and their losses are compared. The peer runs `eager`, all it has; ours runs
 `sdpa`. Peak memory is that of a process of its own, above weights, gradients and libraries, with an allocator that
-returns freed blocks at once. 8,192 tokens are run on our side only: the peer's memory there is extrapolated from a
-parabola through its three measured lengths.
+returns freed blocks at once. 8,192 tokens are run on our side only, with 6 and with 12 layers: the peer's memory there
+is extrapolated from a parabola through its three measured lengths.
 """
 
 import argparse
@@ -26,14 +26,15 @@ from otter_hf.models.mpt import OtterMptConfig, OtterMptForCausalLM
 
 SIZES = {"d_model": 512, "n_heads": 8, "n_layers": 6, "vocab_size": 1024}
 LENGTHS = (512, 1024, 2048)
-LONG = 8192
+LONG, DEEP = 8192, 12
 
 
-def make_model(side: str):
+def make_model(side: str, layers: int = SIZES["n_layers"]):
     torch.manual_seed(0)
+    sizes = {**SIZES, "n_layers": layers}
     if side == "peer":
-        return MptForCausalLM._from_config(MptConfig(**SIZES, max_seq_len=max(LENGTHS))).train()
-    return OtterMptForCausalLM._from_config(OtterMptConfig(**SIZES), attn_implementation="sdpa").train()
+        return MptForCausalLM._from_config(MptConfig(**sizes, max_seq_len=max(LENGTHS))).train()
+    return OtterMptForCausalLM._from_config(OtterMptConfig(**sizes), attn_implementation="sdpa").train()
 
 
 def make_ids(length: int) -> torch.Tensor:
@@ -56,10 +57,10 @@ def time_row(ours, peer, length: int, repeats: int) -> dict:
     return compare(workload, lambda: step(ours, ids), lambda: step(peer, ids), repeats, loss_difference=difference)
 
 
-def measure_step(side: str, length: int, threads: int, queue):
+def measure_step(side: str, length: int, layers: int, threads: int, queue):
     """Puts `(MiB above weights and gradients, seconds)` of one step into `queue`."""
     torch.set_num_threads(threads)
-    model = make_model(side)
+    model = make_model(side, layers)
     step(model, make_ids(16))  # libraries are loaded and gradients allocated
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
@@ -68,10 +69,10 @@ def measure_step(side: str, length: int, threads: int, queue):
     queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before / 2**20, seconds))
 
 
-def in_a_process(side: str, length: int, threads: int) -> tuple[float, float]:
+def in_a_process(side: str, length: int, threads: int, layers: int = SIZES["n_layers"]) -> tuple[float, float]:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=measure_step, args=(side, length, threads, queue))
+    process = context.Process(target=measure_step, args=(side, length, layers, threads, queue))
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)  # glibc, in the child: blocks of 1 MiB go back when freed
     process.start()
     del os.environ["MALLOC_MMAP_THRESHOLD_"]
@@ -93,16 +94,16 @@ def memory_row(length: int, repeats: int, threads: int) -> dict:
     }
 
 
-def long_row(memory_rows: list[dict], threads: int) -> dict:
-    mebibytes, seconds = in_a_process("ours", LONG, threads)
-    powers = torch.tensor([[length**i for i in range(3)] for length in LENGTHS], dtype=torch.float64)
-    peers = torch.tensor([row["peer"]["median"] for row in memory_rows], dtype=torch.float64)
-    parabola = torch.linalg.solve(powers, peers)
+def long_row(layers: int, peers: dict[int, float], threads: int) -> dict:
+    """`peers`: MiB of the peer by length."""
+    mebibytes, seconds = in_a_process("ours", LONG, threads, layers)
+    powers = torch.tensor([[length**i for i in range(3)] for length in peers], dtype=torch.float64)
+    parabola = torch.linalg.solve(powers, torch.tensor(list(peers.values()), dtype=torch.float64))
     extrapolated = sum(float(parabola[i]) * LONG**i for i in range(3))
     return {
-        "workload": f"forward and backward of {LONG} tokens",
+        "workload": f"forward and backward of {LONG} tokens, {layers} layers",
         "ours": {"MiB": round(mebibytes), "s": round(seconds, 2)},
-        "peer": {"MiB_extrapolated": round(extrapolated)},
+        "peer": {"MiB_extrapolated": round(extrapolated), "MiB_measured": {n: round(m) for n, m in peers.items()}},
     }
 
 
@@ -135,11 +136,13 @@ def main():
     threads = torch.get_num_threads()
 
     memory_rows = [memory_row(length, min(arguments.repeats, 2), threads) for length in LENGTHS]
-    long = long_row(memory_rows, threads)
+    shallow = {length: row["peer"]["median"] for length, row in zip(LENGTHS, memory_rows, strict=True)}
+    deep = {length: in_a_process("peer", length, threads, DEEP)[0] for length in LENGTHS}
+    long_rows = [long_row(SIZES["n_layers"], shallow, threads), long_row(DEEP, deep, threads)]
     ours, peer = make_model("ours"), make_model("peer")
     ours.load_state_dict(peer.state_dict())
     time_rows = [time_row(ours, peer, length, arguments.repeats) for length in LENGTHS]
-    rows = [*time_rows, *memory_rows, long, profile_row(ours, max(LENGTHS))]
+    rows = [*time_rows, *memory_rows, *long_rows, profile_row(ours, max(LENGTHS))]
     report("mpt", "transformers MptForCausalLM, eager attention", rows)
 
 

@@ -6,9 +6,10 @@ Random weights, float32: Llama of width 256, 4 layers, vocabulary 4096, a gated 
 second layer, 64 latents per image; the vision tower is frozen and, with the resampler, small beside the decoder, as it
 is in a model of 7B. The samples have one image each and a heavy-tailed length, as instruction data has: log-normal
 with median 64 and sigma 0.8, between 16 and 512 tokens; half of the tokens are answers. 16 samples make a step,
-forward and backward. Padded: 16 rows as long as the longest sample. Packed: the samples one after the other in one
-row, with `position_ids` that restart and a `media_index`. Losses and gradients are compared first. The ratio is that
-of real tokens per second.
+forward and backward. Padded: 16 rows as long as the longest sample, attention `sdpa`. Packed: the samples one after
+the other in one row, with `position_ids` that restart, a `media_index` and `cu_seq_lens`, as `OtterCollator` gives
+them, attention `varlen_sdpa`, the counterpart of flash attention on a CPU. Losses and gradients are compared first.
+The ratio is that of real tokens per second.
 
 Model FLOP utilisation: the operations of the packed step, as torch counts those of its matrix multiplications and
 attention, over its time, as a share of what a float32 multiplication of 2048 x 2048 matrices reaches in the same run.
@@ -27,7 +28,7 @@ WIDTH, LAYERS, HEADS, VOCAB, IMAGE, PAD = 256, 4, 4, 4096, 4095, 0
 SAMPLES = 16
 
 
-def make_model() -> FlamingoForConditionalGeneration:
+def make_model(attention: str) -> FlamingoForConditionalGeneration:
     torch.manual_seed(0)
     text = {"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCAB}
     text |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
@@ -43,7 +44,7 @@ def make_model() -> FlamingoForConditionalGeneration:
         perceiver_head_dim=32,
         image_token_id=IMAGE,
     )
-    model = FlamingoForConditionalGeneration(config).train()
+    model = FlamingoForConditionalGeneration._from_config(config, attn_implementation=attention).train()
     model.model.vision_tower.requires_grad_(False)
     return model
 
@@ -75,6 +76,8 @@ def padded(samples: list[torch.Tensor], pixels: torch.Tensor) -> dict:
 
 def packed(samples: list[torch.Tensor], pixels: torch.Tensor) -> dict:
     ids = torch.cat(samples)
+    lengths = torch.tensor([len(s) for s in samples])
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     index = [(torch.arange(len(s)) > 0).long() * (i + 1) for i, s in enumerate(samples)]
     return {
         "input_ids": ids[None],
@@ -82,6 +85,10 @@ def packed(samples: list[torch.Tensor], pixels: torch.Tensor) -> dict:
         "position_ids": torch.cat([torch.arange(len(s)) for s in samples])[None],
         "media_index": torch.cat(index)[None],
         "pixel_values": pixels[None],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
     }
 
 
@@ -92,10 +99,10 @@ def step(model, batch: dict) -> torch.Tensor:
     return loss.detach()
 
 
-def difference(model, first: dict, second: dict) -> float:
-    """Largest relative difference of the losses and of any gradient's norm."""
+def difference(*sides: tuple) -> float:
+    """Largest relative difference of the losses and of any gradient's norm of two pairs of model and batch."""
     values = []
-    for batch in (first, second):
+    for model, batch in sides:
         loss = step(model, batch)
         values.append(torch.stack([loss, *(p.grad.norm() for p in model.parameters() if p.grad is not None)]))
     return ((values[0] - values[1]).abs() / values[1].abs().clamp(min=1e-3)).max().item()
@@ -123,27 +130,27 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    model, rows = make_model(), []
+    ours, peer, rows = make_model("varlen_sdpa"), make_model("sdpa"), []
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         samples, pixels = make_samples(generator), torch.randn(SAMPLES, 3, 56, 56, generator=generator)
         batches = packed(samples, pixels), padded(samples, pixels)
-        error = difference(model, *batches)
+        error = difference((ours, batches[0]), (peer, batches[1]))
         if error > 1e-3:
             raise SystemExit(f"Packed and padded do not agree: relative difference {error}.")
         real, slots = sum(map(len, samples)), batches[1]["input_ids"].numel()
         rows.append(
             compare(
                 f"{SAMPLES} samples, {real} tokens; padded to {slots}",
-                lambda batch=batches[0]: step(model, batch),
-                lambda batch=batches[1]: step(model, batch),
+                lambda batch=batches[0]: step(ours, batch),
+                lambda batch=batches[1]: step(peer, batch),
                 repeats,
                 real_tokens=real,
                 padded_tokens=slots,
                 relative_difference=error,
             )
         )
-    rows.append(utilisation(model, batches[0], repeats))
+    rows.append(utilisation(ours, batches[0], repeats))
     report("packing", "the same step on padded rows", rows)
 
 

@@ -1,7 +1,10 @@
-"""A tokenizer small enough to read."""
+"""A tiny Otter for tests: a tokenizer small enough to read, random weights."""
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from otter_hf import OtterConfig, OtterForConditionalGeneration, OtterProcessor
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -15,3 +18,47 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     return tokenizer
+
+
+def tiny_processor() -> OtterProcessor:
+    """An Otter processor of 28x28 pictures with a byte tokenizer."""
+    size = {"height": 28, "width": 28}
+    return OtterProcessor(
+        CLIPImageProcessorPil(size=size, do_center_crop=False), OtterProcessor.prepare_tokenizer(build_tokenizer())
+    )
+
+
+def tiny_model(processor: OtterProcessor) -> OtterForConditionalGeneration:
+    """A random Otter with open gates (two of four layers gated), in evaluation mode."""
+    torch.manual_seed(0)
+    config = OtterConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            image_size=28,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            patch_size=14,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=4,
+            vocab_size=len(processor.tokenizer),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        ),
+        cross_attn_every_n_layers=2,
+        cross_attn_num_heads=2,
+        cross_attn_head_dim=16,
+        cross_attn_gate_init=1.0,
+        perceiver_depth=1,
+        perceiver_num_latents=4,
+        perceiver_num_heads=2,
+        perceiver_head_dim=16,
+        image_token_id=processor.image_token_id,
+        end_of_chunk_token_id=processor.end_of_chunk_token_id,
+        answer_token_id=processor.answer_token_id,
+        initializer_range=0.2,
+    )
+    return OtterForConditionalGeneration(config).eval()

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
-from otter_hf.models import media_attention
-from otter_hf.models.media_attention import batch_first_media, make_media_blocks, running_media_index
+from otter_hf.models.media_attention import (
+    batch_first_media,
+    make_media_blocks,
+    make_media_segments,
+    running_media_index,
+)
+from otter_hf.models.varlen_attention import varlen_sdpa_attention_forward
 
 
 def dense(query, key_value, media_index):
@@ -16,11 +21,19 @@ def dense(query, key_value, media_index):
     return (scores.softmax(dim=-1) @ value) * (media_index > 0)[..., None]
 
 
-def grouped(query, key_value, media_index):
+def in_blocks(query, key_value, media_index):
     blocks = make_media_blocks(media_index, key_value.shape[1])
     key, value = blocks.gather_media(key_value).chunk(2, dim=-1)  # (N, n, D)
     weights = (blocks.gather_tokens(query) @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
     return blocks.scatter_tokens(weights @ value)
+
+
+def in_segments(query, key_value, media_index):
+    segments = make_media_segments(media_index, *key_value.shape[1:3])
+    key, value = segments.gather_media(key_value).chunk(2, dim=-1)  # (1, N*n, D)
+    states = (s[:, None] for s in (segments.gather_tokens(query), key, value))  # (1, 1, ., D)
+    output, _ = varlen_sdpa_attention_forward(None, *states, None, is_causal=False, **segments.flash_kwargs)
+    return segments.scatter_tokens(output.flatten(2))
 
 
 def cases():
@@ -35,10 +48,9 @@ def cases():
     yield pytest.param(torch.tensor([[4] * 65 + [1] * 64 + [0]]), 4, id="falling")
 
 
-@pytest.mark.parametrize("compiling", [False, True])
+@pytest.mark.parametrize("grouped", [in_blocks, in_segments])
 @pytest.mark.parametrize("media_index, num_media", list(cases()))
-def test_equals_the_dense_mask_forward_and_backward(monkeypatch, media_index, num_media, compiling):
-    monkeypatch.setattr(media_attention, "is_torchdynamo_compiling", lambda: compiling)
+def test_equals_the_dense_mask_forward_and_backward(media_index, num_media, grouped):
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(*media_index.shape, 8, generator=generator, requires_grad=True)
     key_value = torch.randn(media_index.shape[0], num_media, 3, 16, generator=generator, requires_grad=True)
@@ -51,7 +63,8 @@ def test_equals_the_dense_mask_forward_and_backward(monkeypatch, media_index, nu
         torch.testing.assert_close(ours, reference, atol=1e-5, rtol=0)
 
 
-def test_an_image_nobody_sees_may_hold_nan():
+@pytest.mark.parametrize("grouped", [in_blocks, in_segments])
+def test_an_image_nobody_sees_may_hold_nan(grouped):
     key_value = torch.randn(1, 3, 2, 16)
     key_value[:, 1] = torch.nan
     media_index = torch.tensor([[0, 1, 1, 3, 3, 1]])
@@ -68,10 +81,20 @@ def test_work_does_not_grow_with_the_number_of_images():
     assert slots[1] < 1.6 * 2048 and slots[0] < 1.6 * 2048
 
 
-def test_images_seen_by_equally_many_tokens_are_not_copied():
-    media_index = running_media_index(torch.arange(512)[None] % 32 == 0)
-    blocks = make_media_blocks(media_index, 16)
-    assert blocks.media_of_block is None and blocks.token_of_slot.shape == (16, 32)
+def test_segments_in_order_copy_nothing():
+    media_index = running_media_index(torch.arange(512)[None].expand(2, -1) % 32 == 0)
+    segments = make_media_segments(media_index, 16, 4)
+    key_value, query = torch.zeros(2, 16, 4, 6), torch.zeros(2, 512, 3)
+    assert segments.gather_media(key_value).data_ptr() == key_value.data_ptr()
+    assert segments.gather_tokens(query).data_ptr() == query.data_ptr()
+    assert segments.flash_kwargs["cu_seq_lens_q"].tolist() == list(range(0, 1025, 32))
+    assert segments.flash_kwargs["cu_seq_lens_k"].tolist() == list(range(0, 129, 4))
+
+
+def test_images_nobody_sees_are_no_segments():
+    segments = make_media_segments(torch.tensor([[0, 2, 2], [0, 0, 0]]), 3, 4)
+    assert segments.media_of_segment.tolist() == [0, 1, 3]  # the first of a row takes what sees nothing
+    assert segments.flash_kwargs["cu_seq_lens_q"].tolist() == [0, 1, 3, 6]
 
 
 def test_a_compiled_graph_has_one_shape_for_all_values():
@@ -81,7 +104,7 @@ def test_a_compiled_graph_has_one_shape_for_all_values():
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(grouped, fullgraph=True, backend=backend, dynamic=False)
+    compiled = torch.compile(in_blocks, fullgraph=True, backend=backend, dynamic=False)
     query, key_value = torch.randn(1, 8, 8), torch.randn(1, 4, 3, 16)
     for media_index in ([[0, 1, 1, 2, 4, 3, 3, 3]], [[1] * 8], [[4, 3, 2, 1] * 2]):
         media_index = torch.tensor(media_index)

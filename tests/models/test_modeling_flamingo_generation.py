@@ -1,9 +1,13 @@
 """`generate` in every mode against the plain forward pass repeated token by token."""
 
+import contextlib
+
 import pytest
 import torch
 from tiny_flamingo import GREEDY, IMAGE, assert_close, images, pad_rows, row, tiny_config, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
+
+from otter_hf.models.media_cache import MediaCacheMixin
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +35,13 @@ def batch(model):
     return ids, pixels, greedy_truth(model, ids, pixels, 8)
 
 
-def generate(model, ids, pixels, num_tokens=8, **kwargs):
+def generate_all(model, ids, pixels, num_tokens=8, **kwargs):
     kwargs = {**GREEDY, "attention_mask": torch.ones_like(ids), **kwargs}
-    output = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=num_tokens, **kwargs)
-    return output[:, ids.shape[1] :]
+    return model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=num_tokens, **kwargs)
+
+
+def generate(model, ids, pixels, num_tokens=8, **kwargs):
+    return generate_all(model, ids, pixels, num_tokens, **kwargs)[:, ids.shape[1] :]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,56 @@ def test_assisted_and_prompt_lookup(model):
         assert torch.equal(generate(model, ids, pixels, 12, **settings), truth)
         index = (ids == IMAGE).long().cumsum(1)
         assert torch.equal(generate(model, ids, pixels, 12, media_index=index, **settings), truth)
+
+
+class NoStream(contextlib.nullcontext):
+    """A CPU has no streams; offloading needs nothing else of CUDA."""
+
+    def __init__(self, *args):
+        super().__init__()
+
+    def wait_stream(self, stream):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_offloaded_caches(monkeypatch, model, batch, kind, beams):
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
+    ids, pixels, _ = batch
+    settings = {"num_beams": beams, "return_dict_in_generate": True, "disable_compile": True}
+    expected = generate_all(model, ids, pixels, **settings)
+    output = generate_all(model, ids, pixels, cache_implementation=kind, **settings)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert output.past_key_values.offloading and isinstance(output.past_key_values, MediaCacheMixin)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "backend, settings",
+    [("fp8", {}), ("quanto", {"nbits": 4}), ("hqq", {"nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": 16})],
+)
+def test_quantized_caches(backend, settings):
+    """The text is quantized, the images are not; what was said before is close, and no image is lost."""
+    package = {"quanto": "optimum.quanto", "hqq": "hqq.core.quantize"}.get(backend)
+    if package is not None:
+        pytest.importorskip(package)
+    model = tiny_model(text={"num_attention_heads": 2, "head_dim": 32})  # quanto packs groups of 64
+    ids, pixels = row(1, 5, length=40), images(1, 2)
+    exact, cache = DynamicCache(), QuantizedCache(backend=backend, config=model.config.text_config, **settings)
+    logits = []
+    for past in (exact, cache):
+        steps = [model(input_ids=ids[:, :30], pixel_values=pixels, past_key_values=past).logits[:, -1:]]
+        steps += [model(input_ids=ids[:, i : i + 1], past_key_values=past).logits for i in range(30, 40)]
+        logits.append(torch.cat(steps, dim=1).flatten())
+    assert torch.corrcoef(torch.stack(logits))[0, 1] > 0.95
+    for layer, key_values in exact.media_key_values.items():
+        assert_close(cache.media_key_values[layer][:, :1], key_values[:, :1])
+    quantized = {"cache_implementation": "quantized", "cache_config": {"backend": backend, **settings}}
+    answer = generate(model, ids, pixels, 12, **quantized)
+    assert not torch.equal(answer, generate(model, ids, images(1, 2, seed=4), 12, **quantized))
+    assert generate(model, ids, pixels, 12, num_beams=2, **quantized).shape == (1, 12)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -1,6 +1,8 @@
 """The model families; importing this package registers them with the Auto classes."""
 
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
@@ -8,6 +10,7 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.masking_utils import sdpa_mask
 
 from .flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoModel, FlamingoProcessor
 from .legacy import mosaic_gpt_renamings, weight_renamings
@@ -20,8 +23,11 @@ from .otterhd import (
     OtterHDModel,
     OtterHDProcessor,
 )
+from .varlen_attention import varlen_sdpa_attention_forward
 
 
+AttentionInterface.register("varlen_sdpa", varlen_sdpa_attention_forward)
+AttentionMaskInterface.register("varlen_sdpa", sdpa_mask)
 for _config, _model, _conditional, _processor in (
     (FlamingoConfig, FlamingoModel, FlamingoForConditionalGeneration, FlamingoProcessor),
     (OtterConfig, OtterModel, OtterForConditionalGeneration, OtterProcessor),

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_liger_kernel_available
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -71,6 +72,11 @@ def supervised_loss(
 
         size = max(1, MAX_LOGITS // vocab_size)
         chunks = list(zip(hidden_states.split(size), targets.split(size), strict=True))
+        if _gathers_on_call(lm_head):
+            # each call is a collective: all ranks make as many as the one with the most labels
+            count = torch.tensor(len(chunks), device=hidden_states.device)
+            torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+            chunks += [(hidden_states[:0], targets[:0])] * (int(count) - len(chunks))
         if len(chunks) == 1:
             loss = chunk_loss(*chunks[0])
         else:
@@ -81,6 +87,12 @@ def supervised_loss(
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
+
+
+def _gathers_on_call(lm_head: nn.Module) -> bool:
+    """Whether the layer's weight is put together from all ranks whenever it is called: ZeRO-3 and FSDP2."""
+    sharded = hasattr(lm_head.weight, "ds_id") or isinstance(lm_head, FSDPModule)
+    return sharded and not is_torchdynamo_compiling()
 
 
 def _fused_kernel_applies(lm_head: nn.Module, hidden_states: torch.Tensor, vocab_size: int) -> bool:

@@ -2,16 +2,20 @@
 
 `media_index (B, L)` holds, for every text token, the 1-based position in its row of the image it sees; 0 means it
 sees none. A token never sees more than one image (Alayrac et al. 2022, section 3.1.3), so no mask over all images is
-ever needed: tokens are regrouped into blocks that each see exactly one image, and the work grows with the text
-alone, not with text x images.
+ever needed: tokens are regrouped so that each group sees exactly one image, and the work grows with the text alone,
+not with text x images. The groups are either
 
-Shape legend: B rows, L text tokens, T images of a row, n latents of an image, N blocks, c tokens of a block, D width.
+- segments, all tokens of an image, of any length, for variable-length attention: nothing is padded or copied; or
+- blocks of one length, for attention in batches: their shapes depend on no value, as a compiled graph needs.
+
+Shape legend: B rows, L text tokens, T images of a row, n latents of an image, N groups, c tokens of a block, D width.
 """
 
 from typing import NamedTuple
 
 import torch
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from torch import nn
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
 
 def running_media_index(
@@ -80,13 +84,82 @@ class MediaBlocks(NamedTuple):
         if self.slot_of_token is not None:
             tokens = blocks.flatten(0, 1).index_select(0, self.slot_of_token)  # (B*L, D)
             tokens = tokens.view(*self.visible.shape, -1)
-        # where, not multiplication: an image nobody sees may hold anything, and 0 * inf is nan
-        return torch.where(self.visible[..., None], tokens, 0.0)
+        return tokens * self.visible[..., None]
 
     def scatter_weights(self, weights: torch.Tensor) -> torch.Tensor:
         """Attention weights `(N, H, c, n)` -> `(B, H, L, n)`; tokens that see no image get 0."""
         per_token = self.scatter_tokens(weights.transpose(1, 2).flatten(2))  # (B, L, H*n)
         return per_token.unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)
+
+    @property
+    def flash_kwargs(self) -> FlashAttentionKwargs:
+        """Empty: blocks are a batch of equal lengths."""
+        return {}
+
+
+class MediaSegments(NamedTuple):
+    """
+    Text tokens in the order of the N images that some token sees; the tokens of an image are a segment.
+
+    Has the methods of [`MediaBlocks`], but all segments are in one row: that is how variable-length kernels take them.
+    """
+
+    visible: torch.Tensor  # (B, L) bool, the token sees some image
+    media_of_segment: torch.Tensor | None  # (N,) int64 into the B*T images; None: every image is seen
+    token_of_place: torch.Tensor | None  # (B*L,) int64; None: tokens are in this order already
+    place_of_token: torch.Tensor | None  # (B*L,) int64, the inverse
+    flash_kwargs: FlashAttentionKwargs  # where segments begin and end, among tokens and among latents
+
+    def gather_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(B, L, D)` token features -> `(1, B*L, D)`."""
+        tokens = tokens.flatten(0, 1)
+        return (tokens if self.token_of_place is None else tokens.index_select(0, self.token_of_place))[None]
+
+    def gather_media(self, media: torch.Tensor) -> torch.Tensor:
+        """`(B, T, n, D)` image features -> `(1, N*n, D)`."""
+        media = media.flatten(0, 1)  # (B*T, n, D)
+        media = media if self.media_of_segment is None else media.index_select(0, self.media_of_segment)
+        return media.flatten(0, 1)[None]
+
+    def scatter_tokens(self, segments: torch.Tensor) -> torch.Tensor:
+        """`(1, B*L, D)` -> `(B, L, D)`; tokens that see no image get 0."""
+        tokens = segments[0]
+        tokens = tokens if self.place_of_token is None else tokens.index_select(0, self.place_of_token)
+        return tokens.view(*self.visible.shape, -1) * self.visible[..., None]
+
+
+def make_media_segments(media_index: torch.Tensor, num_media: int, num_latents: int) -> MediaSegments:
+    """
+    Sort tokens by the image they see. With the default rule of [`running_media_index`] they are in order as they are,
+    and neither tokens nor images are copied. Reads the tensor, so it waits for the device.
+
+    Args:
+        media_index: `(B, L)` int64, see the module's docstring; values above `num_media` are an error of the caller.
+        num_media: T, images stored per row.
+        num_latents: n.
+    """
+    batch_size, length = media_index.shape
+    row = torch.arange(batch_size, device=media_index.device)[:, None]  # (B, 1)
+    # what sees nothing rides along with the first image of its row
+    image = ((media_index - 1).clamp(min=0) + row * num_media).flatten()  # (B*L,) into the B*T images
+    order = inverse = None
+    if not bool((image.diff() >= 0).all()):
+        order = image.argsort(stable=True)  # (B*L,)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    seen, lengths = image.unique(return_counts=True)  # (N,), (N,)
+    cu_seq_lens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (N + 1,)
+    return MediaSegments(
+        media_index > 0,
+        None if len(seen) == batch_size * num_media else seen,
+        order,
+        inverse,
+        FlashAttentionKwargs(
+            cu_seq_lens_q=cu_seq_lens,
+            cu_seq_lens_k=torch.arange(len(seen) + 1, device=seen.device, dtype=torch.int32) * num_latents,
+            max_length_q=int(lengths.max()),
+            max_length_k=num_latents,
+        ),
+    )
 
 
 def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
@@ -94,10 +167,8 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
     Group tokens by the image they see.
 
     The tokens of an image fill consecutive blocks of c, the last of them partly, so `floor((L + T (c - 1)) / c)`
-    blocks per row always suffice: inside a compiled graph all shapes follow from `(B, L)` and `num_media` alone, and
-    nothing is read back from the device. Outside of one, a single number is: where the images of a row are seen by
-    about equally many tokens, blocks as long as the longest of these segments need no more room. A block then is an
-    image, and no keys and values are copied.
+    blocks per row always suffice: all shapes follow from `(B, L)` and `num_media` alone, and nothing is read back from
+    the device.
 
     Args:
         media_index: `(B, L)` int64, see the module's docstring; values above `num_media` are an error of the caller.
@@ -113,16 +184,10 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
         return MediaBlocks(visible, (row * num_media + image).flatten(), None, None)
 
     tokens_of_image = image.new_zeros(batch_size, num_media).scatter_add_(1, image, torch.ones_like(image))  # (B, T)
-    block = _block_size(length, num_media)
+    # large enough that copying an image's keys and values for each block does not dominate
+    block = 64 if 128 * num_media <= length else 32
     num_blocks = (length + num_media * (block - 1)) // block
     slots_of_image = (tokens_of_image + block - 1) // block * block
-    block_is_image = False
-    if not is_torchdynamo_compiling():
-        longest = int(tokens_of_image.amax())
-        block_is_image = longest * num_media <= block * num_blocks
-        if block_is_image:
-            block, num_blocks = longest, num_media
-            slots_of_image = torch.full_like(tokens_of_image, longest)
     slot_end = slots_of_image.cumsum(dim=1)  # (B, T)
     # an image's tokens start this many places later among the slots than among the tokens sorted by image
     shift = (slot_end - slots_of_image) - (tokens_of_image.cumsum(dim=1) - tokens_of_image)  # (B, T)
@@ -132,21 +197,13 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
     slot_in_order = position + shift.gather(1, image.gather(1, order))
     slot_of_token = torch.empty_like(order).scatter_(1, order, slot_in_order)  # (B, L)
     token_of_slot = order.new_zeros(batch_size, num_blocks * block).scatter_(1, slot_of_token, position)
-    media_of_block = None
-    if not block_is_image:
-        block_start = torch.arange(num_blocks, device=media_index.device) * block
-        image_of_block = torch.searchsorted(slot_end, block_start.expand(batch_size, -1).contiguous(), right=True)
-        # blocks past the last token see any image
-        media_of_block = (row * num_media + image_of_block.clamp(max=num_media - 1)).flatten()
-
+    block_start = torch.arange(num_blocks, device=media_index.device) * block
+    image_of_block = torch.searchsorted(slot_end, block_start.expand(batch_size, -1).contiguous(), right=True)
+    # blocks past the last token see any image
+    image_of_block = image_of_block.clamp(max=num_media - 1)
     return MediaBlocks(
         visible,
-        media_of_block,
+        (row * num_media + image_of_block).flatten(),
         (row * length + token_of_slot).view(-1, block),
         (row * (num_blocks * block) + slot_of_token).flatten(),
     )
-
-
-def _block_size(length: int, num_media: int) -> int:
-    """Tokens per block: large enough that copying an image's keys and values for each block does not dominate."""
-    return 64 if 128 * num_media <= length else 32

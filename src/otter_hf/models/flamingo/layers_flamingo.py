@@ -9,10 +9,16 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..media_attention import MediaBlocks
+from ..media_attention import MediaBlocks, MediaSegments, make_media_blocks, make_media_segments
 from ..media_cache import MediaCacheMixin
 from .configuration_flamingo import FlamingoConfig
+
+
+# all the same here: flex attention exists for masks, and there is none
+_TORCH_ATTENTION = ("sdpa", "varlen_sdpa", "flex_attention")
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -20,6 +26,24 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def make_media_groups(
+    config: FlamingoConfig, media_index: torch.Tensor, num_media: int
+) -> MediaBlocks | MediaSegments | None:
+    """
+    The groups of tokens that cross-attention takes, for all layers; None without any image. `media_index (B, L)`.
+
+    Segments go through the variable-length kernel of flash attention, or on a CPU one by one through torch's, where
+    that costs less than empty slots and copied keys. Elsewhere a call per segment costs more: blocks are a batch.
+    """
+    if num_media == 0:
+        return None
+    regrouped = num_media > 1 and media_index.shape[1] > 1
+    one_by_one = media_index.device.type == "cpu" and config._attn_implementation in _TORCH_ATTENTION
+    if regrouped and (one_by_one or is_flash_attention_requested(config)) and not is_torchdynamo_compiling():
+        return make_media_segments(media_index, num_media, config.perceiver_num_latents)
+    return make_media_blocks(media_index, num_media)
 
 
 class CrossAttention(nn.Module):
@@ -38,19 +62,22 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(source_dim, 2 * inner_dim, bias=False)
         self.to_out = nn.Linear(inner_dim, query_dim, bias=False)
 
-    def attend(self, query: torch.Tensor, key_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def attend(
+        self, query: torch.Tensor, key_value: torch.Tensor, **flash_kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `query (N, c, H*d)`, `key_value (N, n, 2*H*d)` -> `(N, c, H*d)` and, by eager attention only, the weights
-        `(N, H, c, n)`.
+        `(N, H, c, n)`. `flash_kwargs`: as for transformers' flash attention, `cu_seq_lens_q` and so on.
         """
         states = (query, *key_value.chunk(2, dim=-1))
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in states)  # (N, H, ., d)
         implementation = self.config._attn_implementation
-        # flex attention exists for masks, and there is none here
-        if implementation == "flex_attention":
-            implementation = "sdpa"
+        if implementation in _TORCH_ATTENTION:
+            implementation = "varlen_sdpa"
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False)
+        output, weights = attention(
+            self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False, **flash_kwargs
+        )
         return output.flatten(2), weights
 
 
@@ -138,7 +165,7 @@ class GatedCrossAttention(CrossAttention):
         self,
         hidden_states: torch.Tensor,
         vision_states: torch.Tensor | None,
-        media_blocks: MediaBlocks,
+        media_groups: MediaBlocks | MediaSegments,
         media_cache: MediaCacheMixin | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -148,12 +175,15 @@ class GatedCrossAttention(CrossAttention):
         if vision_states is None:
             key_value = media_cache.media_key_values[self.layer_idx]
         else:
-            key_value = self.to_kv(vision_states)  # (B, T, n, 2*H*d)
+            # not in four dimensions: bitsandbytes' 8-bit layers take at most three
+            key_value = self.to_kv(vision_states.flatten(0, 1))  # (B*T, n, 2*H*d)
+            key_value = key_value.unflatten(0, vision_states.shape[:2])  # (B, T, n, 2*H*d)
             if media_cache is not None:
                 key_value = media_cache.update_media(key_value, self.layer_idx)
-        query = media_blocks.gather_tokens(self.to_q(self.norm(hidden_states)))  # (N, c, H*d)
-        attended, weights = self.attend(query, media_blocks.gather_media(key_value))
-        return self.to_out(media_blocks.scatter_tokens(attended)), weights
+        query = media_groups.gather_tokens(self.to_q(self.norm(hidden_states)))  # (N, c, H*d)
+        key_value = media_groups.gather_media(key_value)  # (N, n, 2*H*d)
+        attended, weights = self.attend(query, key_value, **media_groups.flash_kwargs)
+        return self.to_out(media_groups.scatter_tokens(attended)), weights
 
 
 class GatedCrossAttentionBlock(GradientCheckpointingLayer):
@@ -171,7 +201,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         vision_states: torch.Tensor | None,
-        media_blocks: MediaBlocks | None,
+        media_groups: MediaBlocks | MediaSegments | None,
         media_cache: MediaCacheMixin | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -179,8 +209,8 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         feed-forward part acts, as published.
         """
         weights = None
-        if media_blocks is not None:
-            attended, weights = self.attn(hidden_states, vision_states, media_blocks, media_cache)
+        if media_groups is not None:
+            attended, weights = self.attn(hidden_states, vision_states, media_groups, media_cache)
             hidden_states = hidden_states + attended * self.attn_gate.tanh()
         return hidden_states + self.feed_forward(hidden_states) * self.ff_gate.tanh(), weights
 
@@ -203,7 +233,7 @@ class FlamingoDecoderLayer(nn.Module):
         hidden_states,
         *args,
         vision_states=None,
-        media_blocks=None,
+        media_groups=None,
         media_cache=None,
         media_outputs: dict[str, list] | None = None,
         **kwargs,
@@ -218,8 +248,8 @@ class FlamingoDecoderLayer(nn.Module):
             media_outputs["inputs"].append(hidden_states)
         if self.gated_cross_attn_layer is not None:
             hidden_states, weights = self.gated_cross_attn_layer(
-                hidden_states, vision_states, media_blocks, media_cache
+                hidden_states, vision_states, media_groups, media_cache
             )
             if media_outputs is not None and weights is not None:
-                media_outputs["cross_attentions"].append(media_blocks.scatter_weights(weights))
+                media_outputs["cross_attentions"].append(media_groups.scatter_weights(weights))
         return self.decoder_layer(hidden_states, *args, **kwargs)

@@ -28,11 +28,16 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..falcon import OtterFalconModel
 from ..legacy import name_lora_layers
 from ..lm_loss import scale_logits, supervised_loss
-from ..media_attention import batch_first_media, make_media_blocks, running_media_index
+from ..media_attention import batch_first_media, running_media_index
 from ..media_cache import with_media
 from .configuration_flamingo import FlamingoConfig
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
-from .layers_flamingo import FlamingoDecoderLayer, GatedCrossAttentionBlock, PerceiverResampler
+from .layers_flamingo import (
+    FlamingoDecoderLayer,
+    GatedCrossAttentionBlock,
+    PerceiverResampler,
+    make_media_groups,
+)
 
 
 # model_type of every decoder that hands unknown keyword arguments on to its layers, which is how images reach the
@@ -149,6 +154,12 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 if isinstance(part, LoraLayer):
                     part.reset_lora_parameters("default", True)
 
+    def enable_input_require_grads(self):
+        """As in the parent class, for text alone: a frozen vision tower needs no backward pass."""
+        hook = self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+        self._require_grads_hooks = [hook]
+        self._require_grads_hook = hook
+
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         if model.config.lora_config is not None:
@@ -211,6 +222,8 @@ class FlamingoModel(FlamingoPreTrainedModel):
         self.post_init()
         # one unit per layer for FSDP and device maps, gated block included
         self._no_split_modules -= self.language_model._no_split_modules
+        # CLIP's towers name layers of the text tower too, which FSDP would look for in vain
+        self._no_split_modules &= {type(module).__name__ for module in self.modules()}
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -373,7 +386,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             vision_states=vision_states,
-            media_blocks=make_media_blocks(media_index, num_media) if num_media else None,
+            media_groups=make_media_groups(self.config, media_index, num_media),
             media_cache=cache,
             media_outputs=media_outputs,
             **kwargs,

@@ -123,7 +123,7 @@ def prepare_alibi_attention(
         return create_causal_mask(config=config, **arguments), kwargs
 
     maybe_packed = position_ids is not None and attention_mask is None and past_key_values is None
-    if implementation == "sdpa":
+    if implementation in ("sdpa", "varlen_sdpa"):
         tracing = is_tracing(inputs_embeds)
         # Sample lengths cannot be read while tracing: packed rows then take the additive mask.
         if not _only_new_keys(attention_mask, past_key_values, inputs_embeds.shape[1]) or (maybe_packed and tracing):
@@ -349,6 +349,7 @@ def alibi_flash_forward(
 # transformers' registry, with entries of this instance that know ALiBi; `set_attn_implementation` looks for the name
 ALL_ATTENTION_FUNCTIONS = AttentionInterface()
 ALL_ATTENTION_FUNCTIONS["sdpa"] = alibi_sdpa_forward
+ALL_ATTENTION_FUNCTIONS["varlen_sdpa"] = alibi_sdpa_forward  # sample by sample anyway
 ALL_ATTENTION_FUNCTIONS["flex_attention"] = alibi_flex_forward
 ALL_ATTENTION_FUNCTIONS["flash_attention_2"] = alibi_flash_forward
 # where transformers gets FlashAttention-2 from if the flash-attn package is missing

@@ -259,6 +259,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
         r"""
@@ -269,6 +270,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
             attention_mask (`torch.LongTensor` of shape `(B, L)`): 1 for tokens, 0 for padding on either side.
             position_ids (`torch.LongTensor` of shape `(B, L)`): positions; restarts mark packed samples.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`): embeddings in place of `input_ids`.
+            image_grid_thw (`torch.LongTensor` of shape `(I, 3)`): of the processor; the tokens say it already.
 
         Raises:
             ValueError: when image tokens and patches do not match in number, when patches have the wrong width, when
@@ -353,14 +355,15 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         image_patches: list[torch.Tensor] | torch.Tensor | None = None,
         image_patches_indices: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         r"""
         Args:
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache:
-                see [`OtterHDModel`].
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+                image_grid_thw: see [`OtterHDModel`].
             labels (`torch.LongTensor` of shape `(B, L)`): targets, shifted inside, -100 where there is none. The first
                 position of each packed sample must be -100.
             skip_logits (`bool`, *optional*): with `labels`, compute the loss from the supervised positions alone and

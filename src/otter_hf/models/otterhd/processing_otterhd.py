@@ -44,6 +44,13 @@ RESERVED_TOKENS = (
     *(chr(code) for code in range(5)),
 )
 
+# a conversation that ends with an answer ends as in training
+_CONVERSATION_END = f"""\
+{{%- if state.turns and not state.asked -%}}
+    {{{{- '{END_OF_TEXT_TOKEN}' -}}}}
+{{%- endif -%}}
+"""
+
 
 class OtterHDTextKwargs(TextKwargs, total=False):
     r"""
@@ -96,7 +103,7 @@ class OtterHDProcessor(ProcessorMixin):
         super().__init__(
             image_processor,
             tokenizer,
-            chat_template=chat_template or format_chat_template("fuyu", RESERVED_TOKENS),
+            chat_template=chat_template or format_chat_template("fuyu", RESERVED_TOKENS) + _CONVERSATION_END,
         )
 
     @classmethod
@@ -140,7 +147,9 @@ class OtterHDProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature` with **input_ids** and **attention_mask** of shape `(B, L)` and, if there are images,
-            **pixel_values** of shape `(N, patch size ** 2 * 3)`: the patches of all rows in the order of their tokens.
+            **pixel_values** of shape `(N, patch size ** 2 * 3)`: the patches of all rows in the order of their tokens;
+            and **image_grid_thw** of shape `(I, 3)`: 1, rows and columns of patches of each image, by which programs
+            that know Qwen-VL's layout (TRL's GRPO) deal the patches out to rows again. The model needs it not.
 
         Raises:
             ValueError: for numbers of images and texts, or images and placeholders, that do not match; for a location
@@ -161,7 +170,11 @@ class OtterHDProcessor(ProcessorMixin):
         if flat_images:
             processed = self.image_processor(flat_images, **(options["images_kwargs"] | {"return_tensors": "pt"}))
             grids, factors = processed["patch_grids"].tolist(), processed["image_scale_factors"].tolist()
-            image_inputs = {"pixel_values": processed["pixel_values"]}
+            grid = processed["patch_grids"]  # (I, 2)
+            image_inputs = {
+                "pixel_values": processed["pixel_values"],
+                "image_grid_thw": torch.cat([torch.ones_like(grid[:, :1]), grid], dim=1),
+            }
 
         rows, start = [], 0
         for index, (row_text, row_images) in enumerate(zip(texts, image_lists, strict=True)):
@@ -180,6 +193,7 @@ class OtterHDProcessor(ProcessorMixin):
         grids: Sequence[tuple[int, int]] = (),
         scale_factors: Sequence[tuple[float, float]] = (),
         add_answer_token: bool | None = None,
+        add_special_tokens: bool = True,
         truncation: bool = False,
         max_length: int | None = None,
         **kwargs,
@@ -192,6 +206,8 @@ class OtterHDProcessor(ProcessorMixin):
             grids: rows and columns of patches of each image (`patch_grids` of the image processor).
             scale_factors: vertical and horizontal scale of each image (`image_scale_factors`), used for locations;
                 1 where left out.
+            add_special_tokens: False leaves out the `|ENDOFTEXT|` in front of a row without images, for a text that
+                goes on with another one.
             add_answer_token, truncation, max_length: see `__call__`.
 
         Returns:
@@ -212,13 +228,15 @@ class OtterHDProcessor(ProcessorMixin):
         for index, piece in enumerate(pieces):
             if index:
                 tokens += [(token, -1) for token in self._image_ids(*grids[index - 1])]
-            if index == first_text:
+            if index == first_text and (grids or add_special_tokens):
                 tokens.append((self.text_start_id if grids else self.tokenizer.bos_token_id, -1))
             tokens += self._encode_text(piece, position, scale_factors[index - 1] if index else None)
             position += len(piece) + (0 if index < in_front else len(IMAGE_TOKEN))
 
         present = any(token == self.answer_token_id for token, _ in tokens)
         wanted = (bool(grids) and not present) if add_answer_token is None else add_answer_token
+        if not tokens:
+            return [], []
         suffix = [(self.answer_token_id, -1)] if wanted and tokens[-1][0] != self.answer_token_id else []
         if truncation and max_length is not None and len(tokens) + len(suffix) > max_length:
             if tokens[-1][0] == self.answer_token_id:
