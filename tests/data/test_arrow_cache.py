@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import signal
 import time
 
 import pyarrow as pa
@@ -42,14 +43,14 @@ def test_files_are_built_once_per_content(source, tmp_path):
 
 
 def killed_while_building(source, cache):
-    cached_arrow_file([source], "ids", build(["half"], then=lambda: os._exit(9)), cache)
+    cached_arrow_file([source], "ids", build(["half"], then=lambda: os.kill(os.getpid(), signal.SIGKILL)), cache)
 
 
 def test_a_killed_process_leaves_nothing_that_is_read(source, tmp_path):
-    process = multiprocessing.get_context("fork").Process(target=killed_while_building, args=(source, tmp_path))
+    process = multiprocessing.get_context("forkserver").Process(target=killed_while_building, args=(source, tmp_path))
     process.start()
     process.join()
-    assert process.exitcode == 9 and len(list(tmp_path.glob("*.incomplete"))) == 1
+    assert process.exitcode == -signal.SIGKILL and len(list(tmp_path.glob("*.incomplete"))) == 1
     assert read(cached_arrow_file([source], "ids", build(["a", "b"]), tmp_path)) == ["a", "b"]
     assert not list(tmp_path.glob("*.incomplete"))
 
@@ -74,7 +75,7 @@ def build_slowly(source, cache, log):
 
 
 def test_several_processes_build_one_file(source, tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     arguments = (source, tmp_path / "cache", tmp_path / "log")
     processes = [context.Process(target=build_slowly, args=arguments) for _ in range(3)]
     for process in processes:

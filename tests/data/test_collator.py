@@ -232,3 +232,49 @@ def test_options_are_checked(tiny_processor, options, message):
 def test_sample_errors_survive_worker_processes():
     error = pickle.loads(pickle.dumps(SampleError("Sample 'a' is too long.", reason="overlong")))
     assert (error.reason, str(error)) == ("overlong", "Sample 'a' is too long.")
+
+
+def test_packed_rows_hold_the_samples_one_behind_the_other(tiny_processor, by_colour):
+    red, blue = [by_colour["red"]], [by_colour["blue"]]
+    samples = [
+        sample([("what?", "red")], [red]),
+        sample([("no picture", "right"), ("and?", "none")], id="S2"),
+        sample([("one", "a"), ("two", "bb")], [blue, red], [1, 1], id="S3"),
+    ]
+    padded = OtterCollator(tiny_processor)(samples)
+    packed = OtterCollator(tiny_processor, packing=True)(samples)
+    real = padded["attention_mask"].bool()
+    lengths = real.sum(dim=1).tolist()
+    assert packed["input_ids"].shape == (1, sum(lengths))
+    assert torch.equal(packed["input_ids"][0], padded["input_ids"][real])
+    assert torch.equal(packed["labels"][0], padded["labels"][real])
+    assert packed["position_ids"][0].tolist() == [i for length in lengths for i in range(length)]
+    assert (
+        packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, *torch.tensor(lengths).cumsum(0)]
+    )
+    assert packed["cu_seq_lens_q"].dtype == torch.int32
+    assert packed["max_length_q"] == packed["max_length_k"] == max(lengths)
+    assert "attention_mask" not in packed
+    # the red picture of the first sample, none of the second, blue and then red of the third
+    assert packed["pixel_values"].shape[:3] == (1, 3, 1)
+    assert packed["pixel_values"][0, :, 0, :, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [1, 0, 0]]
+    first, second, third = packed["media_index"][0].split(lengths)
+    assert set(first.tolist()) == {0, 1}
+    assert set(second.tolist()) == {0}
+    assert third.tolist() == sorted(third.tolist()) and set(third.tolist()) == {0, 2, 3}
+    for index in (first, third):
+        assert index[0] == 0  # BOS stands in front of the picture
+
+
+def test_packed_text_only_batch_still_has_pixels(tiny_processor):
+    packed = OtterCollator(tiny_processor, packing=True)([sample([("a", "b")]), sample([("c", "d")])])
+    assert packed["pixel_values"].shape[:3] == (1, 1, 1)
+    assert not packed["media_index"].any()
+
+
+def test_a_cut_answer_does_not_run_into_the_next_sample(tiny_processor):
+    samples = [sample([("a", "long " * 9)]), sample([("question", "b")])]
+    packed = OtterCollator(tiny_processor, max_length=32, on_overlong="truncate", packing=True)(samples)
+    start = packed["cu_seq_lens_q"][1]
+    end_of_question = (packed["input_ids"][0, start:] == tiny_processor.answer_token_id).nonzero()[0]
+    assert (packed["labels"][0, start : start + end_of_question + 1] == -100).all()

@@ -139,6 +139,11 @@ class TestBatch:
         assert len(counts(draw_per="batch")) == 1
         assert counts(draw_per="batch") < {4, 9, 16}
 
+    def test_a_sample_may_bring_its_resolution(self, processor):
+        samples = [sample(ONE, images=[picture(15, 33)], id=str(side)) | {"resolution": side} for side in (20, 40)]
+        batch = OtterHDCollator(processor, packing=False, dynamic_resolution=(30,))(samples)
+        assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 16]
+
     def test_videos_are_images_in_order(self, processor):
         frames = [picture(10, 10), picture(20, 10), picture(30, 10)]
         video = {"id": "v", "turns": [ONE], "media": [frames], "media_per_turn": [1]}

@@ -1,8 +1,6 @@
 """The tools of `otter-hf data` on whole files, and what makes samples visible."""
 
 import json
-import multiprocessing
-import os
 
 import pytest
 from PIL import Image
@@ -13,7 +11,6 @@ from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MimicitMixture
 from otter_hf.data.preview import contact_sheet, describe_sample
-from otter_hf.data.sources import Conversation, write_conversations
 from otter_hf.data.tools import store_to_parquet
 
 
@@ -59,60 +56,6 @@ def test_broken_stores_leave_no_parquet(tmp_path, encoded):
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         store_to_parquet(tmp_path / "X.json", tmp_path / "X.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["X.json"]
-
-
-def killed(work):
-    """Runs `work(die)` in a process that is killed as if by kill -9 when `die` has been called five times."""
-    calls = []
-
-    def die():
-        calls.append(None)
-        if len(calls) == 5:
-            os._exit(9)
-
-    process = multiprocessing.get_context("fork").Process(target=work, args=(die,))
-    process.start()
-    process.join()
-    assert process.exitcode == 9
-
-
-def test_killed_to_parquet_is_run_again(tmp_path, encoded, monkeypatch):
-    (tmp_path / "X.json").write_text(json.dumps({f"{i}": encode_base64(encoded["red"]) for i in range(300)}))
-
-    def work(die):
-        from otter_hf.data import tools
-
-        decode = tools.decode_image
-        monkeypatch.setattr(tools, "decode_image", lambda data: (die(), decode(data))[1])
-        store_to_parquet(tmp_path / "X.json", tmp_path / "out.parquet")
-
-    killed(work)
-    assert not (tmp_path / "out.parquet").exists()
-    store_to_parquet(tmp_path / "X.json", tmp_path / "out.parquet")
-    store_to_parquet(tmp_path / "X.json", tmp_path / "whole.parquet")
-    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_killed_conversion_is_run_again(tmp_path, encoded):
-    conversations = [Conversation(f"{i}", [("Q", "A")], [(f"{i}", encoded["red"])]) for i in range(300)]
-
-    def work(die):
-        def read():
-            for conversation in conversations:
-                die()
-                yield conversation
-
-        write_conversations(tmp_path / "out", "S", read)
-
-    killed(work)
-    assert not list((tmp_path / "out").glob("S*"))
-    for folder in ("out", "whole"):
-        write_conversations(tmp_path / folder, "S", lambda: iter(conversations))
-    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert files == sorted(path.name for path in (tmp_path / "out").iterdir()) and len(files) == 3
-    for name in files:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_train_config_command(tmp_path):

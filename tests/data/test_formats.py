@@ -361,12 +361,29 @@ def test_written_files_can_be_read_back(tmp_path, by_colour):
     dataset, store = load_mimicit(*files)
     assert dataset["id"] == ["X_INS_3"] and dataset[0]["context"][0]["answer"] == "red"
     assert store["X_IMG_green"].tobytes() == by_colour["green"].tobytes()
-    # by the original's way of reading, and by the datasets library alone
-    assert list(pd.read_parquet(files.images_path).index) == list(images)
+    # by the datasets library alone, which shows pictures
+    table = load_dataset("parquet", data_files=str(files.images_path), cache_dir=str(tmp_path / "c"), split="train")
+    assert table["id"] == list(images)
+    assert [picture.tobytes() for picture in table["image"]] == [picture.tobytes() for picture in images.values()]
     data = json.loads(files.instructions_path.read_text(encoding="utf-8"))["data"]
     assert list(data) == list(RECORDS) and data["X_INS_1"]["image_ids"] == ["X_IMG_blue"]
-    table = load_dataset("parquet", data_files=str(files.images_path), cache_dir=str(tmp_path / "c"), split="train")
-    assert len(table) == 4
+
+
+def test_base64_stores_are_those_of_the_original(tmp_path, encoded):
+    records = {"a": {"instruction": "q", "answer": "a", "image_ids": list(encoded)}}
+    files = write_mimicit(tmp_path, "X", records, encoded, image_encoding="base64")
+    # as the loader of 2023 read them
+    frame = pd.read_parquet(files.images_path)
+    assert list(frame.index) == list(encoded) and list(frame.columns) == ["base64"]
+    assert all(re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", text) for text in frame["base64"])
+    assert [base64.urlsafe_b64decode(text) for text in frame["base64"]] == list(encoded.values())
+    assert {id: ImageStore(files.images_path).read_bytes(id) for id in encoded} == encoded
+    with pytest.raises(ValueError, match="must be 'bytes' or 'base64', got 'hex'"):
+        write_mimicit(tmp_path, "Y", records, encoded, image_encoding="hex")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == [
+        "X.parquet",
+        "X_instructions.json",
+    ]
 
 
 def test_writing_keeps_bytes_and_needs_no_images(tmp_path, encoded):

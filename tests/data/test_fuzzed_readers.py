@@ -13,11 +13,12 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from otter_hf.data.formats import load_mimicit, write_images  # noqa: E402
+from otter_hf.data.formats import load_mimicit  # noqa: E402
 from otter_hf.data.image_store import ImageStore  # noqa: E402
 from otter_hf.data.images import decode_base64, decode_image, encode_base64  # noqa: E402
 from otter_hf.data.json_stream import iter_json_object  # noqa: E402
 from otter_hf.data.mixture import MixtureEntry  # noqa: E402
+from otter_hf.data.parquet_writer import write_images  # noqa: E402
 from otter_hf.data.sources import read_alpaca, read_lima, read_llava, read_m3it, read_sharegpt, read_svit  # noqa: E402
 from otter_hf.data.validate import check_mixture  # noqa: E402
 

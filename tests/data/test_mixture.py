@@ -1,3 +1,4 @@
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -199,6 +200,24 @@ def damaged(tmp_path):
     return MixtureEntry("IMAGE_TEXT", "D", str(tmp_path / "D.json"), str(tmp_path / "I.json"))
 
 
+def test_ids_of_different_datasets_do_not_mix(tmp_path, by_colour):
+    entries = []
+    for name, colour in (("A", "red"), ("B", "blue")):
+        records = {
+            "r1": {"instruction": "Q", "answer": f"first of {name}", "image_ids": ["i"]},
+            "r2": {"instruction": "Q", "answer": f"second of {name}", "image_ids": ["i"]},
+        }
+        files = write_mimicit(tmp_path, name, records, {"i": by_colour[colour]}, {"r2": ["r1"]})
+        paths = (str(path) for path in files)
+        entries.append(MixtureEntry("IMAGE_TEXT", name, *paths))
+    samples = list(MimicitMixture(entries))
+    assert [[answer for _, answer in sample["turns"]] for sample in samples] == [
+        ["first of A", "second of A"],
+        ["first of B", "second of B"],
+    ]
+    assert [colours(sample["media"][0]) for sample in samples] == [["red"], ["blue"]]
+
+
 def test_unusable_samples_are_named(damaged):
     data = MimicitMixture([damaged])
     assert data[0]["id"] == "good"
@@ -367,6 +386,19 @@ def test_grouped_batches_cover_everything_in_proportion():
     assert list(sampler) != order and sorted(sampler) == list(range(893))
 
 
+def test_groups_are_drawn_in_proportion_to_their_sizes():
+    sizes = {"a": 500, "b": 300, "c": 200}
+    groups = [name for name, size in sizes.items() for _ in range(size)]
+    sampler, drawn = GroupedSampler(groups, batch_size=10), Counter()
+    for epoch in range(1000):  # ten draws of each
+        sampler.set_epoch(epoch)
+        order = list(itertools.islice(sampler, 0, 100, 10))
+        drawn.update(groups[index] for index in order)
+    expected = {name: 10_000 * size / 1000 for name, size in sizes.items()}
+    chi_squared = sum((drawn[name] - expected[name]) ** 2 / expected[name] for name in sizes)
+    assert chi_squared < 13.8  # exceeded once in a thousand times, with two degrees of freedom
+
+
 def test_ranks_work_on_one_group_in_each_step():
     accelerate = pytest.importorskip("accelerate.data_loader")
     groups = ["a"] * 40 + ["b"] * 24
@@ -384,3 +416,29 @@ def test_public_names():
         assert getattr(otter_hf.data, name).__doc__
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(otter_hf.data, "no_such_name")  # noqa: B009
+
+
+def test_batches_of_about_the_same_length():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 1000, (2000,), generator=generator).numpy()
+    groups = ["a" if i % 4 else "b" for i in range(2000)]
+    sampler = GroupedSampler(groups, 8, seed=3, lengths=lengths)
+    order = list(sampler)
+    assert sorted(order) == list(range(2000))
+    assert order == list(GroupedSampler(groups, 8, seed=3, lengths=lengths))
+    batches = [order[i : i + 8] for i in range(0, 2000 // 8 * 8, 8)]
+    spread = [lengths[batch].max() - lengths[batch].min() for batch in batches]
+    assert sum(spread) / len(spread) < 50
+    assert sum(len({groups[i] for i in batch}) > 1 for batch in batches) <= 1
+    means = [lengths[batch].mean() for batch in batches[:100]]
+    assert means != sorted(means)  # long and short ones come in any order
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    with pytest.raises(ValueError, match="3 lengths for 2 samples"):
+        GroupedSampler(["a", "b"], 1, lengths=[1, 2, 3])
+
+
+def test_text_lengths(files):
+    samples = mixture(files, "IMAGE_TEXT_IN_CONTEXT", {"blue": ["red_1", "green"], "green": [], "red_1": ["blue"]})
+    blue, green, red = len("Sky?blue"), len("Grass?green"), len("Colour?red")
+    assert samples.text_lengths.tolist() == [blue + red + green, green, red + blue]

@@ -4,7 +4,10 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+import zlib
 from itertools import product
 
 import numpy as np
@@ -14,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from otter_hf.data import parquet_store
-from otter_hf.data.formats import write_images
 from otter_hf.data.image_store import ImageStore, iter_pictures
 from otter_hf.data.images import encode_base64
 from otter_hf.data.parquet_pages import PagedColumn, UnsupportedLayout
+from otter_hf.data.parquet_writer import write_images
 
 
 def values(count, nulls):
@@ -100,13 +103,37 @@ def test_large_pages_are_copied_when_they_are_used(tmp_path, monkeypatch):
     assert copies(tmp_path / "cache") == before
 
 
-def test_our_stores_are_read_where_they_are(tmp_path):
+@pytest.mark.parametrize("encoding", ["bytes", "base64"])
+def test_our_stores_are_read_where_they_are(tmp_path, encoding):
     data = {f"I{i}": os.urandom(5000) for i in range(250)}
-    write_images(tmp_path / "X.parquet", data.items())
+    write_images(tmp_path / "X.parquet", data.items(), encoding)
     store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
     assert {id: store.read_bytes(id) for id in reversed(data)} == data
     assert not copies(tmp_path / "cache")
     assert dict(iter_pictures(tmp_path / "X.parquet", tmp_path / "cache")) == data
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_places_of_pages_are_kept(tmp_path, monkeypatch, version, dictionary):
+    monkeypatch.setattr(parquet_store, "_SCANNED_GROUPS", 2)
+    data = {f"I{i}": value or b"" for i, value in enumerate(values(500, nulls=True))}
+    table = pa.table({"id": list(data), "image": pa.array(list(data.values()), pa.binary())})
+    layout = {"row_group_size": 50, "write_batch_size": 5, "data_page_size": 500}
+    pq.write_table(
+        table,
+        tmp_path / "X.parquet",
+        data_page_version=version,
+        use_dictionary=dictionary,
+        compression="zstd",
+        **layout,
+    )
+    order = random.Random(0).sample(list(data), len(data))
+    for _ in range(2):
+        store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+        assert all(store.read_bytes(id) == data[id] for id in order[:3])
+        assert all(store.read_bytes(id) == data[id] for id in order)
+        assert len(list((tmp_path / "cache").glob("*-pages-*.arrow"))) == 1
 
 
 def read_slowly(path, cache, order, started):
@@ -166,7 +193,7 @@ def test_damage_is_met_where_it_is(tmp_path):
     path = tmp_path / "X.parquet"
     write_images(path, data.items())
     content = bytearray(path.read_bytes())
-    content[100:160] = bytes(60)
+    content[100_000:106_000] = bytes(6000)
     path.write_bytes(content)
     store = ImageStore(path, tmp_path / "cache")
     bad = []
@@ -177,3 +204,33 @@ def test_damage_is_met_where_it_is(tmp_path):
             assert "damaged" in str(error)
             bad.append(id)
     assert bad
+
+
+READ_SOME = """
+import sys, zlib
+from pathlib import Path
+from otter_hf.data.image_store import ImageStore
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if "VmHWM" in line)
+before = peak()
+store = ImageStore(sys.argv[1], sys.argv[2])
+for number in range(0, 10_000, 20):
+    print(zlib.crc32(store.read_bytes(f"I{number}")))
+print((peak() - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak of memory from /proc")
+def test_a_large_store_needs_little_memory(tmp_path):
+    def pictures():
+        for number in range(10_000):
+            yield f"I{number}", random.Random(number).randbytes(50_000)
+
+    write_images(tmp_path / "X.parquet", pictures())
+    assert (tmp_path / "X.parquet").stat().st_size > 500_000_000
+    command = [sys.executable, "-c", READ_SOME, str(tmp_path / "X.parquet"), str(tmp_path / "cache")]
+    *found, peak_mb = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert found == [zlib.crc32(data) for number, (_, data) in enumerate(pictures()) if number % 20 == 0]
+    assert peak_mb < 60

@@ -1,6 +1,7 @@
 import io
 import json
 
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -155,6 +156,12 @@ def test_one_id_for_two_pictures(tmp_path, dataset):
     write(tmp_path / "Y.json", {"red": dataset["blue"]})
     report = check_mixture(mixture(tmp_path, images_path=["X.json", "Y.json"]))
     assert "'red' stands for two different pictures" in rules(report, "error")["image store"].message
+
+
+def test_image_stores_need_their_columns(tmp_path, dataset):
+    pd.DataFrame({"base_64": ["x"]}, index=["red"]).to_parquet(tmp_path / "Y.parquet")
+    report = check_mixture(mixture(tmp_path, images_path="Y.parquet"))
+    assert "pictures as column base64 or image" in rules(report, "error")["image store"].message
 
 
 def test_videos_need_frames_and_samples_need_records(tmp_path, dataset):

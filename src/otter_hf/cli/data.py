@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from . import convert_it, pretraining_data
+
 
 _IMAGE_SOURCES = {"llava": "LLaVA", "llavar": "LLaVAR", "lrv": "LRV-Instruction", "svit": "SVIT"}
 _SELF_CONTAINED_SOURCES = {"m3it": "M3IT", "sharegpt": "ShareGPT", "lima": "LIMA", "alpaca": "Alpaca"}
@@ -16,6 +18,8 @@ def add_parser(subparsers) -> None:
         add(commands)
     for name, title in {**_IMAGE_SOURCES, **_SELF_CONTAINED_SOURCES}.items():
         _source(commands, name, title)
+    convert_it.add_parser(commands)
+    pretraining_data.add_parser(commands)
 
 
 def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
@@ -120,12 +124,16 @@ def _to_parquet(commands) -> None:
     parser.add_argument("images", nargs="+", help="image stores")
     parser.add_argument("--output", required=True, help="the new file")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="to squares of PNG (default: bytes as they are)")
+    parser.add_argument("--base64", action="store_true", help="as base64 text, which the loader of 2023 needs")
 
 
 def _run_to_parquet(args) -> None:
     from ..data.tools import store_to_parquet
 
-    written, left_out = store_to_parquet(args.images, args.output, resize=args.resize, cache_dir=args.cache_dir)
+    encoding = "base64" if args.base64 else "bytes"
+    written, left_out = store_to_parquet(
+        args.images, args.output, resize=args.resize, encoding=encoding, cache_dir=args.cache_dir
+    )
     print(f"{written:,} pictures in {args.output}, {len(left_out):,} left out that cannot be decoded")
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 
-_FORMAT_VERSION = 1  # raise it when the content of cached files changes
+_FORMAT_VERSION = 2  # raise it when the content of cached files changes
 
 
 def cached_arrow_file(
@@ -69,7 +71,8 @@ def open_arrow_file(path: str | Path) -> pa.Table:
 class IdIndex:
     """Finds the row of an id in a table, memory-mapped and without a dictionary of all ids.
 
-    The index holds 64-bit hashes of the ids in sorted order, and their rows; a hit is confirmed in the id column.
+    The index holds checksums of the ids in sorted order, and their rows; a hit is confirmed in the id column, so that
+    ids of equal checksums are told apart.
 
     Args:
         path: an Arrow file of `IdIndex.build`.
@@ -79,20 +82,22 @@ class IdIndex:
     def __init__(self, path: str | Path, ids: pa.ChunkedArray):
         table = open_arrow_file(path)
         self.ids = ids
-        self.hashes = _as_numpy(table["hash"])  # (N,) uint64, sorted
+        self.hashes = _as_numpy(table["hash"])  # (N,) uint32, sorted
         self.rows = _as_numpy(table["row"])  # (N,) int64
 
     @staticmethod
     def build(ids: pa.ChunkedArray) -> tuple[pa.Schema, Iterable[pa.RecordBatch]]:
         """Schema and batches of the index of an id column, for `cached_arrow_file`."""
-        hashes = np.fromiter((_hash(id) for chunk in ids.chunks for id in chunk.to_pylist()), np.uint64, len(ids))
+        hashes = np.fromiter(
+            map(_hash, chain.from_iterable(chunk.to_pylist() for chunk in ids.chunks)), np.uint32, len(ids)
+        )
         rows = np.argsort(hashes, kind="stable")
         batch = pa.RecordBatch.from_arrays([pa.array(hashes[rows]), pa.array(rows)], names=["hash", "row"])
         return batch.schema, [batch]
 
     def find(self, id: str) -> int:
         """The first row with this id, or -1."""
-        wanted = np.uint64(_hash(id))
+        wanted = np.uint32(_hash(id))
         position = int(np.searchsorted(self.hashes, wanted))
         while position < len(self.hashes) and self.hashes[position] == wanted:
             row = int(self.rows[position])
@@ -116,4 +121,4 @@ def _as_numpy(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _hash(id: str) -> int:
-    return int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest(), "little")
+    return zlib.crc32(id.encode())

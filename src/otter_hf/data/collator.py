@@ -77,9 +77,9 @@ def _last_before(flags: torch.Tensor) -> torch.Tensor:
 class OtterCollator:
     """Turns a list of samples (see `Sample`) into one training batch for Otter.
 
-    A row is `[BOS] prompt [EOS]`, padded on the right. BOS and EOS count towards `max_length`. Rows that are too long
-    lose their oldest turns; images go with the last turn that refers to them, so that their number always equals the
-    number of `<image>` tokens. With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
+    A sample is `[BOS] prompt [EOS]`. BOS and EOS count towards `max_length`. Samples that are too long lose their
+    oldest turns; images go with the last turn that refers to them, so that their number always equals the number of
+    `<image>` tokens. With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
 
     Args:
         processor: an `OtterProcessor`.
@@ -89,11 +89,15 @@ class OtterCollator:
             `"truncate"` cuts the end of its answer and trains on the rest, and leaves it out of the batch if not even
             the start of its answer fits; `"skip"` leaves it out of the batch. A batch is never empty: when all of it
             would be left out it is truncated instead, and an error if that leaves nothing to train on.
-        pad_to_multiple_of: pads the length of the batch to a multiple of this.
+        pad_to_multiple_of: pads the length of a padded batch to a multiple of this.
+        packing: put the samples one behind the other into one row, without padding, or pad them on the right.
 
     Returns, when called, a dict of
-        `input_ids` `(B, L)` int64, `attention_mask` `(B, L)` int64, `labels` `(B, L)` int64 with -100 where nothing is
-        learned, and `pixel_values` `(B, T, F, C, H, W)` float, zero-padded over media `T` and frames `F`.
+        `input_ids` `(B, L)` int64, `labels` `(B, L)` int64 with -100 where nothing is learned, and `pixel_values`
+        `(B, T, F, C, H, W)` float, zero-padded over media `T` and frames `F`. Padded: `attention_mask` `(B, L)` int64.
+        Packed, with B = 1: `position_ids` `(1, L)` int64, which restart with each sample, `media_index` `(1, L)`
+        int64, the 1-based medium of the row that each token sees, and for variable-length attention kernels
+        `cu_seq_lens_q` and `cu_seq_lens_k` `(samples + 1,)` int32, `max_length_q` and `max_length_k` (int).
 
     Raises:
         SampleError: naming the sample, if its media do not match its placeholders or it is too long.
@@ -104,6 +108,7 @@ class OtterCollator:
     max_length: int | None = 2048
     on_overlong: str = "error"
     pad_to_multiple_of: int | None = None
+    packing: bool = False
 
     def __post_init__(self):
         pieces = get_format(self.format)
@@ -127,7 +132,7 @@ class OtterCollator:
             raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set pad_token.")
         self._reserved_tokens = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
         for sample in samples:
             _check_media(sample)
         rows = list(zip(samples, self._tokenize(samples), strict=True))
@@ -148,7 +153,10 @@ class OtterCollator:
             end_of_turn_token_id=self._end_of_turn_token_id,
             eos_token_id=self.processor.tokenizer.eos_token_id,
         )
-        batch["pixel_values"] = self.processor.pack_media([sample["media"] for sample, _ in rows])
+        media = [sample["media"] for sample, _ in rows]
+        if self.packing:
+            batch, media = self._pack(batch), [[medium for of_sample in media for medium in of_sample]]
+        batch["pixel_values"] = self.processor.pack_media(media)
         return batch
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
@@ -213,6 +221,25 @@ class OtterCollator:
             input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
             attention_mask[index, : len(row)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _pack(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
+        """The rows of a padded batch, one behind the other."""
+        real = batch["attention_mask"].bool()  # (B, L)
+        lengths = real.sum(dim=1)  # (B,)
+        seen = (batch["input_ids"] == self.processor.image_token_id).cumsum(dim=1)  # (B, L), counted in its sample
+        before = torch.nn.functional.pad(seen[:, -1].cumsum(0)[:-1], (1, 0))  # (B,), media of the samples in front
+        media_index = torch.where(seen > 0, seen + before[:, None], 0)  # (B, L)
+        boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
+        return {
+            "input_ids": batch["input_ids"][real][None],  # (1, L)
+            "labels": batch["labels"][real][None],  # (1, L)
+            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],  # (1, L)
+            "media_index": media_index[real][None],  # (1, L)
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": int(lengths.max()),
+            "max_length_k": int(lengths.max()),
+        }
 
 
 def drop_oldest_turn(sample: Sample) -> Sample:

@@ -39,7 +39,8 @@ class OtterHDCollator:
             a sample without images a black one.
         resolution: size of all images, see `OtterHDImageProcessor`.
         dynamic_resolution: sides in pixels from which to draw the square that images are resized to (448, 512, 768 in
-            the original), drawn with torch's global generator; `None` for no drawing.
+            the original), drawn with torch's global generator; `None` for no drawing. A sample with a side of its own
+            under the key `resolution` keeps that one.
         draw_per: `"sample"`, or `"batch"` for one drawing for all samples as in the original, in each process apart.
         max_pixels: largest number of pixels of an image, see `OtterHDImageProcessor`.
         max_length: largest number of tokens of a sample, or `None` for no limit. Samples that are too long lose their
@@ -83,7 +84,7 @@ class OtterHDCollator:
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
         rows = []
-        for sample, resolution in zip(samples, self._resolutions(len(samples)), strict=True):
+        for sample, resolution in zip(samples, self._resolutions(samples), strict=True):
             row = self._encode(sample, resolution)
             if row is not None:
                 rows.append(row)
@@ -97,12 +98,14 @@ class OtterHDCollator:
         batch = self._pack(ids, labels) if self.packing else self._pad(ids, labels)
         return batch | {"pixel_values": torch.cat(patches)}
 
-    def _resolutions(self, count: int) -> list[int | tuple[int, int] | None]:
+    def _resolutions(self, samples: Sequence[Sample]) -> list[int | tuple[int, int] | None]:
+        if all("resolution" in sample for sample in samples):
+            return [(sample["resolution"],) * 2 for sample in samples]
         if self.dynamic_resolution is None:
-            return [self.resolution] * count
-        drawn = torch.randint(len(self.dynamic_resolution), (count,)).tolist()
+            return [self.resolution] * len(samples)
+        drawn = torch.randint(len(self.dynamic_resolution), (len(samples),)).tolist()
         if self.draw_per == "batch":
-            drawn = drawn[:1] * count
+            drawn = drawn[:1] * len(samples)
         return [(self.dynamic_resolution[index],) * 2 for index in drawn]
 
     def _encode(self, sample: Sample, resolution) -> tuple[list[int], list[int], torch.Tensor] | None:

@@ -6,23 +6,22 @@ them. Ids are opaque strings.
 
 import json
 import os
+import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 from transformers.utils import logging
 
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
-from .images import encode_base64, image_bytes
 from .json_stream import iter_json_object
+from .parquet_writer import move_image_parts, write_image_parts
 
 
 logger = logging.get_logger(__name__)
@@ -37,9 +36,6 @@ _RECORD = {
 FEATURES = Features({**_RECORD, "rel_ins_ids": List(Value("string")), "context": List(_RECORD)})
 _SCHEMA = FEATURES.arrow_schema
 _BATCH_ROWS = 1000
-# Parquet options for pictures: a page is closed behind each, so that it can be read on its own. Pictures do not
-# repeat, and their smallest and largest are of no use.
-PICTURE_PAGES = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 4 << 10, "write_statistics": False}
 
 
 def load_mimicit(
@@ -242,20 +238,24 @@ def write_mimicit(
     images: ImageStore | Mapping[str, Any] | Iterable[tuple[str, bytes | str | Path | Image.Image]] | None = None,
     train_config: Mapping[str, Sequence[str]] | None = None,
     meta: Mapping[str, Any] | None = None,
+    *,
+    image_encoding: str = "bytes",
 ) -> MimicitFiles:
     """Writes one MIMIC-IT dataset: `<name>_instructions.json`, `<name>.parquet` and `<name>_train.json` in `folder`.
 
     The files get their names only when all are complete, so nothing half-written is ever read, and an existing dataset
-    stays as it was if this one turns out broken.
+    stays as it was if this one turns out broken. A call that was killed or interrupted can be repeated: it goes on
+    behind the last complete 256 MB of pictures, which it finds in the hidden folder `.<name>.parquet.parts`.
 
     Args:
         records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids"}`, as a mapping or in pairs. The last two
             are optional, `image_ids` may also be one string or `None`.
         images: `image id -> picture`, as a mapping or in pairs, read one by one. Bytes and files are kept as they
-            are, PIL pictures become PNG. No parquet file is written for an `ImageStore`, which the records then refer
-            to, and for None, text-only data.
+            are, PIL pictures become PNG. More than 256 MB of them make `<name>.parquet` a folder of parts. No parquet
+            file is written for an `ImageStore`, which the records then refer to, and for None, text-only data.
         train_config: `id -> context ids`; none: no train config is written.
         meta: what to put under `meta`, by default a format version.
+        image_encoding: see `otter_hf.data.parquet_writer.write_images`.
 
     Returns:
         The paths, such that `load_mimicit(*write_mimicit(...))` reads the dataset back.
@@ -272,10 +272,15 @@ def write_mimicit(
         None if train_config is None else folder / f"{name}_train.json",
     )
     with ExitStack() as cleanup:
-        temporary = {path: path.with_name(f".{path.name}.incomplete") for path in files if path}
+        texts = [path for path in (files.train_config_path, files.instructions_path) if path]
+        temporary = {path: path.with_name(f".{path.name}.incomplete") for path in texts}
         for path in temporary.values():
             cleanup.callback(path.unlink, missing_ok=True)
-        image_ids = write_images(temporary[files.images_path], _pairs(images)) if new_images else images or ()
+        image_ids = images or ()
+        if new_images:
+            parts = folder / f".{name}.parquet.parts"
+            cleanup.push(lambda error, *_: _forget_parts(parts, error))
+            image_ids = write_image_parts(parts, _pairs(images), image_encoding)
         ids, related = _write_records(
             temporary[files.instructions_path], _pairs(records), image_ids, meta or {"version": "0.0.1"}
         )
@@ -290,36 +295,21 @@ def write_mimicit(
             with open(temporary[files.train_config_path], "w", encoding="utf-8") as file:
                 json.dump({id: list(context) for id, context in train_config.items()}, file, ensure_ascii=False)
         # instructions last: who finds them finds all that they refer to
-        for path, incomplete in reversed(temporary.items()):
+        if new_images:
+            move_image_parts(parts, files.images_path)
+        for path, incomplete in temporary.items():
             os.replace(incomplete, path)
     return files
 
 
+def _forget_parts(folder: Path, error: type[BaseException] | None):
+    # what an interrupted run has completed serves the next one; a mistake in the data needs no memory
+    if error is not None and issubclass(error, Exception):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _pairs(items: Mapping | Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
     return items.items() if isinstance(items, Mapping) else items
-
-
-def write_images(path: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
-    """Writes an image store, parquet with base64 text, from `(id, picture)` pairs; returns the ids.
-
-    See `write_mimicit` for the pictures. `ValueError` if an id is given twice.
-    """
-    # the row index of the parquet file is the image id, as pandas would write it
-    schema = pa.Schema.from_pandas(pd.DataFrame({"base64": [""]}, index=["id"], dtype="object"))
-    ids = set()
-    # zstd takes back what base64 adds
-    with pq.ParquetWriter(path, schema, compression="zstd", **PICTURE_PAGES) as writer:
-        rows = []
-        for id, image in images:
-            if id in ids:
-                raise ValueError(f"Image id {id!r} is given twice: ids must be unique.")
-            ids.add(id)
-            rows.append({"base64": encode_base64(image_bytes(image)), "__index_level_0__": id})
-            if len(rows) == 100:
-                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-                rows = []
-        writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-    return ids
 
 
 def _write_records(

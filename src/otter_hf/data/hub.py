@@ -12,22 +12,20 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from datasets import Features, Image, List, Value, get_dataset_config_names, load_dataset
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
-from .formats import PICTURE_PAGES, MimicitFiles, load_mimicit, write_mimicit
+from .formats import MimicitFiles, load_mimicit, write_mimicit
 from .image_store import ImageStore
 from .json_stream import iter_json_object
 from .mixture import MixtureEntry, read_mixture
+from .parquet_writer import PICTURES, write_rows
 
 
 logger = logging.get_logger(__name__)
 
-_IMAGES = Features({"id": Value("string"), "image": Image()})
 _INSTRUCTIONS = Features(
     {
         "id": Value("string"),
@@ -38,7 +36,6 @@ _INSTRUCTIONS = Features(
     }
 )
 _TRAIN = Features({"id": Value("string"), "context": List(Value("string"))})
-_ROWS = 100
 
 
 def write_hub_form(
@@ -146,7 +143,7 @@ def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterat
     records, store = load_mimicit(entry.mimicit_path, entry.images_path, cache_dir=cache_dir)
     if len(store):
         images = ({"id": id, "image": {"bytes": store.read_bytes(id), "path": None}} for id in _once(store))
-        yield "Images", _IMAGES, images
+        yield "Images", PICTURES, images
     columns = {"image_ids": "images", "rel_ins_ids": "related instructions"}
     table = records.select_columns([column for column in records.column_names if column != "context"])
     yield "Instructions", _INSTRUCTIONS, table.rename_columns(columns)
@@ -165,16 +162,7 @@ def _once(store: ImageStore) -> Iterator[str]:
 
 def _write_parquet(path: Path, features: Features, rows: Iterable[Mapping[str, Any]]):
     path.parent.mkdir(parents=True)
-    schema = features.arrow_schema
-    with pq.ParquetWriter(path, schema, compression="zstd", **PICTURE_PAGES) as writer:
-        batch = []
-        for row in logging.tqdm(rows, desc=f"Writing {path.parent.name}", unit=" rows"):
-            batch.append(row)
-            if len(batch) == _ROWS:
-                writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-                batch = []
-        if batch:
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+    write_rows(path, features.arrow_schema, logging.tqdm(rows, desc=f"Writing {path.parent.name}", unit=" rows"))
 
 
 def _card(configurations: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ class ImageStore:
         return sum(len(index.ids) for _, index in self._parts)
 
     def __contains__(self, id: str) -> bool:
-        return any(index.find(id) >= 0 for _, index in self._parts)
+        return self._place(id) is not None
 
     def __iter__(self) -> Iterator[str]:
         for _, index in self._parts:
@@ -92,32 +92,41 @@ class ImageStore:
 
     def read_bytes(self, id: str) -> bytes:
         """The encoded picture as it is stored; `KeyError` if there is none, `OSError` if what holds it is damaged."""
-        for pictures, index in self._parts:
-            row = index.find(id)
-            if row >= 0:
-                data = pictures[row]
-                if data is None:
-                    raise OSError("damaged base64")
-                return data
-        raise KeyError(id)
+        place = self._place(id)
+        if place is None:
+            raise KeyError(id)
+        number, row = place
+        data = self._parts[number][0][row]
+        if data is None:
+            raise OSError("damaged base64")
+        return data
 
     def _refuse_conflicts(self):
-        for number, (_, index) in enumerate(self._parts):
-            for first, later in index.duplicates():
-                self._refuse_conflict((number, first), (number, later))
-            for other, (_, other_index) in enumerate(self._parts[:number]):
-                for row in _common_rows(index, other_index):
-                    first = other_index.find(index.ids[row].as_py())
-                    self._refuse_conflict((other, first), (number, row))
+        """Refuses an id with two different pictures; the same one may be there more than once."""
+        if not self._parts:
+            return
+        hashes = np.concatenate([index.hashes for _, index in self._parts])
+        numbers = np.repeat(np.arange(len(self._parts)), [len(index.hashes) for _, index in self._parts])
+        rows = np.concatenate([index.rows for _, index in self._parts])
+        # equal ids become neighbours, in their order in the files
+        order = np.argsort(hashes, kind="stable")
+        for later in order[1:][hashes[order[1:]] == hashes[order[:-1]]]:
+            number, row = int(numbers[later]), int(rows[later])
+            id = self._parts[number][1].ids[row].as_py()
+            first_number, first_row = self._place(id)
+            if self._parts[first_number][0][first_row] != self._parts[number][0][row]:
+                raise ValueError(
+                    f"Image id {id!r} stands for two different pictures, in {self._paths[first_number]} and "
+                    f"{self._paths[number]}: rename or remove one."
+                )
 
-    def _refuse_conflict(self, place: tuple[int, int], other_place: tuple[int, int]):
-        first, second = (self._parts[number][0][row] for number, row in (place, other_place))
-        if first != second:
-            number, row = place
-            raise ValueError(
-                f"Image id {self._parts[number][1].ids[row].as_py()!r} stands for two different pictures, in "
-                f"{self._paths[number]} and {self._paths[other_place[0]]}: rename or remove one."
-            )
+    def _place(self, id: str) -> tuple[int, int] | None:
+        """The number of the first part that has an id, and its row there."""
+        for number, (_, index) in enumerate(self._parts):
+            row = index.find(id)
+            if row >= 0:
+                return number, row
+        return None
 
 
 def iter_pictures(
@@ -135,7 +144,7 @@ def iter_pictures(
 def _expand(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if path.is_dir():
-            parts = sorted(path.glob("*.parquet"), key=_natural_order)
+            parts = sorted(path.glob("*.parquet"), key=natural_order)
             if not parts:
                 raise ValueError(f"The image store {path} is a folder without .parquet files.")
             yield from parts
@@ -147,26 +156,20 @@ def _expand(paths: Iterable[str | Path]) -> Iterator[Path]:
             yield path
 
 
-def _natural_order(path: Path) -> list:
+def natural_order(path: Path) -> list:
+    """Sorting key of file names in which numbers count as numbers: `2.jpg` comes before `10.jpg`."""
     return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path.name)]
 
 
 def _open_images(path: Path) -> pa.Table:
     try:
         table = open_arrow_file(path)
+        if table.schema.names == _SCHEMA.names and table.schema.types == _SCHEMA.types:
+            table["id"].validate(full=True)  # that it is UTF-8
+            return table
     except pa.ArrowInvalid as error:
         raise ValueError(f"The image store {path} cannot be read as Arrow ({error}).") from None
-    if table.schema.names != _SCHEMA.names or table.schema.types != _SCHEMA.types:
-        raise ValueError(f"The image store {path} must have the columns id (string) and image (binary).")
-    return table
-
-
-def _common_rows(index: IdIndex, other: IdIndex) -> Iterator[int]:
-    """Rows of `index` whose ids are also in `other`."""
-    for position in np.flatnonzero(np.isin(index.hashes, other.hashes)):
-        row = int(index.rows[position])
-        if other.find(index.ids[row].as_py()) >= 0:
-            yield row
+    raise ValueError(f"The image store {path} must have the columns id (string) and image (binary).")
 
 
 class _ArrowPictures:

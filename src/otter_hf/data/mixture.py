@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import yaml
+from datasets import Dataset as Table
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers.utils import logging
 
@@ -266,6 +269,13 @@ class MimicitMixture(Dataset):
         return [entry.task_group for entry, rows in zip(self.entries, self._rows, strict=True) for _ in rows]
 
     @property
+    def text_lengths(self) -> np.ndarray:
+        """Characters of each sample's instructions and answers, context included: int64 `(N,)`."""
+        return np.concatenate(
+            [_text_lengths(table)[rows] for table, rows in zip(self._tables, self._rows, strict=True)]
+        )
+
+    @property
     def skipped(self) -> dict[str, int]:
         """How many samples were skipped so far, by reason, in all data loader workers."""
         return self._skipped.totals()
@@ -329,6 +339,22 @@ def sample_of_entry(
     return {**sample, "task_group": entry.task_group, "dataset": entry.name}
 
 
+def _text_lengths(table: Table) -> np.ndarray:
+    lengths = [np.empty(0, dtype=np.int64)]
+    for part in table.select_columns(["instruction", "answer", "context"]).with_format("arrow").iter(10_000):
+        context = part["context"].combine_chunks()
+        turns = np.concatenate([[0], _characters(context.flatten()).cumsum()])
+        ends = np.concatenate([[0], pc.list_value_length(context).fill_null(0).to_numpy().cumsum()])
+        own = _characters(part.select(["instruction", "answer"]).to_struct_array().combine_chunks())
+        lengths.append(own + turns[ends[1:]] - turns[ends[:-1]])
+    return np.concatenate(lengths)
+
+
+def _characters(records: pa.StructArray) -> np.ndarray:
+    counts = [pc.utf8_length(records.field(name)).fill_null(0).to_numpy() for name in ("instruction", "answer")]
+    return sum(counts).astype(np.int64)
+
+
 class SkipCounter:
     """Counts by reason; increments of data loader workers are seen by the process that made it."""
 
@@ -362,15 +388,22 @@ class GroupedSampler(Sampler[int]):
         groups: the group of each sample.
         batch_size: samples of one global step: batch size per device times number of processes.
         seed: seed of the shuffle.
+        lengths: of the samples, in any unit. Given these, batches are of samples of about the same length: the
+            shuffled samples of a group are sorted by it, `SORTED_BATCHES` batches at a time.
 
     The last samples of each group that fill no batch follow at the end, mixed.
     """
 
-    def __init__(self, groups: Sequence[str], batch_size: int, seed: int = 42):
+    SORTED_BATCHES = 50
+
+    def __init__(self, groups: Sequence[str], batch_size: int, seed: int = 42, lengths: Sequence[int] | None = None):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if lengths is not None and len(lengths) != len(groups):
+            raise ValueError(f"There are {len(lengths)} lengths for {len(groups)} samples: give one for each.")
         names, self._group_of = np.unique(np.asarray(groups), return_inverse=True)
         self._num_groups = len(names)
+        self._lengths = None if lengths is None else np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -387,8 +420,12 @@ class GroupedSampler(Sampler[int]):
         for group in range(self._num_groups):
             members = generator.permutation(np.flatnonzero(self._group_of == group))
             full = len(members) // self.batch_size * self.batch_size
-            batches.extend(members[:full].reshape(-1, self.batch_size))
             rest.extend(members[full:])
+            members = members[:full]
+            if self._lengths is not None:
+                pool = np.arange(full) // (self.batch_size * self.SORTED_BATCHES)
+                members = members[np.lexsort((self._lengths[members], pool))]
+            batches.extend(members.reshape(-1, self.batch_size))
         for batch in generator.permutation(len(batches)):
             yield from batches[batch].tolist()
         yield from generator.permutation(np.array(rest, dtype=int)).tolist()

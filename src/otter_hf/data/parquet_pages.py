@@ -7,8 +7,8 @@ at most.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 
 _HEADER_BYTES = 256
 _LARGEST_HEADER = 1 << 20
+_LARGEST_READ = 1 << 20
 _DATA_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = 0, 2, 3
 # "LZ4" stands for two different formats
 _CODECS = ("uncompressed", "snappy", "gzip", "zstd", "brotli")
 _PLAIN, _PLAIN_DICTIONARY, _RLE_DICTIONARY = 0, 2, 8
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """A data page: `num_rows` rows from `first_row` of the file; the rest is where and how they are stored."""
 
     first_row: int
@@ -44,6 +44,19 @@ class Page:
         return self.plain_bytes + sum(page.plain_bytes for page in self.dictionary or ())
 
 
+PAGE_SCHEMA = pa.schema(
+    {
+        "first_row": pa.int64(),
+        "num_rows": pa.int64(),
+        "offset": pa.int64(),
+        "stored_bytes": pa.int64(),
+        "plain_bytes": pa.int64(),
+        "level_bytes": pa.int64(),
+        "is_compressed": pa.bool_(),
+    }
+)
+
+
 class PagedColumn:
     """A flat column of text or bytes, read one page at a time; needs no more memory than a page takes.
 
@@ -57,6 +70,8 @@ class PagedColumn:
     def __init__(self, path: str | Path, metadata: pq.FileMetaData, schema: pq.ParquetSchema, column: str):
         self.path = path
         self._metadata = metadata
+        # one for all reads and all forked processes, which read at places of their own
+        self._file = open(path, "rb", buffering=0)
         names = [schema.column(number).path for number in range(len(schema.names))]
         self._number = names.index(column) if column in names else None
         self._leaf = None if self._number is None else schema.column(self._number)
@@ -87,31 +102,58 @@ class PagedColumn:
             raise UnsupportedLayout(f"compression {codec}")
         row, last_row = self.row_group_rows(group)
         pages, dictionary = [], None
-        with open(self.path, "rb") as file:
-            while row < last_row:
-                if start >= end:
-                    raise ValueError("pages hold fewer rows than the file says")
-                header, header_bytes = _read_header(file.fileno(), start)
-                kind, plain_bytes, stored_bytes = (header.get(field) for field in (1, 2, 3))
-                if not all(isinstance(size, int) and size >= 0 for size in (kind, plain_bytes, stored_bytes)):
-                    raise ValueError("damaged page header")
-                common = (start + header_bytes, stored_bytes, plain_bytes, codec)
-                start += header_bytes + stored_bytes
-                if kind == _DICTIONARY_PAGE:
-                    dictionary = (Page(0, _count(header, 7, 1), *common, None, None),)
-                elif kind == _DATA_PAGE:
-                    num_rows, encoding = _count(header, 5, 1), _count(header, 5, 2)
-                    pages.append(Page(row, num_rows, *common, _dictionary(encoding, dictionary), None))
-                    row += num_rows
-                elif kind == _DATA_PAGE_V2:
-                    num_rows, encoding = _count(header, 8, 1), _count(header, 8, 4)
-                    compressed = header[8].get(7, True)
-                    page = Page(row, num_rows, *common, _dictionary(encoding, dictionary), _count(header, 8, 5))
-                    pages.append(page if compressed else Page(**{**page.__dict__, "is_compressed": False}))
-                    row += num_rows
+        while row < last_row:
+            if start >= end:
+                raise ValueError("pages hold fewer rows than the file says")
+            header, header_bytes = _read_header(self._file.fileno(), start)
+            kind, plain_bytes, stored_bytes = (header.get(field) for field in (1, 2, 3))
+            if not all(isinstance(size, int) and size >= 0 for size in (kind, plain_bytes, stored_bytes)):
+                raise ValueError("damaged page header")
+            common = (start + header_bytes, stored_bytes, plain_bytes, codec)
+            start += header_bytes + stored_bytes
+            if kind == _DICTIONARY_PAGE:
+                dictionary = (Page(0, _count(header, 7, 1), *common, None, None),)
+            elif kind == _DATA_PAGE:
+                num_rows, encoding = _count(header, 5, 1), _count(header, 5, 2)
+                pages.append(Page(row, num_rows, *common, _dictionary(encoding, dictionary), None))
+                row += num_rows
+            elif kind == _DATA_PAGE_V2:
+                num_rows, encoding = _count(header, 8, 1), _count(header, 8, 4)
+                compressed = header[8].get(7, True)
+                page = Page(row, num_rows, *common, _dictionary(encoding, dictionary), _count(header, 8, 5))
+                pages.append(page._replace(is_compressed=bool(compressed)))
+                row += num_rows
         if row != last_row:
             raise ValueError("pages hold more rows than the file says")
         return pages
+
+    def index(self) -> Iterator[pa.RecordBatch]:
+        """The pages of all row groups as one batch of `PAGE_SCHEMA` each, empty for those with dictionaries or damage.
+
+        Reading headers takes long compared with reading a small page, so it is worth to keep this.
+        """
+        for group in range(self._metadata.num_row_groups):
+            try:
+                pages = self.pages(group)
+            except (UnsupportedLayout, ValueError, OSError):
+                pages = []
+            pages = [] if any(page.dictionary for page in pages) else pages
+            columns = [[getattr(page, field.name) for page in pages] for field in PAGE_SCHEMA]
+            yield pa.RecordBatch.from_arrays(
+                [pa.array(column, field.type) for column, field in zip(columns, PAGE_SCHEMA, strict=True)],
+                schema=PAGE_SCHEMA,
+            )
+
+    def indexed_pages(self, group: int, index: pa.Table) -> list[Page]:
+        """`pages`, found in the table that `index` has made where it has them."""
+        columns = [column.chunk(group).to_pylist() for column in index.columns]
+        if not columns[0]:
+            return self.pages(group)
+        codec = self._metadata.row_group(group).column(self._number).compression.lower()
+        return [
+            Page(first, rows, offset, stored, plain, codec, None, levels, compressed)
+            for first, rows, offset, stored, plain, levels, compressed in zip(*columns, strict=True)
+        ]
 
     def values(self, page: Page) -> Iterator[bytes | None]:
         """Yields the values of a page one by one; `ValueError` if it is damaged."""
@@ -135,10 +177,13 @@ class PagedColumn:
 
     def _payload(self, page: Page, has_levels: bool = True) -> tuple[np.ndarray | None, memoryview]:
         """Definition levels, None if there are none, and the encoded values of a page."""
-        # mapped, because reading dozens of megabytes into new memory takes longer than unpacking them
-        with pa.memory_map(str(self.path)) as file:
-            file.seek(page.offset)
-            stored = memoryview(file.read_buffer(page.stored_bytes)).cast("B")
+        if page.stored_bytes <= _LARGEST_READ:
+            stored = memoryview(os.pread(self._file.fileno(), page.stored_bytes, page.offset))
+        else:
+            # mapped, because reading dozens of megabytes into new memory takes longer than unpacking them
+            with pa.memory_map(str(self.path)) as file:
+                file.seek(page.offset)
+                stored = memoryview(file.read_buffer(page.stored_bytes)).cast("B")
         if len(stored) != page.stored_bytes:
             raise ValueError(f"the file ends inside the page at byte {page.offset}")
         levels = None
@@ -239,7 +284,18 @@ def _struct(data: bytes, position: int, depth: int = 0) -> tuple[dict, int]:
             number += step
         else:
             number, position = _zigzag(data, position)
-        fields[number], position = _value(data, position, kind, depth)
+        if 4 <= kind <= 6:
+            # most of a header; without a call, because opening a file for random access reads thousands of headers
+            value, shift = 0, 0
+            while data[position] > 127 and shift < 63:
+                value |= (data[position] & 127) << shift
+                shift += 7
+                position += 1
+            value |= data[position] << shift
+            position += 1
+            fields[number] = (value >> 1) ^ -(value & 1)
+        else:
+            fields[number], position = _value(data, position, kind, depth)
     return fields, position + 1
 
 
@@ -248,8 +304,6 @@ def _value(data: bytes, position: int, kind: int, depth: int) -> tuple[object, i
         return kind == 1, position
     if kind == 3:
         return data[position], position + 1
-    if kind in (4, 5, 6):
-        return _zigzag(data, position)
     if kind == 7:
         return None, position + 8
     if kind == 8:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .arrow_cache import cached_arrow_file, open_arrow_file
 from .images import decode_base64
-from .parquet_pages import Page, PagedColumn, UnsupportedLayout
+from .parquet_pages import PAGE_SCHEMA, Page, PagedColumn, UnsupportedLayout
 
 
 ID_SCHEMA = pa.schema({"id": pa.string()})
@@ -20,6 +20,8 @@ _BATCH_BYTES = 16 << 20
 # up to this size, unpacking a page costs less than decoding the picture that is wanted from it
 _DIRECT_BYTES = 256 << 10
 _SEGMENT_BYTES = 32 << 20
+# who reads more row groups than this gets the places of all pages from the cache
+_SCANNED_GROUPS = 16
 # without a buffer, a row group is read whole, and pandas writes files of one row group
 _READ_BYTES = 4 << 20
 
@@ -27,8 +29,9 @@ _READ_BYTES = 4 << 20
 class ParquetPictures:
     """Pictures of a parquet file by row; `ids` are their ids, kept in `id_file` of the cache.
 
-    Opening reads the ids only. A picture in a small page is read from there. Larger pages are copied to Arrow files of
-    the pictures' own bytes, `_SEGMENT_BYTES` at a time, when a second of their pictures is asked for.
+    Opening reads the ids only. A picture in a small page is read from there; where all pages are is kept in the cache
+    when pictures of many row groups are read. Larger pages are copied to Arrow files of the pictures' own bytes,
+    `_SEGMENT_BYTES` at a time, when a second of their pictures is asked for.
 
     Args:
         path: the parquet file, see `ImageStore` for its columns.
@@ -55,6 +58,7 @@ class ParquetPictures:
         leaf = f"{self._picture_column}.bytes" if pa.types.is_struct(kind) else self._picture_column
         self._is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         self._column = PagedColumn(path, metadata, parquet_schema, leaf)
+        self._page_index: pa.Table | None = None
         self._layouts: dict[int, tuple[np.ndarray, list[list[Page]]]] = {}
         self._segments: dict[int, pa.ChunkedArray] = {}
         self._asked: set[int] = set()
@@ -82,7 +86,7 @@ class ParquetPictures:
     def _segment_layout(self, group: int) -> tuple[np.ndarray, list[list[Page]]]:
         """First rows of the segments of a row group, and their pages; none for what pyarrow has to read."""
         try:
-            pages = self._column.pages(group)
+            pages = self._pages(group)
         except UnsupportedLayout:
             return np.array([self._column.row_group_rows(group)[0]]), [[]]
         segments, cost = [], _SEGMENT_BYTES
@@ -94,6 +98,16 @@ class ParquetPictures:
             segments[-1].append(page)
             cost += page.cost if page.cost > _DIRECT_BYTES else _SEGMENT_BYTES
         return np.array([segment[0].first_row for segment in segments]), segments
+
+    def _pages(self, group: int) -> list[Page]:
+        if len(self._layouts) < _SCANNED_GROUPS:
+            return self._column.pages(group)
+        if self._page_index is None:
+            index = cached_arrow_file(
+                [self._path], "pages", lambda: (PAGE_SCHEMA, self._column.index()), self._cache_dir
+            )
+            self._page_index = open_arrow_file(index)
+        return self._column.indexed_pages(group, self._page_index)
 
     def _copy_segment(self, group: int, start: int, pages: list[Page]) -> pa.ChunkedArray:
         pictures = self._read_pages(pages) if pages else self._read_row_group(group)
@@ -125,7 +139,9 @@ class ParquetPictures:
         for batch in file.iter_batches(batch_size=1 << 16, columns=[id_column], use_threads=False):
             if batch.column(0).null_count:
                 raise ValueError(f"The image store {self._path} has a row without an id.")
-            yield pa.RecordBatch.from_arrays([batch.column(0).cast(pa.string())], schema=ID_SCHEMA)
+            ids = batch.column(0).cast(pa.string())
+            ids.validate(full=True)  # that they are UTF-8
+            yield pa.RecordBatch.from_arrays([ids], schema=ID_SCHEMA)
 
 
 def text_picture(text: str | bytes) -> bytes | None:

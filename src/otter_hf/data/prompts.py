@@ -66,6 +66,8 @@ FORMATS = {
         end="<end_of_utterance>",
         separator="\n",
     ),
+    # OpenFlamingo was not trained on a form: the text, such as "Question: ... Short answer:", is the user's own.
+    "plain": InstructionFormat(),
     # Fuyu's processor writes the image tokens itself and ends the text with its own token.
     "fuyu": InstructionFormat(media="", ask="User:", reply=" Assistant:\x04", answer_lead=" ", end=""),
 }

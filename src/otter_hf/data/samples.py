@@ -26,6 +26,7 @@ class _OptionalKeys(TypedDict, total=False):
     task_description: str | None
     task_group: str
     dataset: str
+    resolution: int
 
 
 class Sample(_OptionalKeys):
@@ -33,7 +34,8 @@ class Sample(_OptionalKeys):
 
     `media` holds one list of frames per image or video, in the order of their placeholders: an image has one frame.
     `media_per_turn` tells how many of them stand in front of each turn; it adds up to `len(media)`.
-    Optional keys: `task_description`, a line in front of the prompt, and `task_group` and `dataset`, where it is from.
+    Optional keys: `task_description`, a line in front of the prompt, `task_group` and `dataset`, where it is from, and
+    `resolution`, for OtterHD the side of the square in pixels that its images are resized to.
     """
 
     id: str

@@ -56,7 +56,8 @@ def write_conversations(
 
     Each turn is a record `<name>_<id>_<number>_CONV<turn>`, whose `rel_ins_ids` are the turns in front of it; the
     train config holds the last turns, with all in front of them as context. Pictures are kept byte by byte under
-    `<name>_IMG_<id>`. The files appear when all are complete; a run that was killed is simply run again.
+    `<name>_IMG_<id>`. The files appear when all are complete; a run that was killed is simply run again, and goes on
+    where it was among the pictures.
 
     Args:
         read: opens the source; called twice, for the pictures and for the records.
@@ -92,9 +93,9 @@ def write_conversations(
         return None
 
     kept = set()
+    first: dict[str, Path | bytes] = {}  # id -> the first picture that has it: its file, or the digest of its bytes
 
-    def pictures() -> Iterator[tuple[str, bytes]]:
-        digests = {}
+    def pictures() -> Iterator[tuple[str, Path | bytes]]:
         for number, conversation in enumerate(logging.tqdm(read(), desc=f"Pictures of {name}")):
             reason = reason_to_leave_out(conversation)
             if reason:
@@ -102,17 +103,13 @@ def write_conversations(
                 continue
             kept.add(number)
             for id, picture in conversation.pictures:
-                # read again for each conversation about it, to be sure that it is the same
-                data = image_bytes(picture)
-                digest = blake2b(data, digest_size=16).digest()
-                if digests.setdefault(id, digest) != digest:
+                if id not in first:
+                    first[id] = picture if isinstance(picture, Path) else _digest(picture)
+                    yield f"{name}_IMG_{id}", picture
+                elif not _same(picture, first[id]):
                     raise ValueError(f"Image id {id!r} of {name} stands for two different pictures: rename one.")
-                if id not in written:
-                    written.add(id)
-                    yield f"{name}_IMG_{id}", data
 
     train_config, counts = {}, Counter()
-    written: set[str] = set()
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for number, conversation in enumerate(logging.tqdm(read(), desc=f"Records of {name}")):
@@ -141,7 +138,16 @@ def write_conversations(
     files = write_mimicit(folder, name, records(), pictures() if has_pictures else _run(pictures()), train_config)
     if left_out:
         logger.warning(f"Left out of {name}: {dict(left_out)}.")
-    return ConversionCounts(files, **counts, images=len(written), left_out=dict(left_out))
+    return ConversionCounts(files, **counts, images=len(first), left_out=dict(left_out))
+
+
+def _digest(picture: Path | bytes) -> bytes:
+    return blake2b(image_bytes(picture), digest_size=16).digest()
+
+
+def _same(picture: Path | bytes, first: Path | bytes) -> bool:
+    """Whether a picture is the one that a file, or a digest, stands for."""
+    return picture == first or _digest(picture) == (_digest(first) if isinstance(first, Path) else first)
 
 
 def _run(pictures: Iterator) -> None:

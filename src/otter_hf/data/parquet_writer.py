@@ -1,0 +1,149 @@
+"""Parquet files with a page for each picture, so that a reader can fetch any of them on its own."""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features, Image, Value
+
+from .images import encode_base64, image_bytes
+
+
+# Two encodings of pictures. Bytes as they are, which `datasets.load_dataset` shows as pictures; and the base64 text of
+# MIMIC-IT, with the ids as pandas index.
+PICTURES = Features({"id": Value("string"), "image": Image()})
+_SCHEMAS = {
+    "bytes": PICTURES.arrow_schema,
+    "base64": pa.Schema.from_pandas(pd.DataFrame({"base64": [""]}, index=["id"], dtype="object")),
+}
+_ID_COLUMNS = {"bytes": "id", "base64": "__index_level_0__"}
+# A page is closed behind each picture. Pictures do not repeat, and their smallest and largest are of no use.
+_PAGES = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 4 << 10, "write_statistics": False}
+_ROWS = 100
+_PART_BYTES = 256 << 20
+
+
+def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]):
+    """Writes rows to a parquet file, as they come."""
+    # encoded pictures do not get smaller, but zstd takes back what base64 adds
+    compression = "none" if "image" in schema.names else "zstd"
+    rows = iter(rows)
+    with pq.ParquetWriter(path, schema, compression=compression, **_PAGES) as writer:
+        while batch := list(islice(rows, _ROWS)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+
+
+def write_images(path: Path, images: Iterable[tuple[str, Any]], encoding: str = "bytes") -> set[str]:
+    """Writes `(id, picture)` pairs to one parquet file; returns the ids.
+
+    Args:
+        path: the file.
+        images: pictures are encoded bytes, files, or PIL pictures, which become PNG.
+        encoding: `"bytes"` as they are, or `"base64"`, the text that the loader of 2023 needs.
+
+    Raises:
+        ValueError: for another encoding, or if an id is given twice.
+    """
+    ids: set[str] = set()
+    write_rows(path, _schema(encoding), (_row(id, image_bytes(image), encoding) for id, image in _unique(images, ids)))
+    return ids
+
+
+def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding: str = "bytes") -> set[str]:
+    """Like `write_images`, to `part.0.parquet`, `part.1.parquet`, ... of about 256 MB each in `folder`.
+
+    Parts that an earlier run has completed there, before it was killed, are kept as long as they hold what would be
+    written: the same ids in the same order, and the same bytes, or files that have not changed since.
+    """
+    schema, ids = _schema(encoding), set()
+    images = _unique(images, ids)
+    folder.mkdir(parents=True, exist_ok=True)
+    number, taken = 0, []
+    while (part := folder / f"part.{number}.parquet").exists():
+        taken = list(islice(images, pq.read_metadata(part).num_rows))
+        if not _holds(part, taken, encoding):
+            break
+        number, taken = number + 1, []
+    kept = {folder / f"part.{other}.parquet" for other in range(number)}
+    for path in set(folder.iterdir()) - kept:
+        path.unlink()
+    images = chain(taken, images)
+    for image in images:
+        _write_part(folder, number, schema, _rows_of_part(chain([image], images), encoding))
+        number += 1
+    if not number:
+        _write_part(folder, number, schema, ())
+    return ids
+
+
+def move_image_parts(folder: Path, path: Path):
+    """Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder."""
+    parts = list(folder.iterdir())
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        # a folder neither replaces a file nor is replaced by one
+        os.replace(path, old)
+    os.replace(parts[0] if len(parts) == 1 else folder, path)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+
+
+def _write_part(folder: Path, number: int, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]):
+    incomplete = folder / "incomplete"
+    write_rows(incomplete, schema, rows)
+    os.replace(incomplete, folder / f"part.{number}.parquet")
+
+
+def _rows_of_part(images: Iterable[tuple[str, Any]], encoding: str) -> Iterator[dict[str, Any]]:
+    size = 0
+    for id, image in images:
+        data = image_bytes(image)
+        yield _row(id, data, encoding)
+        size += len(data)
+        if size >= _PART_BYTES:
+            return
+
+
+def _holds(part: Path, images: list[tuple[str, Any]], encoding: str) -> bool:
+    """Whether a part holds these pictures; files are not read again, but must not be newer than it."""
+    id_column = _ID_COLUMNS[encoding]
+    only_files = all(isinstance(image, (str, Path)) for _, image in images)
+    written = part.stat().st_mtime_ns
+    with pq.ParquetFile(part) as file:
+        if file.schema_arrow != _SCHEMAS[encoding] or file.metadata.num_rows != len(images):
+            return False
+        batches = file.iter_batches(_ROWS, columns=[id_column] if only_files else None)
+        for (id, image), row in zip(images, (row for batch in batches for row in batch.to_pylist()), strict=True):
+            if isinstance(image, (str, Path)):
+                same = row[id_column] == id and os.stat(image).st_mtime_ns <= written
+            else:
+                same = row == _row(id, image_bytes(image), encoding)
+            if not same:
+                return False
+    return True
+
+
+def _row(id: str, data: bytes, encoding: str) -> dict[str, Any]:
+    if encoding == "bytes":
+        return {"id": id, "image": {"bytes": data, "path": None}}
+    return {"base64": encode_base64(data), _ID_COLUMNS[encoding]: id}
+
+
+def _schema(encoding: str) -> pa.Schema:
+    if encoding not in _SCHEMAS:
+        raise ValueError(f"The encoding of pictures must be {' or '.join(map(repr, _SCHEMAS))}, got {encoding!r}.")
+    return _SCHEMAS[encoding]
+
+
+def _unique(images: Iterable[tuple[str, Any]], ids: set[str]) -> Iterator[tuple[str, Any]]:
+    for id, image in images:
+        if id in ids:
+            raise ValueError(f"Image id {id!r} is given twice: ids must be unique.")
+        ids.add(id)
+        yield id, image
