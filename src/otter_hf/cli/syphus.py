@@ -1,0 +1,237 @@
+"""`otter-hf syphus`: instructions and answers about pictures, written by a language model from annotations."""
+
+import argparse
+import json
+
+
+def add_parser(subparsers) -> None:
+    """Add the command and its subcommands; each sets `func` to a function of the parsed arguments."""
+    parser = subparsers.add_parser("syphus", help="let a language model write instructions", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _run(commands)
+    _resume(commands)
+    _build(commands)
+    _cold_start(commands)
+
+
+def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(func=run)
+    return parser
+
+
+def _asking_arguments(parser) -> None:
+    parser.add_argument("--base-url", help="of the endpoint (default: that of the run, OPENAI_BASE_URL, or OpenAI's)")
+    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for an answer (default: 120)")
+    parser.add_argument("--max-attempts", type=int, default=6, help="attempts per query (default: 6)")
+    parser.add_argument("--first-pause", type=float, default=1, help="seconds before the second one; then doubled")
+    parser.add_argument("--max-requests", type=int, help="budget: requests, failed ones included")
+    parser.add_argument("--max-tokens", type=int, help="budget: tokens of prompts and replies")
+    parser.add_argument("--max-cost", type=float, help="budget: money; needs the prices")
+    parser.add_argument("--prompt-price", type=float, default=0, help="of a million tokens of prompts")
+    parser.add_argument("--completion-price", type=float, default=0, help="of a million tokens of replies")
+
+
+def _run(commands) -> None:
+    parser = _command(commands, "run", run_new, "ask a language model about annotations, with OPENAI_API_KEY if set")
+    parser.add_argument("dataset", metavar="NAME", help="kind of annotations, such as video.DenseCaptions")
+    parser.add_argument("--annotations", required=True, metavar="PATH", help="the annotations")
+    parser.add_argument("--model", required=True, help="name of the model at the endpoint")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="new folder of the run")
+    parser.add_argument("--prompt", metavar="PATH", help="prompt file (default: that of the package)")
+    parser.add_argument("--no-in-context", action="store_true", help="the system message alone, for a cold start")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=JSON",
+        help="option of the requests, such as temperature=0; null leaves out a default; repeat it",
+    )
+    parser.add_argument("--slice-start", type=int, default=0, help="first query (default: 0)")
+    parser.add_argument("--slice-end", type=int, help="query to stop in front of (default: none)")
+    parser.add_argument("--shard", default="0/1", metavar="K/N", help="of these, part K of N, counted from 0")
+    parser.add_argument("--random-sample", type=int, metavar="SEED", help="shuffle the queries before slicing")
+    parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
+    _asking_arguments(parser)
+
+
+def run_new(args) -> int:
+    """Make a run, and ask or write batch files; status 1 if something is left to do."""
+    from ..production.syphus import SyphusRun, find_dataset, load_prompt
+    from ..production.syphus.prompts import without_examples
+
+    budget = _budget(args)
+    prompt = load_prompt(args.prompt or find_dataset(args.dataset).prompt)
+    run = SyphusRun.create(
+        args.output,
+        args.dataset,
+        args.annotations,
+        args.model,
+        prompt=without_examples(prompt) if args.no_in_context else prompt,
+        base_url=args.base_url,
+        options=_options(args.option),
+        start=args.slice_start,
+        end=args.slice_end,
+        shard=_shard(args.shard),
+        shuffle_seed=args.random_sample,
+    )
+    return _write_batches(run, False) if args.batch_files else _ask(run, args, budget, False)
+
+
+def _resume(commands) -> None:
+    parser = _command(commands, "resume", run_resume, "go on with a run, or take up the results of a batch")
+    parser.add_argument("run", metavar="FOLDER", help="folder of the run")
+    parser.add_argument("--retry-failed", action="store_true", help="also ask what was given up, or is in a batch")
+    parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
+    parser.add_argument("--batch-results", nargs="+", metavar="PATH", help="results and errors of batches; do not ask")
+    _asking_arguments(parser)
+
+
+def run_resume(args) -> int:
+    """Go on with a run; status 1 if something is left to do."""
+    from ..production.syphus import SyphusRun
+    from ..production.syphus.batch import read_batch_results
+
+    run, budget = SyphusRun(args.run), _budget(args)
+    if args.batch_results:
+        summary, new = read_batch_results(run, args.batch_results, budget)
+        print(f"{new:,} new results")
+        return _print_summary(summary)
+    return _write_batches(run, args.retry_failed) if args.batch_files else _ask(run, args, budget, args.retry_failed)
+
+
+def _build(commands) -> None:
+    parser = _command(commands, "build", run_build, "replies of runs to a MIMIC-IT dataset")
+    parser.add_argument("runs", nargs="+", metavar="FOLDER", help="folders of runs, such as all shards")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the dataset")
+    parser.add_argument("--name", help="of the dataset (default: that of the kind, such as DC)")
+    parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="image stores")
+    parser.add_argument("--image-prefix", help="what image ids begin with (default: such as DC_IMG_)")
+    parser.add_argument("--max-words", type=int, default=300, help="longest question or answer (default: 300)")
+    parser.add_argument(
+        "--forbid", action="append", metavar="REGEX", help="in place of the forbidden words; repeat it"
+    )
+    parser.add_argument("--keep-repeated", action="store_true", help="keep pairs that are the same")
+    parser.add_argument("--instructions", metavar="PATH", help="original of a translation (default: the annotations)")
+    parser.add_argument("--train-config", metavar="PATH", help="train config of the original of a translation")
+    parser.add_argument("--languages", nargs="+", help="of a translation (default: zh es ja de fr ko ar)")
+    parser.add_argument("--cache-dir", help="where index files are kept (default: the cache of datasets)")
+
+
+def run_build(args) -> None:
+    """Build the dataset of runs, or the translations."""
+    from ..production.syphus import LANGUAGES, FilterRules, SyphusRun, build_dataset, build_translations
+    from ..production.syphus.filters import FORBIDDEN
+
+    runs = [SyphusRun(folder) for folder in args.runs]
+    if runs[0].dataset.parse is None:
+        report = build_translations(
+            runs,
+            args.instructions or runs[0].settings["annotations"],
+            args.output,
+            args.name or runs[0].dataset.short_name,
+            args.images,
+            train_config_path=args.train_config,
+            languages=args.languages or tuple(LANGUAGES),
+            cache_dir=args.cache_dir,
+        )
+        for language, files in report.files.items():
+            left_out = sum(report.left_out[language].values())
+            print(f"{language}: {report.records[language]:,} records, {left_out:,} left out, {files[0]}")
+        return
+    rules = FilterRules(args.max_words, tuple(args.forbid or FORBIDDEN), not args.keep_repeated)
+    report = build_dataset(
+        runs,
+        args.output,
+        args.name,
+        args.images,
+        rules=rules,
+        image_prefix=args.image_prefix,
+        cache_dir=args.cache_dir,
+    )
+    print(f"{report.records:,} records of {report.replies:,} replies to {report.queries:,} queries")
+    for reason, count in report.left_out.items():
+        print(f"left out: {count:,} ({reason})")
+    print("\n".join(str(path) for path in (*report.files, report.invalid_path) if path))
+
+
+def _cold_start(commands) -> None:
+    parser = _command(commands, "cold-start", run_cold_start, "replies of a short run to a draft of a prompt file")
+    parser.add_argument("run", metavar="FOLDER", help="folder of a run with --no-in-context")
+    parser.add_argument("--output", required=True, metavar="PATH", help="the new prompt file, to be corrected by hand")
+
+
+def run_cold_start(args) -> None:
+    """Write the draft."""
+    from ..production.syphus import SyphusRun
+    from ..production.syphus.cold_start import write_draft_prompt
+
+    count = write_draft_prompt(SyphusRun(args.run), args.output)
+    print(f"{count} examples in {args.output}: keep the good ones, correct them, and use it with --prompt")
+
+
+def _ask(run, args, budget, retry_failed: bool) -> int:
+    try:
+        client = run.client(args.base_url, timeout=args.timeout)
+    except ImportError as error:
+        raise ValueError(error) from None
+    summary = run.ask(
+        client,
+        budget,
+        concurrency=args.concurrency,
+        max_attempts=args.max_attempts,
+        first_pause=args.first_pause,
+        retry_failed=retry_failed,
+    )
+    return _print_summary(summary)
+
+
+def _write_batches(run, retry_failed: bool) -> int:
+    from ..production.syphus.batch import write_batch_files
+
+    paths = write_batch_files(run, retry_failed=retry_failed)
+    print("\n".join(map(str, paths)) or "every query has its reply, or is in a batch file")
+    return 0
+
+
+def _print_summary(summary) -> int:
+    print(
+        f"{summary.replies:,} of {summary.queries:,} queries answered, {summary.failed:,} failed, "
+        f"{summary.in_batch:,} in a batch, {summary.pending:,} to ask"
+    )
+    print(
+        f"{summary.requests:,} requests, {summary.errors:,} errors, {summary.lost:,} lost; tokens: "
+        f"{summary.prompt_tokens:,} of prompts, {summary.completion_tokens:,} of replies; cost: {summary.cost:.4f}"
+    )
+    for reason, count in summary.reasons.items():
+        print(f"failed: {count:,} ({reason})")
+    if summary.stopped:
+        print(f"stopped: {summary.stopped}")
+    return 1 if summary.pending or summary.failed else 0
+
+
+def _budget(args):
+    from ..production.syphus import Budget
+
+    return Budget(args.max_requests, args.max_tokens, args.max_cost, args.prompt_price, args.completion_price)
+
+
+def _options(settings: list[str]) -> dict:
+    options = {}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        try:
+            if not separator:
+                raise ValueError
+            options[key] = json.loads(value)
+        except ValueError:
+            raise ValueError(f"--option must be KEY=JSON, such as temperature=0, got {setting!r}.") from None
+    return options
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, total = text.partition("/")
+    if not (number.isdecimal() and total.isdecimal()):
+        raise ValueError(f"--shard must be K/N, such as 0/8, got {text!r}.")
+    return int(number), int(total)

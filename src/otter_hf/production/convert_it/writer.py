@@ -1,0 +1,251 @@
+"""Sources to a folder of parquet shards: streamed, in threads, and taken up again where a run ended."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
+from io import BytesIO
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from filelock import FileLock, Timeout
+from PIL import Image
+from transformers.utils import logging
+
+from ...data.images import decode_image, image_bytes
+from ...data.parquet_writer import write_images
+from .base import Converter, LeftOut, Source
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class ConversionReport:
+    """What a conversion wrote and left out.
+
+    `left_out` has an entry `{"source", "kind", "reason"}` for each source or picture that could not be used.
+    """
+
+    store: Path
+    sources: int = 0
+    images: int = 0
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    def kinds(self) -> dict[str, int]:
+        """How many were left out, by kind."""
+        return dict(Counter(entry["kind"] for entry in self.left_out))
+
+
+def convert(
+    converter: Converter,
+    output: str | Path,
+    *,
+    size: int | None = 224,
+    encoding: str = "bytes",
+    num_threads: int = 8,
+    sources_per_shard: int | None = None,
+    retry: bool = False,
+) -> ConversionReport:
+    """Writes the pictures of a public set as the image store `<output>/<short name>.parquet`, a folder of shards.
+
+    Image ids are the original's. Other than there, pictures are not held in memory, dots in names are kept, videos
+    are sampled by time, and what cannot be used is left out and reported in `<output>/<short name>_report.json`.
+
+    A shard gets its name when it is complete. A run that was stopped or killed is called again: it writes the shards
+    that are not there, and leaves the others as they are. What is in a shard does not depend on the threads.
+
+    Args:
+        size: pictures become squares of this many pixels (Lanczos) in RGB, as PNG, which is the original's format.
+            None: the bytes of pictures are kept as they are, and video frames become PNG in their own size.
+        encoding: `"bytes"`, or `"base64"`, the text that the loader of 2023 needs.
+        num_threads: shards written at a time; each thread holds one picture, and about a hundred encoded ones.
+        sources_per_shard: default: the converter's, or fewer, so that each thread has a shard; a conversion that was
+            begun keeps its own.
+        retry: also write the shards again in which something was left out.
+
+    Raises:
+        ValueError: if there are no sources, two have one name, or the folder holds the beginning of another
+            conversion: other sources or another size.
+        OSError: if another process is writing the folder.
+    """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be a number of pixels, or None for the original bytes, got {size}.")
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
+    name = converter.short_name
+    sources = _unique_sources(converter)
+    default = min(converter.sources_per_shard, -(-len(sources) // num_threads))
+    store = Path(output, f"{name}.parquet")
+    progress = Path(output, f".{name}.progress")
+    progress.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(progress / "lock", timeout=0):
+            asked = {"size": size, "encoding": encoding, "sources_per_shard": sources_per_shard}
+            settings = _settings(progress / "conversion.json", name, sources, asked, default)
+            shards = _Shards(converter, sources, settings, store, progress)
+            shards.write(num_threads, retry)
+            return shards.report(Path(output, f"{name}_report.json"))
+    except Timeout:
+        raise OSError(f"Another process is writing {store}: wait for it, or choose another output.") from None
+
+
+def _unique_sources(converter: Converter) -> list[Source]:
+    places: dict[str, Source] = {}
+    for source in converter.sources():
+        if source.name in places:
+            raise ValueError(
+                f"{converter.short_name}: {source.place} and {places[source.name].place} would both be named "
+                f"{source.name!r}: rename one."
+            )
+        places[source.name] = source
+    if not places:
+        raise ValueError(
+            f"{converter.short_name} finds nothing in {converter.image_path}: it reads {converter.expects}."
+        )
+    return list(places.values())
+
+
+def _settings(
+    path: Path, name: str, sources: list[Source], asked: dict[str, Any], default_per_shard: int
+) -> dict[str, Any]:
+    """The settings of the conversion that was begun here, which must be this one, or else those asked for."""
+    names = "\0".join(source.name for source in sources).encode("utf-8", "surrogateescape")
+    now = {
+        **asked,
+        "number of sources": len(sources),
+        "digest of source names": blake2b(names, digest_size=16).hexdigest(),
+    }
+    if not path.exists():
+        now["sources_per_shard"] = now["sources_per_shard"] or default_per_shard
+        _write_json(path, now)
+        return now
+    begun = json.loads(path.read_text(encoding="utf-8"))
+    now["sources_per_shard"] = now["sources_per_shard"] or begun["sources_per_shard"]
+    for key, value in now.items():
+        if begun[key] != value:
+            raise ValueError(
+                f"{path.parent} belongs to a conversion with {key}={begun[key]}, now it is {value}: use the same, or "
+                f"remove it and {name}.parquet to begin again."
+            )
+    return begun
+
+
+class _Shards:
+    """The shards of one conversion."""
+
+    def __init__(
+        self, converter: Converter, sources: list[Source], settings: dict[str, Any], store: Path, progress: Path
+    ):
+        self.converter, self.store, self.progress = converter, store, progress
+        self.size, self.encoding = settings["size"], settings["encoding"]
+        per_shard = settings["sources_per_shard"]
+        self.shards = [sources[i : i + per_shard] for i in range(0, len(sources), per_shard)]
+        self.stop = Event()
+
+    def write(self, num_threads: int, retry: bool) -> None:
+        self.store.mkdir(exist_ok=True)
+        pending = [number for number in range(len(self.shards)) if self._is_pending(number, retry)]
+        done = len(self.shards) - len(pending)
+        if done:
+            logger.warning(f"{done} of {len(self.shards)} shards of {self.store} are complete and stay as they are.")
+        with (
+            ThreadPoolExecutor(num_threads) as pool,
+            logging.tqdm(desc=f"Shards of {self.store.name}", total=len(self.shards), initial=done) as bar,
+        ):
+            futures = [pool.submit(self._write_shard, number) for number in pending]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    bar.update()
+            except BaseException:
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _is_pending(self, number: int, retry: bool) -> bool:
+        if not self._shard_path(number).exists():
+            return True
+        return retry and bool(json.loads(self._report_path(number).read_text(encoding="utf-8"))["left_out"])
+
+    def _shard_path(self, number: int) -> Path:
+        return self.store / f"part.{number}.parquet"
+
+    def _report_path(self, number: int) -> Path:
+        return self.progress / f"part.{number}.json"
+
+    def _write_shard(self, number: int) -> None:
+        left_out: list[dict[str, str]] = []
+        incomplete = self.progress / f"part.{number}.incomplete"
+        try:
+            ids = write_images(incomplete, self._pictures(self.shards[number], left_out), self.encoding)
+            # the shard last: who finds it finds its report
+            _write_json(self._report_path(number), {"images": len(ids), "left_out": left_out})
+            os.replace(incomplete, self._shard_path(number))
+        finally:
+            incomplete.unlink(missing_ok=True)
+
+    def _pictures(self, sources: list[Source], left_out: list[dict[str, str]]) -> Iterator[tuple[str, bytes]]:
+        def leave_out(what: str, error: LeftOut) -> None:
+            left_out.append({"source": what, "kind": error.kind, "reason": str(error)})
+
+        for source in sources:
+            if self.stop.is_set():
+                raise InterruptedError("the conversion was stopped")
+            try:
+                for picture_name, picture in self.converter.read(source):
+                    try:
+                        data = encode_picture(picture, self.size)
+                    except LeftOut as error:
+                        leave_out(picture_name, error)
+                        continue
+                    yield f"{self.converter.short_name}_IMG_{picture_name}", data
+            except LeftOut as error:
+                leave_out(source.name, error)
+
+    def report(self, path: Path) -> ConversionReport:
+        report = ConversionReport(self.store, sources=sum(map(len, self.shards)))
+        for number in range(len(self.shards)):
+            shard = json.loads(self._report_path(number).read_text(encoding="utf-8"))
+            report.images += shard["images"]
+            report.left_out += shard["left_out"]
+        _write_json(path, {**asdict(report), "store": str(self.store), "kinds": report.kinds()})
+        return report
+
+
+def encode_picture(picture: bytes | Path | Image.Image, size: int | None) -> bytes:
+    """The bytes to store: as they are, or for a `size` a square PNG in RGB, resized with Lanczos unless it fits.
+
+    Raises:
+        LeftOut: of kind `"missing"` if it is a file that is not there, `"damaged"` if it cannot be decoded.
+    """
+    try:
+        data = picture if isinstance(picture, Image.Image) else image_bytes(picture)
+    except FileNotFoundError:
+        raise LeftOut("missing", f"there is no file {picture}") from None
+    except OSError as error:
+        raise LeftOut("damaged", f"{picture} cannot be read ({error.strerror})") from None
+    if isinstance(data, bytes):
+        try:
+            decoded = decode_image(data)
+        except OSError as error:
+            raise LeftOut("damaged", str(error)) from None
+    else:
+        decoded = data.convert("RGB")
+    if size is None:
+        return image_bytes(data)
+    if decoded.size != (size, size):
+        decoded = decoded.resize((size, size), Image.Resampling.LANCZOS)
+    buffer = BytesIO()
+    decoded.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.incomplete")
+    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,130 @@
+"""Any endpoint that speaks OpenAI's chat completions, and which of its failures are worth another attempt."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+# The original's; a null in the options leaves one out, for endpoints that refuse it.
+DEFAULT_OPTIONS: Mapping[str, Any] = {"temperature": 0.7, "max_tokens": 3200, "top_p": 0.95}
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    """What a model answered. Token counts are None where the endpoint does not tell."""
+
+    text: str
+    finish_reason: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class TransientError(Exception):
+    """Worth another attempt, after `retry_after` seconds where the endpoint names them."""
+
+    def __init__(self, reason: str, retry_after: float | None = None):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class RejectedError(Exception):
+    """The endpoint refuses this one request, and would again."""
+
+
+class EndpointError(OSError):
+    """The endpoint would refuse every request: wrong key, unknown model, no credit, out of order."""
+
+
+class ChatClient:
+    """A chat model behind an OpenAI-compatible endpoint, through the `openai` package. Can be shared by threads.
+
+    Args:
+        model: its name there.
+        base_url: such as `http://localhost:8000/v1`; default: `OPENAI_BASE_URL`, else OpenAI's.
+        api_key: default: `OPENAI_API_KEY`; endpoints of your own may need none.
+        options: what else goes into the request, over `DEFAULT_OPTIONS`; None as a value leaves that one out.
+        timeout: seconds for an answer.
+
+    Raises:
+        ImportError: if `openai` is not installed.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        timeout: float = 120,
+    ):
+        try:
+            import openai
+        except ImportError:
+            raise ImportError("Syphus needs the openai package: pip install 'otter-hf[syphus]'.") from None
+        self._openai = openai
+        self.model = model
+        self.options = request_options(options)
+        # attempts are ours to count; an empty key is refused by the package, not by endpoints that want none
+        api_key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
+        self._client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
+
+    def complete(self, messages: Sequence[Mapping[str, str]]) -> ChatReply:
+        """The answer to a chat.
+
+        Raises:
+            TransientError: at 408, 409, 429, 5xx, timeouts, broken connections, and bodies that are no completion.
+            RejectedError: at other 4xx, which concern this request.
+            EndpointError: at 401, 403, 404 and exhausted credit, which concern all.
+        """
+        openai = self._openai
+        try:
+            completion = self._client.chat.completions.create(
+                model=self.model, messages=list(messages), extra_body=self.options
+            )
+        except openai.APIStatusError as error:
+            raise _status_error(error) from None
+        except openai.APITimeoutError:
+            raise TransientError("no answer in time") from None
+        except openai.APIConnectionError as error:
+            raise TransientError(f"connection failed ({error.__cause__ or error})") from None
+        except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+            raise TransientError(f"the body is no chat completion ({str(error)[:80]})") from None
+        return read_completion(completion.model_dump() if hasattr(completion, "model_dump") else completion)
+
+
+def request_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a request: the defaults with `options` over them, without those that are None."""
+    merged = {**DEFAULT_OPTIONS, **(options or {})}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def read_completion(body: Any) -> ChatReply:
+    """The reply in the decoded body of a chat completion, `TransientError` if it is none."""
+    try:
+        choice = body["choices"][0]
+        message, usage = choice["message"], body.get("usage") or {}
+        text = message.get("content") or message.get("refusal") or ""
+        if not isinstance(text, str):
+            raise TypeError("content")
+        tokens = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise TransientError(f"the body is no chat completion: {str(body)[:80]}") from None
+    return ChatReply(text, choice.get("finish_reason"), *(n if isinstance(n, int) else None for n in tokens))
+
+
+def _status_error(error) -> Exception:
+    told = error.body.get("message") if isinstance(error.body, dict) else None
+    status, reason = error.status_code, f"HTTP {error.status_code}: {_first_line(str(told or error.message))}"
+    if status in (401, 403, 404) or error.code == "insufficient_quota":
+        return EndpointError(f"The endpoint refuses all requests: {reason}.")
+    if status in (408, 409, 429) or status >= 500:
+        try:
+            return TransientError(reason, float(error.response.headers.get("retry-after", "")))
+        except ValueError:  # none, or a date
+            return TransientError(reason)
+    return RejectedError(reason)
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0][:200]

@@ -1,0 +1,450 @@
+"""A run: its queries, asked many at a time within a budget, and taken up again where it ended."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers.utils import logging
+
+from .client import ChatClient, ChatReply, EndpointError, RejectedError, TransientError, request_options
+from .datasets import SyphusDataset, find_dataset
+from .journal import Journal
+from .prompts import Prompt, load_prompt, parse_prompt
+from .queries import Query
+
+
+logger = logging.get_logger(__name__)
+
+_BYTES_PER_TOKEN = 4
+_LONGEST_PAUSE = 300.0
+_FAILURES_IN_A_ROW = 20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Where a run ends, over all its calls, and what tokens cost.
+
+    No request is begun that would go past a limit, those under way counted at the mean so far; the first ones of a
+    run, of which nothing is known yet, may.
+
+    Args:
+        max_requests: attempts, failed ones included.
+        max_tokens: of prompts and replies together.
+        max_cost: in the currency of the prices.
+        prompt_price: of a million tokens of prompts.
+        completion_price: of a million tokens of replies.
+    """
+
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    prompt_price: float = 0.0
+    completion_price: float = 0.0
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
+        if self.max_cost is not None and not (self.prompt_price or self.completion_price):
+            raise ValueError(f"max_cost={self.max_cost} needs prompt_price and completion_price.")
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
+
+    def exhausted(self, journal: Journal, under_way: int) -> str | None:
+        """The limit that one more request would pass, None if there is none."""
+        replies = max(1, journal.counts["reply"])
+        # one more, and those whose tokens are not known yet
+        share = (under_way + 1) / replies if journal.counts["reply"] else 0
+        tokens = journal.prompt_tokens + journal.completion_tokens
+        spent = {
+            "max_requests": (self.max_requests, journal.counts["sent"] + 1),
+            "max_tokens": (self.max_tokens, tokens * (1 + share)),
+            "max_cost": (self.max_cost, journal.cost * (1 + share)),
+        }
+        for name, (limit, value) in spent.items():
+            if limit is not None and (value > limit or limit == 0):
+                return f"{name}={limit}"
+        return None
+
+
+@dataclass
+class RunSummary:
+    """Where a run stands. `lost` are requests under way when a call of it was killed; tokens include all calls."""
+
+    queries: int = 0
+    replies: int = 0
+    failed: int = 0
+    in_batch: int = 0
+    pending: int = 0
+    requests: int = 0
+    errors: int = 0
+    lost: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    seconds: float = 0.0
+    stopped: str | None = None
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+class SyphusRun:
+    """A folder with the queries of a run, `queries.jsonl`, what came of them, `journal.jsonl`, and `run.json`.
+
+    A new run is made by `create`, which writes the queries down, so that later calls ask the same ones whatever
+    becomes of the annotations. The key of the endpoint is nowhere in the folder.
+
+    Raises:
+        FileNotFoundError: if there is no run in the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        path = self.folder / "run.json"
+        if not path.exists():
+            raise FileNotFoundError(f"There is no run in {folder}: `otter-hf syphus run` makes one.")
+        self.settings = json.loads(path.read_text(encoding="utf-8"))
+        self.dataset: SyphusDataset = find_dataset(self.settings["dataset"])
+        self.prompt: Prompt = parse_prompt(self.settings["prompt"], str(path))
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        dataset: str,
+        annotations: str | Path,
+        model: str,
+        *,
+        prompt: str | Path | Prompt | None = None,
+        base_url: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        start: int = 0,
+        end: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        shuffle_seed: int | None = None,
+    ) -> "SyphusRun":
+        """Makes a run of annotations.
+
+        Args:
+            dataset: the kind of annotations, such as `"video.DenseCaptions"`.
+            prompt: file or name of a prompt; default: the dataset's.
+            options: options of the requests, see `ChatClient`.
+            start, end: take the queries from here to there, as a slice.
+            shard: `(k, n)`: of what remains, the k-th of n equal parts, counted from 0; all n together are complete.
+            shuffle_seed: shuffle the queries before that.
+
+        Raises:
+            FileExistsError: if there is a run in the folder.
+            ValueError: if the annotations or the prompt are not what they should be, or no query remains.
+        """
+        folder, kind = Path(folder), find_dataset(dataset)
+        if (folder / "run.json").exists():
+            raise FileExistsError(f"There is a run in {folder}: resume it, or choose another folder.")
+        prompt = prompt if isinstance(prompt, Prompt) else load_prompt(prompt or kind.prompt)
+        if not Path(annotations).is_file():
+            raise FileNotFoundError(f"The annotations {annotations} do not exist.")
+        request_options(options)
+        queries = _select(kind.read(Path(annotations)), start, end, shard, shuffle_seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _write_queries(folder / "queries.jsonl", queries):
+            raise ValueError(f"No query of {annotations} is selected: check start, end and shard.")
+        settings = {
+            "dataset": dataset,
+            "annotations": str(annotations),
+            "model": model,
+            "base_url": base_url,
+            "options": dict(options or {}),
+            "selection": {"start": start, "end": end, "shard": list(shard), "shuffle_seed": shuffle_seed},
+            "prompt": prompt.to_json(),
+        }
+        (folder / "journal.jsonl").touch()
+        # the run is there when this file is
+        _replace(folder / "run.json", json.dumps(settings, ensure_ascii=False, indent=1))
+        return cls(folder)
+
+    def queries(self) -> Iterator[Query]:
+        """The queries in their order."""
+        with open(self.folder / "queries.jsonl", encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                for key in ("pictures", "seconds"):
+                    row[key] = None if row[key] is None else tuple(row[key])
+                yield Query(**row)
+
+    def messages(self, query: Query) -> list[dict[str, str]]:
+        """The chat that asks a query."""
+        return self.prompt.messages(query.id, query.text)
+
+    def client(self, base_url: str | None = None, api_key: str | None = None, timeout: float = 120) -> ChatClient:
+        """A client of the run's model and options."""
+        settings = self.settings
+        return ChatClient(settings["model"], base_url or settings["base_url"], api_key, settings["options"], timeout)
+
+    def journal(self) -> Journal:
+        """The run's journal for reading, to be used as a context."""
+        return Journal(self.folder / "journal.jsonl")
+
+    @contextmanager
+    def writing(self) -> Iterator[Journal]:
+        """The run's journal for writing; `OSError` if another process has it."""
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                with Journal(self.folder / "journal.jsonl", writable=True) as journal:
+                    yield journal
+        except Timeout:
+            raise OSError(f"Another process is at the run in {self.folder}: wait for it.") from None
+
+    def ask(
+        self,
+        client: ChatClient,
+        budget: Budget | None = None,
+        *,
+        concurrency: int = 8,
+        max_attempts: int = 6,
+        first_pause: float = 1.0,
+        retry_failed: bool = False,
+    ) -> RunSummary:
+        """Asks all queries that have no reply yet.
+
+        A reply is on disk before its thread goes on, so none is asked for twice; requests under way when the process
+        is killed are asked again, and counted as `lost`. Attempts that fail in passing are repeated after a pause that
+        doubles, or that the endpoint names, during which no other thread asks if the endpoint was busy (429).
+
+        Args:
+            client: anything with `complete(messages) -> ChatReply`.
+            concurrency: requests at a time.
+            max_attempts: attempts per query, after which it is given up.
+            first_pause: seconds before the second attempt.
+            retry_failed: also ask what was given up earlier, or is in a batch without result.
+
+        Raises:
+            EndpointError: if the endpoint refuses all requests, or too many queries in a row fail.
+            OSError: if another process is at this run.
+        """
+        if concurrency < 1 or max_attempts < 1:
+            raise ValueError(f"concurrency={concurrency} and max_attempts={max_attempts} must be at least 1.")
+        started = time.monotonic()
+        with self.writing() as journal:
+            if journal.lost:
+                logger.warning(f"{journal.lost} requests were under way when an earlier call ended: asked again.")
+            asking = _Asking(self, client, journal, budget or Budget(), max_attempts, first_pause)
+            try:
+                asking.run(concurrency, retry_failed)
+            finally:
+                summary = self._summary(journal)
+                summary.seconds, summary.stopped = time.monotonic() - started, asking.stopped
+                self._write_meta(summary)
+            return summary
+
+    def summary(self) -> RunSummary:
+        """Where the run stands."""
+        with self.journal() as journal:
+            return self._summary(journal)
+
+    def _summary(self, journal: Journal) -> RunSummary:
+        summary = RunSummary(
+            queries=sum(1 for _ in self.queries()),
+            replies=len(journal.replies),
+            failed=len(journal.failed.keys() - journal.replies.keys()),
+            in_batch=len(journal.in_batch),
+            requests=journal.counts["sent"],
+            errors=journal.counts["error"],
+            lost=journal.lost,
+            prompt_tokens=journal.prompt_tokens,
+            completion_tokens=journal.completion_tokens,
+            cost=journal.cost,
+        )
+        summary.pending = summary.queries - summary.replies - summary.failed - summary.in_batch
+        for id, reason in journal.failed.items():
+            if id not in journal.replies:
+                summary.reasons[reason] = summary.reasons.get(reason, 0) + 1
+        return summary
+
+    def _write_meta(self, summary: RunSummary) -> None:
+        """`meta.json`, with the names of the original where it has them."""
+        meta = {
+            "completion_tokens": summary.completion_tokens,
+            "prompt_tokens": summary.prompt_tokens,
+            "total_tokens": summary.prompt_tokens + summary.completion_tokens,
+            "valid_outputs": summary.replies,
+            "invalid_outputs": summary.failed,
+            "error_messages": summary.reasons,
+            "time": summary.seconds,
+            "total_examples": summary.queries,
+            "cost": summary.cost,
+            "requests": summary.requests,
+            "lost_requests": summary.lost,
+        }
+        _replace(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
+
+
+class _Asking:
+    """One call of `SyphusRun.ask`."""
+
+    def __init__(self, run: SyphusRun, client, journal: Journal, budget: Budget, max_attempts: int, pause: float):
+        self.syphus, self.client, self.journal, self.budget = run, client, journal, budget
+        self.max_attempts, self.first_pause = max_attempts, pause
+        self.stopped: str | None = None
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._under_way = 0
+        self._failures = 0  # queries given up since the last reply
+        self._not_before = 0.0
+
+    def run(self, concurrency: int, retry_failed: bool) -> None:
+        settled = self.journal.is_settled
+        pending = (query for query in self.syphus.queries() if not settled(query.id, retry_failed))
+        with (
+            ThreadPoolExecutor(concurrency) as pool,
+            logging.tqdm(desc="Asking", total=None, unit=" queries") as bar,
+        ):
+            futures = [pool.submit(self._work, pending, bar) for _ in range(concurrency)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException as error:
+                self.stopped = str(error) or type(error).__name__
+                raise
+            finally:
+                self._stop.set()
+
+    def _work(self, pending: Iterator[Query], bar) -> None:
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    query = next(pending, None)
+                if query is None:
+                    return
+                self._ask(query)
+                with self._lock:
+                    bar.update()
+        except BaseException:
+            self._stop.set()  # before the pool waits for the others
+            raise
+
+    def _ask(self, query: Query) -> None:
+        messages, pause = self.syphus.messages(query), self.first_pause
+        for attempt in range(1, self.max_attempts + 1):
+            self._stop.wait(max(0.0, self._not_before - time.monotonic()))
+            if not self._begin(query.id):
+                return
+            try:
+                self._attempt(query.id, messages, attempt)
+                return
+            except TransientError as error:
+                reason, delay = str(error), error.retry_after
+            except RejectedError as error:
+                reason = str(error)
+                break
+            if delay is None:
+                # not all threads at the same time
+                delay, pause = pause * random.uniform(0.5, 1), 2 * pause
+            else:
+                delay = min(delay, _LONGEST_PAUSE)
+                self._not_before = max(self._not_before, time.monotonic() + delay)
+            if attempt < self.max_attempts and self._stop.wait(delay):
+                return
+        self._give_up(query.id, reason)
+
+    def _attempt(self, id: str, messages: list[dict[str, str]], attempt: int) -> None:
+        started = time.monotonic()
+        try:
+            reply = self.client.complete(messages)
+            fields = reply_fields(reply, messages, self.budget)
+            self.journal.append("reply", id, attempt=attempt, seconds=round(time.monotonic() - started, 3), **fields)
+            self._failures = 0
+        except (TransientError, RejectedError, EndpointError) as error:
+            self.journal.append("error", id, reason=str(error), attempt=attempt)
+            raise
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def _begin(self, id: str) -> bool:
+        """Books a request, unless the run is to end."""
+        with self._lock:
+            if self._stop.is_set():
+                return False
+            limit = self.budget.exhausted(self.journal, self._under_way)
+            if limit:
+                self.stopped = f"budget: {limit}"
+                self._stop.set()
+                return False
+            self._under_way += 1
+            # a kill leaves what was written; only a crash of the machine may lose it
+            self.journal.append("sent", id, durable=False)
+            return True
+
+    def _give_up(self, id: str, reason: str) -> None:
+        self.journal.append("failed", id, reason=reason)
+        with self._lock:
+            self._failures += 1
+            if self._failures >= _FAILURES_IN_A_ROW:
+                raise EndpointError(f"{self._failures} queries in a row failed, the last with: {reason}.")
+
+
+def reply_fields(reply: ChatReply, messages: list[dict[str, str]], budget: Budget) -> dict[str, Any]:
+    """What the journal keeps of a reply; tokens that the endpoint does not count are estimated from the texts."""
+    prompt, completion = reply.prompt_tokens, reply.completion_tokens
+    estimated = prompt is None or completion is None
+    if estimated:
+        prompt = sum(_tokens(message["content"]) for message in messages)
+        completion = _tokens(reply.text)
+    return {
+        "text": reply.text,
+        "finish_reason": reply.finish_reason,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "cost": budget.cost(prompt, completion),
+        **({"estimated": True} if estimated else {}),
+    }
+
+
+def _tokens(text: str) -> int:
+    return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
+
+
+def _select(
+    queries: Iterator[Query], start: int, end: int | None, shard: tuple[int, int], shuffle_seed: int | None
+) -> list[Query]:
+    number, total = shard
+    if not 0 <= number < total:
+        raise ValueError(f"shard must be (k, n) with 0 <= k < n, got {shard}.")
+    if start < 0 or (end is not None and end < start):
+        raise ValueError(f"start and end must be 0 <= start <= end, got {start} and {end}.")
+    if shuffle_seed is not None:
+        shuffled = list(queries)
+        random.Random(shuffle_seed).shuffle(shuffled)
+        queries = iter(shuffled)
+    selected = list(islice(queries, start, end))
+    return selected[number * len(selected) // total : (number + 1) * len(selected) // total]
+
+
+def _write_queries(path: Path, queries: list[Query]) -> int:
+    seen: set[str] = set()
+    incomplete = path.with_name(f".{path.name}.incomplete")
+    with open(incomplete, "w", encoding="utf-8", errors="replace") as file:
+        for query in queries:
+            if query.id in seen:
+                raise ValueError(f"The annotations have two records {query.id!r}: ids must be unique.")
+            seen.add(query.id)
+            file.write(json.dumps(asdict(query), ensure_ascii=False) + "\n")
+    os.replace(incomplete, path)
+    return len(seen)
+
+
+def _replace(path: Path, text: str) -> None:
+    incomplete = path.with_name(f".{path.name}.incomplete")
+    incomplete.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(incomplete, path)

