@@ -9,12 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-from otter_tiny import build_tokenizer
+from otter_tiny import tiny_model, tiny_processor
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
-from otter_hf import OtterConfig, OtterForConditionalGeneration, OtterProcessor
+from otter_hf import OtterForConditionalGeneration, OtterProcessor
 
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -31,47 +29,13 @@ def golden() -> Path:
 @pytest.fixture
 def processor() -> OtterProcessor:
     """An Otter processor of 28x28 pictures with a byte tokenizer."""
-    size = {"height": 28, "width": 28}
-    return OtterProcessor(
-        CLIPImageProcessorPil(size=size, do_center_crop=False), OtterProcessor.prepare_tokenizer(build_tokenizer())
-    )
+    return tiny_processor()
 
 
 @pytest.fixture
 def model(processor) -> OtterForConditionalGeneration:
     """A random Otter with open gates (two of four layers gated) for `processor`."""
-    torch.manual_seed(0)
-    config = OtterConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=32,
-            image_size=28,
-            intermediate_size=64,
-            num_attention_heads=2,
-            num_hidden_layers=1,
-            patch_size=14,
-        ),
-        text_config=LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=2,
-            num_hidden_layers=4,
-            vocab_size=len(processor.tokenizer),
-            pad_token_id=processor.tokenizer.pad_token_id,
-        ),
-        cross_attn_every_n_layers=2,
-        cross_attn_num_heads=2,
-        cross_attn_head_dim=16,
-        cross_attn_gate_init=1.0,
-        perceiver_depth=1,
-        perceiver_num_latents=4,
-        perceiver_num_heads=2,
-        perceiver_head_dim=16,
-        image_token_id=processor.image_token_id,
-        end_of_chunk_token_id=processor.end_of_chunk_token_id,
-        answer_token_id=processor.answer_token_id,
-        initializer_range=0.2,
-    )
-    return OtterForConditionalGeneration(config).eval()
+    return tiny_model(processor)
 
 
 @pytest.fixture

@@ -68,6 +68,17 @@ class Repository:
         raise HubError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
 
 
+@dataclass
+class Fault:
+    """The next `times` requests of a method and path (a regular expression) fail: see `HubDouble.fail`."""
+
+    method: str
+    path: str
+    status: int | None
+    times: int
+    text: str
+
+
 class HubError(Exception):
     """An answer other than success, in the Hub's words."""
 
@@ -87,6 +98,7 @@ class HubDouble(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
+        self.faults: list[Fault] = []
         self.lock = threading.RLock()
 
     @property
@@ -104,6 +116,26 @@ class HubDouble(ThreadingHTTPServer):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
         }
+
+    def fail(self, method: str, path: str, status: int | None = 503, times: int = 1, text: str = "") -> None:
+        """
+        Lets requests fail: with a status, or with None by closing the connection without an answer.
+
+        Args:
+            method, path: of the requests, the path as a regular expression.
+            times: how many of them.
+            text: that the body must contain.
+        """
+        self.faults.append(Fault(method, path, status, times, text))
+
+    def take_fault(self, method: str, path: str, body: bytes) -> "Fault | None":
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and fault.method == method and re.search(fault.path, path):
+                    if fault.text.encode() in body:
+                        fault.times -= 1
+                        return fault
+        return None
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -137,7 +169,13 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query, self.body = parse_qs(url.query), self._read_body()
         self.server.requests.append((self.command, self.path))
+        fault = self.server.take_fault(self.command, self.path, self.body)
         try:
+            if fault is not None and fault.status is None:
+                self.close_connection = True
+                return None
+            if fault is not None:
+                raise HubError(fault.status, "Unavailable", "The Hub is out of order.")
             for method, pattern, function in _ROUTES:
                 match = pattern.match(url.path)
                 if match and (method == self.command or (method, self.command) == ("GET", "HEAD")):

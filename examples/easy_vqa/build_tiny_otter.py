@@ -41,8 +41,8 @@ def main(data: Path, output: Path) -> None:
     OtterForConditionalGeneration(config_for(processor)).save_pretrained(output)
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer in which every frequent word is one token."""
+def train_tokenizer(texts: list[str], processor_class=OtterProcessor) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer in which every frequent word is one token, with the special tokens of a processor."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -50,7 +50,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=512,
         initial_alphabet=alphabet,
-        special_tokens=["<s>", "</s>", *OtterProcessor.special_tokens],
+        special_tokens=["<s>", "</s>", *processor_class.special_tokens],
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
@@ -62,10 +62,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def config_for(processor: OtterProcessor) -> OtterConfig:
-    """A model of 1.2 million parameters."""
+def config_for(processor: OtterProcessor, config_class=OtterConfig) -> OtterConfig:
+    """A model of 1.2 million parameters; a Flamingo's processor and configuration make it a Flamingo."""
     tokenizer = processor.tokenizer
-    return OtterConfig(
+    return config_class(
         vision_config=ResNetConfig(
             embedding_size=32,
             hidden_sizes=[64, 128],
@@ -96,7 +96,7 @@ def config_for(processor: OtterProcessor) -> OtterConfig:
         initializer_range=0.05,
         image_token_id=processor.image_token_id,
         end_of_chunk_token_id=processor.end_of_chunk_token_id,
-        answer_token_id=processor.answer_token_id,
+        answer_token_id=getattr(processor, "answer_token_id", None),
         bos_token_id=tokenizer.bos_token_id,
         # an answer ends with <|endofchunk|>, a text with </s>
         eos_token_id=[tokenizer.eos_token_id, processor.end_of_chunk_token_id],

@@ -7,7 +7,7 @@ def add_parser(subparsers):
         "train",
         help="fine-tune on MIMIC-IT data",
         description="Fine-tune with the HF Trainer: `otter-hf train recipe.yaml [--learning_rate 1e-5 ...]`. "
-        "`otter-hf train --help` lists every argument.",
+        "`--plan` prints what would be trained and with what memory, `--help` every argument.",
         add_help=False,
     )
     parser.set_defaults(func=run, takes_rest=True)

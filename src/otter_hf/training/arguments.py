@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from transformers import HfArgumentParser
 
 from ..data.prompts import FORMATS, get_format
 from .freezing import PARAMETER_GROUPS
+from .upstream import Option, translate
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -21,6 +26,14 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the model and its processor."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": f"Groups not to train, of {', '.join(PARAMETER_GROUPS)}."}
+    )
+    train_embedding_rows: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Tokens whose rows of the embeddings are trained, the others stay: 2023 trained <answer>."},
+    )
+    cache_vision_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder to keep what a frozen vision tower makes of each picture, and to read it from."},
     )
     dtype: str = field(
         default="auto", metadata={"help": "Precision of the weights: auto, float32, bfloat16, float16."}
@@ -36,8 +49,16 @@ class ModelArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the updates."})
     lora_target_modules: list[str] = field(
         default_factory=list,
-        metadata={"help": "Names of linear layers; OtterHD: query_key_value dense dense_h_to_4h dense_4h_to_h."},
+        metadata={
+            "help": "Names of linear layers of the decoder, without its gated blocks: MPT Wqkv out_proj up_proj "
+            "down_proj; OtterHD query_key_value dense dense_h_to_4h dense_4h_to_h; LLaMA q_proj v_proj ..."
+        },
     )
+    lora_train_groups: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Groups trained and saved whole beside the updates: perceiver, cross_attention."},
+    )
+    lora_dora: bool = field(default=False, metadata={"help": "DoRA: updates of direction and length of the weights."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "With lora: keep the frozen weights in 4 bits (QLoRA; bitsandbytes, CUDA)."}
     )
@@ -55,8 +76,14 @@ class ModelArguments:
             raise ValueError("lora needs lora_target_modules: name the linear layers to update, e.g. q_proj v_proj.")
         if self.lora and self.freeze:
             raise ValueError(f"freeze={self.freeze} and lora cannot be combined: lora freezes the whole model.")
-        if self.load_in_4bit and not self.lora:
-            raise ValueError("load_in_4bit needs lora: weights in 4 bits cannot be trained themselves.")
+        for name in ("load_in_4bit", "lora_dora", "lora_train_groups"):
+            if getattr(self, name) and not self.lora:
+                raise ValueError(f"{name} needs lora: set lora to true, or leave {name} out.")
+        for group in self.lora_train_groups:
+            if group not in ("perceiver", "cross_attention"):
+                raise ValueError(f"lora_train_groups: {group!r} is none of perceiver, cross_attention.")
+        if self.train_embedding_rows and "embeddings" in self.freeze:
+            raise ValueError("train_embedding_rows trains rows of the embeddings: take embeddings out of freeze.")
 
 
 @dataclass
@@ -69,7 +96,11 @@ class DataArguments:
         default="simple",
         metadata={"help": f"How prompts are written: {', '.join(FORMATS)}. Otter: simple, OtterHD: fuyu."},
     )
-    max_length: int = field(default=2048, metadata={"help": "Tokens of a row, with BOS and EOS."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens of a sample, with BOS and EOS."})
+    packing: bool = field(
+        default=True,
+        metadata={"help": "Put the samples of a batch one behind the other in one row; False pads them."},
+    )
     on_overlong: str = field(
         default="truncate", metadata={"help": "A last turn that is too long: error, truncate or skip."}
     )
@@ -111,6 +142,28 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and transform images."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between two values of the loss curve."})
+    peak_flops: float | None = field(
+        default=None,
+        metadata={
+            "help": "Operations per second of one device, of which `mfu` in the logs is the share that was used. By "
+            "default a matrix multiplication is measured at the start; 0 leaves `mfu` out."
+        },
+    )
+    report_samples: int = field(
+        default=3,
+        metadata={"help": "Evaluation samples that are answered at each evaluation, in training_report.html."},
+    )
+    trainable_only: bool = field(
+        default=False,
+        metadata={"help": "Save the trained weights alone; `otter_hf.training.load_trainable` adds the frozen ones."},
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "auto: the last checkpoint of output_dir, or a fresh start without one; or a checkpoint."},
+    )
+    dry_run: bool = field(
+        default=False, metadata={"aliases": ["--plan"], "help": "Print the plan of the training and stop."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,23 +184,44 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+def parse_arguments(
+    argv: Sequence[str], kinds: tuple[type, ...] = (ModelArguments, DataArguments, TrainingArguments)
+) -> tuple:
     """
     Reads `[recipe.yaml] [--flag value ...]`; a flag wins over the same key of the YAML, a flat map of argument names.
+
+    Returns one instance of each of `kinds`, dataclasses for `HfArgumentParser`.
+
+    Flags of the original training script are understood too, see `otter_hf.training.upstream`; what has no effect any
+    more is logged.
 
     Raises:
         ValueError: naming the file and key, or the flag, that is unknown or has an unusable value.
     """
     argv = list(argv)
-    parser = _Parser((ModelArguments, DataArguments, TrainingArguments), prog="otter-hf train [recipe.yaml]")
-    from_file = []
+    parser = _Parser(kinds, prog="otter-hf train [recipe.yaml]")
+    options: list[Option] = []
     if argv and not argv[0].startswith("-"):
-        from_file = _read_recipe(Path(argv.pop(0)))
-    return parser.parse_args_into_dataclasses(from_file + argv, look_for_args_file=False)
+        options = _read_recipe(Path(argv.pop(0)), kinds)
+    options = translate(options + _read_flags(argv), logger.warning)
+    flags = [part for name, values in options for part in (f"--{name}", *values)]
+    return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
 
 
-def _read_recipe(path: Path) -> list[str]:
-    """The YAML as the flags it stands for."""
+def _read_flags(argv: Iterable[str]) -> list[Option]:
+    options: list[Option] = []
+    for part in argv:
+        if part.startswith("--") or part == "-h":
+            name, equals, value = part.lstrip("-").partition("=")
+            options.append(("help" if name == "h" else name, [value] if equals else []))
+        elif options:
+            options[-1][1].append(part)
+        else:
+            raise ValueError(f"{part!r} belongs to no flag: flags start with --.")
+    return options
+
+
+def _read_recipe(path: Path, kinds: tuple[type, ...]) -> list[Option]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -156,15 +230,16 @@ def _read_recipe(path: Path) -> list[str]:
         raise ValueError(f"The recipe {path} cannot be parsed: {error}.") from None
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {path} must map argument names to values, got {recipe!r}.")
-    known = [f.name for kind in (ModelArguments, DataArguments, TrainingArguments) for f in fields(kind)]
-    flags = []
+    options: list[Option] = []
     for key, value in recipe.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`otter-hf train --help` lists them."
-            raise ValueError(f"{path}: {key!r} is no argument; {hint}")
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        flags += [f"--{key}", *map(str, values)]
-    return flags
+        if value is not None and value != []:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            options.append((str(key), [*map(str, values)]))
+    known = [f.name for kind in kinds for f in fields(kind)]
+    for option in options:
+        for key, _ in translate([option], lambda note: None):
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "`otter-hf train --help` lists them."
+                raise ValueError(f"{path}: {key!r} is no argument; {hint}")
+    return options

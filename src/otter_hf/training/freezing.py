@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     groups = {name: [] for name in PARAMETER_GROUPS}
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for name, parameter in model.named_parameters():
+        name = name.removeprefix("base_model.model.")  # of PEFT
         if id(parameter) in embeddings:
             group = "embeddings"
         elif ".gated_cross_attn_layer." in name:
@@ -54,11 +56,29 @@ def freeze(model: PreTrainedModel, groups: Iterable[str]) -> None:
         raise ValueError(f"freeze={groups} leaves nothing to train: leave a group out.")
 
 
-def parameter_table(model: PreTrainedModel) -> str:
-    """A table of the groups: parameters, and how many of them are trained."""
-    rows = []
-    for group, parameters in parameter_groups(model).items():
-        rows.append((group, sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)))
-    rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    lines = [f"{'group':<16}{'parameters':>16}{'trained':>16}"]
-    return "\n".join(lines + [f"{group:<16}{total:>16,}{trained:>16,}" for group, total, trained in rows])
+def train_only_rows(model: PreTrainedModel, token_ids: Iterable[int]) -> None:
+    """
+    Trains the rows of some tokens in the input embedding and the output layer; the other rows keep their bits.
+
+    The original did so for `<answer>` (`mask_lm_head`). Rows are held by removing their gradients, so their moments in
+    the optimizer stay 0, and the embeddings must be without weight decay, as [`OtterTrainer`] has it. Takes whole
+    parameters: not for FSDP and ZeRO-3, where a process holds a part of the rows.
+    """
+    rows = torch.tensor(sorted({*token_ids}))
+
+    def keep_rows(gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        index = rows.to(gradient.device)
+        return kept.index_copy_(0, index, gradient.index_select(0, index))
+
+    for parameter in parameter_groups(model)["embeddings"]:
+        parameter.requires_grad_(True)
+        parameter.register_hook(keep_rows)
+
+
+def parameter_counts(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """For each group its parameters, and how many of them are trained."""
+    return {
+        group: (sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad))
+        for group, parameters in parameter_groups(model).items()
+    }

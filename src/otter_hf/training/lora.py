@@ -1,7 +1,11 @@
 """LoRA (https://huggingface.co/papers/2106.09685): low-rank updates of some linear layers are trained, nothing else.
 
-With frozen weights in 4 bits this is QLoRA (https://huggingface.co/papers/2305.14314).
+With frozen weights in 4 bits this is QLoRA (https://huggingface.co/papers/2305.14314); with the lengths of the weights
+trained apart from their directions, DoRA (https://huggingface.co/papers/2402.09353).
 """
+
+import re
+from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -11,9 +15,15 @@ from transformers.utils import is_bitsandbytes_available
 from .arguments import ModelArguments, TrainingArguments
 
 
+# what is not the decoder keeps its precision: it is small, and gates and resampler may be trained
+WHOLE_MODULES = ["lm_head", "vision_tower", "vision_embed_tokens", "perceiver", "gated_cross_attn_layer"]
+
+_MODULES = {"perceiver": "perceiver", "cross_attention": "gated_cross_attn_layer"}
+
+
 def quantization_config() -> BitsAndBytesConfig:
     """
-    QLoRA's storage of the frozen weights: 4-bit NormalFloat with quantised scales, computed in bfloat16.
+    QLoRA's storage of the decoder's weights: 4-bit NormalFloat with quantised scales, computed in bfloat16.
 
     Raises:
         ValueError: where bitsandbytes is not installed.
@@ -25,15 +35,24 @@ def quantization_config() -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=WHOLE_MODULES,
     )
 
 
-def add_lora(model: PreTrainedModel, model_args: ModelArguments, training_args: TrainingArguments) -> PeftModel:
+def add_lora(
+    model: PreTrainedModel, model_args: ModelArguments, training_args: TrainingArguments, rows: Sequence[int] = ()
+) -> PeftModel:
     """
-    The model with low-rank updates at `lora_target_modules`, of which alone the parameters are trained and saved.
+    The model with low-rank updates, of which alone, and of `lora_train_groups`, the parameters are trained and saved.
+
+    `lora_target_modules` are names of linear layers of the decoder, or `lm_head`. The vision tower and the gated
+    blocks have layers of the same names, which are left alone.
+
+    Args:
+        rows: of the input embedding (and of an output layer tied to it), trained too.
 
     Raises:
-        ValueError: when no layer of the model has one of these names.
+        ValueError: when no layer of the decoder has one of these names.
     """
     if model_args.load_in_4bit:
         model = prepare_model_for_kbit_training(
@@ -44,10 +63,23 @@ def add_lora(model: PreTrainedModel, model_args: ModelArguments, training_args: 
     elif training_args.activation_checkpointing:
         # otherwise nothing that enters a checkpointed layer needs a gradient, and the layer would be left out
         model.enable_input_require_grads()
-    config = LoraConfig(
+    return get_peft_model(model, lora_config(model_args, rows))
+
+
+def lora_config(model_args: ModelArguments, rows: Sequence[int] = ()) -> LoraConfig:
+    """PEFT's configuration of the updates; for `rows` see `add_lora`."""
+    return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
-        target_modules=model_args.lora_target_modules,
+        use_dora=model_args.lora_dora,
+        target_modules=_target_pattern(model_args.lora_target_modules),
+        trainable_token_indices=[*rows] or None,
+        modules_to_save=[_MODULES[group] for group in model_args.lora_train_groups] or None,
     )
-    return get_peft_model(model, config)
+
+
+def _target_pattern(names: list[str]) -> str:
+    inside = "|".join(re.escape(name) for name in names if name != "lm_head")
+    patterns = [rf"model\.language_model\.(?!.*gated_cross_attn_layer).*\.(?:{inside})"] if inside else []
+    return "|".join([*patterns, *(["lm_head"] if "lm_head" in names else [])])

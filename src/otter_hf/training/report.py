@@ -1,7 +1,31 @@
-"""Figures of a training run."""
+"""Figures of a training run, for those who use no tracker: `training.png`, `training.svg`, `training_report.html`.
 
+The page holds everything it shows: curves of all values that were logged, and what the model answered to a few samples
+of the evaluation data each time it was evaluated.
+"""
+
+import base64
+import html
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import Trainer, TrainerCallback
+
+from ..data.collator import IGNORE_INDEX
+from ..data.samples import Sample
+
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "training_report.html"
+# key of `log_history`, which goes into every checkpoint, under which answers are kept
+ANSWERS = "sample_answers"
+_COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+_HIDDEN = ("step", "epoch", "total_flos", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per")
 
 
 def plot_history(log_history: Sequence[Mapping[str, float]], path: str | Path) -> None:
@@ -32,5 +56,177 @@ def plot_history(log_history: Sequence[Mapping[str, float]], path: str | Path) -
     figure.savefig(path, dpi=120)
 
 
-def _curve(log_history: Sequence[Mapping[str, float]], key: str) -> list[tuple[int, float]]:
-    return [(entry["step"], entry[key]) for entry in log_history if key in entry]
+def final_values(log_history: Sequence[Mapping]) -> dict[str, tuple[float, int]]:
+    """The last value of everything that was logged in training and evaluation, and its step."""
+    return {key: (curve[-1][1], curve[-1][0]) for key, curve in _curves(log_history).items()}
+
+
+def curves_svg(log_history: Sequence[Mapping]) -> str:
+    """All curves of a `log_history` as one SVG image, a panel for each value; training and evaluation share one."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for key, curve in _curves(log_history).items():
+        panels.setdefault(key.removeprefix("eval_").split("/")[0], {})[key] = curve
+    width, height, columns = 330, 200, 3
+    drawn = [
+        f'<g transform="translate({i % columns * width} {i // columns * height})">{_panel(title, curves)}</g>'
+        for i, (title, curves) in enumerate(panels.items())
+    ]
+    size = f"{columns * width} {max(1, -(-len(drawn) // columns)) * height}"
+    style = "font-family:sans-serif;font-size:11px;background:white"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" style="{style}">{"".join(drawn)}</svg>\n'
+
+
+def _panel(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
+    left, top, width, height = 55, 24, 255, 140
+    steps = [step for curve in curves.values() for step, _ in curve]
+    values = [value for curve in curves.values() for _, value in curve]
+    low, high, first, last = min(values), max(values), min(steps), max(steps)
+    across, up = width / ((last - first) or 1), height / ((high - low) or 1)
+    parts = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>']
+    for i, (key, curve) in enumerate(curves.items()):
+        points = " ".join(f"{left + (s - first) * across:.1f},{top + (high - v) * up:.1f}" for s, v in curve)
+        colour = _COLOURS[i % len(_COLOURS)]
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        if len(curve) < 30:
+            parts += [
+                f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"/>'
+                for x, y in (point.split(",") for point in points.split())
+            ]
+        if len(curves) > 1:
+            place = f'x="{left + width - 6}" y="{top + 14 + 13 * i}" text-anchor="end"'
+            parts.append(f'<text {place} fill="{colour}">{html.escape(key)}</text>')
+    parts.append(f'<text x="{left}" y="16" font-weight="bold">{html.escape(title)}</text>')
+    for value, y in ((high, top + 8), (low, top + height)):
+        parts.append(f'<text x="{left - 4}" y="{y}" text-anchor="end">{value:.4g}</text>')
+    for step, x in ((first, left), (last, left + width)):
+        parts.append(f'<text x="{x}" y="{top + height + 14}" text-anchor="middle">{step:,}</text>')
+    return "".join(parts)
+
+
+def write_report(path: str | Path, log_history: Sequence[Mapping], title: str, samples: Sequence[Sample] = ()) -> None:
+    """
+    Writes the page with curves and sample answers, complete or not at all.
+
+    Args:
+        path: the HTML file.
+        log_history: a `Trainer`'s, with the answers that `TrainingReport` puts there.
+        title: heading.
+        samples: those that were asked, in the order of the answers.
+    """
+    answered = [entry for entry in log_history if ANSWERS in entry]
+    blocks = []
+    for number, sample in enumerate(samples if answered else ()):
+        rows = [
+            f"<tr><td>{entry['step']:,}</td><td>{html.escape(entry[ANSWERS][number])}</td></tr>"
+            for entry in answered
+            if number < len(entry[ANSWERS])
+        ]
+        question, truth = sample["turns"][-1]
+        pictures = "".join(_thumbnail(medium[0]) for medium in sample["media"][:4])
+        blocks.append(
+            f"<section>{pictures}<p><b>{html.escape(question)}</b><br>expected: {html.escape(truth)}</p>"
+            f"<table><tr><th>step</th><th>answer</th></tr>{''.join(rows)}</table></section>"
+        )
+    answers = f"<h2>Sample answers</h2>{''.join(blocks)}" if blocks else ""
+    page = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>
+body {{ font-family: sans-serif; max-width: 1000px; margin: 2em auto; }}
+section {{ border-top: 1px solid #ccc; padding: 0.5em 0; overflow: hidden; }}
+img {{ float: right; margin-left: 0.5em; }}
+td, th {{ text-align: left; padding: 0.1em 0.8em 0.1em 0; vertical-align: top; }}
+</style>
+<h1>{html.escape(title)}</h1>
+{curves_svg(log_history)}
+{answers}
+</html>
+"""
+    path = Path(path)
+    part = path.with_name(f"_{path.name}")
+    part.write_text(page, encoding="utf-8")
+    part.rename(path)
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image = image.convert("RGB")
+    image.thumbnail((160, 120))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+
+
+def sample_evenly(dataset: Sequence[Sample] | None, count: int) -> list[Sample]:
+    """`count` samples from all over a dataset, always the same."""
+    size = 0 if dataset is None else len(dataset)
+    count = min(count, size)
+    return [dataset[i * size // count] for i in range(count)]
+
+
+class TrainingReport(TrainerCallback):
+    """
+    Keeps `training_report.html` in the output folder up to date, and asks the model a few samples at each evaluation.
+
+    The answers stand in `state.log_history`, and so survive a resume.
+
+    Args:
+        trainer: the trainer, whose collator makes the prompts.
+        samples: samples of the evaluation data; the last turn of each is asked.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, trainer: Trainer, samples: Sequence[Sample] = (), max_new_tokens: int = 32):
+        self.trainer = trainer
+        self.samples = list(samples)
+        self.max_new_tokens = max_new_tokens
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.samples:
+            # on all processes: a sharded model can be run by all of them only
+            answers = [self._answer(sample) for sample in self.samples]
+            state.log_history.append({"step": state.global_step, "epoch": state.epoch, ANSWERS: answers})
+            self._write(state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._write(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._write(state)
+
+    def _write(self, state):
+        if state.is_world_process_zero and state.log_history:
+            folder = Path(self.trainer.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_report(folder / REPORT_FILE, state.log_history, f"Training of {folder.name}", self.samples)
+
+    def _answer(self, sample: Sample) -> str:
+        """What the model says at the place of the sample's last answer."""
+        batch = self.trainer.data_collator([sample])
+        supervised = batch["labels"][0] != IGNORE_INDEX  # (L,)
+        places = supervised.nonzero().flatten().tolist()
+        start = max(place for place in places if place - 1 not in places)
+        prompt = batch["input_ids"][:, :start].to(self.trainer.args.device)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        training = model.training
+        model.eval()
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                pixel_values=batch["pixel_values"].to(prompt.device),
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+            )
+        model.train(training)
+        # alone, what was generated would be taken for a prompt by those who look for the start of the answer
+        return self.trainer.processing_class.post_process_image_text_to_text(output)[0]
+
+
+def _curves(log_history: Sequence[Mapping]) -> dict[str, list[tuple[int, float]]]:
+    keys = dict.fromkeys(key for entry in log_history for key in entry if not key.startswith(_HIDDEN))
+    curves = {key: _curve(log_history, key) for key in keys}
+    return {key: curve for key, curve in curves.items() if curve}
+
+
+def _curve(log_history: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
+    entries = ((entry["step"], entry[key]) for entry in log_history if key in entry)
+    return [(step, value) for step, value in entries if isinstance(value, (int, float))]

@@ -4,22 +4,29 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
 
 from ..data.collator import OtterCollator
 from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
 from ..data.prompts import chat_template, get_format
-from ..data.samples import Sample, SampleOptions
+from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
 from ..models.otterhd import OtterHDProcessor
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from .freezing import freeze, parameter_table
+from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
+from .features import VisionFeatureCache
+from .freezing import freeze, train_only_rows
+from .kernels import choose_attention, use_liger_kernels
 from .lora import add_lora, quantization_config
 from .metrics import answer_accuracy, most_likely_tokens
-from .report import plot_history
+from .plan import make_plan, meta_model, sharding_of
+from .publish import given_arguments
+from .report import TrainingReport, plot_history, sample_evenly
 from .trainer import OtterTrainer
 
 
@@ -48,42 +55,44 @@ def train(
     training_args: TrainingArguments,
     *,
     transform: Callable[[Sample, Random], Sample] | None = None,
-) -> OtterTrainer:
+) -> OtterTrainer | None:
     """
-    Fine-tunes, and leaves model, processor, `trainer_state.json` and the curves `training.png` in the output folder.
+    Fine-tunes, and leaves model, processor, `trainer_state.json`, `training_report.html` and the curves `training.png`
+    in the output folder. SIGTERM ends it early with a checkpoint and the exit code `STOPPED_EXIT_CODE`.
 
     Args:
         transform: `(sample, generator) -> sample`, applied to training samples before they are tokenised: augmentation
             of their images, another order of their turns. See `MimicitMixture`.
 
     Returns:
-        The trainer, with its `model` and `state`.
+        The trainer, with its `model` and `state`; None after a `dry_run`, which ends with the plan.
     """
     set_seed(training_args.seed)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    _check(model_args, data_args, training_args, config)
+    attention = choose_attention(config, model_args, data_args, training_args)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    _check_vocabulary(processor.tokenizer, config)
     collator = _make_collator(processor, data_args)
     train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, transform)
     logger.info(train_dataset.summary())
     eval_dataset = None
     if data_args.eval_mixture is not None:
         eval_dataset = _load_mixture(data_args.eval_mixture, data_args, training_args)
+    plan = make_plan(
+        meta_model(model_args, config, attention),
+        model_args,
+        data_args,
+        training_args,
+        num_samples=len(train_dataset),
+        frames=data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else 1,
+    )
+    logger.info(str(plan))
+    if training_args.dry_run:
+        return None
 
     # last, because it takes longest: a mistake in the data shows before
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_args.model_name_or_path,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=quantization_config() if model_args.load_in_4bit else None,
-    )
-    end = get_format(data_args.instruction_format).end or processor.tokenizer.eos_token
-    _stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
-    if model_args.lora:
-        model = add_lora(model, model_args, training_args)
-        logger.info("LoRA: {:,} of {:,} parameters are trained".format(*model.get_nb_trainable_parameters()))
-    else:
-        freeze(model, model_args.freeze)
-        logger.info(parameter_table(model))
-
+    model = _load_model(model_args, data_args, training_args, processor, config, attention)
     trainer = OtterTrainer(
         model=model,
         args=training_args,
@@ -93,13 +102,101 @@ def train(
         processing_class=processor,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=most_likely_tokens,
+        flops=plan.flops,
+        recipe={**given_arguments(model_args), **given_arguments(data_args)},
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
+    samples = sample_evenly(eval_dataset, training_args.report_samples)
+    trainer.add_callback(TrainingReport(trainer, samples))
+    trainer.train(
+        resume_from_checkpoint=find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    )
+    if trainer.stopped:
+        raise SystemExit(STOPPED_EXIT_CODE)
     if trainer.is_world_process_zero():
         trainer.save_state()
         _plot(trainer.state.log_history, Path(training_args.output_dir) / "training.png")
+    if training_args.push_to_hub:
+        trainer.push_to_hub()  # saves it too
+    else:
+        trainer.save_model()
     return trainer
+
+
+def _check_vocabulary(tokenizer, config) -> None:
+    """A token without an embedding would end the training in the middle, on CUDA without saying which it was."""
+    rows = config.get_text_config().vocab_size + getattr(config, "additional_vocab_size", 0)  # the latter of Idefics
+    token, token_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if token_id >= rows:
+        raise ValueError(
+            f"The tokenizer's {token!r} has id {token_id}, but the model has embeddings of {rows} tokens only: call "
+            f"model.resize_token_embeddings({token_id + 1}) and save it, or take the tokenizer it was trained with."
+        )
+
+
+def _check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config) -> None:
+    """Refuses, before anything is loaded, what does not go together."""
+    sharding = sharding_of(training_args)
+    for name in ("train_embedding_rows", "cache_vision_features"):
+        if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
+            raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
+    if model_args.cache_vision_features and not hasattr(config, "vision_config"):
+        raise ValueError(f"cache_vision_features is for Otter and Flamingo: {config.model_type} has no vision tower.")
+    if data_args.packing and config.get_text_config().model_type == "opt":
+        raise ValueError("packing needs a decoder that is told positions, which OPT is not: set packing to false.")
+
+
+def _load_model(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    processor,
+    config,
+    attention: str | dict[str, str] | None,
+) -> PreTrainedModel:
+    """The model, ready to be trained: what is frozen is frozen, adapters are in place."""
+    if training_args.use_liger_kernel:
+        use_liger_kernels(config, training_args.liger_kernel_config)
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_args.model_name_or_path,
+        dtype=model_args.dtype,
+        attn_implementation=attention,
+        quantization_config=quantization_config() if model_args.load_in_4bit else None,
+    )
+    end = get_format(data_args.instruction_format).end or processor.tokenizer.eos_token
+    _stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
+    rows = _ids_of_tokens(model_args.train_embedding_rows, processor.tokenizer)
+    if model_args.lora:
+        model = add_lora(model, model_args, training_args, rows)
+    else:
+        freeze(model, model_args.freeze)
+        if rows:
+            train_only_rows(model, rows)
+    if model_args.cache_vision_features:
+        autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+        core = model.get_base_model() if model_args.lora else model
+        VisionFeatureCache(model_args.cache_vision_features, core.model.vision_tower, autocast)
+    return model
+
+
+def _ids_of_tokens(tokens: Sequence[str], tokenizer) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    for token in tokens:
+        if token not in vocabulary:
+            raise ValueError(f"train_embedding_rows: {token!r} is no token of the model's tokenizer.")
+    return [vocabulary[token] for token in tokens]
+
+
+@dataclass
+class _DrawResolution:
+    """OtterHD's dynamic resolution, drawn like all else about a sample: the same after a restart, in any worker."""
+
+    sides: list[int]
+    transform: Callable[[Sample, Random], Sample] | None
+
+    def __call__(self, sample: Sample, generator: Random) -> Sample:
+        if self.transform is not None:
+            sample = self.transform(sample, generator)
+        return {**sample, "resolution": generator.choice(self.sides)}
 
 
 def _make_collator(processor, data_args: DataArguments) -> OtterCollator | OtterHDCollator:
@@ -116,6 +213,7 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
             max_pixels=data_args.max_pixels,
             max_length=data_args.max_length,
             on_overlong=data_args.on_overlong,
+            packing=data_args.packing,
         )
     for name in ("resolution", "dynamic_resolution", "max_pixels"):
         if getattr(data_args, name):
@@ -127,6 +225,7 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
         format=data_args.instruction_format,
         max_length=data_args.max_length,
         on_overlong=data_args.on_overlong,
+        packing=data_args.packing,
     )
 
 
@@ -137,6 +236,8 @@ def _load_mixture(path, data_args: DataArguments, training_args: TrainingArgumen
         keep_symbols=data_args.keep_symbols,
         use_task_description=data_args.use_task_description,
     )
+    if data_args.dynamic_resolution:
+        transform = _DrawResolution(data_args.dynamic_resolution, transform)
     # one process converts the files to the memory-mapped form, the others find it in the cache
     with training_args.main_process_first(desc=f"reading {path}"):
         return MimicitMixture(

@@ -1,0 +1,42 @@
+"""
+Direct preference optimisation (https://huggingface.co/papers/2305.18290) of Otter, Flamingo or OtterHD with TRL.
+
+    pip install "otter-hf[trl]"
+    accelerate launch examples/trl_dpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir out \\
+        --beta 0.1 --per_device_train_batch_size 2 --learning_rate 5e-7
+
+A row of the dataset has `images` (a list), `prompt`, `chosen` and `rejected` (messages). The reference is the model as
+it was; with `--use_peft` it is the model without its adapter, which saves a copy.
+"""
+
+from datasets import load_dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
+
+import otter_hf  # registers the models with the Auto classes
+
+
+def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
+    """Trains, and leaves model and processor in the output folder."""
+    name = model_args.model_name_or_path
+    processor = AutoProcessor.from_pretrained(name)
+    # TRL tokenises without special tokens, so the template writes the one in front; OtterHD's comes with the image
+    if processor.tokenizer.bos_token and not isinstance(processor, otter_hf.OtterHDProcessor):
+        processor.chat_template = "{{ bos_token }}" + processor.chat_template.removeprefix("{{ bos_token }}")
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
+    peft_config = get_peft_config(model_args)
+    reference = None if peft_config else AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
+    trainer = DPOTrainer(
+        model,
+        reference,
+        args=training_args,
+        train_dataset=load_dataset(script_args.dataset_name)[script_args.dataset_train_split],
+        processing_class=processor,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main(*TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,49 @@
+"""`otter-hf data mmc4-to-tar` and `laion-to-tar`: published pretraining data to WebDataset shards."""
+
+
+def add_parser(commands) -> None:
+    """Add the commands to those of `otter-hf data`."""
+    mmc4 = commands.add_parser(
+        "mmc4-to-tar",
+        help="MMC4 documents and pictures to shards",
+        description="MMC4 documents and their pictures to WebDataset shards. A run that was stopped goes on where it "
+        "ended.",
+    )
+    mmc4.add_argument("--doc-shards", required=True, metavar="PATTERN", help="docs_shard_{0..99}_v2.jsonl, also .zip")
+    mmc4.add_argument("--image-shards", required=True, metavar="PATTERN", help="shard_{0..99}_images_v2.tar")
+    mmc4.set_defaults(func=run_mmc4)
+    laion = commands.add_parser(
+        "laion-to-tar",
+        help="TSV files of LAION to shards",
+        description="TSV files of LAION to WebDataset shards. A run that was stopped goes on where it ended.",
+    )
+    laion.add_argument("folder", help="with *image*.tsv and *text*.tsv")
+    laion.set_defaults(func=run_laion)
+    for parser in (mmc4, laion):
+        parser.add_argument("--output", required=True, metavar="FOLDER", help="for the shards")
+        parser.add_argument("--max-samples", type=int, help="of a shard (default: mmc4 30,000, laion 500,000)")
+        parser.add_argument("--num-proc", type=int, default=1, help="files converted at a time (default: 1)")
+
+
+def run_mmc4(args) -> None:
+    """Convert, and say how much was written and left out."""
+    from ..data.pretraining.converters import mmc4_to_tar
+
+    _report(mmc4_to_tar(args.doc_shards, args.image_shards, args.output, **_options(args)), args.output)
+
+
+def run_laion(args) -> None:
+    """As `run_mmc4`."""
+    from ..data.pretraining.converters import laion_to_tar
+
+    _report(laion_to_tar(args.folder, args.output, **_options(args)), args.output)
+
+
+def _options(args) -> dict:
+    return {"num_proc": args.num_proc} | ({} if args.max_samples is None else {"max_samples": args.max_samples})
+
+
+def _report(counts, output: str) -> None:
+    print(f"{counts.samples:,} samples with {counts.images:,} pictures in {output}")
+    for reason, count in sorted(counts.left_out.items()):
+        print(f"left out: {count:,} ({reason})")

@@ -1,0 +1,236 @@
+"""What the parts of a shard's sample become: text, token ids and pictures.
+
+The rules and thresholds are those of Otter's 2023 pretraining; MMC4 is https://huggingface.co/papers/2304.06939.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageOps
+
+from ..images import decode_base64, decode_image
+from ..prompts import END_OF_CHUNK_TOKEN, IMAGE_TOKEN, RESERVED_TOKENS, escape_reserved_tokens
+from ..samples import SampleError
+
+
+class PretrainingSample(NamedTuple):
+    """Token ids, and the pictures of their `<image>` tokens in the same order."""
+
+    id: str
+    input_ids: list[int]
+    images: list[Image.Image]
+
+
+class TextEncoder:
+    """A tokenizer, and what the builders of samples need to know of it."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.eos_token = tokenizer.eos_token or ""
+        self._reserved = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
+
+    def escape(self, text: str) -> str:
+        """`text` without special tokens in it, see `escape_reserved_tokens`."""
+        return escape_reserved_tokens(text, self._reserved)
+
+    def encode(self, text: str, max_tokens: int) -> list[int]:
+        """Token ids, with BOS where the tokenizer writes one; what is too long loses its end."""
+        # `verbose` would warn of rows longer than the model's limit
+        return self.tokenizer(text, verbose=False)["input_ids"][:max_tokens]
+
+
+class RejectedSample(SampleError):
+    """A sample that is whole, but not wanted; `reason` says why. Such are counted, not warned of."""
+
+
+@dataclass
+class ImageTextPairs:
+    """
+    A picture and its caption: LAION, CC3M, CC12M and all that img2dataset writes.
+
+    The picture is the part `jpg`, `png` or `jpeg`, the first there is: an encoded picture of any kind, or base64 text
+    of one, as LAION's shards of 2023 have it. The caption is the part `txt`, in UTF-8. Other parts are not used.
+
+    Args:
+        max_tokens: longer rows lose their end.
+        mirror: chance of a picture to be mirrored; 2023 drew once for a whole batch.
+    """
+
+    max_tokens: int = 32
+    mirror: float = 0.5
+
+    label_all = True  # every token is learned, not only those behind an image
+    picture_suffixes = ("jpg", "png", "jpeg")
+
+    def __post_init__(self):
+        _check_range("max_tokens", self.max_tokens, 2)
+        _check_range("mirror", self.mirror, 0, 1)
+
+    def __call__(
+        self, id: str, parts: Mapping[str, bytes], encoder: TextEncoder, generator: Random
+    ) -> PretrainingSample:
+        """
+        Args:
+            id: for messages.
+            parts: bytes by suffix.
+            encoder: of the tokenizer of a Flamingo or Otter.
+            generator: of the random choices.
+
+        Raises:
+            SampleError: naming the sample and what is wrong with it.
+        """
+        data = next((parts[suffix] for suffix in self.picture_suffixes if suffix in parts), None)
+        if data is None or "txt" not in parts:
+            missing = "picture (jpg, png or jpeg)" if data is None else "txt"
+            raise SampleError(f"Sample {id!r} has no {missing}, it has {sorted(parts)}.", "missing part")
+        try:
+            caption = parts["txt"].decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise SampleError(f"The caption of sample {id!r} is no UTF-8 text: {error}.", "unreadable text") from None
+        if not caption:
+            raise SampleError(f"The caption of sample {id!r} is empty.", "empty text")
+        mirrored = generator.random() < self.mirror
+        try:
+            # an encoded picture always has bytes outside of ASCII
+            image = decode_image(decode_base64(data.decode("ascii")) if data.isascii() else data)
+        except (OSError, ValueError) as error:
+            raise SampleError(f"The picture of sample {id!r} cannot be read: {error}.", "unreadable image") from None
+        text = IMAGE_TOKEN + encoder.escape(caption) + END_OF_CHUNK_TOKEN + encoder.eos_token
+        image = ImageOps.mirror(image) if mirrored else image
+        return PretrainingSample(id, encoder.encode(text, self.max_tokens), [image])
+
+
+@dataclass
+class InterleavedDocuments:
+    """
+    Sentences with pictures between them: MMC4.
+
+    The part `json` is a document of MMC4, where each entry of `image_info` has its picture as `image_base64`. Pictures
+    with too few bytes, too little similarity to their sentence, or that cannot be read are left out, and of the others
+    the first `max_images`. A document without a picture is rejected, one with a single picture most of the time.
+
+    Args:
+        min_image_bytes: of an encoded picture, in bytes; 11,000 is 2023's "more than 10 kB" in whole kB.
+        min_similarity: of picture and sentence, `matched_sim`; the value itself is enough.
+        max_images: that are kept, in the order of `image_info`.
+        max_tokens: longer rows lose their end, and the pictures that stand there.
+        keep_single: chance of a document with one picture left in its row to be kept.
+    """
+
+    min_image_bytes: int = 11_000
+    min_similarity: float = 0.32
+    max_images: int = 5
+    max_tokens: int = 256
+    keep_single: float = 0.5
+
+    label_all = False
+
+    def __post_init__(self):
+        _check_range("min_image_bytes", self.min_image_bytes, 0)
+        _check_range("min_similarity", self.min_similarity, -1, 1)
+        _check_range("max_images", self.max_images, 1)
+        _check_range("max_tokens", self.max_tokens, 2)
+        _check_range("keep_single", self.keep_single, 0, 1)
+
+    def __call__(
+        self, id: str, parts: Mapping[str, bytes], encoder: TextEncoder, generator: Random
+    ) -> PretrainingSample:
+        """As `ImageTextPairs`; raises `RejectedSample` for a document that the thresholds leave out."""
+        sentences, entries = self._read(id, parts)
+        keeps_single = generator.random() < self.keep_single
+        candidates = [entry for entry in entries if self._is_wanted(entry)]
+        while candidates:
+            # in the order of the sentences, which is that of their <image> tokens
+            chosen = sorted(candidates[: self.max_images], key=lambda entry: entry.sentence)
+            text = interleave(
+                [encoder.escape(sentence) for sentence in sentences],
+                [entry.sentence for entry in chosen],
+                encoder.eos_token,
+            )
+            input_ids = encoder.encode(text, self.max_tokens)
+            count = input_ids.count(encoder.image_token_id)
+            if not count:
+                break
+            if count == 1 and not keeps_single:
+                raise RejectedSample(f"Document {id!r} has a single picture.", "single image")
+            images = [entry.image() for entry in chosen[:count]]
+            broken = {entry.number for entry, image in zip(chosen, images, strict=False) if image is None}
+            if not broken:
+                return PretrainingSample(id, input_ids, images)
+            candidates = [entry for entry in candidates if entry.number not in broken]
+        raise RejectedSample(f"Document {id!r} has no picture within the thresholds.", "no image")
+
+    def _read(self, id: str, parts: Mapping[str, bytes]) -> tuple[list[str], list["_Picture"]]:
+        if "json" not in parts:
+            raise SampleError(f"Document {id!r} has no json part, it has {sorted(parts)}.", "missing part")
+        try:
+            document = json.loads(parts["json"])
+            sentences = document["text_list"]
+            if not all(isinstance(sentence, str) for sentence in sentences):
+                raise TypeError("text_list is no list of texts")
+            entries = [_Picture.of(number, info) for number, info in enumerate(document["image_info"])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SampleError(
+                f"Document {id!r} is no MMC4 document ({type(error).__name__}: {error}).", "unreadable text"
+            ) from None
+        return sentences, [entry for entry in entries if entry is not None and 0 <= entry.sentence < len(sentences)]
+
+    def _is_wanted(self, entry: "_Picture") -> bool:
+        return len(entry.data) >= self.min_image_bytes and entry.similarity >= self.min_similarity
+
+
+class _Picture(NamedTuple):
+    number: int
+    sentence: int
+    similarity: float
+    data: bytes
+
+    @classmethod
+    def of(cls, number: int, info: Mapping[str, Any]) -> "_Picture | None":
+        try:
+            data = decode_base64(info["image_base64"])
+        except (KeyError, ValueError):
+            return None
+        return cls(number, int(info["matched_text_index"]), float(info["matched_sim"]), data)
+
+    def image(self) -> Image.Image | None:
+        try:
+            return decode_image(self.data)
+        except OSError:
+            return None
+
+
+KINDS = {"pairs": ImageTextPairs, "interleaved": InterleavedDocuments}
+
+
+def interleave(sentences: Sequence[str], image_sentences: Sequence[int], eos_token: str = "") -> str:
+    """
+    A document as one text: each picture stands in front of its sentence and ends the chunk before it.
+
+    `A.` `B.` `C.` with pictures at sentences 1 and 2 is `A.<image>B.<|endofchunk|><image>C.<|endofchunk|>` and the EOS
+    token. Pictures of one sentence stand together, with no empty chunk between them as 2023 had it.
+
+    Args:
+        sentences: their texts.
+        image_sentences: the sentence of each picture, from 0.
+    """
+    pieces, chunk_is_open, glue = [], False, ""
+    for number, sentence in enumerate(sentences):
+        images = image_sentences.count(number)
+        if images:
+            pieces.append((END_OF_CHUNK_TOKEN if chunk_is_open else "") + IMAGE_TOKEN * images)
+            chunk_is_open, glue = True, ""
+        # no space stands beside a special token
+        pieces.append(glue + sentence)
+        glue = " "
+    return "".join(pieces) + END_OF_CHUNK_TOKEN + eos_token
+
+
+def _check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        limits = f"at least {low}" if high == float("inf") else f"from {low} to {high}"
+        raise ValueError(f"{name} must be a number {limits}, got {value!r}.")

@@ -1,0 +1,335 @@
+"""WebDataset shards (https://github.com/webdataset/webdataset): plain tar files, read at random and written.
+
+Consecutive members of a tar with the same name up to its first dot are one sample; what follows that dot, in lower
+case, tells its parts.
+"""
+
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_SIZES_FILE = "sizes.json"
+
+
+class SampleParts(NamedTuple):
+    """Where a sample is in its shard: its key, and byte offset and size of each part by suffix."""
+
+    key: str
+    parts: dict[str, tuple[int, int]]
+
+
+def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """
+    The files that shards are named by.
+
+    Args:
+        shards: a tar file; a pattern with braces as in `cc3m/{00000..00331}.tar`, or with wildcards; a folder, for all
+            tar files in it (what img2dataset writes); or a list of these.
+
+    Raises:
+        ValueError: naming what stands for no file, or for one that does not exist.
+    """
+    if not isinstance(shards, (str, Path)):
+        return [path for one in shards for path in expand_shards(one)]
+    if Path(shards).is_dir():
+        paths = sorted(Path(shards).glob("*.tar"))
+    elif any(sign in str(shards) for sign in "*?["):
+        paths = [Path(path) for path in sorted(glob(str(shards)))]
+    else:
+        paths = [Path(path) for path in expand_braces(str(shards))]
+    if not paths:
+        raise ValueError(f"Shards {str(shards)!r}: there is no tar file by this name.")
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"Shards {str(shards)!r}: {path} does not exist.")
+    return paths
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{08..10}.tar` -> `a08.tar`, `a09.tar`, `a10.tar`; several braces multiply."""
+    pieces = _BRACES.split(pattern)  # text, first, last, text, ...
+    choices = [[text] for text in pieces[::3]]
+    for place, (first, last) in enumerate(zip(pieces[1::3], pieces[2::3], strict=True)):
+        numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        choices.insert(2 * place + 1, numbers)
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def index_shard(path: Path) -> list[SampleParts]:
+    """
+    The samples of a shard, in their order, from the headers alone.
+
+    A shard that ends in the middle of a member has the samples before it, and a warning names it.
+
+    Raises:
+        ValueError: if the file is no tar, or a compressed one, of which no part can be read by itself.
+    """
+    samples: list[SampleParts] = []
+    error = None
+    try:
+        for full_name, offset, size in _plain_members(path) or _members(path):
+            name = full_name.rpartition("/")[2]
+            stem, dot, suffix = name.partition(".")
+            if not dot or not stem:
+                continue
+            key, suffix = full_name[: -len(suffix) - 1], suffix.lower()
+            # a part that is there already starts another sample of the same name
+            if not samples or samples[-1].key != key or suffix in samples[-1].parts:
+                samples.append(SampleParts(key, {}))
+            samples[-1].parts[suffix] = (offset, size)
+    except tarfile.ReadError as problem:
+        error = problem
+    if error is not None:
+        if not samples:
+            raise ValueError(f"Shard {path} is no plain tar file ({error}): unpack or download it again.")
+        end = path.stat().st_size
+        if any(offset + size > end for offset, size in samples[-1].parts.values()):
+            samples.pop()
+        logger.warning(f"Shard {path} is damaged behind sample {len(samples)} ({error}): the rest of it is left out.")
+    return samples
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the files in a tar of any dialect."""
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            tar.members = []  # or it keeps them all
+            if member.isreg():
+                yield member.name, member.offset_data, member.size
+
+
+def _plain_members(path: Path) -> list[tuple[str, int, int]] | None:
+    """
+    As `_members`, in less time, for a tar with nothing in it but whole files and folders of short names, as WebDataset
+    writers make it. None for any other.
+    """
+    members, offset, end = [], 0, path.stat().st_size
+    with open(path, "rb", buffering=0) as file:
+        while header := file.read(tarfile.BLOCKSIZE):
+            if header == _EMPTY_BLOCK:
+                return members
+            try:
+                size, checksum = (int(header[place].rstrip(b" \0"), 8) for place in (_SIZE, _CHECKSUM))
+                name = header[:100].rstrip(b"\0").decode("utf-8")
+            except ValueError:
+                return None
+            kind, offset = header[156:157], offset + tarfile.BLOCKSIZE
+            # the prefix of a long name
+            if kind not in b"0\0" + b"5" or header[345] or sum(header) - sum(header[_CHECKSUM]) + 256 != checksum:
+                return None
+            if kind != b"5":
+                members.append((name, offset, size))
+            offset += -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if offset > end:
+                return None
+            file.seek(offset)
+    return members
+
+
+_EMPTY_BLOCK = bytes(tarfile.BLOCKSIZE)
+_SIZE, _CHECKSUM = slice(124, 136), slice(148, 156)
+
+
+def shard_sizes(paths: Sequence[Path]) -> list[int]:
+    """
+    The number of samples of each shard.
+
+    Taken from what stands beside a shard, in this order: `sizes.json` (tar name -> number), img2dataset's
+    `NAME_stats.json`, a file `__len__` with the number for all shards of the folder together if the shard is alone;
+    otherwise counted, which reads the headers of the whole shard.
+
+    Raises:
+        ValueError: for a file of sizes that cannot be understood, and as `index_shard`.
+    """
+    sizes: list[int] = []
+    known: dict[Path, Mapping[str, int]] = {}
+    counted = 0
+    for path in paths:
+        folder = path.parent
+        if folder not in known:
+            known[folder] = _read_sizes(folder)
+        size = known[folder].get(path.name)
+        if size is None:
+            size = _size_by_img2dataset(path)
+        if size is None:
+            counted += 1
+            size = len(index_shard(path))
+        sizes.append(size)
+    if counted > 100:
+        logger.warning(
+            f"Counted the samples of {counted} shards; a {_SIZES_FILE} beside them would have told at once."
+        )
+    return sizes
+
+
+def _read_sizes(folder: Path) -> Mapping[str, int]:
+    try:
+        file = folder / _SIZES_FILE
+        if file.is_file():
+            sizes = json.loads(file.read_text(encoding="utf-8"))
+            return {name: _whole_number(size) for name, size in sizes.items()}
+        file = folder / "__len__"
+        if file.is_file():
+            shards = [path.name for path in folder.glob("*.tar")]
+            total = _whole_number(json.loads(file.read_text(encoding="utf-8")))
+            return {shards[0]: total} if len(shards) == 1 else {}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{file} does not hold numbers of samples ({error}): mend or delete it.") from None
+    return {}
+
+
+def _size_by_img2dataset(path: Path) -> int | None:
+    file = path.with_name(f"{path.stem}_stats.json")
+    if not file.is_file():
+        return None
+    try:
+        return _whole_number(json.loads(file.read_text(encoding="utf-8"))["successes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{file} has no number of "successes" ({error}): mend or delete it.') from None
+
+
+def _whole_number(value) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no number of samples")
+    return value
+
+
+class ShardReader:
+    """
+    Reads parts of shards wherever they are; keeps some files open, and the indices of the shards used last.
+
+    Args:
+        max_indexed: indices are forgotten when they have more samples than this together. To index no shard twice
+            while a block is read, at least the size of the block and of its first and last shard.
+    """
+
+    MAX_OPEN = 32
+
+    def __init__(self, max_indexed: int):
+        self.max_indexed = max_indexed
+        self._indexed = 0
+        self._files: OrderedDict[Path, io.FileIO] = OrderedDict()
+        self._indices: OrderedDict[Path, list[SampleParts]] = OrderedDict()
+
+    def index(self, path: Path) -> list[SampleParts]:
+        """See `index_shard`."""
+        if path not in self._indices:
+            self._indices[path] = index_shard(path)
+            self._indexed += len(self._indices[path])
+            while self._indexed > self.max_indexed and len(self._indices) > 1:
+                self._indexed -= len(self._indices.popitem(last=False)[1])
+        self._indices.move_to_end(path)
+        return self._indices[path]
+
+    def read(self, path: Path, sample: SampleParts) -> dict[str, bytes]:
+        """
+        The parts of a sample by suffix.
+
+        Raises:
+            OSError: if the file cannot be read, or ends before the sample does.
+        """
+        file = self._open(path)
+        parts = {}
+        for suffix, (offset, size) in sample.parts.items():
+            file.seek(offset)
+            parts[suffix] = file.read(size)
+            if len(parts[suffix]) != size:
+                raise OSError(f"{path} ends within {sample.key}.{suffix}")
+        return parts
+
+    def _open(self, path: Path) -> io.FileIO:
+        if path not in self._files:
+            # unbuffered: a buffer would be read and thrown away for each part
+            self._files[path] = open(path, "rb", buffering=0)
+            while len(self._files) > self.MAX_OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(path)
+        return self._files[path]
+
+    def __reduce__(self):
+        return ShardReader, (self.max_indexed,)  # open files stay in the process that opened them
+
+
+class ShardWriter:
+    """
+    Writes samples to shards `name(0)`, `name(1)`, ...; each appears when it is complete.
+
+    Args:
+        folder: made if it is not there.
+        pattern: name of a shard, with one `%d` field such as `%05d.tar`.
+        max_samples, max_bytes: a shard that has so many samples, or so many bytes of parts, is closed.
+
+    A context manager: an error leaves only complete shards. `sizes` maps their names to their numbers of samples.
+    """
+
+    def __init__(self, folder: str | Path, pattern: str, max_samples: int = 10_000, max_bytes: float = 1e10):
+        self.folder = Path(folder)
+        self.pattern = pattern
+        self.max_samples = max_samples
+        self.max_bytes = max_bytes
+        self.sizes: dict[str, int] = {}
+        self._tar: tarfile.TarFile | None = None
+        self._count = self._bytes = 0
+
+    def write(self, key: str, parts: Mapping[str, bytes]) -> None:
+        """Adds a sample: `parts` are its bytes by suffix without dot. `key` may have no dot behind its last slash."""
+        if self._tar is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._tar = tarfile.open(self._incomplete, "w", format=tarfile.USTAR_FORMAT)
+        for suffix, data in parts.items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")
+            info.size = len(data)
+            self._tar.addfile(info, io.BytesIO(data))
+            self._bytes += len(data)
+        self._count += 1
+        if self._count >= self.max_samples or self._bytes >= self.max_bytes:
+            self._close_shard()
+
+    @property
+    def _name(self) -> str:
+        return self.pattern % len(self.sizes)
+
+    @property
+    def _incomplete(self) -> Path:
+        return self.folder / f".{self._name}.incomplete"
+
+    def _close_shard(self) -> None:
+        self._tar.close()
+        os.replace(self._incomplete, self.folder / self._name)
+        self.sizes[self._name] = self._count
+        self._tar, self._count, self._bytes = None, 0, 0
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        if self._tar is None:
+            return
+        if kind is None:
+            self._close_shard()
+        else:
+            self._tar.close()
+            self._incomplete.unlink()
+
+
+def write_sizes(folder: str | Path, sizes: Mapping[str, int]) -> None:
+    """Adds numbers of samples (tar name -> number) to `sizes.json` in a folder of shards."""
+    path = Path(folder) / _SIZES_FILE
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    temporary = path.with_name(f".{_SIZES_FILE}.incomplete")
+    temporary.write_text(json.dumps(dict(sorted({**known, **sizes}.items())), indent=0) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,285 @@
+"""Checkpoints that are there completely or not at all, and stopping and going on with training.
+
+A folder `checkpoint-N` always holds a whole checkpoint: it is written under `_unfinished/` and gets its name when all
+of it is on disk, so that a process may be killed at any moment. Otherwise the files are those of transformers'
+`Trainer`: weights as safetensors, processor, optimizer, schedule, random generators and `trainer_state.json`, from
+whose step the data are skipped to the right batch.
+"""
+
+import json
+import logging
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "_unfinished"
+TRAINABLE_WEIGHTS = "trainable.safetensors"
+TRAINABLE_INFO = "trainable.json"
+# what a shell reports of a process that SIGTERM ended: training stopped early, its checkpoint is complete
+STOPPED_EXIT_CODE = 128 + signal.SIGTERM
+
+
+def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> str | None:
+    """
+    The checkpoint to go on from, or None to start from the beginning.
+
+    Args:
+        resume: `auto` or true, for the last checkpoint in `output_dir` if there is one; the path of a checkpoint;
+            None or false.
+        output_dir: the output folder of the training.
+
+    Raises:
+        ValueError: if a path is given and there is no complete checkpoint.
+    """
+    wish = str(resume).lower()
+    if resume is None or wish in ("false", "no", "none", ""):
+        return None
+    if wish not in ("auto", "true", "yes"):
+        if not (Path(resume) / TRAINER_STATE_NAME).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: {str(resume)!r} is no checkpoint folder (it has no {TRAINER_STATE_NAME}); "
+                "name a checkpoint-N folder, or set it to auto for the last one of the output folder."
+            )
+        return str(resume)
+    steps = {}
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if number and (folder / TRAINER_STATE_NAME).is_file():
+            steps[int(number[1])] = folder
+    if not steps:
+        logger.info(f"No checkpoint in {output_dir}: training starts from the beginning.")
+        return None
+    checkpoint = steps[max(steps)]
+    logger.info(f"Going on from {checkpoint}.")
+    return str(checkpoint)
+
+
+class CheckpointTrainer(Trainer):
+    """
+    A `Trainer` whose checkpoints are complete or absent, and which stops with one on SIGTERM.
+
+    With `trainable_only` in its arguments, frozen weights are not written: see [`load_trainable`].
+
+    Attributes:
+        stopped (`bool`): whether SIGTERM ended the training early.
+
+    Raises:
+        ValueError: for `trainable_only` with FSDP or DeepSpeed, whose checkpoints hold all weights.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stopped = False
+        self._staging: Path | None = None
+        self.add_callback(_StopOnSigterm(self))
+        if self._trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "trainable_only is set, but checkpoints of FSDP and DeepSpeed hold all weights: unset it."
+            )
+
+    @property
+    def _trainable_only(self) -> bool:
+        return getattr(self.args, "trainable_only", False)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial):
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        staged, final = run_dir / UNFINISHED / name, run_dir / name
+        if self.args.should_save:
+            shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = run_dir / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._discard(final)
+            staged.rename(final)
+            self._remove_old_checkpoints(run_dir)
+            shutil.rmtree(run_dir / UNFINISHED)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_checkpoint(final)
+
+    def _discard(self, checkpoint: Path):
+        # renamed first: what is deleted by halves must not look like a checkpoint
+        if checkpoint.exists():
+            doomed = checkpoint.parent / UNFINISHED / f"old-{checkpoint.name}"
+            checkpoint.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _remove_old_checkpoints(self, run_dir: Path):
+        limit = self.args.save_total_limit
+        if not limit or limit < 0:
+            return
+        best = self.state.best_model_checkpoint
+        checkpoints = sort_checkpoints(str(run_dir), use_mtime=True, best_model_checkpoint=best)
+        # the best one is next to last, and the last one is needed to go on
+        keep = 2 if limit == 1 and best in checkpoints[:-1] else limit
+        for checkpoint in checkpoints[:-keep]:
+            if not self._is_in_use(Path(checkpoint)):
+                self._discard(Path(checkpoint))
+
+    def _is_in_use(self, checkpoint: Path) -> bool:
+        """Whether an old checkpoint must not be removed yet."""
+        return False
+
+    def _push_from_checkpoint(self, checkpoint_folder: str):
+        """The `Trainer` calls this while the folder has its temporary name: see `_push_checkpoint`."""
+
+    def _push_checkpoint(self, checkpoint: Path):
+        super()._push_from_checkpoint(str(checkpoint))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        """As in the parent class; with sharded FSDP too: whole weights as safetensors, and the processor."""
+        if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        if state_dict is not None:
+            # gathered from shards, tied weights are no longer one tensor, and would be written twice
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name not in tied}
+        if not self._trainable_only or not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            output_dir = Path(output_dir or self.args.output_dir)
+            save_trainable(self.model, output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+            torch.save(self.args, output_dir / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        if (Path(resume_from_checkpoint) / TRAINABLE_WEIGHTS).is_file():
+            read_trainable(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if (Path(self.state.best_model_checkpoint) / TRAINABLE_WEIGHTS).is_file():
+            read_trainable(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+def save_trainable(model: PreTrainedModel, folder: str | Path) -> None:
+    """
+    Writes the configuration of a model and the parameters that are trained, without the frozen ones.
+
+    `trainable.safetensors` holds the weights, `trainable.json` the name of the model they were trained on.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_file(trained, folder / TRAINABLE_WEIGHTS, metadata={"format": "pt"})
+    base = model.config.name_or_path
+    info = {
+        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
+        "parameters": sum(parameter.numel() for parameter in trained.values()),
+        "parameters_of_the_model": model.num_parameters(),
+    }
+    (folder / TRAINABLE_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def load_trainable(folder: str | Path, base: str | Path | None = None, **kwargs) -> PreTrainedModel:
+    """
+    The model of a folder that `trainable_only` training wrote: base weights and trained weights put together.
+
+    `load_trainable(folder).save_pretrained(other)` makes a folder that loads like any other.
+
+    Args:
+        folder: a checkpoint or the output folder of the training.
+        base: folder or Hub id of the model that was trained, if it is not where it was then.
+        kwargs: for `from_pretrained` of the base, such as `dtype` or `device_map`.
+
+    Raises:
+        ValueError: if the folder was not written by such a training, or its base is gone or another model.
+    """
+    folder = Path(folder)
+    if not (folder / TRAINABLE_INFO).is_file():
+        raise ValueError(f"{folder} has no {TRAINABLE_INFO}: load it with from_pretrained, it is a whole model.")
+    if base is None:
+        base = json.loads((folder / TRAINABLE_INFO).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if Path(base).is_absolute() and not Path(base).is_dir():
+            raise ValueError(f"{folder} was trained on {base}, which is gone: say where that model is with base=.")
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_pretrained(base, config=config, **kwargs)
+    read_trainable(model, folder)
+    return model
+
+
+def read_trainable(model: PreTrainedModel, folder: str | Path) -> None:
+    """
+    Puts the weights of `trainable.safetensors` into a model, in place.
+
+    Raises:
+        ValueError: for a weight that the model has not, or has in another shape.
+    """
+    trained = load_file(Path(folder) / TRAINABLE_WEIGHTS)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in trained.items():
+            if name not in parameters or parameters[name].shape != tensor.shape:
+                raise ValueError(
+                    f"{folder} holds {name} {tuple(tensor.shape)}, which {model.config.name_or_path!r} has not: load "
+                    "it on the model it was trained on."
+                )
+            parameters[name].copy_(tensor)
+
+
+class _StopOnSigterm(TrainerCallback):
+    """Ends training after the step in which SIGTERM came, with a checkpoint."""
+
+    def __init__(self, trainer: CheckpointTrainer):
+        self.trainer = trainer
+        self.asked = False
+        self._previous = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.asked = self.trainer.stopped = False
+        try:
+            self._previous = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # signals belong to the main thread
+            self._previous = None
+
+    def _ask(self, *signal_and_frame):
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = self.asked
+        if args.world_size > 1:
+            # the signal reaches the ranks in different steps, and a checkpoint is written by all of them
+            flag = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            asked = bool(flag)
+        if asked and state.global_step < state.max_steps:
+            self.trainer.stopped = control.should_save = control.should_training_stop = True
+            if state.is_world_process_zero:
+                logger.warning(f"SIGTERM: training stops after step {state.global_step}, with a checkpoint.")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)

@@ -1,0 +1,51 @@
+"""Which kernels a training uses: those of attention, and Liger's (https://huggingface.co/papers/2410.10989)."""
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+
+from .arguments import DataArguments, ModelArguments, TrainingArguments
+
+
+def choose_attention(
+    config: PreTrainedConfig, model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
+) -> str | dict[str, str] | None:
+    """
+    `attn_implementation` as given, or else the one for the form of the batches; None leaves it to transformers, and so
+    does a dict for parts that it does not name.
+
+    Packed rows are for kernels that are told where a sample ends: flash-attention-2 where it is installed and the
+    computation is in 16 bits, otherwise torch's kernel sample by sample. A compiled graph takes one mask for the row.
+    """
+    if model_args.attn_implementation is not None or not data_args.packing or training_args.torch_compile:
+        return model_args.attn_implementation
+    if not hasattr(config, "vision_config"):
+        return None  # OtterHD's `sdpa` goes sample by sample itself
+    kernel = "varlen_sdpa"
+    if is_flash_attn_2_available() and (training_args.bf16 or training_args.fp16):
+        kernel = "flash_attention_2"
+    return {"": kernel, "text_config": kernel}
+
+
+def use_liger_kernels(config: PreTrainedConfig, options: dict[str, bool] | None = None) -> None:
+    """
+    Has models that are made from now on use Liger's kernels in their decoder.
+
+    Replaces classes of transformers in this process, as Liger does it for models that are not made yet: what it does
+    to a finished model looks for layers where a Flamingo has wrapped ones. A decoder it does not know stays as it is.
+    The loss needs no call: `supervised_loss` takes Liger's fused kernel where it is installed.
+
+    Args:
+        options: which kernels, as `liger_kernel_config` of the training arguments.
+
+    Raises:
+        ValueError: without Liger or a CUDA device.
+    """
+    if not is_liger_kernel_available():
+        raise ValueError("use_liger_kernel needs liger-kernel: install it, or leave use_liger_kernel out.")
+    if not torch.cuda.is_available():
+        raise ValueError("use_liger_kernel needs a CUDA device: leave it out here.")
+    from liger_kernel.transformers import _apply_liger_kernel
+
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    _apply_liger_kernel(config.get_text_config().model_type, **{**(options or {}), **losses})

@@ -1,0 +1,256 @@
+"""The plan of a training: what will be trained, on how much, with what memory, told before any weight is loaded."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import set_zero3_state
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
+
+from ..conversion.memory import gibibytes
+from ..models.lm_loss import MAX_LOGITS
+from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .flops import TrainingFlops, count_training_flops
+from .freezing import freeze, parameter_counts, parameter_groups
+from .lora import WHOLE_MODULES, get_peft_model, lora_config
+
+
+# bytes of a weight in NF4 with quantised scales, and of the two moments of an optimizer of which they are not kept
+# in the precision of the weight
+_BYTES_4BIT = 0.516
+_MOMENTS = {"8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """
+    Args:
+        groups: parameters, and trained ones, of each group.
+        dtype: of the weights; `compute_dtype`: of the multiplications.
+        samples_per_step, tokens_per_step: of all devices and accumulated batches; tokens at most.
+        steps: optimizer steps, None where the data is not known.
+        world_size: number of devices. sharding: `none`, `zero1`, `zero2`, `zero3` or `fsdp`.
+        memory: bytes on each device for weights, gradients, optimizer, activations (an estimate, see `_activations`)
+            and logits.
+        attention: implementation by part.
+        liger, compiled: whether these kernels are used.
+        flops: operations of a step, for the share of the device's peak in the logs.
+    """
+
+    groups: dict[str, tuple[int, int]]
+    dtype: str
+    compute_dtype: str
+    samples_per_step: int
+    tokens_per_step: int
+    steps: int | None
+    world_size: int
+    sharding: str
+    memory: dict[str, int]
+    attention: dict[str, str]
+    liger: bool
+    compiled: bool
+    flops: TrainingFlops
+
+    def __str__(self) -> str:
+        lines = [f"{'group':<16}{'parameters':>16}{'trained':>16}"]
+        total = tuple(map(sum, zip(*self.groups.values(), strict=True)))
+        for name, counts in {**self.groups, "total": total}.items():
+            lines.append(f"{name:<16}{counts[0]:>16,}{counts[1]:>16,}")
+        steps = "unknown" if self.steps is None else f"{self.steps:,}"
+        lines += [
+            f"weights in {self.dtype}, computed in {self.compute_dtype}; {self.world_size} device(s), "
+            f"sharding: {self.sharding}",
+            f"{steps} steps of {self.samples_per_step:,} samples, at most {self.tokens_per_step:,} tokens",
+            "memory per device, from shapes: "
+            + ", ".join(f"{name} {gibibytes(size)}" for name, size in self.memory.items())
+            + f"; together {gibibytes(sum(self.memory.values()))}",
+            "attention: "
+            + ", ".join(f"{part} {name}" for part, name in self.attention.items())
+            + f"; Liger kernels: {'yes' if self.liger else 'no'}; torch.compile: {'yes' if self.compiled else 'no'}",
+        ]
+        return "\n".join(lines)
+
+
+def meta_model(
+    model_args: ModelArguments, config: PreTrainedConfig | None = None, attention: str | dict[str, str] | None = None
+) -> PreTrainedModel:
+    """
+    The model without memory behind its parameters, those to train marked, adapters included.
+
+    Args:
+        config: by default that of `model_name_or_path`.
+        attention: implementation, see `choose_attention`.
+    """
+    config = config or AutoConfig.from_pretrained(model_args.model_name_or_path)
+    dtype = config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
+    # transformers shall think that ZeRO-3 is at work already: it would share out parameters that have no memory
+    with torch.device("meta"), set_zero3_state():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        model.tie_weights()
+        if model_args.lora:
+            return get_peft_model(model, lora_config(model_args, range(len(model_args.train_embedding_rows))))
+    freeze(model, model_args.freeze)
+    for parameter in parameter_groups(model)["embeddings"]:
+        parameter.requires_grad_(parameter.requires_grad or bool(model_args.train_embedding_rows))
+    return model
+
+
+def sharding_of(training_args: TrainingArguments) -> str:
+    """What is shared between devices: `none`, `zero1`, `zero2`, `zero3` or `fsdp`, as arguments or launcher say."""
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp"
+    plugin = training_args.deepspeed_plugin
+    return "none" if plugin is None else f"zero{plugin.zero_stage}"
+
+
+def make_plan(
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    *,
+    num_samples: int | None = None,
+    frames: int = 1,
+    world_size: int | None = None,
+    sharding: str | None = None,
+) -> TrainingPlan:
+    """
+    Args:
+        model: see `meta_model`.
+        num_samples: samples of an epoch.
+        frames: of the one picture or video that each sample is taken to have.
+        world_size, sharding: by default those of this process.
+    """
+    world_size = training_args.world_size if world_size is None else world_size
+    sharding = sharding_of(training_args) if sharding is None else sharding
+    batch_size = training_args.per_device_train_batch_size
+    samples = batch_size * training_args.gradient_accumulation_steps * world_size
+    compute = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else model.dtype
+    memory = _weights(model, model_args, training_args, world_size, sharding)
+    memory["activations"] = _activations(
+        model, batch_size, data_args.max_length, frames, compute.itemsize, training_args.activation_checkpointing
+    )
+    logits = min(MAX_LOGITS, batch_size * data_args.max_length * model.config.get_text_config().vocab_size)
+    memory["logits"] = 2 * torch.float32.itemsize * logits  # and their gradient
+    return TrainingPlan(
+        groups=parameter_counts(model),
+        dtype="4 bits" if model_args.load_in_4bit else str(model.dtype).removeprefix("torch."),
+        compute_dtype=str(compute).removeprefix("torch."),
+        samples_per_step=samples,
+        tokens_per_step=samples * data_args.max_length,
+        steps=_steps(training_args, num_samples, world_size),
+        world_size=world_size,
+        sharding=sharding,
+        memory=memory,
+        attention={part: str(config._attn_implementation) for part, config in _configs(model.config).items()},
+        liger=training_args.use_liger_kernel and is_liger_kernel_available(),
+        compiled=bool(training_args.torch_compile),
+        flops=count_training_flops(model),
+    )
+
+
+def _configs(config) -> dict:
+    parts = {"vision": getattr(config, "vision_config", None), "language": config.get_text_config()}
+    if hasattr(config, "cross_attn_every_n_layers"):
+        parts["gated and resampler"] = config
+    return {part: inner for part, inner in parts.items() if inner is not None}
+
+
+def _steps(training_args: TrainingArguments, num_samples: int | None, world_size: int) -> int | None:
+    if training_args.max_steps > 0:
+        return training_args.max_steps
+    if num_samples is None:
+        return None
+    # as the Trainer counts: batches of each device, a last one that is not full included
+    batches = -(-num_samples // training_args.per_device_train_batch_size)
+    if training_args.dataloader_drop_last:
+        batches = num_samples // training_args.per_device_train_batch_size
+    batches = batches // world_size if training_args.dataloader_drop_last else -(-batches // world_size)
+    per_epoch = max(1, -(-batches // training_args.gradient_accumulation_steps))
+    return -(-int(per_epoch * training_args.num_train_epochs * 1000) // 1000)
+
+
+def _weights(model, model_args, training_args, world_size: int, sharding: str) -> dict[str, int]:
+    """Bytes of weights, gradients and moments on each device."""
+    linear = {
+        id(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in WHOLE_MODULES) and "lora_" not in name
+    }
+    total = {"weights": 0.0, "gradients": 0.0, "optimizer": 0.0}
+    moments = next(
+        (size for name, size in _MOMENTS.items() if name in OptimizerNames(training_args.optim).value), None
+    )
+    for parameter in model.parameters():
+        size = weight = parameter.element_size()
+        if sharding == "fsdp" and (training_args.bf16 or training_args.fp16):
+            size = weight = 4  # kept whole, cast for computing
+        master = 0
+        if sharding.startswith("zero") and (training_args.bf16 or training_args.fp16):
+            size, weight, master = 4, 2, 4  # a copy in float32 belongs to the optimizer
+        if model_args.load_in_4bit:
+            # what is not in 4 bits is made float32
+            size, weight = 4, _BYTES_4BIT if id(parameter) in linear else 4
+        count = parameter.numel()
+        total["weights"] += count * weight
+        if parameter.requires_grad:
+            total["gradients"] += count * weight
+            total["optimizer"] += count * (master + (2 * size if moments is None else moments))
+    shared = {
+        "zero1": ("optimizer",),
+        "zero2": ("optimizer", "gradients"),
+        "zero3": tuple(total),
+        "fsdp": tuple(total),
+    }.get(sharding, ())
+    return {name: int(size / (world_size if name in shared else 1)) for name, size in total.items()}
+
+
+def _activations(model, batch_size: int, max_length: int, frames: int, itemsize: int, checkpointing: bool) -> int:
+    """
+    Bytes that the backward pass needs of the forward pass, on the estimate that a linear layer keeps its output, and
+    its input too if its weight is trained, a norm twice its input; checkpointed layers keep what enters them, and one
+    at a time the rest. For one image or video of so many frames in each sample, all samples as long as they may be. A
+    frozen vision tower keeps nothing.
+    """
+    config = model.config
+    tokens, media, vision = batch_size * max_length, 0, 0
+    if hasattr(config, "perceiver_num_latents"):
+        media = batch_size * config.perceiver_num_latents
+        size = getattr(config.vision_config, "image_size", 224)
+        size = size[0] if isinstance(size, (list, tuple)) else size
+        vision = batch_size * frames * (size // getattr(config.vision_config, "patch_size", 32)) ** 2
+
+    def positions(name: str) -> int:
+        if "vision_tower." in name:
+            return vision
+        if ".perceiver." in name:
+            return media + (vision if name.endswith("to_kv") else 0)
+        return media if name.endswith("gated_cross_attn_layer.attn.to_kv") else tokens
+
+    kept: dict[str, int] = {}  # of each checkpointed layer, or of the rest
+    units = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    trained_tower = any(p.requires_grad for n, p in model.named_parameters() if ".vision_tower." in n)
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear)
+        if not is_linear and "Norm" not in type(module).__name__:
+            continue
+        if module is head or (".vision_tower." in name and not trained_tower):
+            continue
+        unit = next((unit for unit in units if name.startswith(f"{unit}.")), "") if checkpointing else ""
+        if is_linear:
+            width = module.out_features + (module.in_features if module.weight.requires_grad else 0)
+        else:
+            width = 2 * module.weight.numel()
+        kept[unit] = kept.get(unit, 0) + positions(name) * width * itemsize
+    entering = sum(positions(f"{unit}.") * _entering_width(config, unit) * itemsize for unit in kept if unit)
+    return kept.pop("", 0) + entering + max(kept.values(), default=0)
+
+
+def _entering_width(config, unit: str) -> int:
+    outside = ".vision_tower." in unit or ".perceiver." in unit
+    return config.vision_config.hidden_size if outside else config.get_text_config().hidden_size

@@ -1,0 +1,184 @@
+"""Pretraining of a Flamingo or Otter on streams of shards: each step has a batch of each set."""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+from ..data.collator import IGNORE_INDEX
+from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
+from .arguments import ModelArguments, TrainingArguments, parse_arguments
+from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
+from .freezing import freeze, train_only_rows
+from .run import _stop_generation_at
+from .trainer import OtterTrainer
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class PretrainingDataArguments:
+    """What to pretrain on."""
+
+    train_sets: str = field(metadata={"help": "YAML of sets of shards, see `read_pretraining_sets`."})
+    block_size: int = field(default=5000, metadata={"help": "Samples of a set that each worker shuffles at a time."})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Pretrains with the arguments `[recipe.yaml] [--flag value ...]`, by default those of the process.
+
+    Raises:
+        ValueError: one sentence on the argument, file or set which is wrong.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("otter_hf").setLevel(logging.INFO)
+    kinds = (ModelArguments, PretrainingDataArguments, TrainingArguments)
+    pretrain(*parse_arguments(sys.argv[1:] if argv is None else argv, kinds))
+
+
+def pretrain(
+    model_args: ModelArguments, data_args: PretrainingDataArguments, training_args: TrainingArguments
+) -> "PretrainingTrainer":
+    """
+    Pretrains, and leaves model, processor and `trainer_state.json` in the output folder.
+
+    Returns:
+        The trainer, with its `model` and `state`.
+    """
+    for name in ("lora", "cache_vision_features"):
+        if getattr(model_args, name):
+            raise ValueError(f"{name} is for fine-tuning: leave it out, and freeze what is not to be pretrained.")
+    set_seed(training_args.seed)
+    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    stream = PretrainingStream(
+        read_pretraining_sets(data_args.train_sets),
+        processor,
+        num_workers=training_args.dataloader_num_workers,
+        shard=(training_args.process_index, training_args.world_size),
+        seed=training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        block_size=data_args.block_size,
+    )
+    # for the Trainer's messages and counts: its batch is one of each set
+    training_args.per_device_train_batch_size = sum(one.batch_size for one in stream.sets)
+    logger.info(_table(stream))
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_args.model_name_or_path, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    )
+    _stop_generation_at(model, processor.end_of_chunk_token_id)
+    freeze(model, model_args.freeze)
+    if model_args.train_embedding_rows:
+        train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))
+    trainer = PretrainingTrainer(model=model, args=training_args, train_dataset=stream, processing_class=processor)
+    trainer.train(
+        resume_from_checkpoint=find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    )
+    if trainer.stopped:
+        raise SystemExit(STOPPED_EXIT_CODE)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        logger.info(f"left out in this process: {stream.skipped or 'nothing'}")
+    return trainer
+
+
+def _table(stream: PretrainingStream) -> str:
+    lines = [f"{'set':<12}{'kind':<14}{'shards':>8}{'samples':>14}{'batch':>8}{'weight':>8}"]
+    for one in stream.sets:
+        lines.append(
+            f"{one.name:<12}{one.kind:<14}{len(one.paths):>8,}{sum(one.sizes):>14,}{one.batch_size:>8}"
+            f"{one.loss_weight:>8}"
+        )
+    return "\n".join([*lines, f"{len(stream):,} batches of each set in an epoch, on each process"])
+
+
+class PretrainingTrainer(OtterTrainer):
+    """
+    An `OtterTrainer` for a `PretrainingStream`.
+
+    The loss of a step is the sum over the sets of `loss_weight` times the mean loss of their labels, each mean taken
+    over all batches that are accumulated and over all devices, so that neither accumulation nor the lengths of texts
+    move the weights; 2023 took the mean of each batch on each device. Sets are computed one after the other, and their
+    gradients are exchanged once. Logged are `loss` (of the step) and `loss/<set>` (without weight).
+
+    Checkpoints hold how far each process has read; training goes on from them to the bit. With `ignore_data_skip` the
+    data start anew.
+    """
+
+    train_dataset: PretrainingStream
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stream's own: it divides the samples among the processes by itself."""
+        self._sampler = self.train_dataset  # is told the epoch
+        return self.train_dataset.dataloader(
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As in the parent class, noting how far the data have been read."""
+        return super().get_batch_samples(self.train_dataset.track(epoch_iterator), num_batches, device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
+        """What divides the summed loss of each set: the labels of the step, on all devices, over the set's weight."""
+        counts = torch.stack(
+            [
+                sum((batches[one.name]["labels"][:, 1:] != IGNORE_INDEX).sum() for batches in batch_samples)
+                for one in self.train_dataset.sets
+            ]
+        ).to(device)  # (sets,)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.gather(counts).view(self.args.world_size, -1).sum(dim=0)
+        weights = torch.tensor([one.loss_weight for one in self.train_dataset.sets], device=device)
+        divisors = counts.clamp(min=1) / weights
+        return {one.name: divisor for one, divisor in zip(self.train_dataset.sets, divisors, strict=True)}
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward pass of each set; the weighted sum of their losses."""
+        state = self.accelerator.gradient_state
+        is_last_of_step, last = state.sync_gradients, next(reversed(inputs))
+        losses = []
+        for name, batch in inputs.items():
+            # gradients are exchanged with those of the last set, also by DeepSpeed, which has no `no_sync`
+            state._set_sync_gradients(is_last_of_step and name == last)
+            with contextlib.nullcontext() if name == last else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, batch, num_items_in_batch[name]))
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """As in the parent class, of all sets."""
+        return sum(super(PretrainingTrainer, self).floating_point_ops(batch) for batch in inputs.values())
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        path = self._state_file(output_dir)
+        path.write_text(json.dumps(self.train_dataset.state_dict()) + "\n", encoding="utf-8")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or self.args.ignore_data_skip:
+            return
+        path = self._state_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {path.name}: it was written by another number of processes. Go on with the "
+                "same, or set ignore_data_skip to start the data anew."
+            )
+        state = json.loads(path.read_text(encoding="utf-8"))
+        self.train_dataset.load_state_dict(state, leave_out=state["taken"] < len(self.train_dataset))
+
+    def _state_file(self, folder: str) -> Path:
+        return Path(folder) / f"pretraining_stream_{self.args.process_index}.json"
+
+
+__all__ = ["PretrainingDataArguments", "PretrainingSet", "PretrainingTrainer", "main", "pretrain"]

@@ -1,0 +1,235 @@
+"""Checkpoints: killed at any moment, stopped on request, without frozen weights."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from training_files import PROGRAM, command, environment, losses, start, torchrun, weights, write_training_files
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, find_checkpoint, load_trainable
+from otter_hf.training.run import main
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "freeze": ["vision"]}
+
+KILLED = """
+import os, signal, sys
+import {module} as module
+
+original, calls = module.{function}, 0
+
+def die(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+module.{function} = die
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("files"), text_only=7)
+
+
+@pytest.fixture(autouse=True)
+def cache(files, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", files / "cache")
+
+
+@pytest.fixture(scope="module")
+def unbroken(files):
+    """Output folder of a training that nothing disturbed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", files / "cache")
+        main(command(files, "unbroken", **SAVING))
+    return files / "unbroken"
+
+
+def assert_same_training(folder, unbroken):
+    assert losses(folder) == losses(unbroken)
+    expected = weights(unbroken)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(folder).items())
+
+
+def test_a_checkpoint_is_complete(unbroken):
+    for step in (2, 4, 6):
+        folder = unbroken / f"checkpoint-{step}"
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+        AutoProcessor.from_pretrained(folder)
+        assert AutoModelForImageTextToText.from_pretrained(folder).num_parameters()
+    assert not (unbroken / "_unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "call", "left"),
+    [
+        # in the second checkpoint: its weights are written, the optimizer is not
+        ("torch", "save", 6, 2),
+        # in the third step
+        pytest.param("otter_hf.models.lm_loss", "scale_logits", 3, 2, marks=pytest.mark.slow),
+        # the first checkpoint is written but has no name yet, and the last one is not whole
+        pytest.param("pathlib.Path", "rename", 1, None, marks=pytest.mark.slow),
+        pytest.param("safetensors.torch", "save_file", 3, 4, marks=pytest.mark.slow),
+    ],
+)
+def test_killed(files, unbroken, module, function, call, left):
+    """kill -9, also in the middle of a checkpoint: `auto` goes on from the last whole one, to the same bits."""
+    arguments = command(files, "killed", resume_from_checkpoint="auto", **SAVING)
+    shutil.rmtree(files / "killed", ignore_errors=True)
+    module, _, owner = module.partition(".Path")
+    patch = KILLED.format(module=module, function="Path.rename" if function == "rename" else function, call=call)
+    result = start(files, arguments, patch + PROGRAM)
+    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    found = find_checkpoint("auto", files / "killed")
+    if left is not None:
+        assert found == str(files / "killed" / f"checkpoint-{left}")
+    main(arguments)
+    assert_same_training(files / "killed", unbroken)
+    assert not (files / "killed" / "_unfinished").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.0, 0.15, 0.4])
+def test_killed_from_outside(files, unbroken, wait):
+    arguments = command(files, "shot", resume_from_checkpoint="auto", **SAVING)
+    shutil.rmtree(files / "shot", ignore_errors=True)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, *arguments], env=environment(files))
+    while not (files / "shot").exists() and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(wait)
+    process.kill()
+    process.wait()
+    main(arguments)
+    assert_same_training(files / "shot", unbroken)
+
+
+def test_sigterm(files, unbroken):
+    """The step is finished, a checkpoint written, and the exit code tells that training is not over."""
+    arguments = command(files, "stopped", **SAVING | {"save_steps": 100, "resume_from_checkpoint": "auto"})
+    # the signal comes in the middle of the third step
+    with pytest.MonkeyPatch.context() as patch:
+        from otter_hf.training.trainer import OtterTrainer
+
+        original, calls = OtterTrainer.training_step, []
+
+        def signalled(self, *args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            return original(self, *args, **kwargs)
+
+        patch.setattr(OtterTrainer, "training_step", signalled)
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+    assert stop.value.code == STOPPED_EXIT_CODE == 143
+    assert [path.name for path in (files / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert not (files / "stopped" / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main(arguments)
+    assert_same_training(files / "stopped", unbroken)
+
+
+def test_auto_starts_from_the_beginning_without_a_checkpoint(tmp_path):
+    assert find_checkpoint("auto", tmp_path / "nowhere") is None
+    assert find_checkpoint("true", tmp_path) is None
+    assert find_checkpoint(None, tmp_path) is None
+    assert find_checkpoint("false", tmp_path) is None
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "_unfinished/checkpoint-11"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12").mkdir()  # by a program that does not write complete ones
+    assert find_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match="is no checkpoint folder .* name a checkpoint-N folder, or set it to auto"):
+        find_checkpoint(str(tmp_path), tmp_path)
+
+
+def test_the_last_and_the_best_are_kept(files):
+    settings = {"eval_mixture": str(files / "eval.yaml"), "eval_strategy": "steps", "eval_steps": 2}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}
+    main(command(files, "limited", save_total_limit=1, **SAVING | settings))
+    state = json.loads((files / "limited" / "trainer_state.json").read_text())
+    by_step = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(by_step, key=by_step.get)
+    assert state["best_model_checkpoint"] == str(files / "limited" / f"checkpoint-{best}")
+    kept = {path.name for path in (files / "limited").glob("checkpoint-*")}
+    assert kept == {f"checkpoint-{best}", "checkpoint-6"}
+    best_weights = weights(files / "limited" / f"checkpoint-{best}")
+    assert all(torch.equal(tensor, best_weights[name]) for name, tensor in weights(files / "limited").items())
+
+
+def test_trainable_only(files, unbroken):
+    """Frozen weights are not written; base and checkpoint together are the trained model, also to go on with."""
+    settings = SAVING | {"trainable_only": True, "freeze": ["vision", "language"]}
+    whole = command(files, "whole", **settings | {"trainable_only": False})
+    main(whole)
+    main(command(files, "small", **settings))
+    out = files / "small"
+    assert not list(out.rglob("model.safetensors"))
+    sizes = [path.stat().st_size for path in (out / "trainable.safetensors", files / "whole" / "model.safetensors")]
+    assert sizes[0] < 0.6 * sizes[1]
+    assert json.loads((out / "trainable.json").read_text())["base_model_name_or_path"] == str(files / "base")
+    with pytest.raises(OSError, match="model.safetensors"):
+        AutoModelForImageTextToText.from_pretrained(out)
+
+    expected = weights(files / "whole")
+    loaded = load_trainable(out)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    processor = AutoProcessor.from_pretrained(out / "checkpoint-4")
+    assert processor.end_of_chunk_token_id in loaded.generation_config.eos_token_id
+
+    shutil.rmtree(out / "checkpoint-6")
+    main(command(files, "small", resume_from_checkpoint="auto", **settings))
+    again = load_trainable(out, base=files / "base")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    with pytest.raises(ValueError, match="it is a whole model"):
+        load_trainable(files / "whole")
+
+
+@pytest.mark.slow
+def test_elastic_restart(files, unbroken):
+    """`torchrun --max-restarts`: a process that dies once costs the steps since the last checkpoint."""
+    two = {"per_device_train_batch_size": 2, "resume_from_checkpoint": "auto"}
+    die_once = f"""
+import os, pathlib, signal
+from otter_hf.training.trainer import OtterTrainer
+
+original, flag = OtterTrainer.training_step, pathlib.Path({str(files / "died")!r})
+
+def step(self, *args, **kwargs):
+    if self.state.global_step == 3 and self.args.process_index == 1 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+
+OtterTrainer.training_step = step
+"""
+    # the last batch of an epoch is not full, and two processes would fill it up
+    arguments = command(files, "elastic", **SAVING | two | {"max_steps": 4})
+    result = torchrun(files, arguments, "--max-restarts", "3", program=die_once + PROGRAM)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (files / "died").exists()
+    assert "checkpoint-2" in result.stderr
+    torch.testing.assert_close(losses(files / "elastic"), losses(unbroken)[:4], rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_without_embedding(files):
+    """The device-side assert of 2023, said beforehand."""
+    processor = AutoProcessor.from_pretrained(files / "base")
+    rows = AutoModelForImageTextToText.from_pretrained(files / "base").config.text_config.vocab_size
+    processor.tokenizer.add_tokens(["<new>"])
+    shutil.copytree(files / "base", files / "larger")
+    processor.save_pretrained(files / "larger")
+    message = f"'<new>' has id {rows}, but the model has embeddings of {rows} tokens only"
+    with pytest.raises(ValueError, match=message):
+        main(command(files, "nothing", model_name_or_path=str(files / "larger")))
+    assert not (files / "nothing").exists()

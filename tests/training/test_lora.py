@@ -1,0 +1,118 @@
+"""LoRA and DoRA on each family: what they touch, and adapters that are saved, loaded, merged and gone on with."""
+
+import shutil
+
+import otter_tiny
+import otterhd_tiny
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from safetensors.torch import load_file
+from training_files import command, losses, write_training_files
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration
+from otter_hf.training.arguments import ModelArguments
+from otter_hf.training.lora import lora_config
+from otter_hf.training.run import main
+
+
+LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PERSIMMON = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+
+
+def tiny(family: str):
+    if family == "otterhd":
+        return otterhd_tiny.tiny_model(otterhd_tiny.tiny_processor())
+    model = otter_tiny.tiny_model(otter_tiny.tiny_processor())
+    if family == "flamingo":
+        settings = model.config.to_dict()
+        settings.pop("model_type")
+        return FlamingoForConditionalGeneration(FlamingoConfig.from_dict(settings))
+    return model
+
+
+def updated_layers(model) -> set[str]:
+    return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize(
+    ("family", "targets", "layers", "per_layer"),
+    [("otter", LLAMA, 4, 7), ("flamingo", LLAMA, 4, 7), ("otterhd", PERSIMMON, 2, 4)],
+)
+def test_only_layers_of_the_decoder(family, targets, layers, per_layer, dora):
+    """Vision tower and gated blocks, which have a `q_proj` or `dense` too, are left alone."""
+    arguments = ModelArguments("base/model", lora=True, lora_target_modules=targets, lora_dora=dora, lora_r=2)
+    model = tiny(family)
+    named = [name for name, _ in model.named_modules() if name.split(".")[-1] in targets]
+    model.add_adapter(lora_config(arguments))
+    updated = updated_layers(model)
+    assert len(updated) == layers * per_layer
+    assert all(name.startswith("model.language_model.") for name in updated)
+    assert not any("gated_cross_attn_layer" in name for name in updated)
+    if family != "otterhd":
+        assert len(named) > len(updated)  # there was something to leave alone
+    assert any("lora_magnitude_vector" in name for name, _ in model.named_parameters()) == dora
+
+
+def test_a_name_of_a_gated_block_alone_is_refused():
+    arguments = ModelArguments("base/model", lora=True, lora_target_modules=["to_kv"])
+    with pytest.raises(ValueError, match="to_kv|[Tt]arget modules"):
+        tiny("otter").add_adapter(lora_config(arguments))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("lora"))
+
+
+@pytest.fixture(autouse=True)
+def cache(files, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", files / "cache")
+
+
+@torch.no_grad()
+def logits(model, folder):
+    processor = AutoProcessor.from_pretrained(folder)
+    inputs = processor(text="<image>User:what color? GPT:<answer>", images=Image.new("RGB", (20, 24), "red"))
+    return model.eval()(**inputs.convert_to_tensors("pt")).logits
+
+
+@pytest.mark.parametrize("groups", [[], ["perceiver", "cross_attention"]])
+def test_saved_loaded_merged_and_gone_on_with(files, groups):
+    settings = {"lora": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "lora_train_groups": groups}
+    settings |= {"save_strategy": "steps", "save_steps": 2, "lora_dropout": 0.1}
+    shutil.rmtree(files / "adapters", ignore_errors=True)
+    main(command(files, "adapters", **settings))
+    out = files / "adapters"
+    assert not list(out.rglob("model.safetensors"))
+    saved = load_file(out / "adapter_model.safetensors")
+    for group, part in (("perceiver", ".perceiver."), ("cross_attention", ".gated_cross_attn_layer.")):
+        assert any(part in name for name in saved) == (group in groups)
+    if groups:
+        assert any(name.endswith("attn_gate") for name in saved)
+
+    base = AutoModelForImageTextToText.from_pretrained(files / "base")
+    before = logits(base, out)
+    adapted = PeftModel.from_pretrained(base, out)
+    expected = logits(adapted, out)
+    assert (expected - before).abs().max() > 1e-3
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(logits(merged, out), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(files / "merged")
+    whole, info = AutoModelForImageTextToText.from_pretrained(files / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    torch.testing.assert_close(logits(whole, out), expected, rtol=1e-4, atol=1e-4)
+    # the folder of the adapters loads like any other
+    torch.testing.assert_close(
+        logits(AutoModelForImageTextToText.from_pretrained(out), out), expected, rtol=1e-5, atol=1e-5
+    )
+
+    unbroken = losses(out)
+    shutil.rmtree(out / "checkpoint-4")
+    main(command(files, "adapters", resume_from_checkpoint="auto", **settings))
+    assert losses(out) == unbroken
+    again = load_file(out / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())

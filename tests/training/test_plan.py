@@ -1,0 +1,208 @@
+"""What the plan says of a training, against the training."""
+
+import json
+import logging
+
+import pytest
+import torch
+from otterhd_tiny import tiny_model, tiny_processor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from otter_hf.training.arguments import parse_arguments
+from otter_hf.training.flops import count_training_flops
+from otter_hf.training.freezing import freeze
+from otter_hf.training.kernels import choose_attention, use_liger_kernels
+from otter_hf.training.plan import make_plan, meta_model
+from otter_hf.training.run import main
+
+
+@pytest.fixture
+def arguments(model, tmp_path):
+    model.save_pretrained(tmp_path / "base")
+
+    def parse(flags=""):
+        base = f"--model_name_or_path {tmp_path / 'base'} --train_mixture t.yaml --output_dir out --use_cpu True"
+        return parse_arguments(f"{base} {flags}".split())
+
+    return parse
+
+
+def plan_of(arguments, **kwargs):
+    model_args = arguments[0]
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    return make_plan(meta_model(model_args, config), *arguments, **kwargs)
+
+
+def test_parameters_and_memory_are_those_of_the_model(arguments, model):
+    flags = "--freeze vision language --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --max_length 64"
+    plan = plan_of(arguments(flags), num_samples=20, world_size=1)
+    freeze(model, ["vision", "language"])
+    trained = model.num_parameters(only_trainable=True)
+    assert sum(total for total, _ in plan.groups.values()) == model.num_parameters()
+    assert sum(count for _, count in plan.groups.values()) == trained
+    assert plan.groups["language"][1] == plan.groups["vision"][1] == 0
+    assert plan.memory["weights"] == 4 * model.num_parameters()
+    assert plan.memory["gradients"] == 4 * trained
+    assert plan.memory["optimizer"] == 8 * trained
+    assert (plan.samples_per_step, plan.tokens_per_step) == (6, 384)
+    assert plan.steps == 12  # 10 batches, 4 steps an epoch, 3 epochs
+    assert (plan.dtype, plan.compute_dtype, plan.sharding) == ("float32", "float32", "none")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "weights", "gradients", "optimizer"),
+    [("none", 4, 4, 8), ("zero1", 2, 2, 12 / 8), ("zero2", 2, 2 / 8, 12 / 8), ("zero3", 2 / 8, 2 / 8, 12 / 8)]
+    + [("fsdp", 4 / 8, 4 / 8, 8 / 8)],
+)
+def test_memory_of_shared_states(arguments, model, sharding, weights, gradients, optimizer):
+    parsed = arguments()
+    parsed[2].bf16 = True  # as on a GPU: the argument itself is refused on a CPU without bfloat16
+    plan = plan_of(parsed, world_size=8, sharding=sharding)
+    count = sum(total for total, _ in plan.groups.values())
+    trained = sum(trained for _, trained in plan.groups.values())
+    expected = [int(count * weights), int(trained * gradients), int(trained * optimizer)]
+    assert [plan.memory[name] for name in ("weights", "gradients", "optimizer")] == expected
+    assert plan.compute_dtype == "bfloat16"
+
+
+def test_low_rank_updates_and_four_bits(arguments):
+    lora = "--lora True --lora_target_modules q_proj v_proj --lora_train_groups perceiver --lora_r 4"
+    plan = plan_of(arguments(lora))
+    # q_proj and v_proj of 4 layers, 32 x 32, rank 4; the resampler in full beside a frozen copy
+    assert plan.groups["language"][1] == 4 * 2 * 4 * (32 + 32)
+    assert plan.groups["perceiver"][1] * 2 == plan.groups["perceiver"][0]
+    assert plan.groups["cross_attention"][1] == 0
+    in_4_bits = plan_of(arguments(f"{lora} --load_in_4bit True"))
+    assert in_4_bits.dtype == "4 bits"
+    assert in_4_bits.memory["weights"] < plan.memory["weights"]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_moments_of_the_optimizer(arguments, optim):
+    plan = plan_of(arguments(f"--optim {optim}"))
+    assert plan.memory["optimizer"] == (2 * plan.memory["gradients"] if optim == "adamw_torch" else 0)
+
+
+@pytest.mark.parametrize("frozen", ["vision", "vision language"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_about_what_autograd_keeps(arguments, model, frozen, checkpointing):
+    flags = f"--freeze {frozen} --per_device_train_batch_size 2 --max_length 64"
+    plan = plan_of(arguments(f"{flags} --activation_checkpointing {checkpointing}"))
+    freeze(model, frozen.split())
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    ids = torch.randint(3, 200, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids[:, 1] = model.config.image_token_id
+    kept = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, or its address would be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(input_ids=ids, labels=ids, pixel_values=torch.randn(2, 1, 3, 28, 28))
+    measured = sum(size for size, _ in kept.values())
+    logits = 2 * 4 * 2 * 64 * model.config.text_config.vocab_size
+    assert plan.memory["logits"] == logits
+    if checkpointing:  # the plan has one layer's activations on top, which the backward pass makes again
+        assert 0.5 * measured < plan.memory["activations"] < 4 * measured
+    else:
+        assert 0.7 * measured < plan.memory["activations"] + logits < 1.4 * measured
+
+
+def test_flops_are_those_torch_counts(model):
+    """Of a step in which everything is trained, up to a per cent: torch leaves out nothing that matters here."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(model.config)
+    flops = count_training_flops(empty)
+    model.set_attn_implementation("eager")  # counts its multiplications like any other, the future included
+    ids = torch.randint(3, 200, (2, 64), generator=torch.Generator().manual_seed(0))
+    ids[:, 1] = model.config.image_token_id
+    pixels = torch.randn(2, 1, 3, 28, 28)
+    with FlopCounterMode(display=False) as counter:
+        model.train()(input_ids=ids, labels=ids, pixel_values=pixels).loss.backward()
+    expected = flops.count(tokens=128, labels=126, pixels=2 * 28 * 28, media=2, squares=2 * 2 * 64**2)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_frozen_parts_take_fewer_operations(model):
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(model.config)
+        everything = count_training_flops(empty)
+        freeze(empty, ["vision", "language"])
+        some = count_training_flops(empty)
+    assert some.per_pixel < everything.per_pixel
+    assert some.per_medium == everything.per_medium
+    assert 2 / 3 < some.per_token / everything.per_token < 1
+    assert some.per_label == everything.per_label
+
+
+def test_plan_of_otterhd(tmp_path):
+    processor = tiny_processor()
+    model = tiny_model(processor)
+    model.save_pretrained(tmp_path / "base")
+    flags = f"--model_name_or_path {tmp_path / 'base'} --train_mixture t.yaml --use_cpu True --output_dir out"
+    plan = plan_of(parse_arguments(flags.split()))
+    assert plan.memory["weights"] == 4 * model.num_parameters()
+    assert plan.attention == {"language": "sdpa"}
+    assert plan.flops.per_pixel == plan.flops.per_medium == 0
+
+
+@pytest.mark.parametrize("flag", ["dry_run", "plan"])
+def test_dry_run_loads_no_weights_and_leaves_nothing(ragged, caplog, monkeypatch, flag):
+    monkeypatch.setattr("otter_hf.training.run._load_model", lambda *args: pytest.fail("weights were loaded"))
+    flags = f"--model_name_or_path {ragged / 'base'} --train_mixture {ragged / 'data.yaml'} --use_cpu True"
+    with caplog.at_level(logging.INFO, logger="otter_hf.training.run"):
+        main([*flags.split(), "--output_dir", str(ragged / "out"), f"--{flag}", "--per_device_train_batch_size", "5"])
+    assert "15 steps of 5 samples, at most 10,240 tokens" in caplog.text
+    assert "attention: vision sdpa, language varlen_sdpa" in caplog.text
+    assert "Liger kernels: no; torch.compile: no" in caplog.text
+    assert not (ragged / "out").exists()
+
+
+def test_steps_are_those_of_the_trainer(fit, caplog):
+    with caplog.at_level(logging.INFO, logger="otter_hf.training.run"):
+        out = fit(per_device_train_batch_size=5, gradient_accumulation_steps=2, max_steps=-1, num_train_epochs=1.5)
+    steps = json.loads((out / "trainer_state.json").read_text())["global_step"]
+    assert f"{steps} steps of 10 samples" in caplog.text
+
+
+def test_attention_for_packed_rows(arguments, model, monkeypatch):
+    def chosen(flags, half=False):
+        parsed = arguments(flags)
+        parsed[2].bf16 = half
+        return choose_attention(model.config, *parsed)
+
+    assert chosen("") == {"": "varlen_sdpa", "text_config": "varlen_sdpa"}  # and a vision tower as it is
+    assert chosen("--packing False") is None
+    assert chosen("--attn_implementation eager") == "eager"
+    assert chosen("--torch_compile True") is None
+    monkeypatch.setattr("otter_hf.training.kernels.is_flash_attn_2_available", lambda: True)
+    assert set(chosen("", half=True).values()) == {"flash_attention_2"}
+    assert set(chosen("").values()) == {"varlen_sdpa"}
+
+
+def test_liger_replaces_the_decoder_before_it_is_made(model, monkeypatch):
+    calls = []
+
+    class Package:
+        @staticmethod
+        def _apply_liger_kernel(model_type, **options):
+            calls.append((model_type, options))
+
+    with pytest.raises(ValueError, match="use_liger_kernel needs liger-kernel"):
+        use_liger_kernels(model.config)
+    monkeypatch.setattr("otter_hf.training.kernels.is_liger_kernel_available", lambda: True)
+    with pytest.raises(ValueError, match="use_liger_kernel needs a CUDA device"):
+        use_liger_kernels(model.config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setitem(__import__("sys").modules, "liger_kernel.transformers", Package)
+    monkeypatch.setitem(__import__("sys").modules, "liger_kernel", Package)
+    use_liger_kernels(model.config, {"rope": False})
+    losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert calls == [("llama", {"rope": False, **losses})]

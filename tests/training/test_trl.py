@@ -1,0 +1,142 @@
+"""TRL's trainers, from the scripts in `examples/`, on a tiny Otter and a tiny OtterHD."""
+
+import importlib
+from pathlib import Path
+
+import otter_tiny
+import otterhd_tiny
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
+
+from otter_hf import OtterHDProcessor
+
+
+pytest.importorskip("trl", reason="TRL is not installed")
+import trl  # noqa: E402
+from datasets import Dataset  # noqa: E402
+
+
+FAMILIES = {"otter": otter_tiny, "otterhd": otterhd_tiny}
+CONFIGS = {"sft": trl.SFTConfig, "dpo": trl.DPOConfig, "grpo": trl.GRPOConfig}
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run("sft", "otter", *flags)` trains two steps and returns the trained model and the one before."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(kind: str, family: str, *flags: str):
+        tiny = FAMILIES[family]
+        processor = tiny.tiny_processor()
+        before = tiny.tiny_model(processor)
+        before.save_pretrained(tmp_path / "base")
+        processor.save_pretrained(tmp_path / "base")
+        rows = []
+        for i, colour in enumerate(["red", "green", "blue", "black"]):
+            # pictures and prompts of different sizes
+            image, prompt = Image.new("RGB", (20 + 5 * i, 24), colour), user("what color?" + "?" * i)
+            rows.append(
+                {
+                    "sft": {"images": [image], "prompt": prompt, "completion": assistant(colour)},
+                    "dpo": {
+                        "images": [image],
+                        "prompt": prompt,
+                        "chosen": assistant(colour),
+                        "rejected": assistant("no idea"),
+                    },
+                    "grpo": {"image": image, "prompt": prompt, "answer": colour},
+                }[kind]
+            )
+        (tmp_path / "data").mkdir()
+        Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+        script = importlib.import_module(f"trl_{kind}")
+        if kind == "grpo":
+            # what a random model says is never the answer, and equal rewards teach nothing
+            monkeypatch.setattr(script, "likeness", lambda prompts, **_: [float(i % 2) for i in range(len(prompts))])
+        arguments = ["--model_name_or_path", tmp_path / "base", "--dataset_name", tmp_path / "data"]
+        arguments += ["--output_dir", tmp_path / "out", *"--max_steps 2 --per_device_train_batch_size 2".split()]
+        arguments += "--use_cpu --bf16 False --report_to none --learning_rate 1e-2 --save_strategy no".split()
+        parser = trl.TrlParser((trl.ScriptArguments, CONFIGS[kind], trl.ModelConfig))
+        script.main(*parser.parse_args_and_config([*map(str, arguments), "--disable_tqdm", "True", *flags]))
+        after = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+        return after, before, AutoProcessor.from_pretrained(tmp_path / "out")
+
+    return run
+
+
+def changed(after, before) -> set[str]:
+    old = dict(before.named_parameters())
+    return {name for name, parameter in after.named_parameters() if not torch.equal(parameter, old[name])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_sft_and_dpo(run, kind, family):
+    after, before, processor = run(kind, family, "--max_length", "256")
+    names = changed(after, before)
+    assert any("vision_tower" in name or "vision_embed_tokens" in name for name in names)
+    assert any("lm_head" in name for name in names)
+    # the saved processor asks in the form that was trained
+    content = [{"type": "image"}, {"type": "text", "text": "what color?"}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=Image.new("RGB", (20, 24)), text=prompt, add_special_tokens=False, return_tensors="pt")
+    assert after.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grpo(run, family, monkeypatch):
+    generate, seen = GenerationMixin.generate, []
+
+    def record(self, *args, **kwargs):
+        seen.append((kwargs["input_ids"], kwargs["attention_mask"]))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", record)
+    flags = "--num_generations 2 --max_completion_length 4 --generation_batch_size 4"
+    after, before, processor = run("grpo", family, *flags.split())
+    assert changed(after, before)
+    # prompts of different lengths, and no padding among what the model reads
+    pad = processor.tokenizer.pad_token_id
+    assert any((mask == 0).any() for _, mask in seen)
+    assert not any((ids[mask == 1] == pad).any() for ids, mask in seen)
+
+
+def test_dpo_with_adapter(run):
+    """With LoRA the model without its adapter is the reference; only the adapter is saved."""
+    after, before, _ = run("dpo", "otter", "--use_peft", "--lora_target_modules", "q_proj", "v_proj")
+    weights = {name: p for name, p in after.named_parameters() if "lora_" not in name}
+    assert len(weights) == len(dict(before.named_parameters()))
+    assert any(p.abs().max() > 0 for name, p in after.named_parameters() if "lora_B" in name)
+
+
+def test_completion_rows_of_otterhd():
+    """TRL tokenises prompt and answer apart: nothing may stand between them, and the answer ends the text."""
+    processor = otterhd_tiny.tiny_processor()
+    assert isinstance(processor, OtterHDProcessor)
+    messages = [*user("what color?"), *assistant("red")]
+    whole = processor.apply_chat_template(messages)
+    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
+    assert whole.startswith(prompt)
+    image = Image.new("RGB", (20, 24))
+    rows = [
+        processor(images=image, text=whole)["input_ids"][0].tolist(),
+        processor(images=image, text=prompt)["input_ids"][0].tolist()
+        + processor(text=whole[len(prompt) :], add_special_tokens=False)["input_ids"][0].tolist(),
+    ]
+    spaces = processor.tokenizer.convert_tokens_to_ids("▁")
+    assert [[token for token in row if token != spaces] for row in rows][0] == [t for t in rows[1] if t != spaces]
+    assert rows[0][-1] == processor.end_of_text_id
+    grid = processor(images=[image], text=whole)["image_grid_thw"]
+    assert grid.tolist() == [[1, 3, 2]]
