@@ -1,0 +1,354 @@
+"""What the tasks in `tasks/*.yaml` call: prompts from rows, records from replies, scores from records.
+
+Rows are read in the layout of the 2023 data sets (`Otter-AI/*`) and in that of lmms-eval's copies. A record is a small
+dict per row, which goes into the sample log and from which everything is scored.
+"""
+
+import ast
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers.utils import logging
+
+from ..models.flamingo.processing_flamingo import read_image
+from .judge import Judge, lmms_eval_constant
+from .scoring import magnifierbench, mathvista, mmbench, mme, mmvet, pope, scienceqa, seedbench
+from .scoring.choices import parse_choice
+
+
+logger = logging.get_logger(__name__)
+
+# the judge of the 2023 figures
+DEFAULT_JUDGE = "gpt-4-0613"
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    How replies become records.
+
+    Args:
+        judge: for MagnifierBench's free form, MM-Vet and MathVista; None if there is none.
+        legacy_parse: read MagnifierBench's letters as the 2023 code did.
+        num_run: times MM-Vet's judge grades each reply.
+        quick_extract: MathVista: take what stands in `The answer is ".."`.
+    """
+
+    judge: Judge | None = None
+    legacy_parse: bool = False
+    num_run: int = 1
+    quick_extract: bool = False
+
+
+@lru_cache(maxsize=1)
+def options_from_environment() -> Options:
+    """For lmms-eval's own command: a judge called `MODEL_VERSION` where `OPENAI_API_KEY` is set."""
+    if not os.environ.get("OPENAI_API_KEY"):
+        return Options()
+    return Options(judge=Judge(os.environ.get("MODEL_VERSION", DEFAULT_JUDGE)))
+
+
+def images(row: Mapping) -> list:
+    """The pictures of a row in RGB: `image` or `images`, pictures, bytes or base64 text; none where it has none."""
+    cell = row.get("image") if row.get("image") is not None else row.get("images")
+    cell = row["decoded_image"] if row.get("decoded_image") is not None else cell
+    cells = cell if isinstance(cell, (list, tuple)) else [cell]
+    return [_picture(cell, row) for cell in cells if cell is not None]
+
+
+def _picture(cell, row: Mapping):
+    if isinstance(cell, Mapping):
+        from io import BytesIO
+
+        from PIL import Image
+
+        cell = Image.open(BytesIO(cell["bytes"]))
+    return read_image(cell, f"image of row {_id(row)!r}")
+
+
+def _id(row: Mapping) -> str:
+    names = ("id", "question_id", "index", "pid")
+    return str(next((row[name] for name in names if row.get(name) is not None), ""))
+
+
+def question(row: Mapping, prompts: Mapping | None = None) -> str:
+    """The question of a row as it is, after `prompt` where there is one."""
+    text = row.get("question") or row["instruction"]
+    prompt = (prompts or {}).get("prompt")
+    return f"{prompt} {text}" if prompt else text
+
+
+def answer(row: Mapping) -> str:
+    """The right answer, as text, where the row has one."""
+    return str(row.get("answer", ""))
+
+
+# MagnifierBench
+
+
+def magnifierbench_rows(rows):
+    """Rows with exactly one picture, as in 2023; the others are left out with a warning."""
+    kept = rows.filter(lambda pictures: len(pictures) == 1, input_columns=["images"])
+    if len(kept) < len(rows):
+        logger.warning(f"MagnifierBench: {len(rows) - len(kept)} rows without exactly one image are left out.")
+    return kept
+
+
+def magnifierbench_freeform_question(row: Mapping, prompts: Mapping | None = None) -> str:
+    """The question without its options."""
+    return magnifierbench.split_instruction(row["instruction"])[0]
+
+
+def magnifierbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """Which option the reply names."""
+    prediction = magnifierbench.parse_answer(replies[0], row["instruction"], legacy=options.legacy_parse)
+    return {"id": _id(row), "prediction": prediction, "answer": row["answer"].strip()}
+
+
+def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """What the judge says about the reply."""
+    asked, choices = magnifierbench.split_instruction(row["instruction"])
+    truth = choices[row["answer"].strip()]
+    said = _require(options.judge, "MagnifierBench in free form").ask(
+        magnifierbench.judge_messages(asked, replies[0], truth)
+    )
+    verdict = "failed" if said is None else magnifierbench.parse_verdict(said)
+    return {"id": _id(row), "truth": truth, "judge": said, "verdict": verdict}
+
+
+# MME
+
+
+def mme_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """Yes or no, and which picture and category it counts for."""
+    if row.get("image_ids") is not None:
+        category, image_id = row["id"].partition("_")[0], row["image_ids"][0]
+    else:
+        category, image_id = row["category"], row["question_id"]
+    prediction = mme.parse_answer(replies[0])
+    return {
+        "category": mme.category_name(category),
+        "image_id": image_id,
+        "prediction": prediction,
+        "answer": row["answer"],
+    }
+
+
+# POPE
+
+
+def pope_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """Yes or no by the official rule."""
+    return {"category": row["category"], "prediction": pope.parse_answer(replies[0]), "answer": row["answer"]}
+
+
+# MMBench
+
+
+def mmbench_question(row: Mapping, prompts: Mapping | None = None) -> str:
+    """Hint, question, `sys_prompt` and the options, a line each."""
+    hint = f"{row['hint']} " if mmbench.present(row.get("hint")) else ""
+    lines = [f"{hint}{row['question']} {(prompts or {}).get('sys_prompt', 'There are several options:')}"]
+    return "\n".join([*lines, *(f"{letter}. {text}" for letter, text in mmbench.options_of(row).items())])
+
+
+def mmbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """Which option the reply names, and the row for the server's table."""
+    table_row = {name: row.get(name) for name in mmbench.SUBMISSION_COLUMNS if name != "prediction"}
+    table_row["l2-category"] = row.get("l2-category", row.get("L2-category"))
+    return {
+        "index": row["index"],
+        "category": row.get("category"),
+        "prediction": parse_choice(replies[0], mmbench.options_of(row)),
+        "answer": row.get("answer"),
+        "row": {**table_row, "prediction": replies[0]},
+    }
+
+
+# ScienceQA
+
+
+def scienceqa_question(row: Mapping, prompts: Mapping | None = None) -> str:
+    """The 2023 prompt, the question, and the options, a line each."""
+    prompt = (prompts or {}).get("prompt")
+    choices = [f"{chr(ord('A') + i)}. {text}" for i, text in enumerate(row["choices"])]
+    return "\n".join([*([prompt] if prompt else []), row["question"], *choices, ""])
+
+
+def scienceqa_answer(row: Mapping) -> str:
+    """The letter of the right choice."""
+    return chr(ord("A") + int(row["answer"]))
+
+
+def scienceqa_rows(rows):
+    """The rows, each told whether it has a picture: pictures are not at hand when replies are read."""
+    return rows.map(lambda image: {"has_image": image is not None}, input_columns=["image"])
+
+
+def scienceqa_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """Which option the reply names."""
+    return {
+        "prediction": scienceqa.parse_answer(replies[0], row["choices"]),
+        "answer": scienceqa_answer(row),
+        "has_image": row["has_image"],
+        "subject": row.get("subject"),
+        "grade": row.get("grade"),
+    }
+
+
+# SEED-Bench
+
+
+def seedbench_question(row: Mapping, prompts: Mapping | None = None) -> str:
+    """The question followed by its options, as in 2023."""
+    listed = " ".join(f"{letter}. {text}" for letter, text in zip("ABCD", seedbench_texts(row), strict=True))
+    return f"{row['question']} There are several options: {listed}"
+
+
+def seedbench_texts(row: Mapping) -> list[str]:
+    """The four options, which the official evaluation ranks."""
+    return [str(row[f"choice_{letter}"]) for letter in "abcd"]
+
+
+def seedbench_choices(row: Mapping) -> list[str]:
+    """The four options with their letters, which the 2023 code ranked."""
+    return [f"{letter}. {text}" for letter, text in zip("ABCD", seedbench_texts(row), strict=True)]
+
+
+def seedbench_target(row: Mapping) -> int:
+    """The number of the right option."""
+    return "ABCD".index(row["answer"])
+
+
+def seedbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """The option of the smallest loss."""
+    # lmms-eval hands numbers on as text
+    losses = [ast.literal_eval(reply)[0] if isinstance(reply, str) else reply[0] for reply in replies]
+    return {
+        "question_id": row.get("question_id"),
+        "losses": losses,
+        "prediction": seedbench.rank(losses),
+        "answer": row["answer"],
+        "question_type": row.get("question_type_id"),
+    }
+
+
+# MM-Vet
+
+
+def mmvet_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """The judge's grades."""
+    judge = _require(options.judge, "MM-Vet")
+    table = lmms_eval_constant("tasks.mmvet.utils", "MM_VET_PROMPT")
+    prompt = mmvet.grading_prompt(table, question(row), row["answer"], replies[0])
+    capabilities = row["capability"]
+    if isinstance(capabilities, str):
+        capabilities = [name.strip() for name in capabilities.split(",")]
+    grades = [_grade(judge, prompt, run) for run in range(options.num_run)]
+    return {"id": _id(row), "capabilities": list(capabilities), "grades": grades}
+
+
+def _grade(judge: Judge, prompt: str, run: int) -> float | None:
+    """As MM-Vet does: ask again, warmer and more plainly, when the reply is no grade."""
+    for attempt in range(5):
+        said = judge.ask([{"role": "user", "content": prompt}], temperature=0.5 * attempt, max_tokens=3, run=run)
+        if said is None:
+            return None
+        if (grade := mmvet.parse_grade(said)) is not None:
+            return grade
+        if attempt == 0:
+            prompt += "\nPredict the correctness of the answer (digit): "
+    return None
+
+
+# MathVista
+
+
+def mathvista_question(row: Mapping, prompts: Mapping | None = None) -> str:
+    """MathVista's query."""
+    return mathvista.build_query(row)
+
+
+def mathvista_record(row: Mapping, replies: list[str], options: Options) -> dict:
+    """The extracted and normalised answer."""
+    extraction = mathvista.extract_directly(replies[0], row, options.quick_extract)
+    if not extraction and replies[0].strip() and options.judge:
+        examples = lmms_eval_constant("tasks.mathvista.mathvista_evals", "DEMO_PROMPT")
+        prompt = mathvista.extraction_prompt(examples, mathvista.build_query(row), replies[0])
+        extraction = options.judge.ask([{"role": "user", "content": prompt}])
+    metadata = row.get("metadata") or {}
+    metadata = ast.literal_eval(metadata) if isinstance(metadata, str) else metadata
+    kinds = {kind: row[kind] for kind in ("question_type", "answer_type")}
+    kinds |= {kind: metadata.get(kind) for kind in mathvista.METADATA_KINDS}
+    return {
+        "id": _id(row),
+        "extraction": extraction,
+        "prediction": mathvista.normalise(extraction, row) if extraction else None,
+        "answer": row["answer"],
+        "failed": not extraction,
+        "kinds": kinds,
+    }
+
+
+def _require(judge: Judge | None, name: str) -> Judge:
+    if judge is None:
+        raise ValueError(f"{name} needs a judge: set OPENAI_API_KEY in the environment.")
+    return judge
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How a task's replies are scored: a record per row, `score` of the records, and the figures lmms-eval shows."""
+
+    record: Callable[[Mapping, list, Options], dict]
+    score: Callable[[list[Mapping]], dict]
+    metrics: tuple[str, ...]
+
+
+BENCHMARKS = {
+    "otter_magnifierbench": Benchmark(magnifierbench_record, magnifierbench.score, ("accuracy",)),
+    "otter_magnifierbench_freeform": Benchmark(
+        magnifierbench_freeform_record, magnifierbench.score_freeform, ("freeform_accuracy",)
+    ),
+    "otter_mme": Benchmark(mme_record, mme.score, ("perception", "cognition")),
+    "otter_pope": Benchmark(pope_record, pope.score, ("accuracy", "f1", "yes_ratio")),
+    "otter_mmbench": Benchmark(mmbench_record, mmbench.score, ("circular_accuracy",)),
+    "otter_scienceqa": Benchmark(scienceqa_record, scienceqa.score, ("accuracy", "image_accuracy")),
+    "otter_seedbench_ppl": Benchmark(seedbench_record, seedbench.score, ("accuracy",)),
+    "otter_seedbench_ppl_official": Benchmark(seedbench_record, seedbench.score, ("accuracy",)),
+    "otter_mmvet": Benchmark(mmvet_record, mmvet.score, ("total",)),
+    "otter_mathvista": Benchmark(mathvista_record, mathvista.score, ("accuracy",)),
+}
+
+
+def results_function(benchmark: Benchmark, options: Options | None = None) -> Callable:
+    """`process_results` for lmms-eval: the record of a row, under the name of each metric."""
+
+    def process_results(row, replies):
+        record = benchmark.record(row, replies, options or options_from_environment())
+        return dict.fromkeys(benchmark.metrics, record)
+
+    return process_results
+
+
+def _functions(task: str) -> list[Callable]:
+    """What a task's YAML names: `process_results`, and an `aggregation` for each metric."""
+    benchmark = BENCHMARKS[task]
+
+    def aggregation(metric: str) -> Callable:
+        return lambda records: benchmark.score(records).get(metric)
+
+    return [results_function(benchmark), *map(aggregation, benchmark.metrics)]
+
+
+magnifierbench_results, magnifierbench_accuracy = _functions("otter_magnifierbench")
+magnifierbench_freeform_results, magnifierbench_freeform_accuracy = _functions("otter_magnifierbench_freeform")
+mme_results, mme_perception, mme_cognition = _functions("otter_mme")
+pope_results, pope_accuracy, pope_f1, pope_yes_ratio = _functions("otter_pope")
+mmbench_results, mmbench_circular_accuracy = _functions("otter_mmbench")
+scienceqa_results, scienceqa_accuracy, scienceqa_image_accuracy = _functions("otter_scienceqa")
+seedbench_results, seedbench_accuracy = _functions("otter_seedbench_ppl")
+mmvet_results, mmvet_total = _functions("otter_mmvet")
+mathvista_results, mathvista_accuracy = _functions("otter_mathvista")

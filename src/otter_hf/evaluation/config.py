@@ -1,0 +1,216 @@
+"""What `otter-hf eval` reads: the YAML of 2023, and a plainer one, into the same two lists."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.utils import logging
+
+from .benchmarks import DEFAULT_JUDGE
+
+
+logger = logging.get_logger(__name__)
+
+# the benchmarks of 2023 -> our tasks for lmms-eval; other names are lmms-eval's own tasks
+TASKS = {
+    "magnifierbench": ("otter_magnifierbench", "otter_magnifierbench_freeform"),
+    "mmbench": ("otter_mmbench",),
+    "mme": ("otter_mme",),
+    "mathvista": ("otter_mathvista",),
+    "mmvet": ("otter_mmvet",),
+    "seedbench": ("otter_seedbench_ppl",),
+    "seedbench_official": ("otter_seedbench_ppl_official",),
+    "pope": ("otter_pope",),
+    "scienceqa": ("otter_scienceqa",),
+}
+FEWSHOT = ("coco", "flickr30k", "vqav2", "ok_vqa", "vizwiz", "textvqa", "imagenet", "hateful_memes")
+
+# model keys of 2023 -> default checkpoint and how it generated; Idefics sampled, ours decodes greedily
+_KEYS_OF_2023: dict[str, tuple[str | None, dict[str, Any]]] = {
+    "otter_image": ("luodian/OTTER-Image-MPT7B", {"max_new_tokens": 512, "num_beams": 3, "no_repeat_ngram_size": 3}),
+    "otterhd": ("Otter-AI/OtterHD-8B", {"max_new_tokens": 256}),
+    "fuyu": ("adept/fuyu-8b", {"max_new_tokens": 256}),
+    "idefics": ("HuggingFaceM4/idefics-9b-instruct", {"max_new_tokens": 768}),
+    "flamingo": (None, {}),
+}
+_DROPPED_MODELS = ("video_chat", "video_chatgpt", "llama_adapter", "mplug_owl", "frozen_bilm", "otter_video")
+# Fuyu, unlike OtterHD, was asked without roles
+_FUYU_TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endfor %}{% endfor %}\n\x04"
+)
+_DTYPES_OF_2023 = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "chat_template", "processor_kwargs", "generation")
+_MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
+_MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
+_UNUSED_DATASET_KEYS = {"default_output_path", "version", "batch_size", "batch", "decimail_places", "cache_dir"}
+_DATASET_KEYS = {"name", "data_path", "split", "limit", "prompt", "sys_prompt", "gpt_model", "num_run", "debug"}
+_DATASET_KEYS |= {"quick_extract", "legacy_parse"}
+_FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
+_FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit"}
+_TOP_KEYS = {"models", "datasets", "output", "limit", "judge"}
+
+
+@dataclass
+class ModelSpec:
+    """A model to evaluate: a transformers `path` with `options`, or `model` behind an `endpoint`."""
+
+    name: str
+    path: str | None = None
+    endpoint: str | None = None
+    model: str | None = None
+    batch_size: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DatasetSpec:
+    """A benchmark to run; `tasks` are names of lmms-eval, and `fewshot` the settings of the few-shot harness."""
+
+    name: str
+    tasks: tuple[str, ...] = ()
+    data_path: str | None = None
+    split: str | None = None
+    limit: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    judge: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    fewshot: dict[str, Any] | None = None
+
+
+@dataclass
+class EvalConfig:
+    """What to evaluate, and the folder for the results."""
+
+    models: list[ModelSpec]
+    datasets: list[DatasetSpec]
+    output: Path = Path("logs/evaluation")
+    judge_retries: int = 5
+
+
+def load_config(path: str | Path) -> EvalConfig:
+    """
+    Reads a configuration file; see `docs/evaluation.md`.
+
+    Raises:
+        ValueError: for what is not such a file: the field, what it holds and what it may hold. Keys (`api_key`) are
+            refused: they are read from the environment only, and never written anywhere.
+        OSError: if there is no such file.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"{path} must hold `models:` and `datasets:`.")
+    _check_keys(raw, _TOP_KEYS, "the configuration")
+    for name in ("models", "datasets"):
+        if not isinstance(raw.get(name), list) or not raw[name]:
+            raise ValueError(f"{path}: `{name}` must be a list of at least one, got {raw.get(name)!r}.")
+    judge = raw.get("judge") or {}
+    judge = {"model": judge} if isinstance(judge, str) else judge
+    _check_keys(judge, {"model", "max_retries"}, "`judge`")
+    output = Path(raw.get("output", "logs/evaluation"))
+    config = EvalConfig(
+        models=[_read_model(entry) for entry in raw["models"]],
+        datasets=[_read_dataset(entry, raw.get("limit"), judge.get("model")) for entry in raw["datasets"]],
+        # 2023 wrote a text file
+        output=output.with_suffix("") if output.suffix == ".txt" else output,
+        judge_retries=int(judge.get("max_retries", 5)),
+    )
+    for kind, specs in (("model", config.models), ("dataset", config.datasets)):
+        names = [spec.name for spec in specs]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"Two {kind}s are called {twice!r}: give one of them another `name`.")
+    return config
+
+
+def _read_model(entry) -> ModelSpec:
+    entry = {"path": entry} if isinstance(entry, str) else dict(entry)
+    _check_keys(entry, _MODEL_KEYS, "a model")
+    name = entry.get("name")
+    if name in _DROPPED_MODELS:
+        raise ValueError(
+            f"The model {name!r} needs a repository of 2023 that is not part of this package; give a path."
+        )
+    batch_size = int(entry.get("batch_size", entry.get("batch", 1)))
+    if "endpoint" in entry or name == "gpt4v":
+        model = entry.get("model", "gpt-4-vision-preview" if name == "gpt4v" else None)
+        if model is None:
+            raise ValueError(f"The endpoint {entry['endpoint']!r} needs `model`, the name it knows the model by.")
+        return ModelSpec(name or _short(model), None, entry.get("endpoint", ""), model, batch_size)
+
+    checkpoint, generation = _KEYS_OF_2023.get(name, (None, {}))
+    path = entry.get("path") or entry.get("model_path") or checkpoint
+    if path is None:
+        known = ", ".join(_KEYS_OF_2023)
+        raise ValueError(f"A model needs a `path` (folder or Hub id), or one of the names {known}; got {entry!r}.")
+    if "path" in entry:
+        generation = {}  # the plain form: as each benchmark asks
+    options = {key: entry[key] for key in _MODEL_OPTIONS if entry.get(key) is not None}
+    if "max_new_tokens" in entry:
+        generation = {**generation, "max_new_tokens": int(entry["max_new_tokens"])}
+    if generation or "generation" in options:
+        options["generation"] = {**generation, **options.get("generation", {})}
+    if entry.get("resolution", -1) != -1:
+        options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": int(entry["resolution"])}
+    if "load_bit" in entry:
+        options["dtype"] = _DTYPES_OF_2023.get(entry["load_bit"], entry["load_bit"])
+    if "cuda_id" in entry:
+        options["device"] = f"cuda:{entry['cuda_id']}"
+    if name == "fuyu" and "path" not in entry:
+        options.setdefault("chat_template", _FUYU_TEMPLATE)
+    return ModelSpec(name or _short(path), path, batch_size=batch_size, options=options)
+
+
+def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
+    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+    name = entry.get("name")
+    if not name:
+        raise ValueError(f"A dataset needs a `name`, e.g. mme; got {entry!r}.")
+    if name in FEWSHOT:
+        _check_keys(entry, _FEWSHOT_KEYS, f"the few-shot dataset {name!r}")
+        for key in ("train", "test"):
+            if key not in entry:
+                raise ValueError(f"The few-shot dataset {name!r} needs `{key}`: a file or Hub id.")
+        settings = {key: value for key, value in entry.items() if key not in ("name", "limit")}
+        settings.setdefault("num_samples", entry.get("limit", limit))
+        return DatasetSpec(name, fewshot=settings)
+    _check_keys(entry, _DATASET_KEYS | _UNUSED_DATASET_KEYS, f"the dataset {name!r}")
+    if unused := sorted(_UNUSED_DATASET_KEYS & entry.keys()):
+        logger.warning(f"Dataset {name!r}: {', '.join(unused)} has no effect any more; all results go to `output`.")
+    if name not in TASKS and (fixed := sorted(entry.keys() - {"name", "limit", "debug"} - _UNUSED_DATASET_KEYS)):
+        raise ValueError(
+            f"The dataset {name!r} is a task of lmms-eval, whose `{fixed[0]}` is fixed; for other data write a task "
+            "(docs/evaluation.md)."
+        )
+    limit = entry.get("limit", 5 if entry.get("debug") else limit)
+    return DatasetSpec(
+        name,
+        tasks=TASKS.get(name, (name,)),
+        data_path=entry.get("data_path"),
+        split=entry.get("split"),
+        limit=None if limit is None else int(limit),
+        prompts={key: entry[key] for key in ("prompt", "sys_prompt") if key in entry},
+        judge=entry.get("gpt_model") or judge or DEFAULT_JUDGE,
+        options={key: entry[key] for key in ("num_run", "quick_extract", "legacy_parse") if key in entry},
+    )
+
+
+def _check_keys(entry: Mapping, known: set[str], what: str) -> None:
+    secrets = sorted(key for key in entry if "api_key" in str(key) or "token" == str(key))
+    if secrets:
+        raise ValueError(
+            f"{what} has `{secrets[0]}`: keys do not belong into files. Remove it (and renew the key if the file was "
+            "shared) and set OPENAI_API_KEY in the environment."
+        )
+    if unknown := sorted(set(map(str, entry)) - known):
+        raise ValueError(f"{what} has the unknown key `{unknown[0]}`; known are {', '.join(sorted(known))}.")
+
+
+def _short(path: str) -> str:
+    return Path(path).name or str(path)

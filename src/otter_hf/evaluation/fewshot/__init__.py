@@ -1,0 +1,1 @@
+"""Few-shot evaluation as Flamingo does it: demonstrations from a training set, captions, answers and classes."""

@@ -1,0 +1,83 @@
+"""Which training rows are shown before a question: at random, or those with the most similar pictures (RICES)."""
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ...data.neighbours import embed_images
+
+
+def query_set(size: int, num_train: int, seed: int) -> list[int]:
+    """At most `size` numbers of training rows that demonstrations are drawn from; the same for the same seed."""
+    return sorted(random.Random(f"query set {seed}").sample(range(num_train), min(size, num_train)))
+
+
+def test_subset(num_samples: int | None, num_test: int, seed: int) -> list[int]:
+    """`num_samples` numbers of test rows, or all of them; the same for the same seed."""
+    if num_samples is None or not 0 <= num_samples < num_test:
+        return list(range(num_test))
+    return sorted(random.Random(f"test set {seed}").sample(range(num_test), num_samples))
+
+
+def random_demonstrations(candidates: Sequence[int], shots: int, seed: int, test_row: int) -> list[int]:
+    """
+    `shots` of `candidates`, drawn for this test row alone: the order in which rows are asked, and the process that
+    asks them, change nothing.
+
+    Raises:
+        ValueError: if there are fewer candidates than shots.
+    """
+    if shots > len(candidates):
+        raise ValueError(f"{shots} shots need as many training rows, there are {len(candidates)}.")
+    return random.Random(f"demonstrations {seed} {test_row}").sample(list(candidates), shots)
+
+
+class RicesIndex:
+    """
+    Retrieval of in-context examples by similarity of pictures (arXiv:2109.05014), exact.
+
+    Args:
+        train: float `(N, D)`, a row per training picture.
+        candidates: numbers of the training rows, `(N,)`.
+    """
+
+    def __init__(self, train: torch.Tensor, candidates: Sequence[int]):
+        self._train = torch.nn.functional.normalize(train, dim=-1)
+        self._candidates = list(candidates)
+
+    def nearest(self, picture: torch.Tensor, shots: int) -> list[int]:
+        """
+        The `shots` training rows with the largest cosine to `picture (D,)`, the most similar last, next to the
+        question.
+
+        Raises:
+            ValueError: if there are fewer rows than shots.
+        """
+        if shots > len(self._candidates):
+            raise ValueError(f"{shots} shots need as many training rows, there are {len(self._candidates)}.")
+        cosine = self._train @ torch.nn.functional.normalize(picture, dim=-1)  # (N,)
+        order = cosine.sort(descending=True, stable=True).indices[:shots].flip(0)
+        return [self._candidates[i] for i in order.tolist()]
+
+
+def picture_features(rows, numbers: Sequence[int], encoder: str, cache: Path, batch_size: int = 64) -> torch.Tensor:
+    """
+    Features `(N, D)` of the pictures of `rows[numbers]` by any vision encoder of transformers, kept in a file.
+
+    Args:
+        rows: with an `image` each.
+        numbers: which of them.
+        encoder: folder or Hub id, see [`~otter_hf.data.neighbours.embed_images`].
+        cache: the file, for these rows and this encoder.
+        batch_size: pictures per forward pass.
+    """
+    if cache.is_file():
+        return torch.load(cache, weights_only=True)
+    features = embed_images((rows[number]["image"] for number in numbers), encoder, batch_size)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cache.with_name(f".{cache.name}.part")
+    torch.save(features, temporary)
+    temporary.replace(cache)
+    return features

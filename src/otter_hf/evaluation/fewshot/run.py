@@ -1,0 +1,208 @@
+"""The few-shot harness: shots x seeds of a data set, with the demonstrations in the conversation."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from ..config import DatasetSpec
+from ..report import write_samples
+from ..scoring import captions, ranking, vqa
+from .demonstrations import RicesIndex, picture_features, query_set, random_demonstrations, test_subset
+from .prompts import Prompts, prompts_for
+from .rows import Rows
+
+
+KINDS = {
+    "coco": "caption",
+    "flickr30k": "caption",
+    "vqav2": "vqa",
+    "ok_vqa": "vqa",
+    "vizwiz": "vqa",
+    "textvqa": "vqa",
+    "imagenet": "imagenet",
+    "hateful_memes": "hateful_memes",
+}
+# beams, length penalty and lengths of the 2023 suite
+_GENERATION = {
+    "coco": {"max_new_tokens": 64, "num_beams": 3, "length_penalty": -2.0},
+    "flickr30k": {"max_new_tokens": 128, "num_beams": 3, "length_penalty": -2.0},
+    "textvqa": {"max_new_tokens": 10, "num_beams": 3, "length_penalty": 0.0},
+}
+_SHORT_ANSWER = {"max_new_tokens": 5, "num_beams": 3, "length_penalty": 0.0}
+_HATEFUL = ["no", "yes"]
+_METRICS = {"caption": "cider", "vqa": "vqa_accuracy", "imagenet": "top1_accuracy", "hateful_memes": "roc_auc"}
+
+
+def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
+    """
+    The figures of a model on one data set.
+
+    With several processes each asks its share of the rows, once; the main one scores them.
+
+    Args:
+        lm: a model of `otter_hf.evaluation.lmms`; ranking needs one of transformers.
+        dataset: with `fewshot`, see `docs/evaluation.md`.
+        folder: for samples and picture features.
+
+    Returns:
+        `N-shot METRIC` (mean over seeds) and `N-shot/seed S` for each trial; {} on other processes than the main one.
+
+    Raises:
+        ValueError: for settings or data that do not fit.
+    """
+    settings = dataset.fewshot
+    kind = KINDS[dataset.name]
+    common = {"kind": kind, "image_dir": settings.get("image_dir"), "columns": settings.get("columns")}
+    train = Rows(settings["train"], "train", **common)
+    test = Rows(settings["test"], "test", **common)
+    names = _class_names(settings, kind, train)
+    style, template = prompts_for(lm, kind)
+    figures: dict[str, Any] = {}
+    for shots in settings.get("shots", [0, 4, 8]):
+        trials = []
+        for seed in settings.get("seeds", [42]):
+            rows = test_subset(settings.get("num_samples"), len(test), seed)
+            mine = rows[lm.rank :: lm.world_size]
+            choose = _chooser(settings, train, test, rows, shots, seed, folder)
+            shown = {row: choose(row) for row in mine}
+            build = _conversation_builder(kind, style, train, test, shots, names)
+            replies = _ask(lm, dataset.name, kind, template, build, shown, names)
+            records = _gather(lm, [_record(kind, test[row], shown[row], reply) for row, reply in replies.items()])
+            if lm.rank == 0:
+                records.sort(key=lambda record: record["row"])
+                score = _score(kind, records)
+                trials.append(score)
+                figures[f"{shots}-shot/seed {seed}"] = score[_METRICS[kind]]
+                write_samples(folder / f"{dataset.name}.{shots}-shot.seed-{seed}.samples.jsonl", records)
+        if lm.rank == 0:
+            values = [trial[_METRICS[kind]] for trial in trials]
+            known = None not in values
+            figures[f"{shots}-shot {_METRICS[kind]}"] = sum(values) / len(values) if known else None
+            if "tokenizer" in trials[0]:
+                figures["tokenizer"] = trials[0]["tokenizer"]
+    return figures
+
+
+def _class_names(settings: dict, kind: str, train: Rows) -> list[str] | None:
+    if kind == "hateful_memes":
+        return _HATEFUL
+    if kind != "imagenet":
+        return None
+    names = settings.get("class_names") or train.class_names()
+    if isinstance(names, str):
+        names = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise ValueError("imagenet needs `class_names`: a list, or a file with one name per line, in label order.")
+    return list(names)
+
+
+def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, folder: Path) -> Callable:
+    """What chooses the demonstrations of a test row."""
+    way = settings.get("demonstrations", "random")
+    candidates = query_set(settings.get("query_set_size", 2048), len(train), seed)
+    if way == "random":
+        return lambda row: random_demonstrations(candidates, shots, seed, row)
+    if way != "rices" or not settings.get("encoder"):
+        raise ValueError(
+            f"`demonstrations` must be random, or rices with an `encoder` (folder or Hub id of a vision encoder); got "
+            f"{way!r} and {settings.get('encoder')!r}."
+        )
+    features = {}
+    for name, table, numbers in (("train", train, candidates), ("test", test, rows)):
+        stem = f"{name}-{table.fingerprint}-{Path(settings['encoder']).name}-{seed}-{len(numbers)}"
+        # one process computes, the others read
+        with PartialState().main_process_first():
+            features[name] = picture_features(table, numbers, settings["encoder"], folder / "rices" / f"{stem}.pt")
+    index = RicesIndex(features["train"], candidates)
+    place = {row: i for i, row in enumerate(rows)}
+    return lambda row: index.nearest(features["test"][place[row]], shots)
+
+
+def _conversation_builder(kind, style: Prompts, train: Rows, test: Rows, shots: int, names) -> Callable:
+    def turns(row: dict, answered: bool, with_picture: bool = True) -> list[dict]:
+        picture = [{"type": "image", "url": row["image"]}] if with_picture else []
+        messages = [{"role": "user", "content": [*picture, {"type": "text", "text": style.ask(row)}]}]
+        if answered:
+            text = _truth(kind, row, names)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+        return messages
+
+    def build(item: tuple[int, list[int]]) -> list[dict]:
+        row, shown = item
+        messages = []
+        # Flamingo's "0 shots" are two demonstrations without their pictures
+        for number in shown or (range(min(2, len(train))) if style.text_only_zero_shot else ()):
+            messages += turns(train[number], answered=True, with_picture=shots > 0)
+        return messages + turns(test[row], answered=False)
+
+    return build
+
+
+def _truth(kind: str, row: dict, names: list[str] | None) -> str:
+    """The answer of a demonstration: the first annotator's."""
+    if kind == "caption":
+        return row["captions"][0]
+    return row["answers"][0] if kind == "vqa" else names[int(row["label"])]
+
+
+def _ask(lm, name: str, kind: str, template, build: Callable, shown: dict[int, list[int]], names) -> dict[int, Any]:
+    items = list(shown.items())
+    if kind in ("caption", "vqa"):
+        from lmms_eval.api.instance import Instance
+
+        options = {**_GENERATION.get(name, _SHORT_ANSWER), "do_sample": False, "until": []}
+        if template:
+            options["chat_template"] = template
+        # the conversations are built when they are asked: pictures need not all be in memory
+        lm.task_dict[name] = {"test": items}
+        requests = [
+            Instance(
+                request_type="generate_until",
+                arguments=("", build, options, i, name, "test"),
+                idx=0,
+                metadata={"task": name, "doc_id": i, "repeats": 1},
+            )
+            for i in range(len(items))
+        ]
+        replies = lm.generate_until(requests)
+    else:
+        if not hasattr(lm, "rank_candidates"):
+            raise ValueError(f"{name} ranks classes by their log-probabilities, which an endpoint does not give.")
+        questions = [(lambda item=item: _with_pictures(build(item)), names) for item in items]
+        replies = [[total for total, _, _ in scores] for scores in lm.rank_candidates(questions, template)]
+    return {row: reply for (row, _), reply in zip(items, replies, strict=True)}
+
+
+def _with_pictures(messages: list[dict]) -> list[dict]:
+    """lmms-eval's messages as transformers writes them."""
+    from lmms_eval.protocol import ChatMessages
+
+    return ChatMessages(messages=messages).to_hf_messages()
+
+
+def _record(kind: str, row: dict, shown: list[int], reply) -> dict[str, Any]:
+    record = {"row": row["number"], "id": row["id"], "demonstrations": shown}
+    if kind == "caption":
+        return {**record, "reply": reply, "caption": captions.clean_reply(reply), "references": row["captions"]}
+    if kind == "vqa":
+        return {**record, "reply": reply, "answer": vqa.clean_reply(reply), "answers": row["answers"]}
+    return {**record, "log_likelihoods": reply, "label": int(row["label"])}
+
+
+def _score(kind: str, records: list[dict]) -> dict[str, Any]:
+    if kind == "caption":
+        return captions.score([{**record, "id": record["row"]} for record in records])
+    if kind == "vqa":
+        normalise = vqa.answer_normaliser()
+        for record in records:
+            record["accuracy"] = vqa.accuracy(record["answer"], record["answers"], normalise)
+        return vqa.score(records)
+    return ranking.score(records) if kind == "imagenet" else ranking.score_binary(records)
+
+
+def _gather(lm, records: list[dict]) -> list[dict]:
+    """The records of all processes."""
+    return records if lm.world_size == 1 else gather_object(records)

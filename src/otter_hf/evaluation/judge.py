@@ -1,0 +1,88 @@
+"""A language model that judges replies, behind any OpenAI-compatible endpoint."""
+
+import ast
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from transformers.utils import logging
+
+from .replies import ReplyLog
+
+
+logger = logging.get_logger(__name__)
+
+
+class Judge:
+    """
+    Asks a judge; a question it did not reply to is None, never a score.
+
+    Address and key come from the environment alone: `OPENAI_API_KEY`, and `OPENAI_BASE_URL` for servers other than
+    OpenAI's.
+
+    Args:
+        model: its name, e.g. `gpt-4-0613`, which the figures of 2023 were judged by.
+        log: where its replies are kept; what it replied once it is not asked again.
+        timeout: seconds.
+        max_retries: of errors that may pass (429, 5xx, timeouts), with the client's growing pauses.
+
+    Raises:
+        ValueError: without a key, saying how to give one.
+    """
+
+    def __init__(self, model: str, log: ReplyLog | None = None, timeout: float = 30.0, max_retries: int = 5):
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise ValueError(
+                f"The judge {model!r} needs a key: set OPENAI_API_KEY in the environment (any word for a local "
+                "server) and OPENAI_BASE_URL for servers other than OpenAI's."
+            )
+        from openai import OpenAI
+
+        self.model = model
+        self._log = log
+        self._client = OpenAI(timeout=timeout, max_retries=max_retries)
+
+    def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256, run: int = 0) -> str | None:
+        """
+        The judge's reply to `messages`, or None if there is none after all retries; the reason is logged.
+
+        Args:
+            messages: in OpenAI's form.
+            temperature: of the judge's sampling.
+            max_tokens: of the reply.
+            run: another number asks again what was asked before.
+        """
+        request = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": temperature,
+            "max_tokens": max_tokens,
+        }
+        key = self._log and self._log.key({"judge": request, "run": run})
+        if key and (known := self._log.get(key)) is not None:
+            return known
+        from openai import OpenAIError
+
+        try:
+            reply = self._client.chat.completions.create(**request).choices[0].message.content or ""
+        except OpenAIError as error:
+            logger.warning(f"The judge {self.model!r} did not reply: {error}")
+            return None
+        if key:
+            self._log.add({key: reply})
+        return reply
+
+
+def lmms_eval_constant(module: str, name: str) -> str:
+    """
+    A text constant of a module of lmms-eval, without running the module: those of MM-Vet and MathVista connect to
+    their judge when imported.
+
+    Raises:
+        ValueError: if the installed version has no such constant.
+    """
+    path = Path(find_spec("lmms_eval").origin).parent.joinpath(*module.split(".")).with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
+            return ast.literal_eval(node.value)
+    raise ValueError(f"The installed lmms-eval has no {name} in {module}; otter-hf was tried with 0.7.3.")

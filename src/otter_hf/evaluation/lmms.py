@@ -1,0 +1,181 @@
+"""lmms-eval's view of models: `--model otter --model_args path=FOLDER`, by the entry point `lmms_eval.models`."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+from itertools import groupby
+from pathlib import Path
+
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.chat.openai import OpenAICompatible
+from lmms_eval.models.registry_v2 import ModelManifest
+from lmms_eval.protocol import ChatMessages
+from transformers.utils import logging
+
+from .model import ConversationModel, load_processor
+from .replies import ReplyLog
+
+
+# lmms-eval's endpoints write their failures where a reply should be
+FAILED_REQUEST = "[LMMS_EVAL_REQUEST_FAILED"
+
+
+class ResumableModel(lmms):
+    """
+    Answers requests in batches and keeps the replies of each batch on disk before it goes on.
+
+    lmms-eval's own response cache keeps a task's replies when all are there; a kill loses them.
+
+    Attributes:
+        replies: a [`ReplyLog`], or None to keep nothing.
+        batch_size: requests per batch.
+    """
+
+    is_simple = False
+    replies: ReplyLog | None = None
+
+    def answer(self, batches: list[list], question: Callable, ask: Callable[[list], list]) -> list:
+        """
+        The replies to everything in `batches`.
+
+        Args:
+            batches: lists of anything.
+            question: what a reply depends on, for [`ReplyLog.key`].
+            ask: replies to a batch; called where one of its replies is missing.
+        """
+        answers = []
+        for batch in logging.tqdm(batches, desc="Asking", disable=self.rank > 0):
+            keys = [self.replies.key(question(item)) for item in batch] if self.replies else []
+            known = [self.replies.get(key) for key in keys]
+            # a batch is asked as a whole: the same numbers come out as without an interruption
+            if not known or None in known:
+                known = ask(batch)
+                if self.replies:
+                    self.replies.add(dict(zip(keys, known, strict=True)))
+            answers += known
+        return answers
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each request."""
+        size = int(self.batch_size)
+        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
+        return self.answer(batches, lambda request: [self.messages(request), request.args[2]], self._generate_until)
+
+    def messages(self, request: Instance) -> list[dict]:
+        """The conversation of a request, as transformers writes it."""
+        _, doc_to_messages, _, doc_id, task, split = request.args
+        return ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id])).to_hf_messages()
+
+
+class TransformersModel(ResumableModel):
+    """
+    Any image-text-to-text model of transformers for lmms-eval. It is loaded when the first reply is missing.
+
+    Args:
+        path: see [`ConversationModel`], which all other keywords go to.
+        batch_size: conversations per forward pass.
+        replies: folder in which replies are kept, so that an interrupted run goes on where it ended.
+    """
+
+    def __init__(self, path: str | Path, batch_size: int | str = 1, replies: str | Path | None = None, **kwargs):
+        super().__init__()
+        from accelerate import Accelerator
+
+        kwargs.pop("max_batch_size", None)
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.batch_size = int(batch_size)
+        if replies is not None:
+            self.replies = ReplyLog(replies, self._rank, context={"path": str(path), **kwargs})
+        if kwargs.get("device") is None:
+            kwargs["device"] = str(self.device)
+        self._loading = {"path": path, **kwargs}
+
+    @cached_property
+    def conversation_model(self) -> ConversationModel:
+        """The model, loaded."""
+        return ConversationModel(**self._loading)
+
+    @cached_property
+    def processor(self):
+        """The model's processor."""
+        return load_processor(self._loading.get("processor") or self._loading["path"])
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """
+        Mean loss per token and whether greedy decoding would give the candidate. lmms-eval 0.7.3 takes the *smallest*
+        number for the answer, whatever its name says.
+        """
+        # all candidates of a question together: its pictures are then read once
+        questions = []
+        for _, group in groupby(requests, key=lambda request: (request.args[0], request.args[3:])):
+            group = list(group)
+            candidates = [request.args[1].lstrip() for request in group]
+            questions.append((partial(self._conversation, group[0]), candidates))
+        scored = self.rank_candidates(questions)
+        return [(-total / count, greedy) for scores in scored for total, count, greedy in scores]
+
+    def rank_candidates(
+        self, questions: list[tuple[Callable[[], list[dict]], list[str]]], chat_template: str | None = None
+    ) -> list[list[tuple[float, int, bool]]]:
+        """
+        For each question its candidates' summed log-probabilities, numbers of tokens, and whether each is greedy.
+
+        Args:
+            questions: what returns a conversation, so that pictures are read one question at a time, and candidates.
+            chat_template: in place of the model's.
+        """
+
+        def ask(batch: list) -> list:
+            (conversation, candidates), size = batch[0], max(8, self.batch_size)
+            return [self.conversation_model.log_likelihood(conversation(), candidates, size, chat_template)]
+
+        return self.answer([[item] for item in questions], lambda item: [item[0](), item[1], chat_template], ask)
+
+    def generate_until_multi_round(self, requests):
+        """Not offered: none of the tasks here takes several rounds."""
+        raise NotImplementedError("Tasks of several rounds are not supported by this adapter.")
+
+    def _generate_until(self, batch: list[Instance]) -> list[str]:
+        options = dict(batch[0].args[2])
+        if any(request.args[2] != options for request in batch):
+            return [self._generate_until([request])[0] for request in batch]
+        until, chat_template = options.pop("until", None) or [], options.pop("chat_template", None)
+        until = [until] if isinstance(until, str) else until
+        conversations = [self.messages(request) for request in batch]
+        return self.conversation_model.generate(conversations, until, chat_template, **options)
+
+    def _conversation(self, request: Instance) -> list[dict]:
+        """The conversation of a request in lmms-eval's form for rankings: text, candidate, pictures."""
+        text, _, doc_to_visual, doc_id, task, split = request.args
+        pictures = doc_to_visual(self.task_dict[task][split][doc_id])
+        content = [{"type": "image", "image": picture} for picture in pictures]
+        return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+class Endpoint(ResumableModel, OpenAICompatible):
+    """
+    lmms-eval's client of OpenAI-compatible endpoints, whose replies are kept as ours are. What it could not get a
+    reply to is answered with `FAILED_REQUEST`, and asked again next time.
+    """
+
+    def __init__(self, *args, replies: str | Path | None = None, **kwargs):
+        OpenAICompatible.__init__(self, *args, **kwargs)
+        if replies is not None:
+            context = {name: value for name, value in kwargs.items() if name in ("model", "model_version", "base_url")}
+            self.replies = _RepliesOnly(replies, self.rank, context=context)
+
+    def _generate_until(self, batch: list[Instance]) -> list[str]:
+        return [reply.text for reply in OpenAICompatible.generate_until(self, batch)]
+
+
+class _RepliesOnly(ReplyLog):
+    def add(self, replies: dict[str, str]) -> None:
+        super().add({key: text for key, text in replies.items() if text and not text.startswith(FAILED_REQUEST)})
+
+
+def manifests() -> list[ModelManifest]:
+    """What the entry point tells lmms-eval: one adapter under the names of the families."""
+    path = f"{__name__}.{TransformersModel.__name__}"
+    return [ModelManifest("otter", chat_class_path=path, aliases=("flamingo", "otterhd", "transformers_vlm"))]

@@ -1,0 +1,221 @@
+"""Every model on every benchmark, by lmms-eval."""
+
+import gc
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from .benchmarks import BENCHMARKS, Options, results_function
+from .config import DatasetSpec, EvalConfig, ModelSpec
+from .judge import Judge
+from .replies import ReplyLog
+from .report import table, write_json, write_samples, write_text
+from .scoring import mmbench
+
+
+logger = logging.get_logger(__name__)
+
+TASK_FOLDER = Path(__file__).parent / "tasks"
+_READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+# tasks without a score when nobody judges
+_NEEDS_JUDGE = ("otter_magnifierbench_freeform", "otter_mmvet")
+
+
+def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    Evaluates, and writes under `config.output`: `results.json`, `report.txt`, and for each model a folder with the
+    samples and the replies of its runs. Started again after a kill it goes on with the replies that are there.
+
+    Returns:
+        model -> dataset -> figure -> value, on the main process; what is known so far on others.
+
+    Raises:
+        ValueError: for data, models or settings that do not fit, before anything is asked where possible.
+    """
+    _require_lmms_eval()
+    for dataset in config.datasets:
+        _check_dataset(dataset)
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for spec in config.models:
+        folder = config.output / _file_name(spec.name)
+        lm = build_model(spec, folder / "replies")
+        results[spec.name] = {}
+        for dataset in config.datasets:
+            if dataset.fewshot is not None:
+                from .fewshot.run import run_fewshot
+
+                figures = run_fewshot(lm, dataset, folder)
+            else:
+                figures = run_benchmark(lm, dataset, folder, config.judge_retries)
+            results[spec.name][dataset.name] = figures
+            if lm.rank == 0:
+                write_json(config.output / "results.json", results)
+                write_text(config.output / "report.txt", table(results))
+        del lm
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return results
+
+
+def build_model(spec: ModelSpec, replies: Path):
+    """lmms-eval's model for `spec`, which keeps its replies in a folder."""
+    from .lmms import Endpoint, TransformersModel
+
+    if spec.path is not None:
+        return TransformersModel(spec.path, batch_size=spec.batch_size, replies=replies, **spec.options)
+    if not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError(
+            f"The endpoint of {spec.name!r} needs a key: set OPENAI_API_KEY in the environment (any word for a local "
+            "server)."
+        )
+    # the address otherwise comes from the environment, too
+    address = {"base_url": spec.endpoint} if spec.endpoint else {}
+    return Endpoint(model=spec.model, batch_size=spec.batch_size, timeout=120, replies=replies, **address)
+
+
+def run_benchmark(lm, dataset: DatasetSpec, folder: Path, judge_retries: int = 5) -> dict[str, Any]:
+    """The figures of one model on one benchmark; writes the samples, and MMBench's table for the server."""
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+    from tenacity import RetryError
+
+    options, tasks = _options(lm, dataset, folder, judge_retries)
+    ours = all(task in BENCHMARKS for task in tasks)
+    manager = TaskManager(include_path=[str(TASK_FOLDER)], include_defaults=not ours)
+    built = [_build_task(task, dataset, options) for task in tasks] if ours else list(tasks)
+    try:
+        output = simple_evaluate(
+            model=lm,
+            tasks=built,
+            task_manager=manager,
+            limit=dataset.limit,
+            bootstrap_iters=0,
+            log_samples=True,
+            cli_args=Namespace(process_with_media=not ours, output_path=str(folder)),
+        )
+    except RetryError as error:  # lmms-eval tries five times whatever went wrong
+        raise error.last_attempt.exception() from error
+    if output is None:  # not the main process
+        return {}
+    figures: dict[str, Any] = {}
+    for task, samples in output["samples"].items():
+        samples = sorted(samples, key=lambda sample: sample["doc_id"])
+        if task in BENCHMARKS:
+            records = [sample[BENCHMARKS[task].metrics[0]] for sample in samples]
+            figures |= BENCHMARKS[task].score(records)
+            if task == "otter_mmbench":
+                _write_submission(folder / "mmbench_submission.xlsx", records)
+        else:
+            records = [{} for _ in samples]
+            figures |= {name: value for name, value in output["results"][task].items() if _is_figure(name, value)}
+        logged = [_logged(sample, record) for sample, record in zip(samples, records, strict=True)]
+        write_samples(folder / f"{task}.samples.jsonl", logged)
+        if failed := sum(_has_failed(reply) for sample in samples for reply in sample["filtered_resps"]):
+            figures["failed_requests"] = figures.get("failed_requests", 0) + failed
+    return figures
+
+
+def _options(lm, dataset: DatasetSpec, folder: Path, judge_retries: int) -> tuple[Options, list[str]]:
+    """How replies are read, and the tasks that can be scored: without a judge, MagnifierBench has no free form."""
+    if not os.environ.get("OPENAI_API_KEY"):
+        left = [task for task in dataset.tasks if task not in _NEEDS_JUDGE]
+        if len(left) < len(dataset.tasks):
+            logger.warning(f"{dataset.name}: no OPENAI_API_KEY, hence no judge; what needs one is left out.")
+        return Options(**dataset.options), left
+    log = ReplyLog(folder / "judge", lm.rank)
+    judge = Judge(dataset.judge, log, max_retries=judge_retries) if dataset.tasks[0] in BENCHMARKS else None
+    return Options(judge=judge, **dataset.options), list(dataset.tasks)
+
+
+def _build_task(name: str, dataset: DatasetSpec, options: Options):
+    from lmms_eval.api.task import ConfigurableMessagesTask
+    from lmms_eval.utils import load_yaml_config
+    from tenacity import RetryError
+
+    config = load_yaml_config(str(TASK_FOLDER / f"{name}.yaml"), mode="full")
+    config["process_results"] = results_function(BENCHMARKS[name], options)
+    if dataset.prompts:
+        config["lmms_eval_specific_kwargs"] = {"default": dict(dataset.prompts)}
+    if dataset.split:
+        config["test_split"] = dataset.split
+    if dataset.data_path:
+        config.pop("dataset_name", None)
+        config |= data_source(dataset.data_path, config["test_split"])
+    task_class = config.pop("class", ConfigurableMessagesTask)
+    try:
+        return task_class(config=config)
+    except RetryError as error:  # lmms-eval tries again what cannot work
+        raise ValueError(f"The data of {dataset.name!r} cannot be read: {error.last_attempt.exception()}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"The data of {dataset.name!r} lack a column or split: {error!r}.") from error
+
+
+def data_source(path: str, split: str) -> dict[str, Any]:
+    """
+    lmms-eval's `dataset_path` and `dataset_kwargs` for a local file, a local folder or a Hub id.
+
+    Raises:
+        ValueError: for a file of a kind `datasets` has no reader for.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix not in _READERS:
+            raise ValueError(f"{path} is none of {', '.join(_READERS)}: convert it to one of them.")
+        return {"dataset_path": _READERS[local.suffix], "dataset_kwargs": {"data_files": {split: str(local)}}}
+    if (local / "dataset_dict.json").is_file():
+        return {"dataset_path": str(local), "dataset_kwargs": {"load_from_disk": True}}
+    return {"dataset_path": str(local) if local.is_dir() else path, "dataset_kwargs": None}
+
+
+def _check_dataset(dataset: DatasetSpec) -> None:
+    if dataset.tasks and set(dataset.tasks) <= set(_NEEDS_JUDGE) and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError(f"The dataset {dataset.name!r} needs a judge: set OPENAI_API_KEY in the environment.")
+    paths = [dataset.data_path] if dataset.fewshot is None else [dataset.fewshot["train"], dataset.fewshot["test"]]
+    for path in filter(None, map(str, paths)):
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in _READERS
+        if looks_local and not Path(path).expanduser().exists():
+            raise ValueError(f"The data of {dataset.name!r}, {path}, do not exist.")
+
+
+def _logged(sample: Mapping, record: Mapping) -> dict[str, Any]:
+    """A line of the sample log."""
+    prompt = sample["arguments"][0] if sample["arguments"] else None
+    return {"row": sample["doc_id"], "prompt": prompt, "replies": sample["filtered_resps"], **record}
+
+
+def _has_failed(reply) -> bool:
+    from .lmms import FAILED_REQUEST
+
+    return isinstance(reply, str) and reply.startswith(FAILED_REQUEST)
+
+
+def _is_figure(name: str, value) -> bool:
+    return "stderr" not in name and isinstance(value, (int, float))
+
+
+def _write_submission(path: Path, records: list[Mapping]) -> None:
+    import pandas as pd
+
+    temporary = path.with_name(f".{path.stem}.part.xlsx")
+    pd.DataFrame(mmbench.submission_rows(records)).to_excel(temporary, index=False)
+    temporary.replace(path)
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
+def _require_lmms_eval() -> None:
+    try:
+        import lmms_eval.evaluator  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"otter-hf eval needs lmms-eval ({error}): pip install 'otter-hf[eval]' && pip install --no-deps "
+            "lmms-eval==0.7.3"
+        ) from error

@@ -1,0 +1,52 @@
+"""CIDEr (arXiv:1411.5726) of captions, by pycocoevalcap."""
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+
+
+# what PTBTokenizer of the COCO caption evaluation drops; brackets it means to drop, but keeps under these names
+_PUNCTUATION = set(".?!,:-;'`\"") | {"''", "``", "--", "..."}
+_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+_TOKENS = re.compile(r"\w+(?=n't\b)|n't\b|'(?:s|re|ve|ll|d|m)\b|\w+(?:[-.]\w+)*|\S")
+
+
+def tokenize(caption: str) -> str:
+    """Lower-case words with clitics split off ("do n't", "dog 's") and without punctuation, joined by spaces."""
+    tokens = (_BRACKETS.get(token, token) for token in _TOKENS.findall(caption.lower()))
+    return " ".join(token for token in tokens if token not in _PUNCTUATION)
+
+
+def clean_reply(reply: str) -> str:
+    """The caption in a reply, as the 2023 suite cut it: up to `Output`, without double quotes."""
+    return reply.split("Output")[0].replace('"', "").strip()
+
+
+def score(records: Sequence[Mapping]) -> dict[str, float | str]:
+    """
+    CIDEr times 100, as in 2023, and `tokenizer`: "PTB" where Java can run the official one, else "python", ours, whose
+    scores may differ in the second decimal.
+
+    Args:
+        records: with `id`, `caption` (the model's) and `references` (people's). Words weigh by how many of *these*
+            images have them: scores of different subsets do not compare.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    references = {record["id"]: list(record["references"]) for record in records}
+    captions = {record["id"]: [record["caption"]] for record in records}
+    with_java = shutil.which("java") is not None
+    if with_java:
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+        references, captions = (
+            PTBTokenizer().tokenize({key: [{"caption": text} for text in texts] for key, texts in table.items()})
+            for table in (references, captions)
+        )
+    else:
+        references, captions = (
+            {key: [tokenize(text) for text in texts] for key, texts in table.items()}
+            for table in (references, captions)
+        )
+    cider, _ = Cider().compute_score(references, captions)
+    return {"cider": 100.0 * float(cider), "tokenizer": "PTB" if with_java else "python", "images": len(records)}

@@ -1,0 +1,77 @@
+"""MMBench (arXiv:2307.06281): CircularEval, and the table its server scores."""
+
+import re
+from collections.abc import Mapping
+
+from . import percent
+
+
+LETTERS = "ABCDE"
+# rows of one question are copies with shifted options, this far apart in `index`
+_COPY_OFFSET = 1_000_000
+
+
+def options_of(row: Mapping) -> dict[str, str]:
+    """The options of a row that exist, `{letter: text}`; missing ones are None, NaN, empty or the word "nan"."""
+    return {letter: str(row[letter]) for letter in LETTERS if present(row.get(letter))}
+
+
+def present(value) -> bool:
+    """Whether a cell holds something."""
+    return value is not None and str(value).strip() not in ("", "nan", "None")
+
+
+def score(records: list[Mapping]) -> dict[str, float]:
+    """
+    CircularEval: a question is right only if all its shifted copies are.
+
+    Args:
+        records: with `index`, `category`, `prediction` and `answer` (None on the test split, which only the server can
+            score).
+
+    Returns:
+        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `category/NAME`; of unanswered
+        data only `questions`.
+    """
+    questions: dict[int, list[Mapping]] = {}
+    for record in records:
+        questions.setdefault(int(record["index"]) % _COPY_OFFSET, []).append(record)
+    if not all(present(record["answer"]) for record in records):
+        return {"questions": len(questions)}
+    right = {index: all(r["prediction"] == r["answer"] for r in rows) for index, rows in questions.items()}
+    unshifted = [record for record in records if int(record["index"]) < _COPY_OFFSET]
+    categories: dict[str, list[bool]] = {}
+    for index, rows in questions.items():
+        categories.setdefault(rows[0]["category"], []).append(right[index])
+    return {
+        "circular_accuracy": percent(sum(right.values()), len(right)),
+        "vanilla_accuracy": percent(sum(r["prediction"] == r["answer"] for r in unshifted), len(unshifted)),
+        "questions": len(questions),
+        **{f"category/{name}": percent(sum(values), len(values)) for name, values in sorted(categories.items())},
+    }
+
+
+SUBMISSION_COLUMNS = (
+    "question",
+    "answer",
+    *LETTERS,
+    "prediction",
+    "hint",
+    "source",
+    "split",
+    "category",
+    "l2-category",
+    "index",
+)
+
+
+def submission_rows(records: list[Mapping]) -> list[dict]:
+    """
+    Rows of the table that the OpenCompass server takes: the model's own words as `prediction`. Control characters,
+    which a spreadsheet cannot hold, are left out.
+    """
+    return [{column: _cell(record["row"].get(column)) for column in SUBMISSION_COLUMNS} for record in records]
+
+
+def _cell(value):
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", value) if isinstance(value, str) else value

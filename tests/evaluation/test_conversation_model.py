@@ -1,0 +1,120 @@
+"""Models asked in conversations: batches, log-probabilities, Idefics."""
+
+import pytest
+import torch
+from otter_tiny import build_tokenizer
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+from otter_hf.evaluation.model import ConversationModel
+
+
+@pytest.fixture
+def idefics_folder(tmp_path):
+    """A tiny Idefics-instruct on disk."""
+    tokenizer = build_tokenizer()
+    tokens = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "pad_token": "<unk>", "unk_token": "<unk>"})
+    processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), tokenizer)
+    torch.manual_seed(0)
+    config = IdeficsConfig(
+        vocab_size=len(tokenizer),
+        additional_vocab_size=0,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        cross_layer_interval=1,
+        alpha_initializer="ones",
+        initializer_range=0.2,
+        use_resampler=True,
+        vision_config={"embed_dim": 32, "image_size": 28, "patch_size": 14, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "intermediate_size": 64},
+        perceiver_config={"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
+        | {"resampler_head_dim": 16},
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    IdeficsForVisionText2Text(config).save_pretrained(tmp_path / "idefics")
+    processor.save_pretrained(tmp_path / "idefics")
+    return tmp_path / "idefics"
+
+
+@pytest.fixture(params=["otter", "otterhd", "idefics"])
+def loaded(request):
+    return ConversationModel(request.getfixturevalue(f"{request.param}_folder"), dtype="float32", device="cpu")
+
+
+def ask(question: str, *pictures, shown=()) -> list[dict]:
+    messages = []
+    for picture, answer in shown:
+        messages += ask("What is it?", picture)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    content = [{"type": "image", "image": picture} for picture in pictures]
+    return [*messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+def test_a_batch_equals_its_rows(loaded, pictures):
+    conversations = [ask("Hi, what is this?", pictures[0]), ask("And?", *pictures[1:3])]
+    together = loaded.generate(conversations, max_new_tokens=5)
+    assert together == [loaded.generate([c], max_new_tokens=5)[0] for c in conversations]
+    assert together != loaded.generate([ask("Hi, what is this?", pictures[2]), conversations[1]], max_new_tokens=5)
+
+
+def test_log_likelihoods_equal_one_pass_over_everything(loaded, pictures):
+    conversation = ask("Which?", pictures[3], shown=[(pictures[0], "red"), (pictures[1], "green")])
+    candidates = ["a", "two dogs", "blue!"]
+    scores = loaded.log_likelihood(conversation, candidates, batch_size=2)
+    inputs = loaded.prepare([conversation])
+    start = inputs["input_ids"].shape[1]
+    for candidate, (total, count, greedy) in zip(candidates, scores, strict=True):
+        ids = torch.tensor([loaded.processor.tokenizer(candidate, add_special_tokens=False)["input_ids"]])
+        assert count == ids.shape[1]
+        whole = dict(inputs)
+        whole["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        if "image_attention_mask" in whole:
+            last = whole["image_attention_mask"][:, -1:].expand(-1, count, -1)
+            whole["image_attention_mask"] = torch.cat([whole["image_attention_mask"], last], dim=1)
+        with torch.no_grad():
+            logits = loaded.model(**whole).logits[0, start - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, ids[0][:, None]).sum()
+        assert total == pytest.approx(float(expected), rel=1e-4)
+        assert greedy == bool((logits.argmax(-1) == ids[0]).all())
+    with pytest.raises(ValueError, match="Candidate 1 of 2 is empty"):
+        loaded.log_likelihood(conversation, ["a", ""])
+
+
+def test_pictures_are_encoded_once_for_all_candidates(otter_folder, pictures):
+    loaded = ConversationModel(otter_folder, dtype="float32", device="cpu")
+    calls = []
+    loaded.model.model.vision_tower.register_forward_pre_hook(lambda *inputs: calls.append(1))
+    loaded.log_likelihood(ask("?", pictures[3], shown=[(pictures[0], "red")]), list("abcdefg"), batch_size=2)
+    assert calls == [1]
+
+
+def test_answers_end_at_the_stop_text_and_options_go_before_what_a_task_asks(otter_folder, pictures, monkeypatch):
+    loaded = ConversationModel(otter_folder, dtype="float32", device="cpu", generation={"max_new_tokens": 2})
+    monkeypatch.setattr(
+        type(loaded.processor), "post_process_image_text_to_text", lambda self, ids: [f"{ids.shape[1]} a\n\nb STOP c"]
+    )
+    assert loaded.generate([ask("?", pictures[0])], until=["STOP", "\n\n"], max_new_tokens=9) == ["2 a"]
+
+
+def test_idefics_is_asked_in_the_form_it_was_trained_on(idefics_folder, pictures):
+    loaded = ConversationModel(idefics_folder, dtype="float32", device="cpu")
+    inputs = loaded.prepare([ask("Which?", pictures[1], shown=[(pictures[0], "red")])])
+    picture = "<fake_token_around_image><image><fake_token_around_image>"
+    assert loaded.processor.tokenizer.decode(inputs["input_ids"][0]).removeprefix("<s>") == (
+        f"User:{picture}What is it?<end_of_utterance>\nAssistant:red<end_of_utterance>\n"
+        f"User:{picture}Which?<end_of_utterance>\nAssistant:"
+    )
+    assert inputs["pixel_values"].shape[1] == 2
+
+
+def test_a_model_without_a_template_asks_for_one(otter_folder, pictures):
+    loaded = ConversationModel(otter_folder, dtype="float32", device="cpu")
+    loaded.processor.chat_template = None
+    with pytest.raises(ValueError, match="chat_template"):
+        loaded.generate([ask("?", pictures[0])])

@@ -1,0 +1,113 @@
+"""The two forms of configuration."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from otter_hf.evaluation.config import FEWSHOT, TASKS, load_config
+
+
+@pytest.fixture
+def load(tmp_path):
+    def read(config):
+        path = tmp_path / "config.yaml"
+        path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+        return load_config(path)
+
+    return read
+
+
+def test_the_form_of_2023(load):
+    config = load(
+        {
+            "models": [
+                {"name": "otter_image", "load_bit": "bf16"},
+                {"name": "otterhd", "model_path": "here/otterhd", "cuda_id": 1, "resolution": 512},
+                {"name": "fuyu"},
+                {"name": "idefics", "batch": 8},
+                {"name": "gpt4v"},
+            ],
+            "datasets": [
+                {"name": "magnifierbench", "prompt": "Answer.", "default_output_path": "./logs", "debug": True},
+                {"name": "mmvet", "gpt_model": "gpt-4-0613", "num_run": 5},
+            ],
+            "output": "./logs/evaluation.txt",
+        }
+    )
+    otter, otterhd, fuyu, idefics, gpt4v = config.models
+    assert otter.path == "luodian/OTTER-Image-MPT7B" and otter.options["dtype"] == "bfloat16"
+    assert otter.options["generation"] == {"max_new_tokens": 512, "num_beams": 3, "no_repeat_ngram_size": 3}
+    assert otterhd.path == "here/otterhd" and otterhd.options["device"] == "cuda:1"
+    assert otterhd.options["processor_kwargs"] == {"resolution": 512}
+    assert fuyu.path == "adept/fuyu-8b" and "User:" not in fuyu.options["chat_template"]
+    assert idefics.batch_size == 8
+    assert gpt4v.path is None and gpt4v.model == "gpt-4-vision-preview"
+    magnifierbench, mmvet = config.datasets
+    assert magnifierbench.prompts == {"prompt": "Answer."} and magnifierbench.limit == 5
+    assert mmvet.judge == "gpt-4-0613" and mmvet.options == {"num_run": 5}
+    assert str(config.output) == "logs/evaluation"
+
+
+def test_the_plain_form(load):
+    config = load(
+        """
+        models:
+          - some/model
+          - {path: out/model, name: mine, batch_size: 4, generation: {num_beams: 2}}
+          - {endpoint: "http://localhost:8000/v1", model: served}
+        datasets: [mme, {name: coco, train: a.parquet, test: b.parquet, shots: [0, 4]}, textvqa_val]
+        limit: 100
+        judge: {model: gpt-5, max_retries: 1}
+        """
+    )
+    first, mine, served = config.models
+    assert (first.name, first.path, first.options) == ("model", "some/model", {})
+    assert mine.batch_size == 4 and mine.options == {"generation": {"num_beams": 2}}
+    assert served.name == "served" and served.endpoint == "http://localhost:8000/v1"
+    mme, coco, builtin = config.datasets
+    assert mme.tasks == ("otter_mme",) and mme.limit == 100 and mme.judge == "gpt-5"
+    assert coco.fewshot["shots"] == [0, 4] and coco.fewshot["num_samples"] == 100
+    assert builtin.tasks == ("textvqa_val",)
+    assert config.judge_retries == 1
+
+
+MODELS = {"models": ["a/b"]}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("- a", "must hold `models:` and `datasets:`"),
+        ("models: [", "is not YAML"),
+        ({"models": []}, "`models` must be a list"),
+        ({**MODELS, "datasets": ["mme"], "output_dir": "x"}, "unknown key `output_dir`"),
+        ({**MODELS, "datasets": [{"name": "mme", "api_key": "sk-1"}]}, "set OPENAI_API_KEY"),
+        ({"models": [{"name": "gpt4v", "api_key": "sk-1"}], "datasets": ["mme"]}, "set OPENAI_API_KEY"),
+        ({**MODELS, "datasets": [{"name": "mme", "splits": "x"}]}, "unknown key `splits`"),
+        ({**MODELS, "datasets": [{"split": "x"}]}, "needs a `name`"),
+        ({**MODELS, "datasets": ["mme", "mme"]}, "Two datasets are called 'mme'"),
+        ({**MODELS, "datasets": [{"name": "coco", "train": "x"}]}, "needs `test`"),
+        ({**MODELS, "datasets": [{"name": "textvqa_val", "data_path": "x"}]}, "whose `data_path` is fixed"),
+        ({"models": [{"name": "unheard_of"}], "datasets": ["mme"]}, "needs a `path`"),
+        ({"models": [{"name": "video_chat"}], "datasets": ["mme"]}, "not part of this package"),
+        ({"models": [{"endpoint": "http://x"}], "datasets": ["mme"]}, "needs `model`"),
+    ],
+)
+def test_what_is_wrong_is_named(config, message, load):
+    with pytest.raises(ValueError) as error:
+        load(config)
+    assert message in str(error.value) and "sk-1" not in str(error.value)
+
+
+def test_names_of_2023_are_all_known():
+    of_2023 = {"magnifierbench", "mmbench", "mme", "mathvista", "mmvet", "seedbench", "pope", "scienceqa"}
+    assert of_2023 <= TASKS.keys() and not TASKS.keys() & set(FEWSHOT)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "examples" / "eval").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_examples_are_read(path):
+    config = load_config(path)
+    assert config.models and all(dataset.tasks or dataset.fewshot for dataset in config.datasets)

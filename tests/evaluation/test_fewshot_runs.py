@@ -1,0 +1,158 @@
+"""The few-shot harness through `otter-hf eval`, offline on parquet files."""
+
+import json
+
+import pytest
+import yaml
+from benchmark_rows import endpoint, run_two_processes, write_parquet
+from PIL import Image
+
+from otter_hf.cli import main
+
+
+pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
+
+COLOURS = ("red", "blue", "green", "yellow", "black")
+
+
+def rows(count: int, first: int = 0) -> list[dict]:
+    """Columns for every kind of data set."""
+    return [
+        {
+            "question_id": first + i,
+            "image": Image.new("RGB", (30 + i, 24), COLOURS[i % 5]),
+            "question": f"Colour of {first + i}?",
+            "answers": [COLOURS[i % 5]] * 8 + ["pink", "grey"],
+            "captions": [f"a {COLOURS[i % 5]} picture", "one colour"],
+            "label": i % 2,
+            "text": f"words {i}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def tables(tmp_path):
+    """Training and test rows on disk: the keys of a few-shot data set."""
+    return {
+        "train": str(write_parquet(tmp_path / "train.parquet", rows(8, first=100))),
+        "test": str(write_parquet(tmp_path / "test.parquet", rows(5))),
+    }
+
+
+@pytest.fixture
+def evaluate(tmp_path):
+    def run(models: list, datasets: list, output: str = "out") -> dict:
+        path = tmp_path / f"{output}.yaml"
+        config = {"models": models, "datasets": datasets, "output": str(tmp_path / output)}
+        path.write_text(yaml.safe_dump(config))
+        assert main(["eval", str(path)]) == 0
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    return run
+
+
+def samples(tmp_path, name: str, output: str = "out") -> list[dict]:
+    (path,) = (tmp_path / output).rglob(f"{name}.samples.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_of_an_endpoint_with_the_most_similar_demonstrations(evaluate, tables, tmp_path, monkeypatch):
+    """The encoder sees colours, of which each test picture shares its own with a training picture."""
+    from otter_hf.evaluation.fewshot import demonstrations
+
+    def mean_colour(pictures, encoder, batch_size):
+        import torch
+
+        return torch.tensor(
+            [[1.0 + value for value in picture.resize((1, 1)).getpixel((0, 0))] for picture in pictures]
+        )
+
+    monkeypatch.setattr(demonstrations, "embed_images", mean_colour)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with endpoint(lambda text: "red, I think Question: x") as (address, requests):
+        dataset = {"name": "vqav2", **tables, "shots": [0, 2], "demonstrations": "rices", "encoder": "colours"}
+        model = {"name": "stub", "endpoint": address, "model": "stub", "batch_size": 4}
+        figures = evaluate([model], [dataset])["stub"]["vqav2"]
+    # eight of ten annotators say red of one test row in five: full marks for that row
+    assert figures["0-shot vqa_accuracy"] == figures["2-shot vqa_accuracy"] == 20.0
+    with_two = [request["messages"] for request in requests if len(request["messages"]) == 5]
+    assert len(with_two) == 5 and len(requests) == 10
+    for messages in with_two:
+        kinds = [[part["type"] for part in m["content"]] for m in messages if m["role"] == "user"]
+        assert kinds == [["image_url", "text"]] * 3
+        assert messages[-1]["content"][-1]["text"].endswith("? Please answer in short words.")
+    for sample in samples(tmp_path, "vqav2.2-shot.seed-42"):
+        # training row i is of colour i % 5, as test row i is
+        assert sample["demonstrations"][-1] % 5 == sample["row"] % 5
+        assert sample["answer"] == "red"
+
+
+def test_captions_by_seeds_are_the_same_again_and_say_their_tokenizer(otter_folder, evaluate, tables, tmp_path):
+    pytest.importorskip("pycocoevalcap")
+    dataset = {"name": "coco", **tables, "shots": [0, 2], "seeds": [1, 2], "num_samples": 4}
+    model = {"path": str(otter_folder), "name": "tiny", "batch_size": 2, "generation": {"max_new_tokens": 3}}
+    first = evaluate([model], [dataset])["tiny"]["coco"]
+    assert first["tokenizer"] in ("PTB", "python")
+    assert first["2-shot cider"] == pytest.approx((first["2-shot/seed 1"] + first["2-shot/seed 2"]) / 2)
+    assert evaluate([model], [dataset], "again")["tiny"]["coco"] == first
+    one, two = (samples(tmp_path, f"coco.2-shot.seed-{seed}") for seed in (1, 2))
+    assert len(one) == len(two) == 4
+    assert [s["demonstrations"] for s in one] != [s["demonstrations"] for s in two]
+    assert samples(tmp_path, "coco.2-shot.seed-1", "again") == one
+
+
+@pytest.mark.parametrize("family", ["otter", "otterhd"])
+def test_rankings(family, request, evaluate, tables, tmp_path):
+    folder = request.getfixturevalue(f"{family}_folder")
+    datasets = [
+        {"name": "imagenet", **tables, "shots": [1], "class_names": ["a warm colour", "cold"]},
+        {"name": "hateful_memes", **tables, "shots": [0, 2]},
+    ]
+    results = evaluate([{"path": str(folder), "name": "tiny", "batch_size": 2}], datasets)["tiny"]
+    assert results["imagenet"]["1-shot top1_accuracy"] in (0, 20, 40, 60, 80, 100)
+    scored = samples(tmp_path, "hateful_memes.2-shot.seed-42")
+    # the area under the curve of P(yes), by pairs
+    yes = [1 / (1 + 2.718281828459045 ** (s["log_likelihoods"][0] - s["log_likelihoods"][1])) for s in scored]
+    positive, negative = ([p for p, s in zip(yes, scored, strict=True) if s["label"] == label] for label in (1, 0))
+    pairs = [(p, n) for p in positive for n in negative]
+    by_hand = 100 * sum(p > n for p, n in pairs) / len(pairs)
+    assert results["hateful_memes"]["2-shot roc_auc"] == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "imagenet"}, "needs `class_names`"),
+        ({"shots": [9]}, "9 shots need as many training rows, there are 8"),
+        ({"demonstrations": "rices"}, "rices with an `encoder`"),
+        ({"columns": {"answers": "nothing"}}, "no column for 'answers'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_sentence(change, message, otter_folder, tables, tmp_path, capsys):
+    config = {"models": [str(otter_folder)], "output": str(tmp_path / "out")}
+    config["datasets"] = [{"name": "vqav2", "shots": [1], **tables, **change}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["eval", str(tmp_path / "config.yaml")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_score_every_row_once(otter_folder, evaluate, tables, tmp_path):
+    """Five rows: one process has one more than the other."""
+    model = {"path": str(otter_folder), "name": "tiny", "batch_size": 2, "generation": {"max_new_tokens": 3}}
+    datasets = [
+        {"name": "vqav2", **tables, "shots": [2]},
+        {"name": "hateful_memes", **tables, "shots": [1]},
+    ]
+    alone = evaluate([model], datasets)
+    config = yaml.safe_load((tmp_path / "out.yaml").read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**config, "output": str(tmp_path / "two")}))
+    run_two_processes(tmp_path / "two.yaml")
+    together = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert together["tiny"]["vqav2"] == alone["tiny"]["vqav2"]
+    assert together["tiny"]["hateful_memes"] == alone["tiny"]["hateful_memes"]
+    for name in ("vqav2.2-shot.seed-42", "hateful_memes.1-shot.seed-42"):
+        one, two = samples(tmp_path, name), samples(tmp_path, name, "two")
+        assert [sample["row"] for sample in two] == [0, 1, 2, 3, 4]
+        assert [s["demonstrations"] for s in two] == [s["demonstrations"] for s in one]

@@ -1,0 +1,342 @@
+"""Every score against numbers worked out by hand."""
+
+import pytest
+
+from otter_hf.evaluation.scoring import (
+    captions,
+    magnifierbench,
+    mathvista,
+    mmbench,
+    mme,
+    mmvet,
+    pope,
+    ranking,
+    scienceqa,
+    seedbench,
+    vqa,
+)
+from otter_hf.evaluation.scoring.choices import parse_choice
+
+
+OPTIONS = {"A": "dog", "B": "cat", "C": "black cat", "D": "blue"}
+INSTRUCTION = "What is it? A. dog, B. cat, C. black cat, D. blue"
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter", "in_2023"),
+    [
+        ("B", "B", "B"),
+        ("b", "B", "B"),
+        ("(B) cat", "B", "B"),
+        ("B. cat", "B", "B"),
+        ("The answer is B.", "B", "B"),
+        ("The answer is (D)", "D", "D"),
+        ("answer: C", "C", "C"),
+        ("I would choose D", "D", "D"),
+        ("A cat", "B", "A"),
+        ("The answer is A cat", "B", "A"),
+        ("The answer is A", "A", "A"),
+        ("It is a Black Cat.", "C", "B"),
+        ("a dog", "A", "A"),
+        ("Dog", "A", "D"),
+        ("Between A and B", "other", "A"),
+        ("cat and dog", "other", "A"),
+        ("I am not sure", "other", "A"),  # upper-cased it has an A
+        ("hmm", "other", "other"),
+        ("", "other", "other"),
+    ],
+)
+def test_magnifierbench_reads_the_letter_that_is_meant(reply, letter, in_2023):
+    assert parse_choice(reply, OPTIONS) == letter
+    assert magnifierbench.parse_answer(reply, INSTRUCTION) == letter
+    assert magnifierbench.parse_answer(reply, INSTRUCTION, legacy=True) == in_2023
+
+
+def test_an_instruction_is_a_question_and_four_options():
+    question, options = magnifierbench.split_instruction(
+        "Which car, the U.S. one? A. red, B. v. small, C. 2.5, D. no."
+    )
+    assert question == "Which car, the U.S. one?"
+    assert options == {"A": "red", "B": "v. small", "C": "2.5", "D": "no"}
+    with pytest.raises(ValueError, match="followed by"):
+        magnifierbench.split_instruction("What is it? A. dog, B. cat")
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [("yes", "yes"), ("Yes.", "yes"), ("No!", "no"), ("Maybe", "invalid"), ("yes it is", "invalid"), ("", "invalid")],
+)
+def test_verdicts_of_the_judge(reply, verdict):
+    assert magnifierbench.parse_verdict(reply) == verdict
+
+
+def test_what_was_not_judged_is_counted_and_counts_as_wrong():
+    records = [{"verdict": verdict} for verdict in ("yes", "yes", "no", "invalid", "failed")]
+    assert magnifierbench.score_freeform(records) == {
+        "freeform_accuracy": 40.0,
+        "freeform_accuracy_of_judged": pytest.approx(200 / 3),
+        "judge_invalid": 1,
+        "judge_failed": 1,
+        "questions": 5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("Yes", "yes"),
+        (" no. ", "no"),
+        ("Yes, there is.", "yes"),
+        ("No, it is not", "no"),
+        ("It is, yes", "other"),
+        ("y", "other"),
+        ("", "other"),
+    ],
+)
+def test_mme_reads_the_first_four_characters(reply, answer):
+    assert mme.parse_answer(reply) == answer
+
+
+def mme_records(replies: list[str]) -> list[dict]:
+    """Two images of existence, one of code; the truth is yes, no for each."""
+    places = [("existence", "a"), ("existence", "b"), ("code", "c")]
+    truths = [(category, image, answer) for category, image in places for answer in ("Yes", "No")]
+    return [
+        {"category": category, "image_id": image, "answer": answer, "prediction": reply}
+        for (category, image, answer), reply in zip(truths, replies, strict=False)
+    ]
+
+
+def test_mme_gives_100_points_for_questions_and_100_for_whole_images():
+    always_yes = mme.score(mme_records(["yes"] * 6))
+    assert always_yes["perception"] == 50.0 and always_yes["cognition"] == 50.0
+    right = mme.score(mme_records(["yes", "no"] * 3))
+    assert right["perception"] == 200.0 and right["category/code_reasoning"] == 200.0
+    # image a: both right; b: one of two: 75 + 50
+    mixed = mme.score(mme_records(["yes", "no", "yes", "other", "no", "yes"]))
+    assert mixed["category/existence"] == 125.0 and mixed["cognition"] == 0.0 and mixed["unparsed"] == 1
+
+
+def test_mme_leaves_out_an_image_that_a_limit_cut():
+    cut = mme.score(mme_records(["yes", "no", "yes"]))
+    assert cut["perception"] == 200.0 and cut["incomplete_images"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer"),
+    [
+        ("Yes, there is.", "yes"),
+        ("No, not at all", "no"),
+        ("There is not a dog", "no"),
+        ("I see. No dog", "yes"),  # only the first sentence counts
+        ("Nothing here", "yes"),  # the official rule looks for whole words
+        ("", "yes"),
+    ],
+)
+def test_pope_reads_by_the_official_rule(reply, answer):
+    assert pope.parse_answer(reply) == answer
+
+
+def test_pope_figures():
+    pairs = [("yes", "yes"), ("yes", "yes"), ("yes", "no"), ("no", "yes"), ("no", "no"), ("yes", "no")]
+    records = [
+        {"prediction": said, "answer": truth, "category": "random" if i < 3 else "popular"}
+        for i, (said, truth) in enumerate(pairs)
+    ]
+    score = pope.score(records)
+    # TP 2, FP 2, FN 1, TN 1
+    assert score["accuracy"] == 50.0 and score["precision"] == 50.0
+    assert score["recall"] == pytest.approx(200 / 3) and score["f1"] == pytest.approx(400 / 7)
+    assert score["yes_ratio"] == pytest.approx(400 / 6) and score["gold_yes_ratio"] == 50.0
+    assert score["random/f1"] == 80.0 and score["popular/f1"] == 0.0 and score["mean_f1"] == 40.0
+
+
+def test_mmbench_counts_a_question_only_if_every_turn_is_right():
+    def record(index, prediction, answer="A", category="animals"):
+        return {"index": index, "prediction": prediction, "answer": answer, "category": category}
+
+    records = [
+        record(7, "A"),
+        record(1_000_007, "B", "B"),
+        record(8, "A"),
+        record(1_000_008, "A", "B"),
+        record(9, "C"),
+    ]
+    score = mmbench.score(records)
+    assert score["circular_accuracy"] == pytest.approx(100 / 3) and score["questions"] == 3
+    assert score["vanilla_accuracy"] == pytest.approx(200 / 3)
+    assert mmbench.score([record(7, "A", None)]) == {"questions": 1}
+
+
+def test_mmbench_submission_has_the_words_of_the_model():
+    row = {"index": 7, "question": "q", "A": "dog", "prediction": "a\x01 dog", "l2-category": "perception"}
+    (line,) = mmbench.submission_rows([{"row": row, "prediction": "A"}])
+    assert line["prediction"] == "a dog" and line["index"] == 7 and line["B"] is None
+
+
+def test_mmbench_options_that_are_missing_are_no_options():
+    assert mmbench.options_of({"A": "x", "B": None, "C": float("nan"), "D": "nan", "E": ""}) == {"A": "x"}
+
+
+def test_scienceqa_by_image_subject_and_grade():
+    def record(prediction, answer, has_image, subject, grade):
+        return {
+            "prediction": prediction,
+            "answer": answer,
+            "has_image": has_image,
+            "subject": subject,
+            "grade": grade,
+        }
+
+    score = scienceqa.score(
+        [
+            record("A", "A", True, "natural science", "grade2"),
+            record("B", "A", True, "natural science", "grade8"),
+            record("other", "C", False, "language science", "grade12"),
+            record("E", "E", False, "language science", None),
+        ]
+    )
+    assert (score["accuracy"], score["image_accuracy"], score["unparsed"]) == (50.0, 50.0, 1)
+    assert score["subject/language science"] == 50.0 and score["grade/1-6"] == 100.0 and score["grade/7-12"] == 0.0
+    assert scienceqa.parse_answer("The answer is E", ["a1", "a2", "a3", "a4", "a5"]) == "E"
+
+
+def test_seedbench_takes_the_smallest_loss():
+    assert seedbench.rank([2.0, 1.0, 3.0, 1.0]) == "B"
+    records = [
+        {"prediction": "B", "answer": "B", "question_type": 1},
+        {"prediction": "C", "answer": "B", "question_type": 2},
+    ]
+    assert seedbench.score(records) == {
+        "accuracy": 50.0,
+        "questions": 2,
+        "question_type/1": 100.0,
+        "question_type/2": 0.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"), [("0.5", 0.5), ("1.0 because", 1.0), (" 0", 0.0), ("1.5", None), ("yes", None), ("", None)]
+)
+def test_mmvet_reads_the_first_word_as_a_grade(reply, grade):
+    assert mmvet.parse_grade(reply) == grade
+
+
+def test_mmvet_averages_over_rows_runs_and_capabilities():
+    records = [
+        {"capabilities": ["rec", "math"], "grades": [1.0, 0.0]},
+        {"capabilities": ["rec"], "grades": [0.5, None]},
+    ]
+    score = mmvet.score(records)
+    # runs: 75 and 0
+    assert score["total"] == 37.5 and score["total_std"] == 37.5 and score["judge_failures"] == 1
+    assert score["capability/rec"] == 37.5 and score["capability/math"] == 50.0
+    assert score["capabilities/rec"] == 25.0 and score["capabilities/math_rec"] == 50.0
+
+
+def test_mmvet_prompt_puts_spaces_around_and():
+    assert mmvet.grading_prompt("T\n", "q", "2<AND>3", "r") == "T\nq | 2 <AND> 3 | r | "
+
+
+CHOICE = {"question_type": "multi_choice", "answer_type": "text", "choices": ["long", "short"], "precision": None}
+NUMBER = {"question_type": "free_form", "answer_type": "float", "choices": None, "precision": 1.0}
+WHOLE = {**NUMBER, "answer_type": "integer", "precision": None}
+
+
+@pytest.mark.parametrize(
+    ("extraction", "row", "expected"),
+    [
+        ("(B) short", CHOICE, "short"),
+        ("A", CHOICE, "long"),
+        ("shor", CHOICE, "short"),
+        ("1.249", NUMBER, "1.2"),
+        ("3.0", WHOLE, "3"),
+        ("three", WHOLE, None),
+        ("inf", WHOLE, None),
+        ("[1, 2]", {**NUMBER, "answer_type": "list"}, "[1, 2]"),
+    ],
+)
+def test_mathvista_normalises(extraction, row, expected):
+    assert mathvista.normalise(extraction, row) == expected
+
+
+def test_mathvista_extracts_what_needs_no_judge():
+    assert mathvista.extract_directly("short", CHOICE) == "short"
+    assert mathvista.extract_directly("2", WHOLE) == "2" and mathvista.extract_directly("1.5", NUMBER) == "1.5"
+    assert mathvista.extract_directly("about 2", WHOLE) is None
+    assert mathvista.extract_directly('The answer is "2".', WHOLE, quick=True) == "2"
+
+
+def test_mathvista_query_and_scores():
+    query = mathvista.build_query({**CHOICE, "question": "Which?", "unit": "cm"})
+    assert query.splitlines()[1:] == ["Question: Which? (Unit: cm)", "Choices:", "(A) long", "(B) short", "Solution:"]
+    with pytest.raises(ValueError, match="answer_type 'date'"):
+        mathvista.build_query({**NUMBER, "answer_type": "date", "question": "When?"})
+    records = [
+        {"prediction": "short", "answer": "short", "failed": False, "kinds": {"task": "t", "skills": ["a", "b"]}},
+        {"prediction": None, "answer": "2", "failed": True, "kinds": {"task": "t", "skills": ["a"]}},
+    ]
+    assert mathvista.score(records) == {
+        "accuracy": 50.0,
+        "extraction_failures": 1,
+        "questions": 2,
+        "task/t": 50.0,
+        "skills/a": 50.0,
+        "skills/b": 100.0,
+    }
+
+
+@pytest.mark.parametrize(("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_vqa_accuracy_leaves_each_annotator_out_once(agreeing, expected):
+    answers = ["cat"] * agreeing + [f"other {i}" for i in range(10 - agreeing)]
+    assert vqa.accuracy("Cat", answers, str.lower) == pytest.approx(expected)
+
+
+def test_vqa_answers_are_normalised_as_the_official_code_does():
+    pytest.importorskip("lmms_eval")
+    normalise = vqa.answer_normaliser()
+    assert vqa.accuracy("The two dogs!", ["2 dogs"] * 10, normalise) == 1.0
+    assert vqa.clean_reply("dog, cat Question") == "dog"
+
+
+def test_cider_is_largest_for_the_references_and_says_its_tokenizer(monkeypatch):
+    pytest.importorskip("pycocoevalcap")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    references = {0: ["a dog runs in the park", "the dog is running"], 1: ["two red cars", "red cars on a road"]}
+
+    def score(first, second):
+        replies = (first, second)
+        records = [{"id": i, "caption": replies[i], "references": references[i]} for i in references]
+        return captions.score(records)
+
+    same = score("A dog runs in the park.", "two red cars")
+    assert same["tokenizer"] == "python" and same["images"] == 2
+    assert same["cider"] > score("a dog in the park", "two cars")["cider"] > score("xyz", "abc")["cider"] == 0.0
+
+
+def test_our_tokenizer_agrees_with_the_official_one_where_java_is():
+    import shutil
+
+    tokenizer = pytest.importorskip("pycocoevalcap.tokenizer.ptbtokenizer")
+    if shutil.which("java") is None:
+        pytest.skip("java, which the official tokenizer needs, is not installed")
+    texts = [
+        "A dog's ball, isn't it?",
+        'Two men (one with a "hat") - running!',
+        "The well-known 3.5 mile road... ends; here: now",
+        "I'll say they've won.",
+    ]
+    official = tokenizer.PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
+    assert [captions.tokenize(text) for text in texts] == [official[i][0] for i in range(len(texts))]
+
+
+def test_ranking_and_the_area_under_the_curve():
+    assert ranking.roc_auc([0.1, 0.4, 0.35, 0.8], [0, 0, 1, 1]) == 0.75
+    assert ranking.roc_auc([0.5, 0.5], [0, 1]) == 0.5
+    assert ranking.roc_auc([0.5], [1]) is None
+    # log-likelihoods of (no, yes): P(yes) orders the rows, not the winner's probability
+    rows = [([-1.0, -5.0], 0), ([-1.0, -1.5], 1), ([-4.0, -3.0], 1), ([-2.0, -1.8], 0)]
+    score = ranking.score_binary([{"log_likelihoods": pair, "label": label} for pair, label in rows])
+    assert score == {"roc_auc": 75.0, "accuracy": 50.0, "questions": 4}
+    many = ranking.score([{"log_likelihoods": [-3.0, -1.0, -2.0], "label": 2}])
+    assert many == {"top1_accuracy": 0.0, "top5_accuracy": 100.0, "questions": 1}
