@@ -18,7 +18,7 @@ $(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
-	$(INSTALL) --editable ".[demo]"
+	$(INSTALL) --editable ".[examples]"
 	@touch $@
 
 demo: export DEMO_STARTED := $(shell date +%s)
@@ -28,7 +28,11 @@ demo: $(VENV)/.demo ## train a small Otter from scratch on easy-VQA and chat wit
 test: $(VENV)/.installed ## the test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
 
-slow: $(VENV)/.demo ## the tests that take longer
+$(VENV)/.slow: $(VENV)/.demo
+	$(INSTALL) --editable ".[slow-tests]"
+	@touch $@
+
+slow: $(VENV)/.slow ## the tests that take longer; the page is visited where Debian's chromium and chromium-driver are
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 conformance: $(VENV)/.installed ## transformers' own model and processor tests on ours (downloads them)

@@ -1,9 +1,13 @@
 """`otter-hf chat` as typed in a terminal."""
 
 import io
+import json
 
 import pytest
+import torch
+from serving_files import write_video
 
+from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.cli import main
 
 
@@ -14,24 +18,120 @@ def folder(model, processor, tmp_path):
     return tmp_path / "model"
 
 
-def test_prompts_are_answered_in_turn(folder, pictures, tmp_path, capsys):
-    pictures[0].save(tmp_path / "red.png")
-    arguments = ["chat", str(folder), "--image", str(tmp_path / "red.png"), "--max-new-tokens", "3"]
-    assert main([*arguments, "--prompt", "what is it?", "--prompt", "and now?"]) == 0
-    output = capsys.readouterr().out
+@pytest.fixture
+def files(pictures, tmp_path):
+    """Paths of two pictures and a video."""
+    for picture, name in zip(pictures, ("red.png", "green.png"), strict=False):
+        picture.save(tmp_path / name)
+    write_video(tmp_path / "ramp.mp4", 12)
+    return [str(tmp_path / name) for name in ("red.png", "green.png", "ramp.mp4")]
+
+
+def chat(capsys, folder, *arguments) -> str:
+    assert main(["chat", str(folder), "--max-new-tokens", "4", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_prompts_are_answered_in_turn(folder, files, capsys):
+    prompts = ["--prompt", "what is it?", "--prompt", "and now?"]
+    output = chat(capsys, folder, "--image", files[0], *prompts)
     assert output.index("> what is it?") < output.index("> and now?")
-    # greedy decoding: the same question gets the same words
-    assert main([*arguments, "--prompt", "what is it?", "--prompt", "and now?"]) == 0
-    assert capsys.readouterr().out == output
+    # greedy decoding: the same question gets the same words, another picture others
+    assert chat(capsys, folder, "--image", files[0], *prompts) == output
+    assert chat(capsys, folder, "--image", files[1], *prompts) != output
 
 
-def test_interactive_session(folder, pictures, tmp_path, capsys, monkeypatch):
-    pictures[0].save(tmp_path / "red.png")
-    lines = f"/image {tmp_path / 'red.png'}\nwhat?\n/image nowhere.png\n/clear\nwhat?\n/quit\nnever\n"
+def test_every_medium_and_example_counts(folder, files, capsys):
+    ask = ["--prompt", "what?", "--max-new-tokens", "12"]
+    outputs = [
+        chat(capsys, folder, *ask),
+        chat(capsys, folder, *ask, "--image", files[0]),
+        chat(capsys, folder, *ask, "--image", files[0], "--image", files[1]),
+        chat(capsys, folder, *ask, "--video", files[2]),
+        chat(capsys, folder, *ask, "--video", files[2], "--num-frames", "1"),
+        chat(capsys, folder, *ask, "--image", files[0], "--example", files[1], "what?", "green"),
+    ]
+    assert len(set(outputs)) == len(outputs)
+
+
+def test_interactive_session(folder, files, capsys, monkeypatch):
+    lines = (
+        f"/image {files[0]}\nwhat?\n/image nowhere.png\n/clear\n/example {files[1]} what?::green\n"
+        f"/example {files[1]} what?\n/video {files[2]}\n\nwhat?\n/quit\nnever\n"
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", str(folder), "--max-new-tokens", "2"]) == 0
     captured = capsys.readouterr()
     assert "nowhere.png cannot be read as an image: there is no such file" in captured.err
+    assert "write /example PATH QUESTION::ANSWER" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_ctrl_c_stops_an_answer_not_the_chat(folder, capsys, monkeypatch):
+    from otter_hf.serving.session import ChatSession
+
+    calls = []
+
+    def ask(self, question, *args, **kwargs):
+        calls.append(question)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ChatSession, "ask", ask)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["chat", str(folder)]) == 0
+    assert calls == ["one", "two"]
+    assert "(stopped)" in capsys.readouterr().out
+
+
+def test_generation_flags(folder, files, capsys):
+    ask = ["--image", files[0], "--prompt", "what?", "--max-new-tokens", "16"]
+    greedy = chat(capsys, folder, *ask)
+    sampling = ["--temperature", "1.5", "--top-p", "0.95", "--top-k", "0"]
+    sampled = [chat(capsys, folder, *ask, *sampling, "--seed", seed) for seed in ("1", "1", "2")]
+    assert sampled[0] == sampled[1] != sampled[2]
+    beams = chat(capsys, folder, *ask, "--num-beams", "3", "--no-repeat-ngram-size", "2", "--length-penalty", "-1")
+    assert beams.startswith("> what?\n") and beams != greedy
+    penalised = chat(capsys, folder, *ask, "--repetition-penalty", "5.0")
+    assert penalised != greedy
+
+
+def test_batch_of_questions(folder, files, tmp_path, capsys):
+    questions = tmp_path / "questions.yaml"
+    questions.write_text(
+        json.dumps(
+            [
+                {"image_path": files[0], "question": "what?"},
+                {"image_path": "", "question": "what?"},
+                {"image_path": [files[0], files[1]], "question": "what?"},
+                {"video_path": files[2], "question": "what?"},
+            ]
+        )
+    )
+    arguments = ["--yaml-file", str(questions), "--output-dir", str(tmp_path / "logs")]
+    output = chat(capsys, folder, *arguments)
+    (log_file,) = (tmp_path / "logs").iterdir()
+    assert log_file.match("inference_log_*.json") and f"wrote {log_file}" in output
+    log = json.loads(log_file.read_text())
+    assert (log["model_name"], log["checkpoint"]) == ("otter", str(folder))
+    assert list(log["results"]) == ["000", "001", "002", "003"]
+    assert log["results"]["000"].keys() == {"image_path", "question", "answer"}
+    # an entry is a conversation of its own
+    alone = chat(capsys, folder, "--prompt", "what?")
+    assert log["results"]["001"]["answer"] == alone.removeprefix("> what?\n").strip()
+
+
+def test_flamingo_without_a_template_continues_the_text(model, processor, folder, files, tmp_path, capsys):
+    """OpenFlamingo's repositories have no chat template."""
+    tokenizer = FlamingoProcessor.prepare_tokenizer(processor.tokenizer)
+    FlamingoProcessor(processor.image_processor, tokenizer).save_pretrained(tmp_path / "flamingo")
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "answer_token_id")}
+    torch.manual_seed(0)
+    FlamingoForConditionalGeneration(FlamingoConfig(**settings)).save_pretrained(tmp_path / "flamingo")
+    ask = ["--image", files[0], "--prompt", "Output:"]
+    plain = chat(capsys, tmp_path / "flamingo", *ask)
+    assert plain == chat(capsys, tmp_path / "flamingo", *ask, "--chat-template", "plain")
+    assert plain != chat(capsys, tmp_path / "flamingo", *ask, "--chat-template", "simple")
 
 
 @pytest.mark.parametrize(
@@ -39,9 +139,35 @@ def test_interactive_session(folder, pictures, tmp_path, capsys, monkeypatch):
     [
         (["./nowhere"], "model './nowhere' is neither a folder on this machine nor a Hub id"),
         (["owner/name", "--image", "none.png"], "none.png cannot be read as an image"),
+        (["owner/name", "--video", "none.mp4"], "none.mp4 cannot be read as a video"),
+        (["owner/name", "--yaml-file", "none.yaml"], "none.yaml"),
+        (["FOLDER", "--chat-template", "none.jinja"], "none.jinja"),
     ],
 )
-def test_bad_input_is_one_sentence(arguments, message, capsys):
-    assert main(["chat", *arguments]) == 2
+def test_bad_input_is_one_sentence(arguments, message, folder, capsys):
+    assert main(["chat", *(str(folder) if word == "FOLDER" else word for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("question: what?", "must hold a list of entries"),
+        ("- image_path: a.png", "entry 0: give it a question in words"),
+        ("- {question: what, imgae: a}", "unknown imgae; use image_path, video_path, question"),
+        ("- question: what\n- {question: what, image_path: a.png}", "entry 1: there is no file a.png"),
+    ],
+)
+def test_bad_questions_are_named(text, message, folder, tmp_path, capsys):
+    (tmp_path / "questions.yaml").write_text(text)
+    assert main(["chat", str(folder), "--yaml-file", str(tmp_path / "questions.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_4_bits_without_bitsandbytes_is_one_sentence(folder, capsys, monkeypatch):
+    monkeypatch.setattr("otter_hf.training.lora.is_bitsandbytes_available", lambda: False)
+    assert main(["chat", str(folder), "--load-in-4bit"]) == 2
+    assert "load_in_4bit needs bitsandbytes" in capsys.readouterr().err

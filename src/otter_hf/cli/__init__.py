@@ -3,10 +3,10 @@
 import argparse
 import sys
 
-from . import chat, convert, data, memory, train
+from . import chat, convert, data, demo, eval, memory, serve, syphus, train
 
 
-SUBCOMMANDS = (chat, train, convert, data, memory)
+SUBCOMMANDS = (chat, serve, demo, train, eval, convert, data, syphus, memory)
 
 
 def main(argv: list[str] | None = None) -> int:

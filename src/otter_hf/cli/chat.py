@@ -1,11 +1,13 @@
-"""`otter-hf chat`: ask a model about pictures in the terminal."""
+"""`otter-hf chat`: ask a model about pictures and videos in the terminal."""
 
 import argparse
 import sys
-from pathlib import Path
 
 
-HELP = "commands: /image PATH [PATH ...] adds pictures to your next message, /clear starts afresh, /quit ends"
+HELP = (
+    "commands: /image PATH [PATH ...] and /video PATH add to your next message, /example PATH QUESTION::ANSWER shows "
+    "how to answer, /clear starts afresh, /quit ends; Ctrl-C stops an answer"
+)
 
 
 def add_parser(subparsers):
@@ -15,74 +17,152 @@ def add_parser(subparsers):
         help="ask a model about pictures",
         description=f"Chat with an image-text-to-text model, streaming its answers. Without --prompt it asks; {HELP}",
     )
-    parser.add_argument("model", help="folder or Hub id, e.g. out/demo/model")
-    parser.add_argument("--image", action="append", default=[], metavar="PATH", help="picture for the first message")
-    parser.add_argument("--prompt", action="append", default=[], help="ask this and end; repeat it for several turns")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) decodes greedily")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    parser.add_argument("--device", default=None, help="e.g. cuda, cpu, or auto to spread over devices")
+    parser.add_argument("model", help="folder or Hub id, e.g. out/demo/model; a revision may follow an @")
+    add_loading_arguments(parser)
+    media = parser.add_argument_group("the first message")
+    media.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; repeat it for more")
+    media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video")
+    media.add_argument("--num-frames", type=int, default=16, help="evenly spaced frames read of a video (16)")
+    media.add_argument(
+        "--example",
+        action="append",
+        nargs=3,
+        default=[],
+        metavar=("IMAGE", "QUESTION", "ANSWER"),
+        help="a worked example in front of the conversation; repeat it for more",
+    )
+    media.add_argument("--prompt", action="append", default=[], help="ask this and end; repeat it for several turns")
+    batch = parser.add_argument_group("many questions")
+    batch.add_argument(
+        "--yaml-file",
+        metavar="PATH",
+        help="answer a YAML list of {image_path, question} and write the answers as JSON",
+    )
+    batch.add_argument("--output-dir", default="logs", help="where inference_log_TIME.json goes (logs)")
+    generation = parser.add_argument_group("answers")
+    generation.add_argument("--max-new-tokens", type=int, default=256)
+    generation.add_argument("--temperature", type=float, default=0.0, help="0 (the default) decodes greedily")
+    generation.add_argument("--top-p", type=float)
+    generation.add_argument("--top-k", type=int)
+    generation.add_argument("--num-beams", type=int, default=1, help="more than 1 prints answers when they are whole")
+    generation.add_argument("--no-repeat-ngram-size", type=int)
+    generation.add_argument("--length-penalty", type=float)
+    generation.add_argument("--repetition-penalty", type=float)
+    generation.add_argument("--stop", action="append", metavar="TEXT", help="an answer ends before it; repeatable")
+    generation.add_argument("--seed", type=int, help="for sampling")
     parser.set_defaults(func=run)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How `otter_hf.serving.loading` loads a model."""
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--device-map",
+        "--device",
+        help="a device such as cuda or cpu, or auto to spread over several; by default the accelerator, if any",
+    )
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantise with bitsandbytes")
+    parser.add_argument("--chat-template", metavar="NAME", help="a Jinja file, or an instruction format by name")
+
+
+def loading_options(arguments: argparse.Namespace) -> dict:
+    """The keyword arguments of `otter_hf.serving.loading.load` among the parsed ones."""
+    return {name: getattr(arguments, name) for name in ("dtype", "device_map", "load_in_4bit", "chat_template")}
+
+
+def generation_options(arguments: argparse.Namespace) -> dict:
+    """The keyword arguments of `generate` among the parsed ones; what was not said is left to the model."""
+    options = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if options["do_sample"]:
+        options |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
+    for name in ("num_beams", "no_repeat_ngram_size", "length_penalty", "repetition_penalty"):
+        options[name] = getattr(arguments, name)
+    options["stop_strings"] = arguments.stop
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and talk until the prompts, or the user's patience, end."""
     # heavy imports wait until someone chats
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+    from transformers import TextStreamer, set_seed
 
-    import otter_hf  # noqa: F401  registers the families
+    from ..serving.batch import answer_all, read_questions, write_log
+    from ..serving.loading import check_name, load
+    from ..serving.session import ChatSession
 
-    name = arguments.model
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise ValueError(f"model {name!r} is neither a folder on this machine nor a Hub id (owner/name).")
+    check_name(arguments.model)
     # opened before the model loads: a mistyped path should not cost a minute
-    pictures = [open_image(path) for path in arguments.image]
-    processor = AutoProcessor.from_pretrained(arguments.model)
-    model = AutoModelForImageTextToText.from_pretrained(
-        arguments.model, dtype=arguments.dtype, device_map=arguments.device
-    )
-    model.eval()
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": arguments.temperature > 0}
-    if sampling["do_sample"]:
-        sampling["temperature"] = arguments.temperature
+    entries = read_questions(arguments.yaml_file) if arguments.yaml_file else None
+    media = read_media(arguments.image, arguments.video, arguments.num_frames)
+    examples = [(read_media([path]), question, answer) for path, question, answer in arguments.example]
+    model, processor = load(arguments.model, **loading_options(arguments))
+    session = ChatSession(model, processor)
+    options = generation_options(arguments)
+    if arguments.seed is not None:
+        set_seed(arguments.seed)
 
-    messages = []
-    interactive = not arguments.prompt
-    prompts = iter(arguments.prompt)
-    if interactive:
-        print(HELP)
-    while True:
-        text = read_line() if interactive else next(prompts, None)
-        if text is None or text == "/quit":
-            break
-        if text == "/clear":
-            messages, pictures = [], []
-            continue
-        if text.startswith("/image"):
-            try:
-                pictures += [open_image(path) for path in text.split()[1:]]
-            except ValueError as error:
-                print(error, file=sys.stderr)
-            continue
-        content = [{"type": "image", "image": picture} for picture in pictures]
-        messages.append({"role": "user", "content": [*content, {"type": "text", "text": text}]})
-        pictures = []
-        if not interactive:
-            print(f"> {text}")
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, streamer=streamer, **sampling)
-        answer = processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    if entries is not None:
+        answered = answer_all(session, entries, arguments.num_frames, **options)
+        path = write_log(arguments.output_dir, model.config.model_type, arguments.model, answered, print_answer)
+        print(f"wrote {path}")
+        return
+    for pictures, question, answer in examples:
+        session.add_example(question, answer, pictures)
+    if arguments.num_beams == 1:
+        options["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    for prompt in arguments.prompt:
+        print(f"> {prompt}")
+        media = reply(session, prompt, media, options)
+    if not arguments.prompt:
+        interact(session, media, options, arguments.num_frames)
 
 
-def open_image(path: str):
-    """The picture at `path` in RGB; ValueError naming it if it cannot be read."""
-    from ..models.flamingo.processing_flamingo import read_image
+def interact(session, media: list[dict], options: dict, num_frames: int) -> None:
+    """Questions and commands from the terminal until it ends."""
+    print(HELP)
+    while (line := read_line()) is not None and line != "/quit":
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/clear":
+                session.clear()
+                media = []
+            elif command == "/image":
+                media = [*media, *read_media(rest.split())]
+            elif command == "/video":
+                media = [*media, *read_media([], [rest.strip()], num_frames)]
+            elif command == "/example":
+                path, _, exchange = rest.strip().partition(" ")
+                question, separator, answer = exchange.partition("::")
+                if not separator:
+                    raise ValueError("write /example PATH QUESTION::ANSWER")
+                session.add_example(question.strip(), answer.strip(), read_media([path]))
+            elif line:
+                media = reply(session, line, media, options)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
 
-    return read_image(path, path)
+
+def reply(session, question: str, media: list[dict], options: dict) -> list[dict]:
+    """Ask, print the answer, and return the media of the next message: none."""
+    answer = session.ask(question, media, **options)
+    if "streamer" not in options:
+        print(answer)
+    return []
+
+
+def read_media(images: list[str], videos: list[str] = (), num_frames: int = 16) -> list[dict]:
+    """Pictures and videos at the paths, as parts of a message; ValueError naming the one that cannot be read."""
+    from ..serving.media import image_part, open_image, read_frames, video_part
+
+    pictures = [image_part(open_image(path, path)) for path in images]
+    return pictures + [video_part(read_frames(path, path, num_frames)) for path in videos]
+
+
+def print_answer(entry: dict, answer: str) -> None:
+    """One entry of a batch, as it is answered."""
+    print(f"> {entry['question']}\n{answer}")
 
 
 def read_line() -> str | None:

@@ -1,0 +1,73 @@
+"""`otter-hf demo`: a web page to talk to a model."""
+
+import argparse
+import contextlib
+import os
+import secrets
+
+from .chat import add_loading_arguments, loading_options
+from .serve import API_KEY_VARIABLE, add_limit_arguments, require_serving, settings_from
+
+
+def add_parser(subparsers):
+    """Add the `demo` subcommand."""
+    parser = subparsers.add_parser(
+        "demo",
+        help="a web page to talk to a model",
+        description="A web page to talk to models about pictures and videos: models of this process, or with --url "
+        f"those of a server with OpenAI's API, whose key is in the environment variable {API_KEY_VARIABLE}.",
+    )
+    parser.add_argument("models", nargs="*", help="folders or Hub ids")
+    parser.add_argument("--url", help="of a running server, e.g. http://localhost:8000/v1, in place of models")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 for all (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7861)
+    parser.add_argument("--flag-folder", default="logs/flagged", help="log.csv with rated conversations goes here")
+    add_loading_arguments(parser)
+    parser.add_argument("--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds")
+    add_limit_arguments(parser)
+    parser.set_defaults(func=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Show the page until the process is told to end."""
+    if bool(arguments.url) == bool(arguments.models):
+        raise ValueError("Give models, or the --url of a server that has them.")
+    require_serving()
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("the page needs gradio; install it with pip install 'otter-hf[demo]'.") from error
+    import openai
+
+    from ..demo.page import THEME, build_page
+
+    with contextlib.ExitStack() as stack:
+        url, key = arguments.url, os.environ.get(API_KEY_VARIABLE) or "none"
+        if arguments.models:
+            url, key = stack.enter_context(serve_in_process(arguments))
+        try:
+            page = build_page(openai.OpenAI(base_url=url, api_key=key), arguments.flag_folder)
+        except openai.APIError as error:
+            raise ValueError(f"the server at {url} does not list its models: {error}") from error
+        page.launch(
+            server_name=arguments.host,
+            server_port=arguments.port,
+            theme=THEME,
+            max_file_size=settings_from(arguments).body_bytes,
+            footer_links=[],
+        )
+
+
+@contextlib.contextmanager
+def serve_in_process(arguments: argparse.Namespace):
+    """URL and key of a server for `arguments.models`, which only this process knows."""
+    from dataclasses import replace
+
+    from ..serving.app import create_app
+    from ..serving.background import BackgroundServer
+    from ..serving.models import ServedModels
+
+    settings = replace(settings_from(arguments), api_key=secrets.token_urlsafe(32))
+    models = ServedModels(arguments.models, model_timeout=arguments.model_timeout, **loading_options(arguments))
+    with BackgroundServer(create_app(models, settings)) as server:
+        yield f"{server.url}/v1", settings.api_key

@@ -1,0 +1,117 @@
+"""`otter-hf serve`: models behind OpenAI's chat completions API."""
+
+import argparse
+import os
+
+from .chat import add_loading_arguments, loading_options
+
+
+API_KEY_VARIABLE = "OTTER_HF_API_KEY"
+
+
+def add_parser(subparsers):
+    """Add the `serve` subcommand."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="serve models over HTTP with OpenAI's chat completions API",
+        description="Serve models over HTTP: POST /v1/chat/completions with pictures and videos, streaming or not, "
+        f"GET /v1/models, /health and /metrics. The environment variable {API_KEY_VARIABLE} holds the API key.",
+    )
+    parser.add_argument("models", nargs="+", help="folders or Hub ids; clients call a model by this name")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000)
+    add_loading_arguments(parser)
+    parser.add_argument(
+        "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (-1: never)"
+    )
+    add_limit_arguments(parser)
+    parser.set_defaults(func=run)
+
+
+def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `ServerSettings` holds; the defaults are its own."""
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-body-mb", type=float, default=20, help="of a request, base64 included (20)")
+    limits.add_argument("--max-image-pixels", type=int, default=40_000_000, help="of a picture or frame (40 million)")
+    limits.add_argument(
+        "--max-video-pixels", type=int, default=20_000_000_000, help="decoded for a video (20 thousand million)"
+    )
+    limits.add_argument("--max-pictures", type=int, default=128, help="pictures and frames of a request (128)")
+    limits.add_argument("--num-frames", type=int, default=16, help="read of a video (16)")
+    limits.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (1024)")
+    limits.add_argument("--request-timeout", type=float, default=300, help="seconds, waiting included (300)")
+    limits.add_argument("--slots", type=int, default=2, help="requests prepared or answered at a time (2)")
+    limits.add_argument("--queue", type=int, default=32, help="requests that may wait; more get status 429 (32)")
+    limits.add_argument("--shutdown-timeout", type=int, default=30, help="seconds to finish answers when ended (30)")
+    urls = parser.add_argument_group("addresses of pictures in requests")
+    urls.add_argument("--no-fetch", action="store_true", help="read data: only, fetch no http(s) address")
+    urls.add_argument("--allow-private-addresses", action="store_true", help="fetch from this machine and network too")
+    urls.add_argument("--allow-files", metavar="DIR", help="read file:// addresses below this folder")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Load the first model and serve until the process is told to end."""
+    require_serving()
+    import uvicorn
+    from transformers.utils import logging
+
+    from ..serving.app import create_app
+    from ..serving.models import ServedModels
+
+    settings = settings_from(arguments)
+    if settings.api_key is None and arguments.host not in ("127.0.0.1", "localhost", "::1"):
+        logging.get_logger("otter_hf").warning(
+            f"Anyone who reaches {arguments.host}:{arguments.port} may use this server; set {API_KEY_VARIABLE}."
+        )
+    models = ServedModels(
+        arguments.models,
+        model_timeout=arguments.model_timeout,
+        **loading_options(arguments),
+    )
+    uvicorn.run(
+        create_app(models, settings),
+        host=arguments.host,
+        port=arguments.port,
+        timeout_graceful_shutdown=arguments.shutdown_timeout,
+    )
+
+
+def settings_from(arguments: argparse.Namespace):
+    """The `ServerSettings` among the parsed arguments, with the API key of the environment."""
+    from pathlib import Path
+
+    from ..serving.fetch import FetchPolicy
+    from ..serving.media import MediaLimits
+    from ..serving.settings import ServerSettings
+
+    body_bytes = int(arguments.max_body_mb * (1 << 20))
+    if arguments.allow_files is not None and not Path(arguments.allow_files).is_dir():
+        raise ValueError(f"--allow-files {arguments.allow_files}: there is no such folder.")
+    return ServerSettings(
+        api_key=os.environ.get(API_KEY_VARIABLE) or None,
+        body_bytes=body_bytes,
+        media=MediaLimits(
+            image_pixels=arguments.max_image_pixels,
+            video_pixels=arguments.max_video_pixels,
+            pictures=arguments.max_pictures,
+        ),
+        fetch=FetchPolicy(
+            http=not arguments.no_fetch,
+            private_addresses=arguments.allow_private_addresses,
+            file_root=None if arguments.allow_files is None else Path(arguments.allow_files),
+            max_bytes=body_bytes,
+        ),
+        new_tokens=arguments.max_new_tokens,
+        request_seconds=arguments.request_timeout,
+        slots=arguments.slots,
+        queue=arguments.queue,
+        num_frames=arguments.num_frames,
+    )
+
+
+def require_serving() -> None:
+    """Raise ValueError where the packages of the server are missing."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ValueError("serving needs fastapi, uvicorn and openai; install them with pip install 'otter-hf[serve]'.")

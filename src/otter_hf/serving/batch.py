@@ -1,0 +1,82 @@
+"""Questions from a YAML file, answered into a JSON file, as the demo of 2023 did (`pipeline/demos/inference.py`)."""
+
+import json
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from .media import image_part, open_image, read_frames, video_part
+from .session import ChatSession
+
+
+FIELDS = ("image_path", "video_path", "question")
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """
+    The entries of a YAML file: a list of `{question, image_path, video_path}`. `image_path` is a path, a list of them
+    or empty, `video_path` a path or empty; an entry with neither is a question about text alone.
+
+    Raises:
+        ValueError: naming the entry, for anything else, and for files that do not exist.
+        OSError: if there is no such file.
+    """
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} must hold a list of entries with question and image_path.")
+    for index, entry in enumerate(entries):
+        place = f"{path}, entry {index}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
+            raise ValueError(f"{place}: give it a question in words.")
+        if unknown := set(entry) - set(FIELDS):
+            raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(FIELDS)}.")
+        for file in [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]:
+            if not isinstance(file, str) or not Path(file).is_file():
+                raise ValueError(f"{place}: there is no file {file}.")
+    return entries
+
+
+def answer_all(session: ChatSession, entries: list[dict], num_frames: int, **generation) -> Iterator[tuple[dict, str]]:
+    """Each entry with its answer, a conversation of its own."""
+    for entry in entries:
+        session.clear()
+        media = [image_part(open_image(file, file)) for file in _image_paths(entry)]
+        if file := entry.get("video_path"):
+            media.append(video_part(read_frames(file, file, num_frames)))
+        yield entry, session.ask(entry["question"], media, **generation)
+
+
+def write_log(
+    folder: str | Path, model_name: str, checkpoint: str, answered: Iterator[tuple[dict, str]], report: Callable
+) -> Path:
+    """
+    Write `inference_log_{time}.json` with `model_name`, `checkpoint` and `results`: `"000"`, `"001"`, ... to the entry
+    and its `answer`. The file is there when all are answered.
+
+    Args:
+        report: called with the entry and its answer as each comes.
+
+    Returns:
+        its path.
+    """
+    path = Path(folder) / f"inference_log_{datetime.now():%Y-%m-%d_%H-%M-%S}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = {}
+    for index, (entry, answer) in enumerate(answered):
+        results[f"{index:03d}"] = {"image_path": "", **entry, "answer": answer}
+        report(entry, answer)
+    log = {"model_name": model_name, "checkpoint": checkpoint, "results": results}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(log, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _image_paths(entry: dict) -> list:
+    paths = entry.get("image_path") or []
+    return paths if isinstance(paths, list) else [paths]

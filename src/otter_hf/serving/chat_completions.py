@@ -1,0 +1,339 @@
+"""`POST /v1/chat/completions`: the handler of `transformers serve`, within limits.
+
+A request is a job of its own task, which holds its place in the gate until its work is over: prepared in a thread,
+generated in the thread of its model. The HTTP side only reads what the job says and may leave at any time.
+"""
+
+import asyncio
+import copy
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from jinja2 import TemplateError
+from openai.types.completion_usage import CompletionUsage
+from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.utils import DirectStreamer, GenerationState
+from transformers.utils import logging
+
+from .gate import Gate, QueueFull, Ticket
+from .media import fit_media
+from .messages import MessageReader
+from .metrics import Metrics
+from .models import ServedModels
+from .request import Options, check_request
+from .settings import ServerSettings
+from .stop import StopFilter
+
+
+logger = logging.get_logger(__name__)
+
+
+class ClientGone(Exception):
+    """Nobody is there to read the answer."""
+
+
+class Finish:
+    """The end of an answer."""
+
+    def __init__(self, reason: str, usage: CompletionUsage):
+        self.reason = reason
+        self.usage = usage
+
+
+class Job:
+    """
+    One request between the HTTP side and its work.
+
+    `items` holds what there is to say: first `None` when all checks have passed, then texts, last a [`Finish`]; or an
+    exception. `cancelled` tells the work to stop.
+    """
+
+    def __init__(self, body: dict, options: Options, ticket: Ticket):
+        self.body = body
+        self.options = options
+        self.ticket = ticket
+        self.items: asyncio.Queue = asyncio.Queue()
+        self.cancelled = threading.Event()
+        self.waiting = True
+        self.task: asyncio.Task | None = None
+
+    def leave(self) -> None:
+        """Nobody reads on."""
+        self.cancelled.set()
+        if self.waiting and self.task is not None:
+            self.task.cancel()
+
+
+class StopWhenCancelled(StoppingCriteria):
+    """Ends generation when nobody reads on."""
+
+    def __init__(self, cancelled: threading.Event):
+        self.cancelled = cancelled
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.cancelled.is_set(), device=input_ids.device)
+
+
+class ChatCompletions(ChatCompletionHandler):
+    """
+    Answers chat completion requests; see `ServerSettings` for the limits.
+
+    Args:
+        models: the models of this server.
+        settings: its limits.
+        metrics: counts requests and tokens.
+    """
+
+    def __init__(self, models: ServedModels, settings: ServerSettings, metrics: Metrics):
+        super().__init__(model_manager=models, generation_state=GenerationState())
+        self.settings = settings
+        self.metrics = metrics
+        self.gate = Gate(settings.slots, settings.queue)
+        # as many threads as slots: each keeps memory of the largest picture it has decoded
+        self._preparers = ThreadPoolExecutor(settings.slots, thread_name_prefix="prepare")
+        self._tasks: set[asyncio.Task] = set()  # the event loop itself would let them be collected
+
+    # ----- the HTTP side -----
+
+    async def respond(self, request: Request, read_body) -> Response:
+        """
+        Args:
+            request: the HTTP request.
+            read_body: coroutine function from the request to its JSON object; called once the request is admitted.
+
+        Raises:
+            HTTPException: 400 for what is wrong with the request, 404 for another model, 422 for unknown fields, 429
+                when too many wait, 504 when it takes too long.
+        """
+        started = time.monotonic()
+        try:
+            ticket = self.gate.admit()
+        except QueueFull:
+            raise HTTPException(
+                429, "Too many requests are waiting; try again in a moment.", headers={"Retry-After": "1"}
+            ) from None
+        try:
+            body = await asyncio.wait_for(read_body(request), self.settings.request_seconds)
+            self._validate_request(body)
+            options = check_request(body)
+            body["model"] = self.model_manager.find(body.get("model"))
+        except BaseException as error:
+            ticket.release()
+            if isinstance(error, asyncio.TimeoutError):
+                raise HTTPException(408, "The request did not arrive in time.") from error
+            if isinstance(error, KeyError):
+                known = ", ".join(self.model_manager.names)
+                raise HTTPException(404, f"This server has no model {error.args[0]!r}; it has {known}.") from error
+            if isinstance(error, ValueError):
+                raise HTTPException(400, str(error)) from error
+            raise
+        job = Job(body, options, ticket)
+        job.task = asyncio.create_task(self._work(job))
+        self._tasks.add(job.task)
+        job.task.add_done_callback(self._tasks.discard)
+        reader = _Reader(job, request, started + self.settings.request_seconds)
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        ends_with_response = False
+        try:
+            await reader.next()
+            if body.get("stream"):
+                ends_with_response = True
+                return _EventStream(self._events(reader, request_id), lambda: self._end(reader, started))
+            pieces = [item async for item in reader]
+            finish = pieces.pop()
+            return JSONResponse(
+                self._build_completion(
+                    request_id, "".join(pieces), body["model"], finish_reason=finish.reason, usage=finish.usage
+                )
+            )
+        finally:
+            if not ends_with_response:
+                self._end(reader, started)
+
+    def _end(self, reader: "_Reader", started: float) -> None:
+        reader.close()
+        self.metrics.add("otter_request_seconds_total", time.monotonic() - started)
+        if reader.client_is_gone:
+            self.metrics.add("otter_cancelled_total")
+
+    async def _events(self, reader: "_Reader", request_id: str):
+        model = reader.job.body["model"]
+        yield self._build_chunk_sse(request_id, role="assistant", model=model)
+        try:
+            async for item in reader:
+                if isinstance(item, Finish):
+                    yield self._build_chunk_sse(request_id, finish_reason=item.reason, usage=item.usage, model=model)
+                else:
+                    yield self._build_chunk_sse(request_id, content=item, model=model)
+        except HTTPException as error:
+            # the status has been sent; the clients of OpenAI read an error from the stream
+            yield self.chunk_to_sse(JSONResponse(error_body(error)).body.decode())
+        except ClientGone:
+            return
+        yield "data: [DONE]\n\n"
+
+    # ----- the work -----
+
+    async def _work(self, job: Job) -> None:
+        try:
+            await job.ticket.take_slot()
+            job.waiting = False
+            loop = asyncio.get_running_loop()
+            model, processor, inputs, config = await loop.run_in_executor(self._preparers, self._prepare, job)
+            job.items.put_nowait(None)
+            await self._generate(job, model, processor, inputs, config)
+        except (ValueError, TemplateError) as error:
+            job.items.put_nowait(HTTPException(400, str(error)))
+        except Exception as error:
+            logger.exception("A request failed.")
+            job.items.put_nowait(HTTPException(500, f"The server failed to answer: {type(error).__name__}."))
+        finally:
+            job.ticket.release()
+
+    def _prepare(self, job: Job):
+        """Model, processor, inputs and generation config of a request; ValueError for what is wrong with it."""
+        settings, options = self.settings, job.options
+        frames = options.num_frames or settings.num_frames
+        messages = MessageReader(settings.media, settings.fetch, frames).read(job.body.get("messages"))
+        name = self.model_manager.process_model_name(job.body["model"])
+        model, processor = self.model_manager.load_model_and_processor(name)
+        inputs = processor.apply_chat_template(
+            fit_media(messages, processor),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        length = inputs["input_ids"].shape[1]
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and length >= context:
+            raise ValueError(f"The prompt has {length} tokens, but the model reads at most {context - 1}; shorten it.")
+        config = self._build_generation_config(job.body, model.generation_config)
+        for setting, value in options.generation.items():
+            setattr(config, setting, value)
+        if job.body.get("temperature") is not None:
+            config.do_sample = job.body["temperature"] > 0
+        if not config.do_sample:
+            config.temperature = config.top_p = config.top_k = None
+        room = settings.new_tokens if context is None else min(settings.new_tokens, context - length)
+        config.max_new_tokens = min(config.max_new_tokens, room)
+        return model, processor, inputs.to(model.device, model.dtype), config
+
+    def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
+        # the seed is set where and when generation starts, and stop strings are found in the text
+        body = {name: value for name, value in body.items() if name not in ("generation_config", "seed", "stop")}
+        return super()._build_generation_config(body, copy.deepcopy(model_generation_config), use_cb=use_cb)
+
+    async def _generate(self, job: Job, model, processor, inputs, config) -> None:
+        streamer = None
+        if config.num_beams in (None, 1):
+            streamer = DirectStreamer(processor.tokenizer._tokenizer, asyncio.get_running_loop(), job.items)
+
+        def generate() -> torch.LongTensor:
+            if job.body.get("seed") is not None:
+                set_seed(job.body["seed"])
+            return model.generate(
+                **inputs,
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([StopWhenCancelled(job.cancelled)]),
+            )
+
+        length = inputs["input_ids"].shape[1]
+        manager = self.generation_state.get_manager(job.body["model"])
+        sequences = await manager.async_submit(generate)  # (1, L + L_new)
+        new = sequences[0, length:]
+        if streamer is None:
+            job.items.put_nowait(processor.tokenizer.decode(new, skip_special_tokens=True))
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        cut_off = len(new) >= config.max_new_tokens and int(new[-1]) not in ends
+        usage = CompletionUsage(prompt_tokens=length, completion_tokens=len(new), total_tokens=length + len(new))
+        self.metrics.add("otter_prompt_tokens_total", length)
+        self.metrics.add("otter_completion_tokens_total", len(new))
+        job.items.put_nowait(Finish("length" if cut_off else "stop", usage))
+
+
+class _Reader:
+    """What a job says, up to the first stop string, as long as the client is there and the time lasts."""
+
+    def __init__(self, job: Job, request: Request, deadline: float):
+        self.job = job
+        self.deadline = deadline
+        self._finished = False
+        self._gone = asyncio.create_task(_disconnected(request))
+
+    async def next(self):
+        """The next item. Raises HTTPException for an error and after too long a time, ClientGone."""
+        item = asyncio.ensure_future(self.job.items.get())
+        try:
+            timeout = max(self.deadline - time.monotonic(), 0)
+            await asyncio.wait({item, self._gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if item.done():
+                if isinstance(item.result(), Exception):
+                    raise item.result()
+                return item.result()
+            if self._gone.done():
+                raise ClientGone
+            raise HTTPException(504, "The answer was not finished in time.")
+        finally:
+            item.cancel()
+
+    async def __aiter__(self):
+        """Texts, then the [`Finish`]."""
+        stop = StopFilter(self.job.options.stops)
+        while True:
+            item = await self.next()
+            if isinstance(item, Finish):
+                self._finished = True
+                if text := stop.flush():
+                    yield text
+                yield Finish("stop", item.usage) if stop.stopped else item
+                return
+            if item is not None and (text := stop.feed(item)):
+                yield text
+            if stop.stopped:
+                # generation ends at the next token; its numbers are still to come
+                self.job.cancelled.set()
+
+    @property
+    def client_is_gone(self) -> bool:
+        """Whether the client left before the end of the answer."""
+        return not self._finished and self._gone.done() and not self._gone.cancelled()
+
+    def close(self) -> None:
+        """Read no more."""
+        self._gone.cancel()
+        self.job.leave()
+
+
+class _EventStream(StreamingResponse):
+    """Server-sent events that are ended in every case, even if the client left before the first of them."""
+
+    def __init__(self, events, end: Callable[[], None]):
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.end = end
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.end()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def error_body(error: HTTPException) -> dict:
+    """An error as the OpenAI API writes it."""
+    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = kinds.get(error.status_code, "server_error" if error.status_code >= 500 else "invalid_request_error")
+    return {"error": {"message": error.detail, "type": kind, "param": None, "code": error.status_code}}

@@ -1,0 +1,101 @@
+"""A model and its processor, ready to be talked to."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers.processing_utils import ProcessorMixin
+
+import otter_hf  # noqa: F401  registers the families
+
+from ..data.prompts import FORMATS
+from ..data.prompts import chat_template as format_chat_template
+from ..models.flamingo import FlamingoProcessor
+
+
+def load(name: str, *, chat_template: str | None = None, **options) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A model and its processor; see `load_model` and `load_processor` for arguments and errors."""
+    processor = load_processor(name, chat_template)
+    return load_model(name, **options), processor
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device_map: str | None = None, load_in_4bit: bool = False
+) -> PreTrainedModel:
+    """
+    An image-text-to-text model for inference.
+
+    Args:
+        name: folder or Hub id; a revision may follow an `@`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        device_map: a device, or `auto` to spread over devices; by default the accelerator if there is one.
+        load_in_4bit: quantise with bitsandbytes (NF4).
+
+    Raises:
+        ValueError: if `name` is neither a folder nor a Hub id, or bitsandbytes is missing.
+        OSError: if there is no such model.
+    """
+    path, revision = _locate(name)
+    loading = {}
+    if load_in_4bit:
+        from ..training.lora import quantization_config
+
+        loading["quantization_config"] = quantization_config()
+    if device_map is None:
+        device_map = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = AutoModelForImageTextToText.from_pretrained(
+        path, revision=revision, dtype=dtype, device_map=device_map, **loading
+    ).eval()
+    # an answer ends with <|endofchunk|>, which not every repository of 2023 says
+    end_of_chunk = getattr(model.config, "end_of_chunk_token_id", None)
+    if end_of_chunk is not None:
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        model.generation_config.eos_token_id = sorted({*ends, end_of_chunk})
+    return model
+
+
+def load_processor(name: str, chat_template: str | None = None) -> ProcessorMixin:
+    """
+    The processor of a model, with a chat template.
+
+    Args:
+        name: as for `load_model`.
+        chat_template: a Jinja file, or the name of an instruction format, in place of the processor's own template.
+
+    Raises:
+        ValueError: if the processor has no chat template and none is given. A Flamingo without one is prompted as
+            OpenFlamingo was: picture, text.
+        OSError: if there is no such processor or template.
+    """
+    path, revision = _locate(name)
+    processor = AutoProcessor.from_pretrained(path, revision=revision)
+    if chat_template is not None:
+        processor.chat_template = read_chat_template(chat_template)
+    elif processor.chat_template is None and isinstance(processor, FlamingoProcessor):
+        processor.chat_template = format_chat_template("plain")
+    elif processor.chat_template is None:
+        raise ValueError(f"The processor of {name} has no chat template: give a Jinja file as the chat template.")
+    return processor
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a mistyped folder, which transformers would look for on the Hub."""
+    path, _ = _locate(name)
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"model {name!r} is neither a folder on this machine nor a Hub id (owner/name).")
+
+
+def read_chat_template(source: str) -> str:
+    """The Jinja template called `source`: the name of an instruction format, or a file. OSError if neither."""
+    if source in FORMATS:
+        return format_chat_template(source)
+    return Path(source).read_text(encoding="utf-8")
+
+
+def _locate(name: str) -> tuple[str, str]:
+    """Path and revision of `path` or `path@revision`."""
+    if Path(name).exists() or "@" not in name:
+        return name, "main"
+    path, _, revision = name.rpartition("@")
+    return path, revision

@@ -1,0 +1,62 @@
+"""The models a server answers with."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.utils import Modality
+
+from .loading import check_name, load_model, load_processor
+
+
+class ServedModels(ModelManager):
+    """
+    The model manager of `transformers serve` for models that transformers itself does not hold, and for those named
+    only: nobody makes this server download another one.
+
+    Args:
+        names: folders or Hub ids. Clients call a model by the name given here. The first is loaded at once.
+        model_timeout: seconds without a request after which a model is unloaded; -1 keeps it.
+        chat_template: see `load_processor`.
+        loading: keyword arguments of `load_model`.
+
+    Raises:
+        ValueError: for a name that cannot be a model, and as `load_model` and `load_processor`.
+    """
+
+    def __init__(self, names: Sequence[str], *, model_timeout: int = -1, chat_template: str | None = None, **loading):
+        for name in names:
+            check_name(name)
+        super().__init__(model_timeout=model_timeout)
+        self.names = tuple(names)
+        self.created = int(time.time())
+        self.chat_template = chat_template
+        self.loading = loading
+        self.load_model_and_processor(self.process_model_name(self.names[0]))
+
+    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None):
+        return load_processor(model_id_and_revision, self.chat_template)
+
+    def _load_model(self, model_id_and_revision: str, tqdm_class=None, progress_callback=None, gguf_file=None):
+        return load_model(model_id_and_revision, **self.loading)
+
+    @staticmethod
+    def get_model_modality(model, processor=None) -> Modality:
+        """Pictures and text, for every family of this package."""
+        return Modality.VLM
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict]:
+        """The models of this server as the OpenAI API lists them."""
+        return [
+            {"id": name, "object": "model", "created": self.created, "owned_by": Path(name).parent.name or "otter-hf"}
+            for name in self.names
+        ]
+
+    def find(self, name: str | None) -> str:
+        """The name of the model a request asks for: its own, or the first without one. KeyError for another."""
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            raise KeyError(name)
+        return name

@@ -1,0 +1,105 @@
+"""What a chat completion request may say, checked before any work is done for it."""
+
+import json
+from dataclasses import dataclass
+from numbers import Real
+
+
+# the OpenAI API has them, this server does not; left out silently they would give an answer nobody asked for
+UNSUPPORTED = ("tools", "functions", "response_format", "audio", "logprobs", "top_logprobs", "prediction")
+RANGES = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "frequency_penalty": (-0.5, 2),
+    "max_tokens": (1, None),
+    "max_completion_tokens": (1, None),
+    "seed": (0, 2**63 - 1),
+}
+WHOLE = ("max_tokens", "max_completion_tokens", "seed")
+# of transformers' generation_config, which a request may carry as JSON: name -> type, smallest, largest
+GENERATION = {
+    "num_beams": (int, 1, 8),
+    "no_repeat_ngram_size": (int, 0, 64),
+    "top_k": (int, 0, 100_000),
+    "length_penalty": (float, -10, 10),
+    "repetition_penalty": (float, 0.01, 10),
+    "early_stopping": (bool, False, True),
+    "do_sample": (bool, False, True),
+}
+MAX_STOPS = 16
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a request asks for beside its messages."""
+
+    stops: list[str]
+    num_frames: int | None
+    generation: dict
+
+
+def check_request(body) -> Options:
+    """
+    Check everything but the messages.
+
+    Raises:
+        ValueError: naming the field, its value and what it may be.
+    """
+    for name in UNSUPPORTED:
+        if body.get(name) not in (None, False, [], {"type": "text"}):
+            raise ValueError(f"{name} is not supported by this server; leave it out.")
+    if body.get("n") not in (None, 1):
+        raise ValueError(f"n is {body['n']!r}, but this server gives one answer per request; leave it out.")
+    if body.get("model") is not None and not isinstance(body["model"], str):
+        raise ValueError("model must be a name.")
+    for name, (low, high) in RANGES.items():
+        if body.get(name) is not None:
+            _check_number(name, body[name], int if name in WHOLE else float, low, high)
+    if not isinstance(body.get("stream") or False, bool):
+        raise ValueError(f"stream must be true or false, not {body['stream']!r}.")
+    return Options(_stops(body.get("stop")), _num_frames(body.get("chat_template_kwargs")), _generation(body))
+
+
+def _stops(stop) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, list) else []
+    if (stop is not None and not isinstance(stop, (str, list))) or len(stops) > MAX_STOPS:
+        raise ValueError(f"stop must be a text or a list of at most {MAX_STOPS} texts.")
+    if not all(isinstance(text, str) and 0 < len(text) <= 256 for text in stops):
+        raise ValueError("stop must hold texts of 1 to 256 characters.")
+    return stops
+
+
+def _num_frames(template_kwargs) -> int | None:
+    if not template_kwargs:
+        return None
+    if not isinstance(template_kwargs, dict) or set(template_kwargs) != {"num_frames"}:
+        raise ValueError('chat_template_kwargs may hold {"num_frames": ...} and nothing else.')
+    _check_number("chat_template_kwargs.num_frames", template_kwargs["num_frames"], int, 1, None)
+    return template_kwargs["num_frames"]
+
+
+def _generation(body: dict) -> dict:
+    settings = body.get("generation_config")
+    if settings is None:
+        return {}
+    try:
+        settings = json.loads(settings) if isinstance(settings, str) else settings
+    except ValueError as error:
+        raise ValueError(f"generation_config is not JSON: {error}") from error
+    if not isinstance(settings, dict) or not set(settings) <= set(GENERATION):
+        raise ValueError(f"generation_config must be a JSON object with {', '.join(GENERATION)} and nothing else.")
+    for name, value in settings.items():
+        _check_number(f"generation_config.{name}", value, *GENERATION[name])
+    return settings
+
+
+def _check_number(name: str, value, kind: type, low, high) -> None:
+    if kind is bool:
+        fits = isinstance(value, bool)
+    else:
+        fits = isinstance(value, int if kind is int else Real) and not isinstance(value, bool)
+        fits = fits and value >= low and (high is None or value <= high)
+    if not fits:
+        words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+        limits = "" if kind is bool else f" of {low} or more" if high is None else f" from {low} to {high}"
+        raise ValueError(f"{name} must be {words}{limits}, not {value!r}.")

@@ -1,0 +1,34 @@
+"""What a server allows."""
+
+from dataclasses import dataclass, field
+
+from .fetch import FetchPolicy
+from .media import MediaLimits
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """
+    Limits of the server; each bounds time or memory that a stranger could take.
+
+    Args:
+        api_key: clients must send it as `Authorization: Bearer ...`; None lets everyone in.
+        body_bytes: of a request.
+        media: of the pictures and videos of a request.
+        fetch: which addresses of pictures are read.
+        new_tokens: of an answer; who asks for more gets this many.
+        request_seconds: from a request to the end of its answer, waiting included.
+        slots: requests prepared or answered at a time; a model generates for one of them.
+        queue: requests that may wait; one more is answered with status 429.
+        num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`).
+    """
+
+    api_key: str | None = None
+    body_bytes: int = 20 << 20
+    media: MediaLimits = field(default_factory=MediaLimits)
+    fetch: FetchPolicy = field(default_factory=FetchPolicy)
+    new_tokens: int = 1024
+    request_seconds: float = 300.0
+    slots: int = 2
+    queue: int = 32
+    num_frames: int = 16

@@ -1,0 +1,58 @@
+"""`otter-hf serve` as typed in a terminal."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from serving_double import write_models
+from training_files import environment
+
+from otter_hf.cli import main
+
+
+def test_flags_become_limits(monkeypatch, tmp_path):
+    uvicorn = pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+    monkeypatch.setenv("OTTER_HF_API_KEY", "secret")
+    started = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **options: started.update(options, app=app))
+    folder = write_models(tmp_path)["otter"]
+    flags = "--port 1234 --max-body-mb 2 --max-image-pixels 100 --max-video-pixels 200 --max-pictures 3 --num-frames 4"
+    flags += " --max-new-tokens 5 --request-timeout 6 --slots 7 --queue 8 --shutdown-timeout 9 --no-fetch"
+    assert main(["serve", folder, *flags.split(), "--allow-files", str(tmp_path), "--allow-private-addresses"]) == 0
+    settings = started["app"].state.chat.settings
+    assert (started["port"], started["host"], started["timeout_graceful_shutdown"]) == (1234, "127.0.0.1", 9)
+    assert (settings.api_key, settings.body_bytes, settings.num_frames) == ("secret", 2 << 20, 4)
+    assert (settings.media.image_pixels, settings.media.video_pixels, settings.media.pictures) == (100, 200, 3)
+    assert (settings.new_tokens, settings.request_seconds, settings.slots, settings.queue) == (5, 6.0, 7, 8)
+    fetch = settings.fetch
+    assert (fetch.http, fetch.private_addresses, fetch.file_root, fetch.max_bytes) == (False, True, tmp_path, 2 << 20)
+
+
+def test_bad_input_is_one_sentence(monkeypatch, capsys):
+    pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+    assert main(["serve", "./nowhere"]) == 2
+    assert "model './nowhere' is neither a folder" in capsys.readouterr().err
+    assert main(["serve", "./nowhere", "--allow-files", "none"]) == 2
+    assert "--allow-files none: there is no such folder." in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert main(["serve", "owner/name"]) == 2
+    assert "install them with pip install 'otter-hf[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_process_ends_when_told_to(tmp_path):
+    httpx = pytest.importorskip("httpx", reason="comes with the serve extra")
+    pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+    folder = write_models(tmp_path)["otter"]
+    command = [sys.executable, "-m", "otter_hf.cli", "serve", folder, "--port", "0", "--device-map", "cpu"]
+    with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
+        line = next(line for line in process.stderr if "running on" in line)
+        url = line.split("running on ")[1].split()[0]
+        body = {"messages": [{"role": "user", "content": "what?"}], "max_tokens": 4}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)

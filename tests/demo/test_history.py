@@ -1,0 +1,48 @@
+"""Gradio's history as messages of the OpenAI API; no Gradio needed."""
+
+import base64
+
+import pytest
+
+from otter_hf.demo.history import to_messages
+
+
+@pytest.fixture
+def picture(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"pixels")
+    return str(tmp_path / "a.png")
+
+
+URL = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
+
+
+def test_files_and_texts_of_a_turn_become_one_message(picture):
+    history = [
+        {"role": "user", "content": [{"type": "file", "file": {"path": picture}}]},
+        {"role": "user", "content": [{"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": "a dot"},
+        {"role": "user", "content": [{"path": picture}, ""]},
+    ]
+    image = {"type": "image_url", "image_url": {"url": URL}}
+    assert to_messages(history) == [
+        {"role": "user", "content": [image, {"type": "text", "text": "what?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a dot"}]},
+        {"role": "user", "content": [image]},
+    ]
+
+
+def test_worked_examples_stand_in_front(picture):
+    examples = [(picture, "what?", "a dot"), (None, "sure?", "yes"), (picture, "", "unasked"), (None, "what?", "")]
+    messages = to_messages([{"role": "user", "content": "and this?"}], examples)
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert messages[0]["content"][0]["image_url"]["url"] == URL
+    assert messages[3]["content"] == [{"type": "text", "text": "yes"}]
+
+
+def test_videos_and_other_files(tmp_path):
+    for name in ("film.mp4", "notes.txt"):
+        (tmp_path / name).write_bytes(b"data")
+    film = to_messages([{"role": "user", "content": {"path": str(tmp_path / "film.mp4")}}])
+    assert film[0]["content"][0]["video_url"]["url"].startswith("data:video/mp4;base64,")
+    with pytest.raises(ValueError, match="notes.txt is neither a picture nor a video"):
+        to_messages([{"role": "user", "content": {"path": str(tmp_path / "notes.txt")}}])

@@ -1,0 +1,350 @@
+"""The server as OpenAI's client sees it."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+from serving_double import image_url, png, slow_down, video_url, wait_until
+from serving_files import write_video
+
+from otter_hf.serving.loading import load
+from otter_hf.serving.media import image_part, read_frames, video_part
+from otter_hf.serving.session import ChatSession
+
+
+openai = pytest.importorskip("openai", reason="the serve extra is not installed")
+pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+httpx = pytest.importorskip("httpx", reason="comes with the serve extra")
+
+
+def said(completion) -> str:
+    return completion.choices[0].message.content
+
+
+def streamed(stream) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+
+def whole_letters(text: str) -> str:
+    """The server does not say the first bytes of a letter whose others were cut off."""
+    return text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
+
+
+@pytest.mark.parametrize("family", ["otter", "flamingo", "otterhd"])
+def test_answers_are_those_of_the_model(family, folders, serve, pictures, tmp_path):
+    """One picture, several, a video, an in-context conversation, streamed or whole: as in a chat in the terminal."""
+    server = serve(folders[family])
+    session = ChatSession(*load(folders[family], device_map="cpu"), reuse_cache=False)
+    film = write_video(tmp_path / "film.mp4", 12)
+
+    def expected(*media):
+        session.clear()
+        return whole_letters(session.ask("what?", list(media), max_new_tokens=6))
+
+    one = [image_url(pictures[0])]
+    assert said(server.ask("what?", *one)) == expected(image_part(pictures[0]))
+    assert streamed(server.ask("what?", *one, stream=True)) == expected(image_part(pictures[0]))
+    two = [image_url(picture) for picture in pictures[:2]]
+    assert said(server.ask("what?", *two)) == expected(*map(image_part, pictures[:2]))
+    assert said(server.ask("what?")) == expected()
+    frames = read_frames(film, "film", 3)
+    options = {"extra_body": {"chat_template_kwargs": {"num_frames": 3}}}
+    assert said(server.ask("what?", video_url(film.read_bytes()), **options)) == expected(video_part(frames))
+
+    session.clear()
+    session.add_example("what?", "red", [image_part(pictures[0])])
+    session.add_example("what?", "green", [image_part(pictures[1])])
+    answer = whole_letters(session.ask("what?", [image_part(pictures[2])], max_new_tokens=6))
+    text = {"type": "text", "text": "what?"}
+    messages = [
+        {"role": "user", "content": [image_url(pictures[0]), text]},
+        {"role": "assistant", "content": "red"},
+        {"role": "user", "content": [image_url(pictures[1]), text]},
+        {"role": "assistant", "content": [{"type": "text", "text": "green"}]},
+        {"role": "user", "content": [image_url(pictures[2]), text]},
+    ]
+    completion = server.client().chat.completions.create(
+        model=folders[family], messages=messages, max_tokens=6, temperature=0
+    )
+    assert said(completion) == answer
+    assert completion.usage.completion_tokens <= 6 < completion.usage.prompt_tokens
+
+
+def test_models_are_listed_and_chosen(folders, serve):
+    server = serve(folders["otter"], folders["otterhd"])
+    client = server.client()
+    assert [model.id for model in client.models.list()] == [folders["otter"], folders["otterhd"]]
+    assert client.models.retrieve(folders["otterhd"]).id == folders["otterhd"]
+    assert server.ask(model=folders["otterhd"]).model == folders["otterhd"]
+    for call in (lambda: server.ask(model="gpt-4"), lambda: client.models.retrieve("gpt-4")):
+        with pytest.raises(openai.NotFoundError, match="has no model 'gpt-4'"):
+            call()
+
+
+def test_sampling_and_generation_settings(folders, serve, pictures):
+    server = serve(folders["otter"])
+    image = image_url(pictures[0])
+    sampled = [said(server.ask("what?", image, max_tokens=16, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+    beams = {"generation_config": '{"num_beams": 3, "no_repeat_ngram_size": 2}'}
+    whole = said(server.ask("what?", image, max_tokens=12, extra_body=beams))
+    assert whole != said(server.ask("what?", image, max_tokens=12))
+    assert streamed(server.ask("what?", image, max_tokens=12, extra_body=beams, stream=True)) == whole
+
+
+def test_stop_strings_and_lengths(folders, serve, pictures):
+    server = serve(folders["otter"])
+    image = image_url(pictures[0])
+    full = server.ask("what?", image, max_tokens=20)
+    assert full.choices[0].finish_reason == "length"
+    text = said(full)
+    stop = text[4:7]  # several tokens
+    stopped = server.ask("what?", image, max_tokens=20, stop=[stop, "never"])
+    assert said(stopped) == text[: text.index(stop)].rstrip()
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.usage.completion_tokens < full.usage.completion_tokens
+    assert streamed(server.ask("what?", image, max_tokens=20, stop=stop, stream=True)) == said(stopped)
+    # who asks for more than the server gives is cut off
+    short = serve(folders["otter"], new_tokens=3).ask("what?", image, max_tokens=20)
+    assert (short.usage.completion_tokens, short.choices[0].finish_reason) == (3, "length")
+
+
+def test_a_stream_ends_as_openai_ends_it(folders, serve):
+    server = serve(folders["otter"])
+    chunks = list(server.ask(stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
+    assert chunks[-1].usage.completion_tokens > 0
+    body = {"messages": [{"role": "user", "content": "what?"}], "stream": True, "max_tokens": 2}
+    lines = httpx.post(f"{server.url}/v1/chat/completions", json=body).text.strip().splitlines()
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_api_key(folders, serve):
+    server = serve(folders["otter"], api_key="secret")
+    assert said(server.ask()) is not None
+    server.key = "wrong"
+    with pytest.raises(openai.AuthenticationError, match="Send the API key"):
+        server.ask()
+    assert httpx.get(f"{server.url}/v1/models").status_code == 401
+    assert httpx.get(f"{server.url}/metrics").status_code == 401
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+
+
+def huge_png() -> bytes:
+    """Few bytes that would be 190 MB of pixels."""
+    return png(Image.new("1", (8_000, 8_000)))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (image_url(b"no picture"), "cannot be read as an image"),
+        (image_url(huge_png()), "8000x8000 pixels, more than 10000000"),
+        (video_url(b"no video"), "cannot be read as a video"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,????"}}, "cannot be read"),
+        ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "reads no such address"),
+        ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, "reads no such address"),
+        ({"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/a.png"}}, "not on the public internet"),
+        ({"type": "image_url", "image_url": {"url": "http://[::ffff:10.0.0.1]/"}}, "not on the public internet"),
+        ({"type": "image_url", "image_url": {"url": "http://2130706433/"}}, "not on the public internet"),
+        ({"type": "image_url", "image_url": {"url": "gopher://a/"}}, "reads no such address"),
+        ({"type": "image_url", "image_url": 5}, r"messages\[0\].content\[0\].image_url must be"),
+        ({"type": "image_url"}, "must be"),
+        ({"type": "audio"}, "must be of the type"),
+        (7, "must be of the type"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, shared_server):
+    with pytest.raises(openai.BadRequestError, match=message):
+        shared_server.ask("what?", part, stream=stream)
+    assert said(shared_server.ask()) is not None
+    assert (shared_server.gate.admitted, shared_server.gate.running) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "messages must be a list"),
+        ({"messages": []}, 400, "messages must be a list"),
+        ({"messages": ["hello"]}, 400, r"messages[0].role must be one of"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 400, "role must be one of"),
+        ({"messages": [{"role": "user"}]}, 400, "content must be a text or a list of parts"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "must alternate"),
+        ({"messages": [{"role": "user", "content": "a" * 5000}]}, 400, "the model reads at most"),
+        ({"temperature": "hot"}, 400, "temperature must be a number from 0 to 2, not 'hot'"),
+        ({"temperature": float("nan")}, 400, "temperature must be a number"),
+        ({"max_tokens": 0}, 400, "max_tokens must be a whole number of 1 or more"),
+        ({"max_tokens": True}, 400, "max_tokens must be a whole number"),
+        ({"n": 2}, 400, "n is 2"),
+        ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+        ({"stop": [""]}, 400, "stop must hold texts"),
+        ({"stop": 5}, 400, "stop must be a text"),
+        ({"generation_config": '{"max_new_tokens": 100000}'}, 400, "generation_config must be a JSON object with"),
+        ({"generation_config": '{"num_beams": 1000}'}, 400, "num_beams must be a whole number from 1 to 8"),
+        ({"generation_config": "{"}, 400, "generation_config is not JSON"),
+        ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "chat_template_kwargs may hold"),
+        ({"chat_template_kwargs": {"num_frames": -1}}, 400, "num_frames must be"),
+        ({"logit_bias": {"5": "x"}}, 400, ""),
+        ({"unknown": 1}, 422, "Unexpected fields"),
+        ({"model": 5}, 400, "model must be a name"),
+    ],
+)
+def test_bad_requests_are_named(body, status, message, shared_server):
+    body = {"messages": [{"role": "user", "content": "what?"}], **body} if body else {}
+    url = f"{shared_server.url}/v1/chat/completions"
+    response = httpx.post(url, content=json.dumps(body))
+    assert response.status_code == status, response.text
+    assert message in response.json()["error"]["message"]
+    assert said(shared_server.ask()) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_json_object(content, shared_server):
+    response = httpx.post(f"{shared_server.url}/v1/chat/completions", content=content)
+    assert response.status_code == 400
+    assert "The body of the request is" in response.json()["error"]["message"]
+
+
+def test_too_large_bodies(shared_server, pictures):
+    url = f"{shared_server.url}/v1/chat/completions"
+
+    def chunks():  # without a Content-Length
+        for _ in range(40):
+            yield b"a" * 100_000
+
+    for content in (b"a" * 4_000_000, chunks()):
+        response = httpx.post(url, content=content)
+        assert response.status_code == 413
+    assert "send smaller pictures" in response.json()["error"]["message"]
+    assert shared_server.gate.admitted == 0
+
+
+def test_many_pictures_are_refused_together(shared_server):
+    dot = image_url(Image.new("RGB", (1, 1)))
+    with pytest.raises(openai.BadRequestError, match="more than a request may hold"):
+        shared_server.ask("what?", *[dot] * 20)
+    # each within the limit of a picture, together too many pixels
+    large = image_url(Image.new("1", (3000, 3000)))
+    with pytest.raises(
+        openai.BadRequestError, match=r"more than a request may hold|more than \d+; send a smaller one"
+    ):
+        shared_server.ask("what?", *[large] * 4)
+
+
+def test_twenty_at_once(folders, serve, pictures):
+    """All are answered, never more than the slots are in memory, and nothing is left behind."""
+    server = serve(folders["otter"], slots=2, queue=20)
+    most = []
+    hook = server.model_of().register_forward_pre_hook(lambda *_: most.append(server.gate.running))
+    expected = [said(server.ask("what?", image_url(picture))) for picture in pictures]
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda i: said(server.ask("what?", image_url(pictures[i % 4]))), range(20)))
+    hook.remove()
+    assert answers == expected * 5
+    assert max(most) == 2
+    assert (server.gate.admitted, server.gate.running) == (0, 0)
+
+
+def test_a_full_queue_is_said(folders, serve):
+    server = serve(folders["otter"], slots=1, queue=1)
+    slow_down(server.model_of(), 0.05)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(server.ask, max_tokens=20)
+        wait_until(lambda: server.gate.running == 1)
+        second = pool.submit(server.ask, max_tokens=1)
+        wait_until(lambda: server.gate.admitted == 2)
+        with pytest.raises(openai.RateLimitError, match="Too many requests are waiting") as refused:
+            server.ask()
+        assert refused.value.response.headers["Retry-After"] == "1"
+        assert said(first.result()) and second.result()
+    assert said(server.ask())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_slot(stream, folders, serve):
+    server = serve(folders["otter"], slots=1, queue=0)
+    steps = []
+    slow_down(server.model_of(), 0.02)
+    server.model_of().register_forward_pre_hook(lambda *_: steps.append(1))
+    server.model_of().generation_config.eos_token_id = -1
+    if stream:
+        chunks = server.ask(max_tokens=1000, stream=True)
+        next(chunks)
+        chunks.close()
+    else:
+        with pytest.raises(openai.APITimeoutError):
+            server.client(timeout=0.5).chat.completions.create(
+                model=server.models.names[0], messages=[{"role": "user", "content": "what?"}], max_tokens=1000
+            )
+    wait_until(lambda: server.gate.admitted == 0)
+    assert len(steps) < 1000
+    assert said(server.ask()) is not None
+    assert "otter_cancelled_total 1" in httpx.get(f"{server.url}/metrics").text
+
+
+def test_who_leaves_the_queue_is_forgotten(folders, serve):
+    server = serve(folders["otter"], slots=1, queue=1)
+    slow_down(server.model_of(), 0.02)
+    server.model_of().generation_config.eos_token_id = -1
+    first = server.ask(max_tokens=1000, stream=True)
+    next(first)
+    with pytest.raises(openai.APITimeoutError):
+        server.client(timeout=0.3).chat.completions.create(
+            model=server.models.names[0], messages=[{"role": "user", "content": "what?"}], max_tokens=1
+        )
+    wait_until(lambda: server.gate.admitted == 1)
+    first.close()
+    wait_until(lambda: server.gate.admitted == 0)
+
+
+def test_an_answer_that_takes_too_long(folders, serve):
+    server = serve(folders["otter"], request_seconds=0.5)
+    slow_down(server.model_of(), 0.02)
+    server.model_of().generation_config.eos_token_id = -1
+    with pytest.raises(openai.InternalServerError, match="not finished in time") as late:
+        server.ask(max_tokens=1000)
+    assert late.value.status_code == 504
+    with pytest.raises(openai.APIError, match="not finished in time"):
+        list(server.ask(max_tokens=1000, stream=True))
+    wait_until(lambda: server.gate.admitted == 0)
+
+
+def test_a_failing_model_is_an_error_not_an_end(folders, serve):
+    server = serve(folders["otter"])
+    hook = server.model_of().register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(openai.InternalServerError, match="The server failed to answer: ZeroDivisionError"):
+        server.ask()
+    hook.remove()
+    assert said(server.ask()) is not None
+    assert server.gate.admitted == 0
+
+
+def test_answers_are_finished_before_the_server_ends(folders, serve):
+    server = serve(folders["otter"])
+    slow_down(server.model_of(), 0.02)
+    server.model_of().generation_config.eos_token_id = -1
+    chunks = server.ask(max_tokens=30, stream=True)
+    next(chunks)
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(server.stop)
+        assert list(chunks)[-1].usage.completion_tokens == 30
+        assert stopped.result()
+    with pytest.raises(openai.APIConnectionError):
+        server.ask()
+
+
+def test_metrics(folders, serve, pictures):
+    server = serve(folders["otter"])
+    usage = server.ask("what?", image_url(pictures[0])).usage
+    with pytest.raises(openai.BadRequestError):
+        server.ask("what?", image_url(b"no"))
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'otter_requests_total{status="200"} 1' in text
+    assert 'otter_requests_total{status="400"} 1' in text
+    assert f"otter_prompt_tokens_total {usage.prompt_tokens}" in text
+    assert f"otter_completion_tokens_total {usage.completion_tokens}" in text
+    assert "otter_running 0" in text and "otter_waiting 0" in text
+    assert "otter_request_seconds_total " in text

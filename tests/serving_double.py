@@ -1,0 +1,137 @@
+"""Servers on this machine, in threads, and what to send them."""
+
+import base64
+import io
+import time
+from pathlib import Path
+
+import otterhd_tiny
+import torch
+from otter_tiny import build_tokenizer
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
+
+from otter_hf import (
+    FlamingoConfig,
+    FlamingoForConditionalGeneration,
+    FlamingoProcessor,
+    OtterConfig,
+    OtterForConditionalGeneration,
+    OtterProcessor,
+)
+from otter_hf.serving.fetch import FetchPolicy
+from otter_hf.serving.media import MediaLimits
+
+
+def write_models(folder: Path) -> dict[str, str]:
+    """Folders of a tiny Otter, Flamingo (as OpenFlamingo's, without a chat template) and OtterHD."""
+    paths = {name: folder / name for name in ("otter", "flamingo", "otterhd")}
+    for name, processor_class, config_class, model_class in (
+        ("otter", OtterProcessor, OtterConfig, OtterForConditionalGeneration),
+        ("flamingo", FlamingoProcessor, FlamingoConfig, FlamingoForConditionalGeneration),
+    ):
+        image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
+        processor = processor_class(image_processor, processor_class.prepare_tokenizer(build_tokenizer()))
+        processor.save_pretrained(paths[name])
+        torch.manual_seed(0)
+        model_class(_tiny_config(config_class, processor)).save_pretrained(paths[name])
+    processor = otterhd_tiny.tiny_processor()
+    processor.save_pretrained(paths["otterhd"])
+    otterhd_tiny.tiny_model(processor, max_position_embeddings=2048).save_pretrained(paths["otterhd"])
+    return {name: str(path) for name, path in paths.items()}
+
+
+def _tiny_config(config_class, processor):
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return config_class(
+        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **vision),
+        text_config=LlamaConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_hidden_layers=4,
+            vocab_size=len(processor.tokenizer),
+            pad_token_id=processor.tokenizer.pad_token_id,
+        ),
+        cross_attn_every_n_layers=2,
+        cross_attn_num_heads=2,
+        cross_attn_head_dim=16,
+        cross_attn_gate_init=1.0,
+        perceiver_depth=1,
+        perceiver_num_latents=4,
+        perceiver_num_heads=2,
+        perceiver_head_dim=16,
+        image_token_id=processor.image_token_id,
+        end_of_chunk_token_id=processor.end_of_chunk_token_id,
+        initializer_range=0.2,
+    )
+
+
+class Server:
+    """A server in a thread, with clients for it."""
+
+    def __init__(self, names, **settings):
+        from otter_hf.serving.app import create_app
+        from otter_hf.serving.background import BackgroundServer
+        from otter_hf.serving.models import ServedModels
+        from otter_hf.serving.settings import ServerSettings
+
+        self.models = ServedModels(names, device_map="cpu")
+        settings = {"fetch": FetchPolicy(timeout=5), "media": MediaLimits(), **settings}
+        self.app = create_app(self.models, ServerSettings(**settings))
+        self.server = BackgroundServer(self.app)
+        self.url = self.server.url
+        self.key = settings.get("api_key") or "none"
+
+    @property
+    def gate(self):
+        return self.app.state.chat.gate
+
+    def client(self, **options):
+        import openai
+
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, **options)
+
+    def ask(self, text="what?", *media, model=None, **options):
+        """One user message with media in front."""
+        content = [*media, {"type": "text", "text": text}]
+        options = {"max_tokens": 6, "temperature": 0, **options}
+        return self.client().chat.completions.create(
+            model=model or self.models.names[0], messages=[{"role": "user", "content": content}], **options
+        )
+
+    def model_of(self, name=None):
+        name = self.models.process_model_name(name or self.models.names[0])
+        return self.models.load_model_and_processor(name)[0]
+
+    def stop(self) -> bool:
+        return self.server.stop()
+
+
+def wait_until(condition, seconds=30):
+    """Wait for something that happens in another thread."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"did not happen within {seconds} s")
+        time.sleep(0.01)
+
+
+def slow_down(model, seconds):
+    """Each forward pass takes at least so long."""
+    model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def image_url(image: Image.Image | bytes, kind="image/png") -> dict:
+    data = image if isinstance(image, bytes) else png(image)
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def video_url(data: bytes) -> dict:
+    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{base64.b64encode(data).decode()}"}}
