@@ -45,7 +45,7 @@ def test_missing_packages_are_named(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_process_ends_when_told_to(tmp_path):
-    httpx = pytest.importorskip("httpx", reason="comes with the serve extra")
+    httpx = pytest.importorskip("httpx2", reason="comes with the serve extra")
     pytest.importorskip("uvicorn", reason="the serve extra is not installed")
     folder = write_models(tmp_path)["otter"]
     command = [sys.executable, "-m", "otter_hf.cli", "serve", folder, "--port", "0", "--device-map", "cpu"]

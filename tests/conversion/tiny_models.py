@@ -1,7 +1,7 @@
 """Small random models in folders, and what tests compare of them."""
 
 import torch
-from conftest import build_tokenizer
+from otter_tiny import build_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from otter_hf import (

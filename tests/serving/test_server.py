@@ -15,7 +15,7 @@ from otter_hf.serving.session import ChatSession
 
 openai = pytest.importorskip("openai", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
-httpx = pytest.importorskip("httpx", reason="comes with the serve extra")
+httpx = pytest.importorskip("httpx2", reason="comes with the serve extra")
 
 
 def said(completion) -> str:
