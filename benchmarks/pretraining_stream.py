@@ -142,6 +142,13 @@ def rows(folder: Path, repeats: int) -> list[dict]:
     ours = samples("pairs", "pairs", total, mirror=0)
     workload = "pairs: shuffled, read, decoded, tokenized"
     add(workload, ours, plain_tokenized, "tar files in their order, read, decoded, tokenized", total)
+    add(
+        workload,
+        ours,
+        lambda: sum(1 for _ in plain_samples(folder / "pairs")),
+        "tar files in their order, read, decoded, not tokenized",
+        total,
+    )
     if importlib.util.find_spec("webdataset"):
         from importlib.metadata import version
 

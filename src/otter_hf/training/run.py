@@ -46,7 +46,10 @@ def main(argv: Sequence[str] | None = None, *, transform: Callable[[Sample, Rand
     """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("otter_hf").setLevel(logging.INFO)
-    train(*parse_arguments(sys.argv[1:] if argv is None else argv), transform=transform)
+    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if training_args.process_index > 0:
+        logging.getLogger("otter_hf").setLevel(logging.WARNING)  # one process tells the plan
+    train(model_args, data_args, training_args, transform=transform)
 
 
 def train(
