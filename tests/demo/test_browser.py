@@ -59,7 +59,10 @@ class Page:
         self.driver.execute_script("arguments[0].click()", self.one(css))
 
     def answers(self):
-        return [element.text for element in self.all(".message.bot")]
+        # in one go: the page replaces its elements while an answer grows
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll('.message.bot')].map(e => e.innerText)"
+        )
 
     def last_answer(self):
         return (self.answers() or [""])[-1]
