@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import time
 from collections import Counter
 
 import pytest
@@ -87,6 +88,18 @@ def test_disjoint_and_complete_with_a_resume_on_each_rank(pairs, tiny_processor,
         whole = run(make_stream(pairs, tiny_processor, num_workers=2, shard=(rank, 2), batch_size=5))
         assert_equal(before + after, whole)
     assert sorted(everything) == sorted(set(everything)) and len(everything) == 40
+
+
+def test_a_worker_that_starts_late_and_has_no_batch_left(pairs, tiny_processor):
+    stream = make_stream(pairs, tiny_processor, num_workers=2, batch_size=10)
+    batches = stream.track(stream.dataloader())
+    before = [next(batches) for _ in range(3)]
+    stream.load_state_dict(stream.state_dict())
+    # the last batch is here before worker 1 has begun
+    after = list(stream.track(stream.dataloader(worker_init_fn=lambda worker: time.sleep(worker))))
+    assert len(before) + len(after) == 4
+    following = list(stream.track(stream.dataloader()))
+    assert len(following) == 4 and sorted(ids(following)) == sorted(ids(before) + ids(after))
 
 
 @pytest.mark.parametrize(("sizes", "readers"), [([7, 1, 0, 12, 3], 4), ([5], 5), ([1000, 3, 40], 7), ([4] * 25, 3)])

@@ -139,6 +139,19 @@ def test_sigterm(files, unbroken):
     assert_same_training(files / "stopped", unbroken)
 
 
+def test_a_training_that_fails_gives_sigterm_back(files):
+    with pytest.MonkeyPatch.context() as patch:
+        from otter_hf.training.trainer import OtterTrainer
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("broken")
+
+        patch.setattr(OtterTrainer, "training_step", fail)
+        with pytest.raises(RuntimeError, match="broken"):
+            main(command(files, "failed"))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_auto_starts_from_the_beginning_without_a_checkpoint(tmp_path):
     assert find_checkpoint("auto", tmp_path / "nowhere") is None
     assert find_checkpoint("true", tmp_path) is None

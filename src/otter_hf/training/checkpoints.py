@@ -11,6 +11,9 @@ import logging
 import re
 import shutil
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -81,7 +84,8 @@ class CheckpointTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.stopped = False
         self._staging: Path | None = None
-        self.add_callback(_StopOnSigterm(self))
+        self._stop_on_sigterm = _StopOnSigterm(self)
+        self.add_callback(self._stop_on_sigterm)
         if self._trainable_only and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "trainable_only is set, but checkpoints of FSDP and DeepSpeed hold all weights: unset it."
@@ -90,6 +94,11 @@ class CheckpointTrainer(Trainer):
     @property
     def _trainable_only(self) -> bool:
         return getattr(self.args, "trainable_only", False)
+
+    def train(self, *args, **kwargs):
+        """As in the parent class; SIGTERM ends it after the step at hand."""
+        with self._stop_on_sigterm.listening():
+            return super().train(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -256,14 +265,19 @@ class _StopOnSigterm(TrainerCallback):
     def __init__(self, trainer: CheckpointTrainer):
         self.trainer = trainer
         self.asked = False
-        self._previous = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes SIGTERM for a wish to stop; an error in the training gives the signal back, too."""
         self.asked = self.trainer.stopped = False
+        if threading.current_thread() is not threading.main_thread():  # to which signals belong
+            yield
+            return
+        previous = signal.signal(signal.SIGTERM, self._ask)
         try:
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # signals belong to the main thread
-            self._previous = None
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
 
     def _ask(self, *signal_and_frame):
         self.asked = True
@@ -279,7 +293,3 @@ class _StopOnSigterm(TrainerCallback):
             self.trainer.stopped = control.should_save = control.should_training_stop = True
             if state.is_world_process_zero:
                 logger.warning(f"SIGTERM: training stops after step {state.global_step}, with a checkpoint.")
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)

@@ -177,11 +177,12 @@ class PretrainingStream(IterableDataset):
 
     def track(self, items: Iterable[StreamItem]) -> Iterator[dict[str, dict[str, Any]]]:
         """The batches of what the data loader gives: set name -> batch. `state_dict` counts them as taken."""
+        # not with the last batch itself: a worker without any may be so late that it has yet to see where to begin
+        if self._taken == self.num_batches and self._start[:2].tolist() != [self._epoch, self._taken]:
+            self._begin_here()
         for item in items:
             self._epoch, self._taken = item.epoch, item.number + 1
             self._places[item.worker] = torch.tensor(item.places)
-            if self._taken == self.num_batches:
-                self._begin_here()
             yield item.batches
 
     def _begin_here(self, left_out: int = 0) -> None:
