@@ -6,7 +6,7 @@ at most.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,30 @@ class Page(NamedTuple):
     @property
     def cost(self) -> int:
         """Bytes to unpack for one of its values."""
-        return self.plain_bytes + sum(page.plain_bytes for page in self.dictionary or ())
+        return self.plain_bytes + (self.dictionary[0].plain_bytes if self.dictionary else 0)
+
+
+class IndexedPages(Sequence):
+    """
+    The pages of a row group, which have no dictionary. A large store has too many to keep an object for each.
+
+    Args:
+        columns: an array for each field of `PAGE_SCHEMA`.
+        codec: of the row group.
+    """
+
+    def __init__(self, columns: list[pa.Array], codec: str):
+        self._columns = columns
+        self._codec = codec
+        self.first_rows = columns[0].to_numpy()  # (number of pages,) int64
+        self.costs = columns[4].to_numpy()  # (number of pages,) int64, see `Page.cost`
+
+    def __len__(self) -> int:
+        return len(self.first_rows)
+
+    def __getitem__(self, number: int) -> Page:
+        first, rows, offset, stored, plain, levels, compressed = (column[number].as_py() for column in self._columns)
+        return Page(first, rows, offset, stored, plain, self._codec, None, levels, compressed)
 
 
 PAGE_SCHEMA = pa.schema(
@@ -144,16 +167,12 @@ class PagedColumn:
                 schema=PAGE_SCHEMA,
             )
 
-    def indexed_pages(self, group: int, index: pa.Table) -> list[Page]:
-        """`pages`, found in the table that `index` has made where it has them."""
-        columns = [column.chunk(group).to_pylist() for column in index.columns]
-        if not columns[0]:
+    def indexed_pages(self, group: int, index: pa.Table) -> Sequence[Page]:
+        """`pages`, found in the table that `index` has made where it has them; each is made when it is asked for."""
+        columns = [column.chunk(group) for column in index.columns]
+        if not len(columns[0]):
             return self.pages(group)
-        codec = self._metadata.row_group(group).column(self._number).compression.lower()
-        return [
-            Page(first, rows, offset, stored, plain, codec, None, levels, compressed)
-            for first, rows, offset, stored, plain, levels, compressed in zip(*columns, strict=True)
-        ]
+        return IndexedPages(columns, self._metadata.row_group(group).column(self._number).compression.lower())
 
     def values(self, page: Page) -> Iterator[bytes | None]:
         """Yields the values of a page one by one; `ValueError` if it is damaged."""

@@ -1,7 +1,7 @@
 """Pictures in parquet files, by row: read where they are, or copied page by page to the cache when they are used."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .arrow_cache import cached_arrow_file, open_arrow_file
 from .images import decode_base64
-from .parquet_pages import PAGE_SCHEMA, Page, PagedColumn, UnsupportedLayout
+from .parquet_pages import PAGE_SCHEMA, IndexedPages, Page, PagedColumn, UnsupportedLayout
 
 
 ID_SCHEMA = pa.schema({"id": pa.string()})
@@ -59,7 +59,7 @@ class ParquetPictures:
         self._is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         self._column = PagedColumn(path, metadata, parquet_schema, leaf)
         self._page_index: pa.Table | None = None
-        self._layouts: dict[int, tuple[np.ndarray, list[list[Page]]]] = {}
+        self._layouts: dict[int, tuple[np.ndarray, Sequence[list[Page] | Page]]] = {}
         self._segments: dict[int, pa.ChunkedArray] = {}
         self._asked: set[int] = set()
 
@@ -72,6 +72,7 @@ class ParquetPictures:
             starts, segments = self._layouts[group]
             number = int(np.searchsorted(starts, row, side="right")) - 1
             start, pages = int(starts[number]), segments[number]
+            pages = [pages] if isinstance(pages, Page) else pages
             small = len(pages) == 1 and pages[0].cost <= _DIRECT_BYTES
             if small or (pages and start not in self._asked):
                 # a first batch should not wait for copies of all the places that it touches
@@ -83,23 +84,26 @@ class ParquetPictures:
         except (ValueError, IndexError, pa.ArrowException) as error:
             raise OSError(f"damaged file {self._path}: {error}") from None
 
-    def _segment_layout(self, group: int) -> tuple[np.ndarray, list[list[Page]]]:
+    def _segment_layout(self, group: int) -> tuple[np.ndarray, Sequence[list[Page] | Page]]:
         """First rows of the segments of a row group, and their pages; none for what pyarrow has to read."""
         try:
             pages = self._pages(group)
         except UnsupportedLayout:
             return np.array([self._column.row_group_rows(group)[0]]), [[]]
+        if isinstance(pages, IndexedPages) and pages.costs.max() <= _DIRECT_BYTES:
+            return pages.first_rows, pages
         segments, cost = [], _SEGMENT_BYTES
         for page in pages:
             # a page to be read where it is stays alone
-            if cost >= _SEGMENT_BYTES or page.cost <= _DIRECT_BYTES:
+            page_cost = page.cost
+            if cost >= _SEGMENT_BYTES or page_cost <= _DIRECT_BYTES:
                 segments.append([])
                 cost = 0
             segments[-1].append(page)
-            cost += page.cost if page.cost > _DIRECT_BYTES else _SEGMENT_BYTES
+            cost += page_cost if page_cost > _DIRECT_BYTES else _SEGMENT_BYTES
         return np.array([segment[0].first_row for segment in segments]), segments
 
-    def _pages(self, group: int) -> list[Page]:
+    def _pages(self, group: int) -> Sequence[Page]:
         if len(self._layouts) < _SCANNED_GROUPS:
             return self._column.pages(group)
         if self._page_index is None:
