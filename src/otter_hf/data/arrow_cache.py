@@ -14,7 +14,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 
-_FORMAT_VERSION = 2  # raise it when the content of cached files changes
+_FORMAT_VERSION = 3  # raise it when the content of cached files changes
 
 
 def cached_arrow_file(
@@ -98,7 +98,7 @@ class IdIndex:
     def find(self, id: str) -> int:
         """The first row with this id, or -1."""
         wanted = np.uint32(_hash(id))
-        position = int(np.searchsorted(self.hashes, wanted))
+        position = int(self.hashes.searchsorted(wanted))
         while position < len(self.hashes) and self.hashes[position] == wanted:
             row = int(self.rows[position])
             if self.ids[row].as_py() == id:

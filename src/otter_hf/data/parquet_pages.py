@@ -6,7 +6,7 @@ at most.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,40 +44,33 @@ class Page(NamedTuple):
         return self.plain_bytes + (self.dictionary[0].plain_bytes if self.dictionary else 0)
 
 
-class IndexedPages(Sequence):
-    """
-    The pages of a row group, which have no dictionary. A large store has too many to keep an object for each.
+INDEX_SCHEMA = pa.schema({"first_row": pa.int64(), "page": pa.list_(pa.int64(), 7)})
+
+
+class PageIndex:
+    """Finds the page of a row, memory-mapped: a large store has too many pages to keep an object for each.
 
     Args:
-        columns: an array for each field of `PAGE_SCHEMA`.
-        codec: of the row group.
+        table: of `INDEX_SCHEMA`, as `PagedColumn.index` makes it.
     """
 
-    def __init__(self, columns: list[pa.Array], codec: str):
-        self._columns = columns
-        self._codec = codec
-        self.first_rows = columns[0].to_numpy()  # (number of pages,) int64
-        self.costs = columns[4].to_numpy()  # (number of pages,) int64, see `Page.cost`
+    def __init__(self, table: pa.Table):
+        # it is made as one batch, so these are views of the memory map
+        first_rows, pages = (column.chunk(0) for column in table.columns)
+        self._first_rows = first_rows.to_numpy()  # (P,) int64
+        self._pages = pages.flatten().to_numpy().reshape(-1, 7)  # (P, 7) int64
 
-    def __len__(self) -> int:
-        return len(self.first_rows)
-
-    def __getitem__(self, number: int) -> Page:
-        first, rows, offset, stored, plain, levels, compressed = (column[number].as_py() for column in self._columns)
-        return Page(first, rows, offset, stored, plain, self._codec, None, levels, compressed)
-
-
-PAGE_SCHEMA = pa.schema(
-    {
-        "first_row": pa.int64(),
-        "num_rows": pa.int64(),
-        "offset": pa.int64(),
-        "stored_bytes": pa.int64(),
-        "plain_bytes": pa.int64(),
-        "level_bytes": pa.int64(),
-        "is_compressed": pa.bool_(),
-    }
-)
+    def find(self, row: int) -> Page | None:
+        """The page that holds a row of the file; None if it is in a row group that the index leaves out."""
+        number = int(self._first_rows.searchsorted(row, side="right")) - 1
+        if number < 0:
+            return None
+        num_rows, offset, stored, plain, codec, levels, compressed = self._pages[number].tolist()
+        first_row = int(self._first_rows[number])
+        if row >= first_row + num_rows:
+            return None
+        level_bytes = None if levels < 0 else levels
+        return Page(first_row, num_rows, offset, stored, plain, _CODECS[codec], None, level_bytes, bool(compressed))
 
 
 class PagedColumn:
@@ -150,29 +143,22 @@ class PagedColumn:
             raise ValueError("pages hold more rows than the file says")
         return pages
 
-    def index(self) -> Iterator[pa.RecordBatch]:
-        """The pages of all row groups as one batch of `PAGE_SCHEMA` each, empty for those with dictionaries or damage.
+    def index(self) -> pa.RecordBatch:
+        """What `PageIndex` finds pages in: of all row groups but those with dictionaries or damage.
 
         Reading headers takes long compared with reading a small page, so it is worth to keep this.
         """
+        groups = [np.empty((0, 8), np.int64)]
         for group in range(self._metadata.num_row_groups):
             try:
                 pages = self.pages(group)
             except (UnsupportedLayout, ValueError, OSError):
-                pages = []
-            pages = [] if any(page.dictionary for page in pages) else pages
-            columns = [[getattr(page, field.name) for page in pages] for field in PAGE_SCHEMA]
-            yield pa.RecordBatch.from_arrays(
-                [pa.array(column, field.type) for column, field in zip(columns, PAGE_SCHEMA, strict=True)],
-                schema=PAGE_SCHEMA,
-            )
-
-    def indexed_pages(self, group: int, index: pa.Table) -> Sequence[Page]:
-        """`pages`, found in the table that `index` has made where it has them; each is made when it is asked for."""
-        columns = [column.chunk(group) for column in index.columns]
-        if not len(columns[0]):
-            return self.pages(group)
-        return IndexedPages(columns, self._metadata.row_group(group).column(self._number).compression.lower())
+                continue
+            if not any(page.dictionary for page in pages):
+                groups.append(np.array([_numbers(page) for page in pages], np.int64).reshape(-1, 8))
+        table = np.concatenate(groups)  # (P, 8)
+        pages = pa.FixedSizeListArray.from_arrays(table[:, 1:].ravel(), type=INDEX_SCHEMA.field("page").type)
+        return pa.RecordBatch.from_arrays([pa.array(table[:, 0]), pages], schema=INDEX_SCHEMA)
 
     def values(self, page: Page) -> Iterator[bytes | None]:
         """Yields the values of a page one by one; `ValueError` if it is damaged."""
@@ -183,19 +169,19 @@ class PagedColumn:
 
     def _values(self, page: Page) -> Iterator[bytes | None]:
         levels, data = self._payload(page)
-        present = np.ones(page.num_rows, bool) if levels is None else levels == self._leaf.max_definition_level
-        count = int(present.sum())
+        is_there = [level == self._leaf.max_definition_level for level in levels]
+        count = sum(is_there)
         if page.dictionary is None:
             values = _plain(data, count)
         else:
             (dictionary_page,) = page.dictionary
             dictionary = list(_plain(self._payload(dictionary_page, has_levels=False)[1], dictionary_page.num_rows))
-            values = (dictionary[index] for index in _hybrid(data[1:], count, data[0]).tolist())
-        for here in present.tolist():
-            yield next(values) if here else None
+            values = (dictionary[index] for index in _hybrid(data[1:], count, data[0]))
+        for there in is_there:
+            yield next(values) if there else None
 
-    def _payload(self, page: Page, has_levels: bool = True) -> tuple[np.ndarray | None, memoryview]:
-        """Definition levels, None if there are none, and the encoded values of a page."""
+    def _payload(self, page: Page, has_levels: bool = True) -> tuple[list[int], memoryview]:
+        """Definition levels, the highest for values that are there, and the encoded values of a page."""
         if page.stored_bytes <= _LARGEST_READ:
             stored = memoryview(os.pread(self._file.fileno(), page.stored_bytes, page.offset))
         else:
@@ -205,7 +191,7 @@ class PagedColumn:
                 stored = memoryview(file.read_buffer(page.stored_bytes)).cast("B")
         if len(stored) != page.stored_bytes:
             raise ValueError(f"the file ends inside the page at byte {page.offset}")
-        levels = None
+        levels = [self._leaf.max_definition_level] * page.num_rows
         bit_width = self._leaf.max_definition_level.bit_length()
         in_front = page.level_bytes or 0
         if page.level_bytes is not None and bit_width:
@@ -233,6 +219,13 @@ def _dictionary(encoding: int, dictionary: tuple[Page] | None) -> tuple[Page] | 
     raise UnsupportedLayout(f"encoding {encoding}")
 
 
+def _numbers(page: Page) -> tuple[int, ...]:
+    """A page without dictionary as the index has it."""
+    levels = -1 if page.level_bytes is None else page.level_bytes
+    codec = _CODECS.index(page.codec)
+    return *page[:2], page.offset, page.stored_bytes, page.plain_bytes, codec, levels, page.is_compressed
+
+
 def _count(header: dict, field: int, key: int) -> int:
     value = header[field].get(key) if isinstance(header.get(field), dict) else None
     if not isinstance(value, int) or value < 0:
@@ -251,28 +244,25 @@ def _plain(data: memoryview, count: int) -> Iterator[bytes]:
         yield bytes(data[start:position])
 
 
-def _hybrid(data: memoryview, count: int, bit_width: int) -> np.ndarray:
+def _hybrid(data: memoryview, count: int, bit_width: int) -> list[int]:
     """Decodes `count` integers of parquet's mix of run-length encoding and bit packing."""
-    if not bit_width:
-        return np.zeros(count, np.int64)
-    pieces, found, position = [], 0, 0
+    # in a page of one picture this is a single run, so numpy would only cost
+    numbers, position = [0] * count if not bit_width else [], 0
     value_bytes = (bit_width + 7) // 8
-    while found < count:
+    while len(numbers) < count:
         header, position = _varint(data, position)
         if header & 1:
             size = (header >> 1) * bit_width
             if position + size > len(data):
                 raise ValueError("packed numbers go on behind their page")
             bits = np.unpackbits(np.frombuffer(data[position : position + size], np.uint8), bitorder="little")
-            run = bits.reshape(-1, bit_width).astype(np.int64) @ (1 << np.arange(bit_width))
+            numbers += (bits.reshape(-1, bit_width).astype(np.int64) @ (1 << np.arange(bit_width))).tolist()
             position += size
         else:
             value = int.from_bytes(data[position : position + value_bytes], "little")
-            run = np.full(min(header >> 1, count - found), value, np.int64)
+            numbers += [value] * min(header >> 1, count - len(numbers))
             position += value_bytes
-        pieces.append(run)
-        found += len(run)
-    return np.concatenate(pieces)[:count] if pieces else np.empty(0, np.int64)
+    return numbers[:count]
 
 
 # Page headers are structs in the compact protocol of Apache Thrift:

@@ -1,7 +1,7 @@
 """Pictures in parquet files, by row: read where they are, or copied page by page to the cache when they are used."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from .arrow_cache import cached_arrow_file, open_arrow_file
 from .images import decode_base64
-from .parquet_pages import PAGE_SCHEMA, IndexedPages, Page, PagedColumn, UnsupportedLayout
+from .parquet_pages import INDEX_SCHEMA, Page, PagedColumn, PageIndex, UnsupportedLayout
 
 
 ID_SCHEMA = pa.schema({"id": pa.string()})
@@ -58,21 +58,23 @@ class ParquetPictures:
         leaf = f"{self._picture_column}.bytes" if pa.types.is_struct(kind) else self._picture_column
         self._is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         self._column = PagedColumn(path, metadata, parquet_schema, leaf)
-        self._page_index: pa.Table | None = None
-        self._layouts: dict[int, tuple[np.ndarray, Sequence[list[Page] | Page]]] = {}
+        self._page_index: PageIndex | None = None
+        self._layouts: dict[int, tuple[np.ndarray, list[list[Page]]]] = {}
         self._segments: dict[int, pa.ChunkedArray] = {}
         self._asked: set[int] = set()
 
     def __getitem__(self, row: int) -> bytes | None:
         """The picture's bytes, None if there are none; `OSError` if the file is damaged there."""
-        group = self._column.row_group_of(row)
         try:
+            page = self._indexed_page(row)
+            if page is not None and page.cost <= _DIRECT_BYTES:
+                return self._read_one([page], row)
+            group = self._column.row_group_of(row)
             if group not in self._layouts:
                 self._layouts[group] = self._segment_layout(group)
             starts, segments = self._layouts[group]
-            number = int(np.searchsorted(starts, row, side="right")) - 1
+            number = int(starts.searchsorted(row, side="right")) - 1
             start, pages = int(starts[number]), segments[number]
-            pages = [pages] if isinstance(pages, Page) else pages
             small = len(pages) == 1 and pages[0].cost <= _DIRECT_BYTES
             if small or (pages and start not in self._asked):
                 # a first batch should not wait for copies of all the places that it touches
@@ -84,14 +86,22 @@ class ParquetPictures:
         except (ValueError, IndexError, pa.ArrowException) as error:
             raise OSError(f"damaged file {self._path}: {error}") from None
 
-    def _segment_layout(self, group: int) -> tuple[np.ndarray, Sequence[list[Page] | Page]]:
+    def _indexed_page(self, row: int) -> Page | None:
+        if self._page_index is None:
+            if len(self._layouts) < _SCANNED_GROUPS:
+                return None
+            index = cached_arrow_file(
+                [self._path], "pages", lambda: (INDEX_SCHEMA, [self._column.index()]), self._cache_dir
+            )
+            self._page_index = PageIndex(open_arrow_file(index))
+        return self._page_index.find(row)
+
+    def _segment_layout(self, group: int) -> tuple[np.ndarray, list[list[Page]]]:
         """First rows of the segments of a row group, and their pages; none for what pyarrow has to read."""
         try:
-            pages = self._pages(group)
+            pages = self._column.pages(group)
         except UnsupportedLayout:
             return np.array([self._column.row_group_rows(group)[0]]), [[]]
-        if isinstance(pages, IndexedPages) and pages.costs.max() <= _DIRECT_BYTES:
-            return pages.first_rows, pages
         segments, cost = [], _SEGMENT_BYTES
         for page in pages:
             # a page to be read where it is stays alone
@@ -102,16 +112,6 @@ class ParquetPictures:
             segments[-1].append(page)
             cost += page_cost if page_cost > _DIRECT_BYTES else _SEGMENT_BYTES
         return np.array([segment[0].first_row for segment in segments]), segments
-
-    def _pages(self, group: int) -> Sequence[Page]:
-        if len(self._layouts) < _SCANNED_GROUPS:
-            return self._column.pages(group)
-        if self._page_index is None:
-            index = cached_arrow_file(
-                [self._path], "pages", lambda: (PAGE_SCHEMA, self._column.index()), self._cache_dir
-            )
-            self._page_index = open_arrow_file(index)
-        return self._column.indexed_pages(group, self._page_index)
 
     def _copy_segment(self, group: int, start: int, pages: list[Page]) -> pa.ChunkedArray:
         pictures = self._read_pages(pages) if pages else self._read_row_group(group)
