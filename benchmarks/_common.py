@@ -27,11 +27,12 @@ def time_call(function) -> float:
     return time.perf_counter() - start
 
 
-def compare(workload: str, ours, peer, repeats: int, **extra) -> dict:
+def compare(workload: str, ours, peer, repeats: int, turns: int = 1, **extra) -> dict:
     """
     Time two functions in turn, so that each ratio is of two neighbours; ratio = peer's time over ours.
 
-    Fast functions are repeated until a sample takes at least 20 ms.
+    Fast functions are repeated until a sample takes at least 20 ms. With `turns`, a repeat is the median of so many
+    runs of each, in turn: what disturbs the machine for a moment does not count.
     """
     calls = []
     for function in (ours, peer):
@@ -39,8 +40,12 @@ def compare(workload: str, ours, peer, repeats: int, **extra) -> dict:
         calls.append(max(1, int(0.02 / time_call(function))))
     seconds = ([], [])
     for _ in range(repeats):
-        for values, function, count in zip(seconds, (ours, peer), calls, strict=True):
-            values.append(time_call(lambda: [function() for _ in range(count)]) / count)  # noqa: B023
+        runs = ([], [])
+        for _ in range(turns):
+            for times, function, count in zip(runs, (ours, peer), calls, strict=True):
+                times.append(time_call(lambda: [function() for _ in range(count)]) / count)  # noqa: B023
+        for values, times in zip(seconds, runs, strict=True):
+            values.append(statistics.median(times))
     return {
         "workload": workload,
         "unit": "s",

@@ -1,4 +1,4 @@
-"""Shards for the tests of pretraining: pictures of one colour, told apart by it."""
+"""Shards for the tests of pretraining: pictures of one colour, told apart by it; and streams of them."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from otter_hf.data.images import encode_base64
-from otter_hf.data.pretraining import ShardWriter
+from otter_hf.data.pretraining import PretrainingSet, PretrainingStream, ShardWriter
 
 
 def picture(number: int, size: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
@@ -52,3 +52,20 @@ def write_documents(folder: Path, count: int = 24, per_shard: int = 12) -> None:
             images = [(2, 0.5, padded(picture(number), 11_000)), (0, 0.4, padded(picture(number + 100), 11_000))]
             data = document([f"A{number}.", "B.", "C."], images[: 1 if number % 3 == 0 else 2])
             writer.write(f"d{number:05d}", {"json": data})
+
+
+def make_stream(folder, processor, **kwargs) -> PretrainingStream:
+    """A stream of one set of pairs, `cc3m`, in batches of two."""
+    settings = {key: kwargs.pop(key) for key in ("num_samples", "resampled", "weights", "batch_size") if key in kwargs}
+    sets = [PretrainingSet("cc3m", "pairs", folder, **{"batch_size": 2, **settings}, options={"mirror": 0.5})]
+    return PretrainingStream(sets, processor, **kwargs)
+
+
+def run(stream: PretrainingStream, **kwargs) -> list[dict]:
+    """The batches of an epoch."""
+    return list(stream.track(stream.dataloader(**kwargs)))
+
+
+def ids(batches: list[dict], name: str = "cc3m") -> list[str]:
+    """The samples of a set's batches."""
+    return [id for batch in batches for id in batch[name]["sample_ids"]]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 from pretraining_shards import document, padded, picture
+from transformers import ByT5Tokenizer
 
+from otter_hf import FlamingoProcessor
 from otter_hf.data.pretraining import (
     ImageTextPairs,
     InterleavedDocuments,
@@ -34,6 +36,18 @@ def red(image: Image.Image) -> int:
 
 def text_of(sample, encoder) -> str:
     return encoder.tokenizer.decode(sample.input_ids)
+
+
+@pytest.mark.parametrize("kind", ["fast", "Python"])
+def test_ids_are_those_of_the_tokenizer_whatever_it_was_asked_before(tiny_processor, kind):
+    tokenizer = tiny_processor.tokenizer if kind == "fast" else FlamingoProcessor.prepare_tokenizer(ByT5Tokenizer())
+    assert tokenizer.is_fast == (kind == "fast")
+    encoder = TextEncoder(tokenizer)
+    for text in ("<image>A café,\n two  lines<|endofchunk|>", "", "a" * 300):
+        expected = tokenizer(text)["input_ids"]
+        tokenizer(text, padding="max_length", max_length=5, truncation=True, split_special_tokens=True)
+        assert encoder.encode(text, 1000) == expected
+        assert encoder.encode(text, 4) == expected[:4]
 
 
 # --- captions ---

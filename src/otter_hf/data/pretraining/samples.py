@@ -4,7 +4,7 @@ The rules and thresholds are those of Otter's 2023 pretraining; MMC4 is https://
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
@@ -39,8 +39,16 @@ class TextEncoder:
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """Token ids, with BOS where the tokenizer writes one; what is too long loses its end."""
-        # `verbose` would warn of rows longer than the model's limit
-        return self.tokenizer(text, verbose=False)["input_ids"][:max_tokens]
+        if not self.tokenizer.is_fast:
+            # `verbose` would warn of rows longer than the model's limit
+            return self.tokenizer(text, verbose=False)["input_ids"][:max_tokens]
+        # the same without what else a call works out, as where in the text each token stands: that doubles the time
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        (encoding,) = backend.encode_batch_fast([text])
+        return encoding.ids[:max_tokens]
 
 
 class RejectedSample(SampleError):
@@ -140,28 +148,24 @@ class InterleavedDocuments:
         self, id: str, parts: Mapping[str, bytes], encoder: TextEncoder, generator: Random
     ) -> PretrainingSample:
         """As `ImageTextPairs`; raises `RejectedSample` for a document that the thresholds leave out."""
-        sentences, entries = self._read(id, parts)
+        sentences, candidates = self._read(id, parts)
+        sentences = [encoder.escape(sentence) for sentence in sentences]
         keeps_single = generator.random() < self.keep_single
-        candidates = [entry for entry in entries if self._is_wanted(entry)]
         while candidates:
             # in the order of the sentences, which is that of their <image> tokens
-            chosen = sorted(candidates[: self.max_images], key=lambda entry: entry.sentence)
-            text = interleave(
-                [encoder.escape(sentence) for sentence in sentences],
-                [entry.sentence for entry in chosen],
-                encoder.eos_token,
-            )
+            chosen = sorted(candidates[: self.max_images], key=lambda picture: picture.sentence)
+            text = interleave(sentences, [picture.sentence for picture in chosen], encoder.eos_token)
             input_ids = encoder.encode(text, self.max_tokens)
             count = input_ids.count(encoder.image_token_id)
             if not count:
                 break
             if count == 1 and not keeps_single:
                 raise RejectedSample(f"Document {id!r} has a single picture.", "single image")
-            images = [entry.image() for entry in chosen[:count]]
-            broken = {entry.number for entry, image in zip(chosen, images, strict=False) if image is None}
+            images = [picture.image() for picture in chosen[:count]]
+            broken = {picture.number for picture, image in zip(chosen, images, strict=False) if image is None}
             if not broken:
                 return PretrainingSample(id, input_ids, images)
-            candidates = [entry for entry in candidates if entry.number not in broken]
+            candidates = [picture for picture in candidates if picture.number not in broken]
         raise RejectedSample(f"Document {id!r} has no picture within the thresholds.", "no image")
 
     def _read(self, id: str, parts: Mapping[str, bytes]) -> tuple[list[str], list["_Picture"]]:
@@ -172,30 +176,32 @@ class InterleavedDocuments:
             sentences = document["text_list"]
             if not all(isinstance(sentence, str) for sentence in sentences):
                 raise TypeError("text_list is no list of texts")
-            entries = [_Picture.of(number, info) for number, info in enumerate(document["image_info"])]
+            return sentences, list(self._wanted(document["image_info"], len(sentences)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SampleError(
                 f"Document {id!r} is no MMC4 document ({type(error).__name__}: {error}).", "unreadable text"
             ) from None
-        return sentences, [entry for entry in entries if entry is not None and 0 <= entry.sentence < len(sentences)]
 
-    def _is_wanted(self, entry: "_Picture") -> bool:
-        return len(entry.data) >= self.min_image_bytes and entry.similarity >= self.min_similarity
+    def _wanted(self, image_info: Sequence[Mapping[str, Any]], num_sentences: int) -> Iterator["_Picture"]:
+        for number, info in enumerate(image_info):
+            encoded = info.get("image_base64")
+            if encoded is None:
+                continue
+            sentence, similarity = int(info["matched_text_index"]), float(info["matched_sim"])
+            if not (similarity >= self.min_similarity and 0 <= sentence < num_sentences):
+                continue
+            try:
+                data = decode_base64(encoded)
+            except ValueError:
+                continue
+            if len(data) >= self.min_image_bytes:
+                yield _Picture(number, sentence, data)
 
 
 class _Picture(NamedTuple):
     number: int
     sentence: int
-    similarity: float
     data: bytes
-
-    @classmethod
-    def of(cls, number: int, info: Mapping[str, Any]) -> "_Picture | None":
-        try:
-            data = decode_base64(info["image_base64"])
-        except (KeyError, ValueError):
-            return None
-        return cls(number, int(info["matched_text_index"]), float(info["matched_sim"]), data)
 
     def image(self) -> Image.Image | None:
         try:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -256,14 +255,21 @@ class PretrainingStream(IterableDataset):
         for item in range(first, self.num_batches, workers):
             batches, places = {}, []
             for one, reader in zip(self.sets, readers, strict=True):
-                samples, ends = zip(*itertools.islice(reader, one.batch_size), strict=True)
-                batches[one.name] = {
-                    **self.collator(samples, one.builder.label_all),
-                    "sample_ids": [sample.id for sample in samples],
-                    "task_groups": [one.name] * len(samples),
-                }
-                places.append(ends[-1])
+                batches[one.name], place = self._batch(one, reader)
+                places.append(place)
             yield StreamItem(batches, epoch, item, part, places)
+
+    def _batch(
+        self, one: PretrainingSet, reader: Iterator[tuple[PretrainingSample, tuple[int, int]]]
+    ) -> tuple[dict[str, Any], tuple[int, int]]:
+        """The next samples of a set as a batch, and the place behind them. Their pictures live no longer than this."""
+        samples, ends = zip(*itertools.islice(reader, one.batch_size), strict=True)
+        batch = {
+            **self.collator(samples, one.builder.label_all),
+            "sample_ids": [sample.id for sample in samples],
+            "task_groups": [one.name] * len(samples),
+        }
+        return batch, ends[-1]
 
     def _reader_number(self, worker: int) -> int:
         return self.shard[0] * self._workers + worker
@@ -273,13 +279,12 @@ class PretrainingStream(IterableDataset):
         one, order, reader = self.sets[number], self._orders[number], self._reader_number(worker)
         in_vain = 0
         for shard, index, round, place in order.walk(reader, *self._start_places[worker, number].tolist()):
-            id = f"{one.paths[shard].stem}/{index}"
             generator = Random(f"{self.seed} {one.name} {reader if one.resampled else ''} {round} {shard} {index}")
             try:
                 sample = self._read(number, shard, index, generator)
             except SampleError as error:
                 if self._skipped.add(error.reason) == 1 and not isinstance(error, RejectedSample):
-                    logger.warning(f"{one.name}, {id}: {error} It is skipped, as others like it ({error.reason}).")
+                    logger.warning(f"{one.name}: {error} It is skipped, as others like it ({error.reason}).")
                 in_vain += 1
                 if in_vain >= min(_PATIENCE, 20 * sum(one.sizes)):
                     raise ValueError(
@@ -302,7 +307,7 @@ class PretrainingStream(IterableDataset):
             if isinstance(error, SampleError):
                 raise
             raise SampleError(f"{path} cannot be read: {error}", "missing sample") from None
-        return one.builder(f"{Path(path).stem}/{sample.key}", parts, self._encoder, generator)
+        return one.builder(f"{path.stem}/{sample.key}", parts, self._encoder, generator)
 
 
 def _as_it_is(item):
