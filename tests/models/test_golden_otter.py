@@ -69,6 +69,29 @@ def test_forward_and_loss(case):
         torch.testing.assert_close(logits[mask == 1], tensors["logits"][mask == 1], atol=slack * atol, rtol=0)
 
 
+def test_text_that_sees_the_image_behind_it(case):
+    """
+    `use_media_placement_augmentation` of the Flamingo class drew lots for this in every pass; here `media_index` says
+    so: a token sees the first image at or behind it, and none after the last.
+    """
+    model, tensors, _, atol = case
+    if "logits_attend_previous_false" not in tensors:
+        pytest.skip("this case was not computed that way")
+    is_media = tensors["lang_x"] == model.config.image_token_id
+    media_index = is_media.long().flip(1).cumsum(1).flip(1)  # (B, L) images at or behind the token
+    media_index = torch.where(media_index > 0, media_index[:, :1] + 1 - media_index, 0)
+    mask = tensors["attention_mask"]
+    with torch.no_grad():
+        logits = model(
+            input_ids=tensors["lang_x"],
+            pixel_values=tensors["vision_x"],
+            attention_mask=mask,
+            media_index=media_index,
+        ).logits
+    expected = tensors["logits_attend_previous_false"]
+    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], atol=atol, rtol=0)
+
+
 def test_left_padding(case):
     model, tensors, _, atol = case
     if "lang_x_left" not in tensors:

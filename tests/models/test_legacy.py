@@ -4,9 +4,12 @@ import json
 import logging
 import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from hub_double import HubDouble, Repository, StoredFile
 from otter_tiny import build_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
@@ -117,6 +120,17 @@ class TestAutoClasses:
         assert type(AutoProcessor.from_pretrained(folder)) is OtterProcessor
         for name, tensor in original.state_dict().items():
             assert torch.equal(tensor, model.state_dict()[name]), name
+
+    def test_the_file_itself_or_a_folder_inside_another(self, legacy_folder):
+        folder, original = legacy_folder
+        within = {"pretrained_model_name_or_path": folder.parent, "subfolder": folder.name}
+        for config in (
+            AutoConfig.from_pretrained(folder / "config.json"),
+            OtterConfig.from_pretrained(folder / "config.json"),
+            OtterConfig.from_pretrained(**within),
+            OtterForConditionalGeneration.from_pretrained(**within).config,
+        ):
+            assert config.image_token_id == original.config.image_token_id
 
     def test_saved_and_read_again_it_is_the_same(self, legacy_folder, tmp_path_factory):
         folder, original = legacy_folder
@@ -404,3 +418,37 @@ def test_golden_folder_without_tokenizer(golden, tmp_path):
     expected = AutoConfig.from_pretrained(golden / "otter" / "otter_mpt_image")
     assert config.image_token_id == expected.image_token_id
     assert config.pad_token_id == expected.pad_token_id
+
+
+READ_REVISIONS = """
+import sys
+from otter_hf import OtterConfig, OtterForConditionalGeneration
+repository, cache_dir, *revisions = sys.argv[1:]
+for revision in revisions:
+    location = {"revision": revision, "cache_dir": cache_dir, "token": "hf_test"}
+    config = OtterConfig.from_pretrained(repository, **location)
+    model = OtterForConditionalGeneration.from_pretrained(repository, **location)
+    assert model.config.image_token_id == config.image_token_id
+    print(config.image_token_id, config.tokenizer_vocab_size)
+"""
+
+
+def test_token_ids_are_those_of_the_revision_asked_for(legacy_folder, otter_tokenizer, tmp_path_factory):
+    """A private repository, known to the arguments of `from_pretrained` alone, whose tokenizer was replaced later."""
+    folder, _ = legacy_folder
+    other = build_tokenizer()
+    other.add_tokens(["otters"])  # all special tokens come one later
+    with HubDouble() as hub:
+        repository = hub.repositories["tester/legacy"] = Repository("tester/legacy", private=True)
+        revisions = []
+        for tokenizer in (otter_tokenizer, OtterProcessor.prepare_tokenizer(other)):
+            tokenizer.save_pretrained(folder)
+            files = {file.name: StoredFile(file.read_bytes()) for file in folder.iterdir()}
+            revisions.append(repository.commit(files, "tokenizer"))
+        environment = hub.environment(tmp_path_factory.mktemp("home"))
+        del environment["HF_TOKEN"]
+        command = [sys.executable, "-c", READ_REVISIONS, repository.name, str(tmp_path_factory.mktemp("cache"))]
+        result = subprocess.run([*command, *revisions], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    image, size = otter_tokenizer.convert_tokens_to_ids("<image>"), len(otter_tokenizer)
+    assert result.stdout.splitlines() == [f"{image} {size}", f"{image + 1} {size + 1}"]

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from tiny_flamingo import IMAGE, SIZE, assert_close, images, pad_rows, row, tiny_config, tiny_model
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, GenerationConfig
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoModel
 
@@ -129,6 +129,8 @@ def test_wrong_input_gets_one_clear_sentence(model):
         model(pixel_values=images())
     with pytest.raises(ValueError, match=r"pixel_values has shape \(2, 1, 1, 3, 16, 16\).* B = 1"):
         model(input_ids=row(1), pixel_values=images(2))
+    with pytest.raises(ValueError, match=r"media_index has shape \(1, 5\); expected \(1, 12\), one number per token"):
+        model(input_ids=row(1), pixel_values=images(), media_index=torch.ones(1, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="skip_logits is True, but there are no labels"):
         model(input_ids=row(1), pixel_values=images(), skip_logits=True)
 
@@ -235,6 +237,15 @@ def test_resize_token_embeddings():
         assert loss.isfinite()
 
 
+def test_generation_may_choose_tokens_that_were_added():
+    model = tiny_model(tokenizer_vocab_size=90)
+    for size, padded in ((None, 99), (110, 128)):
+        if size is not None:
+            model.resize_token_embeddings(size, pad_to_multiple_of=64)
+        scores = model._get_logits_processor(GenerationConfig())(row(), torch.zeros(1, padded))
+        assert set(scores.isfinite().nonzero()[:, 1].tolist()) == set(range(size or 90)) - {IMAGE}
+
+
 def test_image_features(model):
     media = images(2, 3).flatten(0, 1)
     output = model.get_image_features(media, output_hidden_states=True)
@@ -329,3 +340,13 @@ def test_image_token_id_is_optional():
     assert_close(logits_of(model, ids, None), logits_of(model, ids, images()))
     index = (ids == IMAGE).long().cumsum(1)
     assert (logits_of(model, ids, images(), media_index=index) - logits_of(model, ids, None)).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_scoring_compiles_without_graph_breaks(model):
+    """As called by default, so with a cache; left-padded rows too."""
+    step = torch.compile(model, fullgraph=True, backend="eager")
+    ids, mask = pad_rows([row(1, 5), row(2, length=9, seed=1)], "left")
+    for kwargs in ({}, {"attention_mask": mask}):
+        expected = logits_of(model, ids, images(2, 2), **kwargs)
+        assert_close(logits_of(step, ids, images(2, 2), **kwargs), expected)

@@ -6,7 +6,7 @@ from tiny_flamingo import DECODERS, GREEDY, IMAGE, assert_close, images, pad_row
 from transformers import AutoConfig
 
 from otter_hf import FlamingoForConditionalGeneration
-from otter_hf.models.flamingo.modeling_flamingo import SUPPORTED_DECODERS
+from otter_hf.models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 
 
 @pytest.fixture(scope="module", params=sorted(DECODERS))

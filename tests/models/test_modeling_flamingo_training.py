@@ -114,11 +114,16 @@ def test_a_batch_without_labels_costs_nothing():
 
 
 @pytest.mark.parametrize("pixels", [None, images(2)])
-def test_a_text_only_batch_gives_gradients_to_all(pixels):
-    """Ranks of a distributed run wait for the gradient of every trainable parameter."""
+@pytest.mark.parametrize("own_loss", [False, True])
+def test_a_text_only_batch_gives_gradients_to_all(pixels, own_loss):
+    """
+    Ranks of a distributed run wait for the gradient of every trainable parameter; also where a trainer computes its
+    own loss from the logits, and the model is called as in inference, with a cache.
+    """
     model = tiny_model(max_num_frames=2).train()
     ids = torch.cat([row(), row(seed=1)])
-    model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    output = model(input_ids=ids, pixel_values=pixels, labels=None if own_loss else ids)
+    (output.logits.logsumexp(-1).mean() if own_loss else output.loss).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name

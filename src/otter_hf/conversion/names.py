@@ -6,7 +6,7 @@ from collections.abc import Callable
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.core_model_loading import apply_renamings
 
-from ..models.flamingo.modeling_flamingo import SUPPORTED_DECODERS
+from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 from ..models.legacy import mosaic_gpt_renamings, weight_renamings
 from .tensors import ConversionError, LazyTensor
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..models.flamingo import FlamingoConfig
-from ..models.flamingo.modeling_flamingo import SUPPORTED_DECODERS
+from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 from ..models.otter import OtterConfig
 from .job import Job, load_text_config, load_tokenizer, make_processor, read_config, resolve_folder, set_token_ids
 from .names import (

@@ -26,6 +26,8 @@ SPECIAL_TOKENS = {
     "<answer>": "answer_token_id",
 }
 PAD_TOKEN = "<PAD>"
+# arguments of `from_pretrained` that say where and as whom to look for a file of a repository
+HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
 
 # Fields the 2023 configurations carry that say nothing about the model: training switches and bookkeeping, a flag that
 # was never read (`only_attend_previous`), and the random placement of `use_media_placement_augmentation`, which is a
@@ -81,14 +83,16 @@ def is_legacy_config(config_dict: dict) -> bool:
     return "text_config" in config_dict and "perceiver_depth" not in config_dict
 
 
-def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, tokenizer=None) -> dict:
+def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, tokenizer=None, **hub_kwargs) -> dict:
     """
     Translate a 2023 Otter or Flamingo configuration; anything newer is returned untouched.
 
     Args:
         config_dict: the parsed `config.json`. Not modified.
-        name_or_path: folder or Hub repository it came from, where the tokenizer files are looked for.
+        name_or_path: folder, file in a folder, or Hub repository it came from, where the tokenizer files are looked
+            for.
         tokenizer: a tokenizer, or the folder or repository of one, used instead: see [`read_token_table`].
+        hub_kwargs: those of `HUB_ARGUMENTS` that belong to `name_or_path`.
 
     Returns:
         a new dictionary with the token ids resolved from the tokenizer (the 2023 code looked them up at construction
@@ -115,7 +119,10 @@ def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, toke
 
     if tokenizer is None and name_or_path is None:
         return config
-    table = read_token_table(name_or_path if tokenizer is None else tokenizer, config.get("model_type"))
+    if tokenizer is None:
+        table = read_token_table(name_or_path, config.get("model_type"), **hub_kwargs)
+    else:
+        table = read_token_table(tokenizer, config.get("model_type"))
     if "<image>" not in table.ids:
         raise OSError(_missing_tokenizer_message(name_or_path, config_dict["text_config"], text_config["model_type"]))
     for token, field in SPECIAL_TOKENS.items():
@@ -187,7 +194,7 @@ def _explain_token_order(table: TokenTable, name_or_path) -> None:
         )
 
 
-def read_token_table(source, model_type: str | None = None) -> TokenTable:
+def read_token_table(source, model_type: str | None = None, **hub_kwargs) -> TokenTable:
     """
     The token ids of a tokenizer.
 
@@ -196,15 +203,16 @@ def read_token_table(source, model_type: str | None = None) -> TokenTable:
             A base tokenizer is read as the 2023 code extended it: `<|endofchunk|>`, `<image>`, for Otter `<answer>`,
             and `<PAD>` if it has no padding token, at the next free ids.
         model_type: `"otter"` or `"flamingo"`, for a base tokenizer.
+        hub_kwargs: those of `HUB_ARGUMENTS` that belong to a folder or repository.
 
     Returns:
         an empty table if a folder or repository holds no tokenizer.
     """
     if isinstance(source, (str, Path)):
-        table = _read_tokenizer_files(str(source))
+        table = _read_tokenizer_files(str(source), **hub_kwargs)
         if "<image>" in table.ids or not table.size:
             return table
-        source = AutoTokenizer.from_pretrained(source)
+        source = AutoTokenizer.from_pretrained(source, **hub_kwargs)
     ids, size = dict(source.get_added_vocab()), len(source)
     wanted = [token for token in SPECIAL_TOKENS if token != "<answer>" or model_type == "otter"]
     if source.pad_token is None:
@@ -216,8 +224,10 @@ def read_token_table(source, model_type: str | None = None) -> TokenTable:
     return TokenTable(ids, max(size, *(token_id + 1 for token_id in ids.values())), source.eos_token)
 
 
-def _read_tokenizer_files(name_or_path: str) -> TokenTable:
+def _read_tokenizer_files(name_or_path: str, **hub_kwargs) -> TokenTable:
     ids, size, eos_token = {}, 0, None
+    if Path(name_or_path).is_file():
+        name_or_path = str(Path(name_or_path).parent)
     for filename in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
         path = cached_file(
             name_or_path,
@@ -225,6 +235,7 @@ def _read_tokenizer_files(name_or_path: str) -> TokenTable:
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
             _raise_exceptions_for_gated_repo=False,
+            **hub_kwargs,
         )
         if path is None:
             continue

@@ -176,9 +176,9 @@ def make_media_blocks(media_index: torch.Tensor, num_media: int) -> MediaBlocks:
     """
     batch_size, length = media_index.shape
     visible = media_index > 0
-    image = (media_index - 1).clamp(min=0)  # (B, L); what sees nothing rides along with the first image
     if num_media == 1:
         return MediaBlocks(visible, None, None, None)
+    image = (media_index - 1).clamp(min=0)  # (B, L); what sees nothing rides along with the first image
     row = torch.arange(batch_size, device=media_index.device)[:, None]  # (B, 1)
     if length == 1:
         return MediaBlocks(visible, (row * num_media + image).flatten(), None, None)

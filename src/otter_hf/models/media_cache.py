@@ -23,6 +23,10 @@ class MediaCacheMixin:
     media_key_values: dict[int, torch.Tensor]
     media_index: torch.Tensor | None
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.media_key_values, self.media_index = {}, None
+
     @property
     def num_media(self) -> int:
         """T, images stored per row (padded to the row with most)."""

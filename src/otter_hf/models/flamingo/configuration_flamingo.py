@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ..legacy import upgrade_config_dict
+from ..legacy import HUB_ARGUMENTS, upgrade_config_dict
 
 
 @strict
@@ -19,7 +19,7 @@ class FlamingoConfig(PreTrainedConfig):
         vision_config (`dict` or `PreTrainedConfig`, defaults to a CLIP ViT-L/14 vision tower):
             Any vision encoder known to `AutoModel`, with token features `(N, v, D)` or feature maps `(N, D, h, w)`.
         text_config (`dict` or `PreTrainedConfig`, defaults to Llama):
-            A decoder listed in `otter_hf.models.flamingo.modeling_flamingo.SUPPORTED_DECODERS`.
+            A decoder listed in `otter_hf.models.flamingo.decoders_flamingo.SUPPORTED_DECODERS`.
         vision_feature_select_strategy (`"default"` or `"full"`):
             `"default"` drops the first token of the tower's output (the class token of CLIP, ViT, DINOv2);
             `"full"` keeps all of them (SigLIP). Without effect on feature maps, which have no class token.
@@ -35,7 +35,8 @@ class FlamingoConfig(PreTrainedConfig):
         image_token_id, end_of_chunk_token_id, answer_token_id (`int`, *optional*): ids of `<image>`,
             `<|endofchunk|>` and (Otter) `<answer>`.
         tokenizer_vocab_size (`int`, *optional*): size of the tokenizer, where the embedding has more rows: those were
-            never trained, and generation does not choose them. Raise it, or set it to None, when the tokenizer grows.
+            never trained, and generation does not choose them. `resize_token_embeddings` changes it; raise it, or set
+            it to None, when the tokenizer grows into rows that are there already.
         lora_config (`dict`, *optional*): arguments of `peft.LoraConfig`, for an Otter of 2023 that was trained and
             saved with LoRA layers inside its language model: `r`, `lora_alpha`, `lora_dropout`, `target_modules`. They
             stay layers of their own, since merging them rounds; `otter-hf convert lora` merges them, or makes a PEFT
@@ -113,8 +114,9 @@ class FlamingoConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         """As in the parent class."""
-        # AutoConfig tells `from_dict` where the configuration came from; so does this
+        # `from_dict` must know where the configuration came from: AutoConfig tells it the name, this all there is
         kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        kwargs["hub_kwargs"] = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
@@ -122,11 +124,15 @@ class FlamingoConfig(PreTrainedConfig):
         """
         As in the parent class; a configuration written by the 2023 code is translated first.
 
+        The Auto classes tell only the name: through them the token ids are read without `revision`, `subfolder` and
+        `token`. Where a repository of 2023 needs these, use the `from_pretrained` of this class or of the model.
+
         Args:
             tokenizer (*optional*): for a 2023 repository without tokenizer files, a tokenizer or the folder of one.
         """
-        tokenizer = kwargs.pop("tokenizer", None)
-        return super().from_dict(upgrade_config_dict(config_dict, kwargs.get("name_or_path"), tokenizer), **kwargs)
+        tokenizer, hub_kwargs = kwargs.pop("tokenizer", None), kwargs.pop("hub_kwargs", {})
+        config_dict = upgrade_config_dict(config_dict, kwargs.get("name_or_path"), tokenizer, **hub_kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def vision_hidden_size(self) -> int:

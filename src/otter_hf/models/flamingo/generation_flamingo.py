@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor
 from transformers.utils import logging
 
 from ..media_attention import batch_first_media
@@ -30,6 +30,19 @@ def accept_legacy_arguments(method):
         return method(self, *args, **kwargs)
 
     return wrapper
+
+
+class ExcludeTokens(LogitsProcessor):
+    """
+    Never choose the tokens `token_ids (K,)`. transformers' `SuppressTokensLogitsProcessor` does the same by comparing
+    the whole vocabulary with them in every step.
+    """
+
+    def __init__(self, token_ids: torch.Tensor):
+        self.token_ids = token_ids
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_fill(1, self.token_ids, -torch.inf)  # (B, vocab)
 
 
 class FlamingoGenerationMixin(GenerationMixin):
@@ -111,18 +124,16 @@ class FlamingoGenerationMixin(GenerationMixin):
         if model_kwargs.get("past_key_values") is not None:
             with_media(model_kwargs["past_key_values"])
 
-    def _prepare_generation_config(self, generation_config, **kwargs):
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        suppressed = set(generation_config.suppress_tokens or [])
+    def _get_logits_processor(self, *args, device=None, **kwargs):
+        processors = super()._get_logits_processor(*args, device=device, **kwargs)
         # `<image>` is a place to put an image, not a word: generated, it would ask for an image that does not exist
-        if self.config.image_token_id is not None:
-            suppressed.add(self.config.image_token_id)
+        excluded = [] if self.config.image_token_id is None else [self.config.image_token_id]
         # rows that only round the embedding up to a multiple were never trained, and no tokenizer can read their ids
         if self.config.tokenizer_vocab_size is not None:
-            suppressed.update(range(self.config.tokenizer_vocab_size, self.config.text_config.vocab_size))
-        if suppressed:
-            generation_config.suppress_tokens = sorted(suppressed)
-        return generation_config, model_kwargs
+            excluded.extend(range(self.config.tokenizer_vocab_size, self.config.text_config.vocab_size))
+        if excluded:
+            processors.insert(0, ExcludeTokens(torch.tensor(excluded, device=device)))
+        return processors
 
     def adjust_generation_fn(self, *args, **kwargs):
         """As in the parent class."""

@@ -11,12 +11,11 @@ n latents of one medium, D vision width, H heads.
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import load_state_dict, slice_logits_to_keep
@@ -25,43 +24,15 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..falcon import OtterFalconModel
 from ..legacy import name_lora_layers
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import batch_first_media, running_media_index
-from ..media_cache import with_media
+from ..media_cache import MediaDynamicCache, with_media
 from .configuration_flamingo import FlamingoConfig
+from .decoders_flamingo import get_decoder_layers, make_language_model
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
-from .layers_flamingo import (
-    FlamingoDecoderLayer,
-    GatedCrossAttentionBlock,
-    PerceiverResampler,
-    make_media_groups,
-)
+from .layers_flamingo import PerceiverResampler, make_media_groups
 
-
-# model_type of every decoder that hands unknown keyword arguments on to its layers, which is how images reach the
-# gated blocks, and whose output layer is a matrix (Phi's has a bias). Others would run blind without an error: BLOOM,
-# GPT-J and transformers' own MPT do. Value: where the layers are.
-SUPPORTED_DECODERS = {
-    "falcon": "h",
-    "gemma": "layers",
-    "gemma3_text": "layers",
-    "gpt_neox": "layers",
-    "llama": "layers",
-    "mistral": "layers",
-    "olmo2": "layers",
-    "opt": "decoder.layers",
-    "otter_mpt": "blocks",
-    "phi3": "layers",
-    "qwen2": "layers",
-    "qwen3": "layers",
-    "smollm3": "layers",
-    "stablelm": "layers",
-}
-
-# transformers' own class runs blind; this one does not
-_DECODER_CLASSES = {"falcon": OtterFalconModel}
 
 # parameters of a tower that do not reach `last_hidden_state`: frozen, or DDP would wait for their gradients for ever
 _UNUSED_TOWER_MODULES = {
@@ -170,6 +141,13 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         _freeze_unused_modules(model.base_model.vision_tower)  # loading makes every parameter trainable
         return loaded
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """As in the parent class; rows up to `new_num_tokens` are tokens from now on, which generation may choose."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None and self.config.tokenizer_vocab_size is not None:
+            self.config.tokenizer_vocab_size = new_num_tokens
+        return embeddings
+
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """
         As in the parent class, with today's weight names by default; `save_original_format=True` writes those of the
@@ -188,36 +166,10 @@ class FlamingoModel(FlamingoPreTrainedModel):
 
     def __init__(self, config: FlamingoConfig):
         super().__init__(config)
-        text_type = config.text_config.model_type
-        if text_type not in SUPPORTED_DECODERS:
-            raise ValueError(
-                f"text_config.model_type is {text_type!r}, a decoder that images cannot reach; use one of "
-                f"{', '.join(sorted(SUPPORTED_DECODERS))}."
-            )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         _freeze_unused_modules(self.vision_tower)
         self.perceiver = PerceiverResampler(config)
-        decoder_class = _DECODER_CLASSES.get(text_type)
-        build = AutoModel.from_config if decoder_class is None else decoder_class._from_config
-        self.language_model = build(config.text_config)
-        if config.lora_config is not None:
-            inject_adapter_in_model(LoraConfig(**config.lora_config), self.language_model)
-            # what is trained is the trainer's choice, here as in any other model
-            self.language_model.requires_grad_(True)
-        layers = self.decoder_layers
-        for layer_idx, decoder_layer in enumerate(layers):
-            gated = (layer_idx + 1) % config.cross_attn_every_n_layers == 0
-            layers[layer_idx] = FlamingoDecoderLayer(
-                decoder_layer, GatedCrossAttentionBlock(config, layer_idx) if gated else None
-            )
-        # the text model's plans name its layers as they were before they were wrapped
-        prefix = f"{SUPPORTED_DECODERS[text_type]}.*."
-        for plan in ("_tp_plan", "_pp_plan", "_ep_plan", "_fsdp_plan"):
-            renamed = {
-                key.replace(prefix, f"{prefix}decoder_layer.", 1) if key.startswith(prefix) else key: value
-                for key, value in getattr(self.language_model, plan).items()
-            }
-            setattr(self.language_model, plan, renamed)
+        self.language_model = make_language_model(config)
         self.gradient_checkpointing = False
         self.post_init()
         # one unit per layer for FSDP and device maps, gated block included
@@ -228,7 +180,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
     @property
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder's layers, each a [`FlamingoDecoderLayer`]."""
-        return self.language_model.get_submodule(SUPPORTED_DECODERS[self.config.text_config.model_type])
+        return get_decoder_layers(self.language_model)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -357,17 +309,22 @@ class FlamingoModel(FlamingoPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # (B, L)
         if past_key_values is None and use_cache:
-            past_key_values = DynamicCache(config=self.config.text_config)
+            past_key_values = MediaDynamicCache(config=self.config.text_config)
         cache = None if past_key_values is None else with_media(past_key_values)
         seen = None if cache is None else cache.media_seen  # (B,)
         if media_index is None:
             in_view = None if cache is None else cache.media_in_view
             media_index = running_media_index(self._find_media_tokens(input_ids, inputs_embeds), seen, in_view)
+        elif media_index.shape != shape:
+            raise ValueError(
+                f"media_index has shape {tuple(media_index.shape)}; expected {tuple(shape)}, one number per token."
+            )
 
         if pixel_values is not None:
             pixel_values = batch_first_media(pixel_values, media_index.shape[0])
-        elif self.training and cache is None:
+        elif self.training and seen is None:
             pixel_values = self._blank_media(media_index)
         referenced = None if is_torchdynamo_compiling() else self._check_media(media_index, seen, pixel_values)
         vision_states = None if pixel_values is None else self._encode_referenced(pixel_values, referenced)

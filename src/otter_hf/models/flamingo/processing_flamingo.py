@@ -11,7 +11,7 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 from transformers.video_utils import VideoInput, load_video
 
-from ..legacy import read_vision_image_size
+from ..legacy import HUB_ARGUMENTS, read_vision_image_size
 
 
 class FlamingoProcessor(ProcessorMixin):
@@ -84,9 +84,7 @@ class FlamingoProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # repositories of 2023 hold no image processor: the code took CLIP's, at the size of its vision tower
-        hub_kwargs = {
-            key: kwargs[key] for key in ("cache_dir", "revision", "token", "local_files_only") if key in kwargs
-        }
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         files = ("processor_config.json", "preprocessor_config.json")
         if any(
             cached_file(pretrained_model_name_or_path, file, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
