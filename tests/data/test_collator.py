@@ -278,3 +278,52 @@ def test_a_cut_answer_does_not_run_into_the_next_sample(tiny_processor):
     start = packed["cu_seq_lens_q"][1]
     end_of_question = (packed["input_ids"][0, start:] == tiny_processor.answer_token_id).nonzero()[0]
     assert (packed["labels"][0, start : start + end_of_question + 1] == -100).all()
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("removed", [("<answer>",), ("<|endofchunk|>",), ("<answer>", "<|endofchunk|>")])
+def test_removed_tokens(tiny_processor, by_colour, removed, packing):
+    """Ids without these tokens, and the labels that the other tokens had with them."""
+    red, blue = [by_colour["red"]], [by_colour["blue"]]
+    samples = [
+        sample([("Q1", "A1"), ("Q2", "A2")], [red, blue], media_per_turn=[1, 1]),
+        sample([("Q", "a long answer")], [red]),
+    ]
+    whole = OtterCollator(tiny_processor, packing=packing)(samples)
+    batch = OtterCollator(
+        tiny_processor,
+        packing=packing,
+        remove_answer_token="<answer>" in removed,
+        remove_end_of_turn_token="<|endofchunk|>" in removed,
+    )(samples)
+    assert whole.keys() == batch.keys() and batch["pixel_values"].equal(whole["pixel_values"])
+
+    def rows(batch, key):
+        if packing:
+            return batch[key][0].split(batch["cu_seq_lens_q"].diff().tolist())
+        return [row[mask.bool()] for row, mask in zip(batch[key], batch["attention_mask"], strict=True)]
+
+    removed_ids = torch.tensor(tiny_processor.tokenizer.convert_tokens_to_ids([*removed]))
+    kept = [~torch.isin(ids, removed_ids) for ids in rows(whole, "input_ids")]
+    for key in ("input_ids", "labels", *(["media_index"] if packing else [])):
+        for row, before, keep in zip(rows(batch, key), rows(whole, key), kept, strict=True):
+            assert row.equal(before[keep])
+    ids, labels = rows(batch, "input_ids")[0], rows(batch, "labels")[0]
+    text = "<s><image>User:Q1 GPT:<answer>A1<|endofchunk|><image>User:Q2 GPT:<answer>A2<|endofchunk|></s>"
+    learned = "A1<|endofchunk|>A2<|endofchunk|></s>"
+    for token in removed:
+        text, learned = text.replace(token, ""), learned.replace(token, "")
+    assert text_of(tiny_processor, ids) == text and text_of(tiny_processor, ids[labels != -100]) == learned
+    if packing:
+        assert batch["position_ids"][0].tolist() == [i for keep in kept for i in range(int(keep.sum()))]
+    else:
+        padding = ~batch["attention_mask"].bool()
+        assert batch["input_ids"].shape[1] == max(int(keep.sum()) for keep in kept)
+        assert (batch["labels"][padding] == -100).all()
+
+
+def test_something_must_end_an_answer(tiny_processor):
+    processor = copy.deepcopy(tiny_processor)
+    processor.tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="remove_end_of_turn_token: the tokenizer has no end-of-sequence token"):
+        OtterCollator(processor, remove_end_of_turn_token=True)

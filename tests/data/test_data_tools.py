@@ -58,13 +58,67 @@ def test_broken_stores_leave_no_parquet(tmp_path, encoded):
     assert [path.name for path in tmp_path.iterdir()] == ["X.json"]
 
 
-def test_train_config_command(tmp_path):
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["to-parquet", "X.json", "--output", "X.json"], "The output must end in .parquet, got X.json"),
+        (["to-parquet", "P.parquet", "--output", "P.parquet"], "would replace its input P.parquet: name another one"),
+        (["to-parquet", "F.parquet", "--output", "F.parquet"], "would replace its input F.parquet/1.parquet"),
+        (
+            ["to-parquet", "X.json", "--output", "Y.parquet", "--resize", "0"],
+            "resize must be a number of pixels",
+        ),
+        (
+            ["to-parquet", "I.json", "--output", "Y.parquet"],
+            "I.json that can be decoded: is it an image store?",
+        ),
+        (["to-parquet", "I.json", "--output", "Y.parquet", "--base64"], "no picture in I.json that can be decoded"),
+        (["to-parquet", "gone.json", "--output", "Y.parquet"], "The image store gone.json does not exist"),
+        (["make-train-config", "I.json", "--output", "I.json"], "would replace its input I.json"),
+        (["make-train-config", "gone.json", "--output", "t.json"], "No such file or directory: gone.json"),
+        (["merge", "--name", "a/b", "--output", "m", "--dataset", "I.json"], "file names, got 'a/b': leave out"),
+        (
+            ["merge", "--name", "I", "--output", ".", "--dataset", "I.json", "X.json", "I_train.json"],
+            "its input I_train",
+        ),
+        (
+            ["neighbours", "I_instructions.json", "--output", "I", "--encoder", "e", "--k", "1", "--context", "1"],
+            "would",
+        ),
+        (
+            ["neighbours", "I.json", "--output", "N", "--encoder", "e", "--context", "-1"],
+            "context must be a number of",
+        ),
+        (["stats", "mix.yaml", "--limit", "-1"], "--limit must be a number of samples"),
+        (["check", "mix.yaml", "--threads", "0"], "--threads must be at least 1, got 0"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(tmp_path, encoded, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "X.json").write_text(json.dumps({"red": encode_base64(encoded["red"])}))
+    (tmp_path / "I.json").write_text(json.dumps({"meta": {}, "data": {"a": {"instruction": "q", "answer": "a"}}}))
+    (tmp_path / "I_instructions.json").write_text((tmp_path / "I.json").read_text())
+    store_to_parquet("X.json", "P.parquet")
+    (tmp_path / "F.parquet").mkdir()
+    store_to_parquet("X.json", "F.parquet/1.parquet")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main(["data", *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("otter-hf: ")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_train_config_command(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr("otter_hf.data.formats.logger.warning", messages.append)
     related = {"a": ["b", "c", "zz"], "b": ["a", "c"], "c": [], "d": ["a"]}
     records = {id: {"instruction": "q", "answer": "a", "rel_ins_ids": ids} for id, ids in related.items()}
     (tmp_path / "X.json").write_text(json.dumps({"data": {**records, "e": {"instruction": "q", "answer": "a"}}}))
     command = ["data", "make-train-config", str(tmp_path / "X.json"), "--output", str(tmp_path / "train.json")]
     assert main(command) == 0
     assert json.loads((tmp_path / "train.json").read_text()) == {"a": ["b", "c"], "d": ["a"]}
+    assert messages == ["1 records have no rel_ins_ids and are left out, the first is 'e'."]
     assert main([*command, "--remove-rel-ins-ids"]) == 0
     assert json.loads((tmp_path / "train.json").read_text()) == {"a": [], "d": []}
 
@@ -95,11 +149,17 @@ def test_a_sample_is_described(mixture, tiny_processor):
     assert "\x1b[44;4mred<|endofchunk|>\x1b[0m" in coloured and "\x1b[42m<image>User:Two?" in coloured
     sheet = contact_sheet(sample)
     assert sheet.size == (320, 320)
-    assert sheet.getpixel((80, 80)) == (255, 0, 0) or sheet.getpixel((4, 60)) == (255, 255, 255)
+    # red above; blue and green beside each other below
+    assert [sheet.getpixel(place) for place in ((3, 3), (3, 163), (163, 163), (163, 3))] == [
+        (255, 0, 0),
+        (0, 0, 255),
+        (0, 255, 0),
+        (255, 255, 255),
+    ]
 
 
 def test_show_and_stats_commands(tmp_path, mixture, tiny_processor, capsys):
-    png = tmp_path / "sheet.png"
+    png = tmp_path / "new" / "sheet.png"
     assert main(["data", "show", str(mixture), "--png", str(png)]) == 0
     assert capsys.readouterr().out.startswith("<image>User:Colour? GPT:<answer>red<|endofchunk|><image>User:Two?")
     assert Image.open(png).format == "PNG"

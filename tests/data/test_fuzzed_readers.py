@@ -19,7 +19,15 @@ from otter_hf.data.images import decode_base64, decode_image, encode_base64  # n
 from otter_hf.data.json_stream import iter_json_object  # noqa: E402
 from otter_hf.data.mixture import MixtureEntry  # noqa: E402
 from otter_hf.data.parquet_writer import write_images  # noqa: E402
-from otter_hf.data.sources import read_alpaca, read_lima, read_llava, read_m3it, read_sharegpt, read_svit  # noqa: E402
+from otter_hf.data.sources import (  # noqa: E402
+    read_alpaca,
+    read_lima,
+    read_llava,
+    read_lrv,
+    read_m3it,
+    read_sharegpt,
+    read_svit,
+)
 from otter_hf.data.validate import check_mixture  # noqa: E402
 
 
@@ -101,26 +109,19 @@ def test_any_records(tmp_path, records, config):
     assert report.table() and json.dumps(report.to_dict())
 
 
+SOURCE_KEYS = "id image conversations image_id question answer instruction inputs outputs output image_base64_str"
+
+
 @given(
-    rows=st.lists(
-        JSON
-        | st.dictionaries(
-            st.sampled_from(
-                ["id", "image", "conversations", "image_id", "outputs", "instruction", "image_base64_str", "output"]
-            ),
-            JSON,
-            max_size=5,
-        ),
-        max_size=3,
-    ),
+    rows=st.lists(JSON | st.dictionaries(st.sampled_from(SOURCE_KEYS.split()), JSON, max_size=6), max_size=3),
     lines=st.booleans(),
 )
 def test_any_source(tmp_path, rows, lines):
     path = tmp_path / "x.json"
     path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
-    for read in (read_llava, read_svit, read_m3it, read_alpaca, read_lima, read_sharegpt):
+    for read in (read_llava, read_lrv, read_svit, read_m3it, read_alpaca, read_lima, read_sharegpt):
         try:
-            list(read(path, tmp_path) if read in (read_llava, read_svit) else read(path))
+            list(read(path, tmp_path) if read in (read_llava, read_lrv, read_svit) else read(path))
         except ValueError as error:
             assert "x.json" in str(error)
 

@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from otter_hf.cli import main
-from otter_hf.data import parquet_store, parquet_writer
+from otter_hf.data import parquet_store, parquet_writer, tools
 from otter_hf.data.formats import load_mimicit, write_mimicit
 from otter_hf.data.image_store import ImageStore
-from otter_hf.data.images import encode_base64, image_bytes
+from otter_hf.data.images import decode_image, encode_base64, image_bytes
 from otter_hf.data.sources import Conversation, write_conversations
 
 
@@ -92,17 +93,20 @@ def build_index(instructions, images, train_config, cache):
     load_mimicit(instructions, images, train_config, cache_dir=cache)
 
 
-@pytest.mark.parametrize("kind", ["records", "examples", "images"])
-@pytest.mark.parametrize("share", [0.0, 0.8])
+@pytest.mark.parametrize(
+    "kind, share", [("records", 0.8), ("examples", 0.0), ("images", 0.0), ("images", 0.8), ("index", 0.0)]
+)
 def test_killed_while_building_an_index(tmp_path, dataset, monkeypatch, kind, share):
     sizes = [(parquet_store.__name__, "_BATCH_BYTES", 50_000)]
     monkeypatch.setattr(parquet_store, "_BATCH_BYTES", 50_000)
     whole, cache = tmp_path / "whole", tmp_path / "cache"
     load_mimicit(*dataset, cache_dir=whole)
-    final = next(path for path in whole.glob("*.arrow") if path.name.split("-")[1] == kind)
-    half = share * final.stat().st_size
-    kill_when(lambda: grown(cache, f"*-{kind}-*.incomplete", half), build_index, *dataset, cache, sizes=sizes)
-    assert not (cache / final.name).exists()
+    # the index of a file is named after it
+    name = f"{'*-records-*' if kind == 'index' else '*.json'}-{kind}-{20 * '?'}.arrow"
+    (final,) = whole.glob(name)
+    size = share * final.stat().st_size
+    kill_when(lambda: grown(cache, f"{name}.incomplete", size), build_index, *dataset, cache, sizes=sizes)
+    assert not list(cache.glob(name))
     table, store = load_mimicit(*dataset, cache_dir=cache)
     assert len(table) == 6_000 and table[-1]["context"][0]["id"] == "R11998" and len(store) == 1500
     assert without_keys(contents(cache)) == without_keys(contents(whole))
@@ -111,81 +115,156 @@ def test_killed_while_building_an_index(tmp_path, dataset, monkeypatch, kind, sh
 # to-parquet
 
 
-def to_parquet(store, output, cache):
-    main(["data", "to-parquet", str(store), "--output", str(output), "--cache-dir", str(cache)])
+TO_PARQUET = [(parquet_writer.__name__, "_PART_BYTES", 1_000_000)]
 
 
-@pytest.mark.parametrize("kind", ["json", "parquet"])
-@pytest.mark.parametrize("share", [0.1, 0.8])
-def test_killed_to_parquet(tmp_path, by_colour, kind, share):
-    pictures = {f"I{i}": image_bytes(by_colour["red"]) + random.Random(i).randbytes(5000) for i in range(1500)}
+def to_parquet(source, output, *options):
+    paths = ["--output", str(output), "--cache-dir", str(output.parent.parent / "cache")]
+    assert main(["data", "to-parquet", str(source), *paths, *options]) == 0
+
+
+@pytest.fixture
+def pictures(by_colour):
+    """1,500 pictures, of which a part holds about 200; the tenth is none."""
+    red = image_bytes(by_colour["red"])
+    return {f"I{i}": b"none" if i == 9 else red + random.Random(i).randbytes(5000) for i in range(1500)}
+
+
+def write_store(folder, kind, pictures):
     texts = {id: encode_base64(data) for id, data in pictures.items()}
-    source = tmp_path / f"X.{kind}"
+    path = folder / f"X.{kind}"
     if kind == "json":
-        source.write_text(json.dumps(texts))
+        path.write_text(json.dumps(texts))
     else:
-        pd.DataFrame({"base64": list(texts.values())}, index=list(texts)).to_parquet(source)
-    to_parquet(source, tmp_path / "whole.parquet", tmp_path / "cache")
-    size = share * (tmp_path / "whole.parquet").stat().st_size
-    output = tmp_path / "out" / "X.parquet"
-    ready = lambda: grown(output.parent, ".*.incomplete", size)  # noqa: E731
-    kill_when(ready, to_parquet, source, output, tmp_path / "killed")
+        pd.DataFrame({"base64": list(texts.values())}, index=list(texts)).to_parquet(path)
+    return path
+
+
+def complete_parts(folder):
+    """The complete parts with what tells a file from one that was written again."""
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).glob("part.*.parquet")}
+
+
+@pytest.mark.parametrize("kind, complete", [("json", 0), ("json", 3), ("parquet", 3)])
+def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch, capsys, kind, complete):
+    monkeypatch.setattr(parquet_writer, "_PART_BYTES", 1_000_000)
+    source, output = write_store(tmp_path, kind, pictures), tmp_path / "out" / "X.parquet"
+    to_parquet(source, tmp_path / "whole" / "X.parquet")
+    told = capsys.readouterr().out.replace("whole", "out")
+    ready = lambda: len(list(output.parent.glob(".X.*.parts/*"))) > complete  # noqa: E731
+    kill_when(ready, to_parquet, source, output, sizes=TO_PARQUET)
     assert not output.exists()
-    to_parquet(source, output, tmp_path / "killed")
-    assert contents(output.parent) == {"X.parquet": (tmp_path / "whole.parquet").read_bytes()}
+    (folder,) = output.parent.iterdir()
+    before = complete_parts(folder)
+    assert len(before) >= complete
+    decoded = []
+    monkeypatch.setattr(tools, "decode_image", lambda data: (decoded.append(data), decode_image(data))[1])
+    to_parquet(source, output)
+    assert capsys.readouterr().out == told and "1,499 pictures" in told and "1 left out" in told
+    assert contents(output.parent) == contents(tmp_path / "whole") and not list(output.parent.glob(".*"))
+    after = complete_parts(output)
+    assert len(after) == 8 and before.items() <= after.items()
+    # what is there is not decoded again, but for what is none
+    assert len(decoded) == 1500 - sum(pq.read_metadata(output / name).num_rows for name in before)
     store = ImageStore(output, tmp_path / "cache")
-    assert {id: store.read_bytes(id) for id in store} == pictures
+    assert {id: store.read_bytes(id) for id in store} == {id: pictures[id] for id in pictures if id != "I9"}
+
+
+def test_killed_to_base64(tmp_path, pictures):
+    source, output = write_store(tmp_path, "json", pictures), tmp_path / "out" / "X.parquet"
+    to_parquet(source, tmp_path / "whole" / "X.parquet", "--base64")
+    ready = lambda: grown(output.parent, ".*.incomplete", 1_000_000)  # noqa: E731
+    kill_when(ready, to_parquet, source, output, "--base64")
+    assert not output.exists()
+    to_parquet(source, output, "--base64")
+    assert contents(output.parent) == contents(tmp_path / "whole")
+
+
+def test_parts_of_another_source_or_size_are_not_used(tmp_path, pictures, monkeypatch):
+    monkeypatch.setattr(parquet_writer, "_PART_BYTES", 1_000_000)
+    source, output = write_store(tmp_path, "json", pictures), tmp_path / "out" / "X.parquet"
+
+    def stop(data):
+        if data == pictures["I900"]:
+            raise KeyboardInterrupt
+        return decode_image(data)
+
+    def interrupted(**options):
+        with monkeypatch.context() as patch:
+            patch.setattr(tools, "decode_image", stop)
+            with pytest.raises(KeyboardInterrupt):
+                tools.store_to_parquet(source, output, **options)
+        (folder,) = output.parent.iterdir()
+        # resized, they are too small to fill one
+        assert bool(complete_parts(folder)) == (not options)
+        return folder
+
+    first = interrupted()
+    pictures["I5"] = pictures["I6"]
+    write_store(tmp_path, "json", pictures)
+    second = interrupted()
+    assert second != first
+    assert interrupted(resize=40) != second
+    assert tools.store_to_parquet(source, output) == (1499, ["I9"])
+    assert ImageStore(output, tmp_path / "cache").read_bytes("I5") == pictures["I6"]
+    assert list(output.parent.iterdir()) == [output]
+    # an id that is there twice is a mistake, also when the first one was written by an earlier run
+    source.write_text(source.read_text()[:-1] + f', "I7": "{encode_base64(pictures["I7"])}"' + "}")
+    output = tmp_path / "twice" / "X.parquet"
+    interrupted()
+    with pytest.raises(ValueError, match="Image id 'I7' is given twice"):
+        tools.store_to_parquet(source, output)
+    assert not list(output.parent.iterdir())
 
 
 # conversion
 
 
 @pytest.fixture
-def llava(tmp_path, monkeypatch):
-    """A LLaVA file of 400 conversations about 200 pictures, of which a part holds about 20."""
+def sources(tmp_path, monkeypatch):
+    """400 conversations, in two of the forms about 200 pictures, of which a part holds about 20."""
     monkeypatch.setattr(parquet_writer, "_PART_BYTES", 200_000)
     (tmp_path / "pictures").mkdir()
     for i in range(200):
         Image.effect_noise((100, 100), i + 1).save(tmp_path / "pictures" / f"{i}.png")
-    rows = [
-        {
-            "id": f"c{i}",
-            "image": f"{i // 2}.png",
-            "conversations": [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": f"A{i}"}],
-        }
-        for i in range(400)
-    ]
-    (tmp_path / "llava.json").write_text(json.dumps(rows))
+    encoded = [encode_base64((tmp_path / "pictures" / f"{i}.png").read_bytes()) for i in range(200)]
+    rows = {"llava": [], "m3it": [], "alpaca": []}
+    for i in range(400):
+        talk = [{"from": "human", "value": f"Q{i}"}, {"from": "gpt", "value": f"A{i}"}]
+        rows["llava"].append({"id": f"c{i}", "image": f"{i // 2}.png", "conversations": talk})
+        rows["m3it"].append({"instruction": "Q", "outputs": f"A{i}", "image_base64_str": [encoded[i // 2]]})
+        rows["alpaca"].append({"instruction": "Q " * 200, "output": f"A{i}"})
+    for name, content in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
     return tmp_path
 
 
-def convert(folder, output):
-    paths = ["--images", str(folder / "pictures"), "--name", "S", "--output", str(folder / output)]
-    assert main(["data", "from-llava", str(folder / "llava.json"), *paths]) == 0
+def convert(folder, kind, output):
+    images = ["--images", str(folder / "pictures")] if kind == "llava" else []
+    paths = [str(folder / f"{kind}.json"), "--name", "S", "--output", str(folder / output)]
+    assert main(["data", f"from-{kind}", *paths, *images]) == 0
 
 
-def parts(folder):
-    """The complete parts with what tells a file from one that was written again."""
-    found = sorted((folder / ".S.parquet.parts").glob("part.*.parquet"), key=lambda path: int(path.suffixes[0][1:]))
-    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
-
-
-@pytest.mark.parametrize("complete", [0, 1, 6])
-def test_killed_conversion_goes_on_where_it_was(llava, capsys, complete):
-    convert(llava, "whole")
-    out = llava / "out"
+@pytest.mark.parametrize("kind, complete", [("llava", 0), ("llava", 6), ("m3it", 2), ("alpaca", 0)])
+def test_killed_conversion_goes_on_where_it_was(sources, kind, complete):
+    convert(sources, kind, "whole")
+    out = sources / "out"
     sizes = [(parquet_writer.__name__, "_PART_BYTES", 200_000)]
-    kill_when(lambda: len(list(out.glob(".S.parquet.parts/part.*"))) >= complete, convert, llava, "out", sizes=sizes)
+    begun = ".S_instructions.json.incomplete" if kind == "alpaca" else ".S.parquet.parts/*"
+    kill_when(lambda: len(list(out.glob(begun))) > complete, convert, sources, kind, "out", sizes=sizes)
     assert not list(out.glob("S*"))
-    before = parts(out)
+    before = complete_parts(out / ".S.parquet.parts")
     assert len(before) >= complete
-    convert(llava, "out")
-    assert contents(out) == contents(llava / "whole") and not list(out.glob(".*"))
-    kept = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (out / "S.parquet").iterdir()}
-    assert len(kept) > 8 and before.items() <= kept.items()
-    table, store = load_mimicit(out / "S_instructions.json", out / "S.parquet", cache_dir=llava / "cache")
+    convert(sources, kind, "out")
+    assert contents(out) == contents(sources / "whole") and not list(out.glob(".*"))
+    images = () if kind == "alpaca" else out / "S.parquet"
+    table, store = load_mimicit(out / "S_instructions.json", images, cache_dir=sources / "cache")
     assert len(table) == 400
-    assert store.read_bytes("S_IMG_150") == (llava / "pictures" / "150.png").read_bytes()
+    if images:
+        kept = complete_parts(images)
+        assert len(kept) > 8 and before.items() <= kept.items()
+        (picture,) = table[-1]["image_ids"]
+        assert store.read_bytes(picture) == (sources / "pictures" / "199.png").read_bytes()
 
 
 def interrupted(conversations, after):
@@ -210,7 +289,7 @@ def test_what_has_changed_since_is_written_again(tmp_path, monkeypatch):
     def stop_then_finish(change):
         with pytest.raises(KeyboardInterrupt):
             write_conversations(tmp_path / "out", "S", lambda: interrupted(conversations(), 9))
-        before = parts(tmp_path / "out")
+        before = complete_parts(tmp_path / "out" / ".S.parquet.parts")
         assert len(before) == 4 and not list((tmp_path / "out").glob("S*"))
         change()
         read = []

@@ -167,7 +167,14 @@ def test_token_limit(tmp_path, tiny_processor, capsys):
     "name, row, message",
     [
         ("llava", {"conversations": "x"}, "Record 0 of .* must be a list of messages"),
-        ("llava", {"conversations": talk("a", "b"), "image": 3}, "image must be a file name"),
+        ("llava", {"conversations": talk("a", "b"), "image": 3}, "image must be a list, got 3"),
+        ("llava", {"conversations": talk("a", "b"), "image": [3]}, "image must be a file name"),
+        ("svit", {"image_id": 1, "conversations": True}, "conversations must be a list, got True"),
+        (
+            "m3it",
+            {"instruction": "a", "outputs": "b", "image_base64_str": 3},
+            "image_base64_str must be a list",
+        ),
         ("llava", {"conversations": [{"from": "cat", "value": "x"}]}, "unknown speaker 'cat'"),
         ("lrv", {"question": "a", "answer": "b"}, "has no image_id"),
         ("lrv", {"question": "a", "answer": 1, "image_id": 1}, "answer must be a text, got 1"),

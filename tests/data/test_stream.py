@@ -121,6 +121,22 @@ def test_one_percent_damaged_pictures(tmp_path, by_colour):
     assert len(ids(loader)) == 198 and loader.dataset.skipped == {"unreadable image": 2}
 
 
+@pytest.mark.parametrize("make", [StreamedMixture, MimicitMixture])
+def test_a_transform_may_refuse_samples(entries, make):
+    def refuse(sample, generator):
+        if sample["id"] in ("p7", "t3"):
+            raise SampleError(f"Sample {sample['id']!r} is not wanted.", reason="mine")
+        return sample
+
+    mixture = make(entries, on_error="skip", transform=refuse)
+    kept = ids(mixture if make is StreamedMixture else (mixture[i] for i in range(80)))
+    assert set(kept).isdisjoint({"p7", "t3"}) and len(set(kept)) == 78
+    assert mixture.skipped == {"unusable": 2}
+    with pytest.raises(SampleError, match="is not wanted"):
+        strict = make(entries, transform=refuse)
+        ids(strict if make is StreamedMixture else (strict[i] for i in range(80)))
+
+
 @pytest.mark.parametrize("settings", [{"on_error": "x"}, {"buffer_size": 0}, {"shard": (2, 2)}])
 def test_wrong_settings(entries, settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

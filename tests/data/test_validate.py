@@ -100,6 +100,12 @@ def test_every_rule_of_train_configs(tmp_path, dataset, config, rule):
     assert rules(check_mixture(mixture(tmp_path)), "error")[rule].count == 1
 
 
+def test_an_example_that_is_named_twice(tmp_path, dataset):
+    write(tmp_path / "X_train.json", '{"b": [], "r2": ["r1"], "b": []}')
+    found = rules(check_mixture(mixture(tmp_path)))["example twice"]
+    assert (found.severity, found.ids) == ("warning", ["b"])
+
+
 @pytest.mark.parametrize(
     "settings, rule, severity",
     [
@@ -133,7 +139,8 @@ def test_every_rule_of_the_yaml(tmp_path, content, rule):
 
 
 def test_a_missing_yaml_and_an_empty_group(tmp_path, dataset):
-    assert "does not exist" in check_mixture(tmp_path / "gone.yaml").findings[0].message
+    (finding,) = check_mixture(tmp_path / "gone.yaml").findings
+    assert "does not exist" in finding.message
     content = json.loads(mixture(tmp_path).read_text())
     report = check_mixture(write(tmp_path / "mix.yaml", {**content, "VIDEO_TEXT": None}))
     assert set(rules(report)) == {"empty group"} and report.ok() and not report.ok(strict=True)
@@ -187,7 +194,7 @@ def test_unmatched_ids_are_counted_per_dataset(tmp_path, by_colour):
 
 
 def test_command(tmp_path, dataset, capsys):
-    path, report = mixture(tmp_path), tmp_path / "report.json"
+    path, report = mixture(tmp_path), tmp_path / "new" / "report.json"
     assert main(["data", "check", str(path), "--strict", "--json", str(report)]) == 0
     assert json.loads(report.read_text())["ok"] is True
     write(tmp_path / "X_instructions.json", changed(answer=""))

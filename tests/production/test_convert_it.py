@@ -258,6 +258,11 @@ def test_what_is_missing_or_damaged_is_reported(tmp_path):
         (["CGD", "--image-path", "twice", "--size", "0"], "size must be a number of pixels"),
         (["CGD", "--image-path", "twice", "--threads", "0"], "num_threads must be at least 1"),
         (["CGD", "--image-path", "twice", "--timeout", "3"], "are for downloads; CGD reads files"),
+        (["CGD", "--image-path", "twice", "--sources-per-shard", "0"], "sources_per_shard must be at least 1, got 0"),
+        (["CGD", "--image-path", "la.json"], "CGD reads a folder of pictures; la.json is a file"),
+        (["LA", "--image-path", "twice", "--image-root", "twice"], "LA reads a JSON object .*; twice is a folder"),
+        (["SD", "--image-path", "twice", "--image-root", "twice"], "--image-root is for LA; SD reads --image-path"),
+        (["VST", "--image-path", "la.json", "--attempts", "0"], "attempts >= 1 and pause >= 0, got 20, 0 and 1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):
@@ -322,9 +327,34 @@ def test_a_killed_run_is_taken_up_again(tmp_path):
     assert sorted(ImageStore(store)) == sorted(f"CGD_IMG_{number}" for number in range(100))
     assert report.images == 100
     assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
+    undisturbed = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "whole", size=8, sources_per_shard=5)
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == {
+        path.name: path.read_bytes() for path in undisturbed.store.iterdir()
+    }
     save_picture(tmp_path / "in" / "new.png")
     with pytest.raises(ValueError, match="with number of sources=100, now it is 101"):
         convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
+
+
+def test_a_retry_that_ends_between_report_and_shard(tmp_path, monkeypatch):
+    """A shard that was there before must not stay with the report of the one that was to replace it."""
+    fill(tmp_path / "in", 2)
+    (tmp_path / "in" / "0.png").write_bytes(b"damaged")
+    assert convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8).images == 1
+    fill(tmp_path / "in", 1)
+    rename = os.replace
+
+    def killed(source, target):
+        if str(target).endswith(".parquet"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8, retry=True)
+    report = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
+    assert sorted(ImageStore(report.store)) == ["CGD_IMG_0", "CGD_IMG_1"]
+    assert report.images == 2 and report.left_out == []
 
 
 def test_an_error_stops_all_threads(tmp_path, monkeypatch):

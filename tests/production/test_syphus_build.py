@@ -214,6 +214,8 @@ def test_pairs_without_pictures_are_left_out(tmp_path):
     assert [record["image_ids"] for record in data.values()] == [["VST_IMG_12"]] * 2
     assert report.left_out == {"no pictures in the image store": 2}
     images = store(tmp_path / "other", "X_12", "X_13")
+    with pytest.raises(ValueError, match="must begin with 'VST_IMG_' .image_prefix.; the store has .'X_12'. and so"):
+        build_dataset([run], tmp_path / "out", images_path=images)
     report = build_dataset([run], tmp_path / "out", images_path=images, image_prefix="X_")
     assert report.records == 4
 

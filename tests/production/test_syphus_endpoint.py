@@ -143,6 +143,18 @@ def test_failures_of_an_endpoint(serve, temper, error, message):
         assert caught.value.retry_after == 0.05
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"base_url": "localhost:8000/v1"}, "base_url must begin with http:// or https://, got 'localhost:8000/v1'"),
+        ({"timeout": 0}, "timeout must be a number of seconds, got 0"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_asked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ChatClient("m", **settings)
+
+
 def test_nobody_answers():
     with pytest.raises(TransientError, match="connection failed"):
         ChatClient("m", "http://127.0.0.1:9/v1", timeout=5).complete([{"role": "user", "content": "x"}])

@@ -204,6 +204,38 @@ def test_broken_prompts_are_named(content, message):
         parse_prompt(content, "p.json")
 
 
+@pytest.mark.parametrize("name", ANNOTATIONS)
+def test_any_annotations(tmp_path, name):
+    """Whatever stands in place of a part of them: queries, or a sentence that names the file."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+    anything = st.recursive(leaves, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner))
+
+    @st.composite
+    def damaged(draw, value):
+        if draw(st.integers(0, 6)) == 0:
+            return draw(anything)
+        if isinstance(value, dict):
+            return {key: draw(damaged(part)) for key, part in value.items() if draw(st.integers(0, 12))}
+        return [draw(damaged(part)) for part in value] if isinstance(value, list) else value
+
+    checks = list(hypothesis.HealthCheck)
+
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=checks)
+    @hypothesis.given(damaged(ANNOTATIONS[name]))
+    def check(content):
+        lines = name == "video.TVCaptions" and isinstance(content, list)
+        path = tmp_path / "a.json"
+        path.write_text("\n".join(map(json.dumps, content)) if lines else json.dumps(content))
+        try:
+            assert all(isinstance(query, Query) for query in DATASETS[name].read(path))
+        except ValueError as error:
+            assert "a.json" in str(error)
+
+    check()
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -73,9 +73,42 @@ def test_parsers_survive_anything():
     query = Query("x", "y", instruction="i")
     broken = '{"a": [1, {"b": {}}, "Question: \\n'
     for reply in ("[" * 5000, "{" * 3000, '{"a":' * 3000, broken, "Options 3: \nAnswer: x", "Conversation 1\n", "\0"):
-        for parse in (parse_pairs, parse_options, parse_conversations, parse_expansions):
+        for parse in PARSERS:
             parsed = parse(reply, query)
             assert not parsed.pairs and parsed.invalid
+
+
+PARSERS = (parse_pairs, parse_options, parse_conversations, parse_expansions)
+LINES = ["Question: Q?", "Answer: A", "Options 1: x", "Options 2: y", "Answer: 2", "Conversation 1 - N", "Human: H?"]
+LINES += ["Assistant: A.", "reason: r", "CH2Eng Translation: t", "Expansion_with_Eng_1: e", "", '{"question": "Q?",']
+LINES += [
+    '"answer": "A"}',
+    "[",
+    "]",
+    "**Question:** Q?",
+    "1. Question 1: Q?",
+    "```json",
+    "```",
+    "Question:",
+    "Answer:",
+]
+
+
+def test_parsers_survive_any_order_of_lines():
+    hypothesis = pytest.importorskip("hypothesis")
+    text = hypothesis.strategies.text(max_size=12)
+    lines = hypothesis.strategies.lists(hypothesis.strategies.sampled_from(LINES) | text, max_size=12)
+
+    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+    @hypothesis.given(lines)
+    def check(lines):
+        for parse in PARSERS:
+            parsed = parse("\n".join(lines), Query("x", "y", instruction="i"))
+            # nothing is lost without a reason, and no half of a pair is used
+            assert parsed.pairs or parsed.invalid
+            assert all(pair.question.strip() and pair.answer.strip() for pair in parsed.pairs)
+
+    check()
 
 
 OPTIONS = "Question: Which?\nOptions 1: red\nOptions 2: blue\n{}Answer: {}\n"

@@ -327,6 +327,7 @@ def test_batches_by_command(make_run, tmp_path, capsys):
         (["change.SpotTheDifference", "--shard", "2/2"], "shard must be"),
         (["change.SpotTheDifference", "--shard", "x"], "--shard must be K/N"),
         (["change.SpotTheDifference", "--option", "temperature"], "--option must be KEY=JSON"),
+        (["change.SpotTheDifference", "--base-url", "localhost:8000"], "base_url must begin with http:// or https://"),
         (["change.SpotTheDifference", "--max-cost", "1"], "max_cost=1.0 needs prompt_price and completion_price"),
         (["change.SpotTheDifference", "--max-tokens", "-1"], "max_tokens must not be negative, got -1"),
         (["change.SpotTheDifference", "--annotations", "twice.json"], "two records '0': ids must be unique"),

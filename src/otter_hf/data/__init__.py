@@ -8,7 +8,6 @@ from importlib import import_module
 
 _MODULES = {
     "collator": ("OtterCollator", "make_labels"),
-    "collator_dropping": ("TokenDroppingCollator",),
     "collator_otterhd": ("OtterHDCollator",),
     "collator_idefics": ("IdeficsCollator", "prepare_idefics_tokenizer"),
     "formats": ("MimicitFiles", "load_mimicit", "make_train_config", "write_mimicit"),

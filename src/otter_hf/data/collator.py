@@ -91,6 +91,9 @@ class OtterCollator:
             would be left out it is truncated instead, and an error if that leaves nothing to train on.
         pad_to_multiple_of: pads the length of a padded batch to a multiple of this.
         packing: put the samples one behind the other into one row, without padding, or pad them on the right.
+        remove_answer_token, remove_end_of_turn_token: delete these tokens, once they have told what is learned, as two
+            options of the 2023 training script did (Luodian/Otter). They count towards `max_length`. Without the
+            latter a model only learns to stop at EOS, behind the last turn.
 
     Returns, when called, a dict of
         `input_ids` `(B, L)` int64, `labels` `(B, L)` int64 with -100 where nothing is learned, and `pixel_values`
@@ -109,6 +112,8 @@ class OtterCollator:
     on_overlong: str = "error"
     pad_to_multiple_of: int | None = None
     packing: bool = False
+    remove_answer_token: bool = False
+    remove_end_of_turn_token: bool = False
 
     def __post_init__(self):
         pieces = get_format(self.format)
@@ -130,6 +135,15 @@ class OtterCollator:
         self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         if self._pad_token_id is None:
             raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set pad_token.")
+        if self.remove_end_of_turn_token and not self._suffix:
+            raise ValueError(
+                "remove_end_of_turn_token: the tokenizer has no end-of-sequence token, so nothing would end an answer."
+            )
+        # tokens of the format that the batches are without
+        self.removed_tokens = [
+            *([processor.answer_token] if self.remove_answer_token else []),
+            *([pieces.end] if self.remove_end_of_turn_token else []),
+        ]
         self._reserved_tokens = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
@@ -153,6 +167,8 @@ class OtterCollator:
             end_of_turn_token_id=self._end_of_turn_token_id,
             eos_token_id=self.processor.tokenizer.eos_token_id,
         )
+        if self.removed_tokens:
+            batch = self._remove(batch)
         media = [sample["media"] for sample, _ in rows]
         if self.packing:
             batch, media = self._pack(batch), [[medium for of_sample in media for medium in of_sample]]
@@ -221,6 +237,15 @@ class OtterCollator:
             input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
             attention_mask[index, : len(row)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def _remove(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The rows of a padded batch without `removed_tokens`."""
+        removed = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(self.removed_tokens))
+        kept = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], removed)  # (B, L)
+        shorter = self._pad([ids[keep].tolist() for ids, keep in zip(batch["input_ids"], kept, strict=True)])
+        labels = torch.full_like(shorter["input_ids"], IGNORE_INDEX)
+        labels[shorter["attention_mask"].bool()] = batch["labels"][kept]  # row by row, in the same order
+        return {**shorter, "labels": labels}
 
     def _pack(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
         """The rows of a padded batch, one behind the other."""

@@ -16,9 +16,9 @@ from .samples import Sample
 def prepare_idefics_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Adds the tokens of the `idefics` format that the tokenizer lacks: for Idefics as published, `<answer>` only.
 
-    Idefics keeps the rows of added tokens apart; make room for a new one by loading the model with
-    `additional_vocab_size=len(tokenizer) - model.config.vocab_size`. transformers 5.23 computes its loss as if there
-    were no such rows, and fails: give the `Trainer` a `compute_loss_func`.
+    Idefics keeps the rows of added tokens apart, and `from_pretrained` cannot add one to those it loads: with the
+    published models use `IdeficsCollator(..., remove_answer_token=True)`, which needs none. transformers 5.23 computes
+    the loss as if there were no such rows, and fails: give the `Trainer` a `compute_loss_func`, see docs/data.md.
     """
     tokens = (ANSWER_TOKEN, IMAGE_TOKEN, "<fake_token_around_image>", get_format("idefics").end)
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
@@ -39,6 +39,7 @@ class IdeficsCollator:
         max_length: see `OtterCollator`.
         on_overlong: see `OtterCollator`.
         pad_to_multiple_of: see `OtterCollator`.
+        remove_answer_token, remove_end_of_turn_token: see `OtterCollator`.
 
     Returns, when called, a dict of
         `input_ids`, `attention_mask` and `labels`, int64 `(B, L)`; `pixel_values`, zero-padded float
@@ -51,6 +52,8 @@ class IdeficsCollator:
     max_length: int | None = 2048
     on_overlong: str = "error"
     pad_to_multiple_of: int | None = None
+    remove_answer_token: bool = False
+    remove_end_of_turn_token: bool = False
 
     def __post_init__(self):
         self._collator = OtterCollator(
@@ -59,6 +62,8 @@ class IdeficsCollator:
             max_length=self.max_length,
             on_overlong=self.on_overlong,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            remove_answer_token=self.remove_answer_token,
+            remove_end_of_turn_token=self.remove_end_of_turn_token,
         )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:

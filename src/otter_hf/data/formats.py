@@ -6,7 +6,6 @@ them. Ids are opaque strings.
 
 import json
 import os
-import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
 from .json_stream import iter_json_object
-from .parquet_writer import move_image_parts, write_image_parts
+from .parquet_writer import kept_for_next_run, move_image_parts, write_image_parts
 
 
 logger = logging.get_logger(__name__)
@@ -261,8 +260,11 @@ def write_mimicit(
         The paths, such that `load_mimicit(*write_mimicit(...))` reads the dataset back.
 
     Raises:
-        ValueError: naming the record, if its text is missing or it names an image or record that is not there.
+        ValueError: naming the record, if its text is missing or it names an image or record that is not there; if
+            `name` is none of a file.
     """
+    if name != Path(name).name:
+        raise ValueError(f"The name of a dataset becomes part of file names, got {name!r}: leave out the folder.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     new_images = images is not None and not isinstance(images, ImageStore)
@@ -279,7 +281,7 @@ def write_mimicit(
         image_ids = images or ()
         if new_images:
             parts = folder / f".{name}.parquet.parts"
-            cleanup.push(lambda error, *_: _forget_parts(parts, error))
+            cleanup.enter_context(kept_for_next_run(parts))
             image_ids = write_image_parts(parts, _pairs(images), image_encoding)
         ids, related = _write_records(
             temporary[files.instructions_path], _pairs(records), image_ids, meta or {"version": "0.0.1"}
@@ -300,12 +302,6 @@ def write_mimicit(
         for path, incomplete in temporary.items():
             os.replace(incomplete, path)
     return files
-
-
-def _forget_parts(folder: Path, error: type[BaseException] | None):
-    # what an interrupted run has completed serves the next one; a mistake in the data needs no memory
-    if error is not None and issubclass(error, Exception):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pairs(items: Mapping | Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:

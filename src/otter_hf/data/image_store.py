@@ -52,7 +52,7 @@ class ImageStore:
     def __init__(self, paths: str | Path | Sequence[str | Path] = (), cache_dir: str | Path | None = None):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         self._cache_dir = cache_dir
-        self._paths = list(_expand(paths))
+        self._paths = list(store_files(paths))
         self._open()
         self._refuse_conflicts()
 
@@ -133,7 +133,7 @@ def iter_pictures(
     paths: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None
 ) -> Iterator[tuple[str, bytes | None]]:
     """All ids and pictures of a store in file order, None for damaged ones; JSON files are read without a copy."""
-    for path in _expand([paths] if isinstance(paths, (str, Path)) else paths):
+    for path in store_files([paths] if isinstance(paths, (str, Path)) else paths):
         if path.suffix == ".json":
             yield from _json_rows(path)
         else:
@@ -141,7 +141,8 @@ def iter_pictures(
             yield from ((id.as_py(), pictures[row]) for row, id in enumerate(pictures.ids))
 
 
-def _expand(paths: Iterable[str | Path]) -> Iterator[Path]:
+def store_files(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """The files of image stores, those of a folder in their order; errors as for `ImageStore`."""
     for path in map(Path, paths):
         if path.is_dir():
             parts = sorted(path.glob("*.parquet"), key=natural_order)

@@ -108,7 +108,10 @@ def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or
     """
     path = Path(path)
     entries = []
-    for group, datasets in _read_groups(path, report).items():
+    groups = _read_groups(path, report)
+    if groups is None:
+        return []
+    for group, datasets in groups.items():
         if group not in TASK_GROUPS:
             message = f"{path}: {group!r} is no task group, use one of {', '.join(TASK_GROUPS)}."
             report(Problem("error", "task group", message))
@@ -128,7 +131,7 @@ def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or
     return sorted(entries, key=lambda entry: TASK_GROUPS.index(entry.task_group))
 
 
-def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any]:
+def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any] | None:
     try:
         groups = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicatesLoader)
     except OSError:
@@ -140,7 +143,7 @@ def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any
             return groups
         message = f"The training YAML {path} must map task groups to datasets, got {groups!r}."
     report(Problem("error", "YAML", message))
-    return {}
+    return None
 
 
 def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callable[[Problem], None]) -> MixtureEntry:
@@ -211,7 +214,8 @@ class MimicitMixture(Dataset):
         seed: for the choices made per sample.
         cache_dir: where Arrow copies are kept; default: `otter_hf` in the cache of the `datasets` library.
         transform: `(sample, generator) -> sample`, applied to each sample: augmentation of its images, another order
-            or choice of its turns. All its random choices have to come from the generator.
+            or choice of its turns. All its random choices have to come from the generator. It may raise a
+            `SampleError` too.
 
     Raises:
         ValueError: for any mistake in the YAML or the files that it names, see `read_mixture` and `load_mimicit`.
@@ -356,9 +360,12 @@ def _characters(records: pa.StructArray) -> np.ndarray:
 
 
 class SkipCounter:
-    """Counts by reason; increments of data loader workers are seen by the process that made it."""
+    """Counts by reason, `"unusable"` for those that are none of ours, as of a user's transform.
 
-    reasons = ("missing image", "unreadable image", "no frames", "missing instruction", "missing answer")
+    Increments of data loader workers are seen by the process that made it.
+    """
+
+    reasons = ("missing image", "unreadable image", "no frames", "missing instruction", "missing answer", "unusable")
 
     def __init__(self):
         # a row for each worker, so that no two processes write one number
@@ -368,7 +375,7 @@ class SkipCounter:
         """Counts one more; returns how many this process has counted for the reason."""
         worker = get_worker_info()
         row = 0 if worker is None else 1 + worker.id % (len(self._counts) - 1)
-        count = self._counts[row, self.reasons.index(reason)]
+        count = self._counts[row, self.reasons.index(reason if reason in self.reasons else "unusable")]
         count += 1
         return int(count)
 

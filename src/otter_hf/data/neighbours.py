@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .formats import stream_records
 from .image_store import ImageStore
 from .json_stream import iter_json_object
+from .tools import refuse_input_as_output
 
 
 logger = logging.get_logger(__name__)
@@ -131,10 +132,15 @@ def write_neighbours(
         cache_dir: see `ImageStore`.
 
     Raises:
-        ValueError: for other values of `by`, too few records, or a record without text or image.
+        ValueError: for other values of `by`, `k` and `context`, too few records, or a record without text or image;
+            if the output is the input.
     """
     if by not in ("text", "image"):
         raise ValueError(f"by must be 'text' or 'image', got {by!r}.")
+    if context < 0:
+        raise ValueError(f"context must be a number of neighbours, got {context}.")
+    paths = Path(f"{output}_train.json"), Path(f"{output}_instructions.json")
+    refuse_input_as_output([Path(instructions_path)], paths[1])
     rows = list(stream_records(instructions_path))
     key = "instruction" if by == "text" else "image_ids"
     for row in rows:
@@ -156,7 +162,7 @@ def write_neighbours(
         id: {**record, "rel_ins_ids": neighbours[id]} for id, record in iter_json_object(instructions_path, "data")
     }
     config = {id: nearest[:context] for id, nearest in neighbours.items()}
-    paths = Path(f"{output}_train.json"), Path(f"{output}_instructions.json")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, content in zip(paths, (config, {"meta": {"version": "0.0.1"}, "data": data}), strict=True):
         temporary = path.with_name(f".{path.name}.incomplete")
         temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
     Parts that an earlier run has completed there, before it was killed, are kept as long as they hold what would be
     written: the same ids in the same order, and the same bytes, or files that have not changed since.
     """
-    schema, ids = _schema(encoding), set()
+    _schema(encoding)
+    ids: set[str] = set()
     images = _unique(images, ids)
     folder.mkdir(parents=True, exist_ok=True)
     number, taken = 0, []
@@ -73,29 +75,65 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
     kept = {folder / f"part.{other}.parquet" for other in range(number)}
     for path in set(folder.iterdir()) - kept:
         path.unlink()
-    images = chain(taken, images)
+    _write_parts(folder, number, chain(taken, images), encoding)
+    return ids
+
+
+def append_image_parts(folder: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
+    """Like `write_image_parts`, for what comes behind the parts that are complete; returns all ids."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("incomplete.*"):
+        path.unlink()
+    ids = ids_of_parts(folder)
+    _write_parts(folder, len(list(folder.glob("part.*"))), _unique(images, ids), "bytes")
+    return ids
+
+
+def ids_of_parts(folder: Path) -> set[str]:
+    """The ids in the parts that `append_image_parts` has completed."""
+    parts = (pq.read_table(part, columns=["id"])["id"] for part in folder.glob("part.*"))
+    return {id for ids in parts for id in ids.to_pylist()}
+
+
+@contextmanager
+def kept_for_next_run(folder: Path):
+    """Parts outlive a kill or Ctrl-C in this block; a mistake in the data needs no memory, so they go with it."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def move_image_parts(folder: Path, path: Path):
+    """Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder."""
+    parts = list(folder.glob("part.*"))
+    old = path.with_name(f".{path.name}.old")
+    if path.exists():
+        _remove(old)
+        # a folder neither replaces a file nor is replaced by one
+        os.replace(path, old)
+    os.replace(parts[0] if len(parts) == 1 else folder, path)
+    shutil.rmtree(folder, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _write_parts(folder: Path, number: int, images: Iterator[tuple[str, Any]], encoding: str):
+    schema = _schema(encoding)
     for image in images:
         _write_part(folder, number, schema, _rows_of_part(chain([image], images), encoding))
         number += 1
     if not number:
         _write_part(folder, number, schema, ())
-    return ids
-
-
-def move_image_parts(folder: Path, path: Path):
-    """Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder."""
-    parts = list(folder.iterdir())
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        # a folder neither replaces a file nor is replaced by one
-        os.replace(path, old)
-    os.replace(parts[0] if len(parts) == 1 else folder, path)
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
 
 
 def _write_part(folder: Path, number: int, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]):
-    incomplete = folder / "incomplete"
+    # its own for each process: two at one output must not mix in one file
+    incomplete = folder / f"incomplete.{os.getpid()}"
     write_rows(incomplete, schema, rows)
     os.replace(incomplete, folder / f"part.{number}.parquet")
 

@@ -123,4 +123,5 @@ def write_histograms(values: Mapping[str, Sequence[int]], path: str | Path):
         axes.set_title(key)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(buffer.getvalue())

@@ -226,17 +226,23 @@ _CHAT_TEMPLATE = """\
 """
 
 
-def chat_template(format: str = "spaced", reserved_tokens: Sequence[str] = RESERVED_TOKENS) -> str:
+def chat_template(
+    format: str = "spaced", reserved_tokens: Sequence[str] = RESERVED_TOKENS, removed_tokens: Sequence[str] = ()
+) -> str:
     """The Jinja template of a format for `apply_chat_template` of tokenizers and processors.
 
     Image and video parts of a user message become placeholders in front of its text, as many as there are parts; a
     system message becomes a line in front of everything; contents may be plain strings. The result equals `render` of
-    the same conversation. Reserved tokens inside the texts are escaped. Messages that do not alternate raise an error.
+    the same conversation, without `removed_tokens`. Reserved tokens inside the texts are escaped. Messages that do not
+    alternate raise an error.
     """
     pieces = get_format(format)
     template = _CHAT_TEMPLATE
     for field in fields(pieces):
-        template = template.replace(f"%{field.name}%", _jinja_string(getattr(pieces, field.name)))
+        piece = getattr(pieces, field.name)
+        for token in removed_tokens:
+            piece = piece.replace(token, "")
+        template = template.replace(f"%{field.name}%", _jinja_string(piece))
     escape = ""
     for token in sorted(reserved_tokens, key=len):
         safe = escape_reserved_tokens(token, [token])

@@ -124,13 +124,14 @@ class StreamedMixture(IterableDataset):
             self._taken += 1
             try:
                 sample = sample_of_entry(self.entries[dataset], row, self._stores[dataset], self.options, generator)
+                sample = sample if self.transform is None else self.transform(sample, generator)
             except SampleError as error:
                 if self.on_error == "raise":
                     raise
                 if self._skipped.add(error.reason) == 1:
                     logger.warning(f"{error} It is skipped, as are others like it ({error.reason}).")
                 continue
-            yield sample if self.transform is None else self.transform(sample, generator)
+            yield sample
 
     def _rows(self, epoch: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """The rows of an epoch in their order, with the number of their dataset."""

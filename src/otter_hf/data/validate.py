@@ -334,5 +334,6 @@ def _decode(store: ImageStore, image_id: str) -> tuple[str, str] | None:
 def write_report(report: ValidationReport, path: str | Path):
     """Writes the report as JSON, whole or not at all."""
     temporary = Path(f"{path}.incomplete")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     temporary.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

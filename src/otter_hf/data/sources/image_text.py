@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from hashlib import sha1
 from pathlib import Path
+from typing import Any
 
 from ..images import decode_base64
 from .common import Conversation, pair_turns, read_rows, text_of
@@ -23,9 +24,8 @@ def read_llava(path: str | Path, image_folder: str | Path) -> Iterator[Conversat
             (_without_placeholder(question), answer)
             for question, answer in pair_turns(row.get("conversations"), where)
         ]
-        images = row.get("image") or []
-        images = [images] if isinstance(images, str) else images
-        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        images = _list(row.get("image") or [], "image", where)
+        if not all(isinstance(image, str) for image in images):
             raise ValueError(f"{where}: image must be a file name, got {repr(images)[:60]}.")
         pictures = [(str(Path(image).with_suffix("")), Path(image_folder, image)) for image in images]
         yield Conversation(str(row.get("id", number)), turns, pictures)
@@ -55,7 +55,7 @@ def read_svit(path: str | Path, image_folder: str | Path) -> Iterator[Conversati
     for number, row in enumerate(read_rows(path)):
         where = f"Record {number} of {path}"
         picture = str(_needed(row, "image_id", where))
-        for conversation in _needed(row, "conversations", where):
+        for conversation in _list(_needed(row, "conversations", where), "conversations", where):
             content = conversation.get("content") if isinstance(conversation, dict) else None
             pictures = [(picture, _find_image(image_folder, picture))]
             yield Conversation(picture, pair_turns(content, where), pictures)
@@ -74,8 +74,7 @@ def read_m3it(path: str | Path) -> Iterator[Conversation]:
         inputs = text_of(row, "inputs", where, default="")
         answer = text_of(row, "outputs", where, default="")
         pictures = []
-        encoded = row.get("image_base64_str") or []
-        for text in [encoded] if isinstance(encoded, str) else encoded:
+        for text in _list(row.get("image_base64_str") or [], "image_base64_str", where):
             try:
                 data = decode_base64(text)
             except (ValueError, TypeError, AttributeError):
@@ -83,6 +82,13 @@ def read_m3it(path: str | Path) -> Iterator[Conversation]:
             pictures.append((sha1(data).hexdigest()[:16], data))
         turns = [(f"{question}\n{inputs}" if inputs else question, answer)] if answer else []
         yield Conversation(str(number), turns, pictures)
+
+
+def _list(value: Any, key: str, where: str) -> list:
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: {key} must be a list, got {repr(value)[:60]}.")
+    return value
 
 
 def _needed(row: dict, key: str, where: str):

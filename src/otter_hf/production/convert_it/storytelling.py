@@ -30,6 +30,9 @@ class VisualStoryTelling(Converter):
         timeout: seconds that an answer may take to begin, and the whole picture ten times as many.
         attempts: how often a link is tried that fails in passing: timeouts, broken connections, 429 and 5xx.
         pause: seconds before the second attempt; each next pause is twice as long.
+
+    Raises:
+        ValueError: for impossible values of these three.
     """
 
     short_name, original_name = "VST", "video.VisualStoryTelling"
@@ -45,6 +48,10 @@ class VisualStoryTelling(Converter):
         attempts: int = 4,
         pause: float = 1,
     ):
+        if not (timeout > 0 and attempts >= 1 and pause >= 0):
+            raise ValueError(
+                f"Downloads need timeout > 0, attempts >= 1 and pause >= 0, got {timeout}, {attempts} and {pause}."
+            )
         super().__init__(image_path, image_root)
         self.timeout, self.attempts, self.pause = timeout, attempts, pause
 
@@ -55,7 +62,7 @@ class VisualStoryTelling(Converter):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.image_path} is not {self.expects}: {type(error).__name__} {error}.") from None
         for id, urls in sources.items():
-            yield Source(id, tuple(dict.fromkeys(url for url in urls if url)))
+            yield Source(id, tuple(dict.fromkeys(url for url in urls if url and isinstance(url, str))))
 
     def read(self, source: Source) -> Iterator[tuple[str, bytes]]:
         failures = []

@@ -77,6 +77,8 @@ def convert(
         raise ValueError(f"size must be a number of pixels, or None for the original bytes, got {size}.")
     if num_threads < 1:
         raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
+    if sources_per_shard is not None and sources_per_shard < 1:
+        raise ValueError(f"sources_per_shard must be at least 1, got {sources_per_shard}.")
     name = converter.short_name
     sources = _unique_sources(converter)
     default = min(converter.sources_per_shard, -(-len(sources) // num_threads))
@@ -96,13 +98,17 @@ def convert(
 
 def _unique_sources(converter: Converter) -> list[Source]:
     places: dict[str, Source] = {}
-    for source in converter.sources():
-        if source.name in places:
-            raise ValueError(
-                f"{converter.short_name}: {source.place} and {places[source.name].place} would both be named "
-                f"{source.name!r}: rename one."
-            )
-        places[source.name] = source
+    try:
+        for source in converter.sources():
+            if source.name in places:
+                raise ValueError(
+                    f"{converter.short_name}: {source.place} and {places[source.name].place} would both be named "
+                    f"{source.name!r}: rename one."
+                )
+            places[source.name] = source
+    except (NotADirectoryError, IsADirectoryError) as error:
+        kind = "a folder" if isinstance(error, IsADirectoryError) else "a file"
+        raise ValueError(f"{converter.short_name} reads {converter.expects}; {error.filename} is {kind}.") from None
     if not places:
         raise ValueError(
             f"{converter.short_name} finds nothing in {converter.image_path}: it reads {converter.expects}."
@@ -183,6 +189,8 @@ class _Shards:
         incomplete = self.progress / f"part.{number}.incomplete"
         try:
             ids = write_images(incomplete, self._pictures(self.shards[number], left_out), self.encoding)
+            # one to be replaced must not be found with the report of the new one
+            self._shard_path(number).unlink(missing_ok=True)
             # the shard last: who finds it finds its report
             _write_json(self._report_path(number), {"images": len(ids), "left_out": left_out})
             os.replace(incomplete, self._shard_path(number))

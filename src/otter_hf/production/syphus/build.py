@@ -122,6 +122,10 @@ class _PictureFinder:
         self.suffix = re.compile(kind.picture_suffix)
         self.ids = sorted(store)
 
+    def example(self) -> str:
+        """What is looked for, and what there is."""
+        return f" Image ids must begin with {self.prefix!r} (image_prefix); the store has {self.ids[:1]} and so on."
+
     def find(self, query: Query) -> list[str]:
         if query.pictures is not None:
             wanted = (self.prefix + picture for picture in query.pictures)
@@ -176,8 +180,9 @@ class _Builder:
                     pairs = self._usable(query, reply, run.dataset.parse(reply["text"], query))
                     yield from self._records_of(query, pairs, train_config)
         if not self.report.records:
+            ids = "" if self.finder is None else self.finder.example()
             raise ValueError(
-                f"Nothing of {self.report.queries} queries can be used; left out: {dict(self.invalid.counts)}."
+                f"Nothing of {self.report.queries} queries can be used; left out: {dict(self.invalid.counts)}.{ids}"
             )
 
     def _usable(self, query: Query, reply: dict[str, Any], parsed: ParsedReply) -> list[Pair]:

@@ -48,6 +48,7 @@ class ChatClient:
 
     Raises:
         ImportError: if `openai` is not installed.
+        ValueError: if the address is none of HTTP, or the timeout is no time.
     """
 
     def __init__(
@@ -62,6 +63,10 @@ class ChatClient:
             import openai
         except ImportError:
             raise ImportError("Syphus needs the openai package: pip install 'otter-hf[syphus]'.") from None
+        if timeout <= 0:
+            raise ValueError(f"timeout must be a number of seconds, got {timeout}.")
+        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
+        check_address(base_url)
         self._openai = openai
         self.model = model
         self.options = request_options(options)
@@ -91,6 +96,12 @@ class ChatClient:
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
             raise TransientError(f"the body is no chat completion ({str(error)[:80]})") from None
         return read_completion(completion.model_dump() if hasattr(completion, "model_dump") else completion)
+
+
+def check_address(base_url: str | None) -> None:
+    """`ValueError` if it is no address of HTTP; None, for the default, is fine."""
+    if base_url is not None and not base_url.startswith(("http://", "https://")):
+        raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}.")
 
 
 def request_options(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ def write_draft_prompt(run: SyphusRun, output: str | Path) -> int:
         raise ValueError(f"The run in {run.folder} has no reply yet.")
     draft = {**without_examples(run.prompt).to_json(), "in_context": turns}
     parse_prompt(draft, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     incomplete = path.with_name(f".{path.name}.incomplete")
     incomplete.write_text(json.dumps(draft, ensure_ascii=False, indent=2), encoding="utf-8")
     os.replace(incomplete, path)

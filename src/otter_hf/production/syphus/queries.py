@@ -171,7 +171,9 @@ def read_ego4d(path: Path) -> Iterator[Query]:
         if not isinstance(clips, list):
             raise AnnotationError(f"Video {video!r} of {path} has no clips.")
         numbered = ((f"{video}_clip{number:06d}", clip) for number, clip in enumerate(clips))
-        yield from _read(((id, clip) for id, clip in numbered if clip and clip.get("narrations")), path, build)
+        # many have none
+        told = ((id, clip) for id, clip in numbered if not isinstance(clip, dict) or clip.get("narrations"))
+        yield from _read(told, path, build)
 
 
 # Instructions of the FunQA annotations (https://huggingface.co/papers/2306.14899); the apostrophe of "video's" is

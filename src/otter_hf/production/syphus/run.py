@@ -16,7 +16,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
-from .client import ChatClient, ChatReply, EndpointError, RejectedError, TransientError, request_options
+from .client import (
+    ChatClient,
+    ChatReply,
+    EndpointError,
+    RejectedError,
+    TransientError,
+    check_address,
+    request_options,
+)
 from .datasets import SyphusDataset, find_dataset
 from .journal import Journal
 from .prompts import Prompt, load_prompt, parse_prompt
@@ -146,7 +154,7 @@ class SyphusRun:
 
         Raises:
             FileExistsError: if there is a run in the folder.
-            ValueError: if the annotations or the prompt are not what they should be, or no query remains.
+            ValueError: if the annotations, the prompt or the address are not what they should be, or no query remains.
         """
         folder, kind = Path(folder), find_dataset(dataset)
         if (folder / "run.json").exists():
@@ -154,6 +162,7 @@ class SyphusRun:
         prompt = prompt if isinstance(prompt, Prompt) else load_prompt(prompt or kind.prompt)
         if not Path(annotations).is_file():
             raise FileNotFoundError(f"The annotations {annotations} do not exist.")
+        check_address(base_url)
         request_options(options)
         queries = _select(kind.read(Path(annotations)), start, end, shard, shuffle_seed)
         folder.mkdir(parents=True, exist_ok=True)
