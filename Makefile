@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test slow quality style bench conformance clean
+.PHONY: demo test slow evaluation quality style bench conformance clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,15 @@ $(VENV)/.slow: $(VENV)/.demo
 
 slow: $(VENV)/.slow ## the tests that take longer; the page is visited where Debian's chromium and chromium-driver are
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+
+# lmms-eval asks for an old av, torchvision and much more: docs/evaluation.md
+$(VENV)/.evaluation: $(VENV)/.installed
+	$(INSTALL) --editable ".[eval]"
+	$(INSTALL) --no-deps lmms-eval==0.7.3
+	@touch $@
+
+evaluation: $(VENV)/.evaluation ## the tests of `otter-hf eval`, which are skipped without lmms-eval
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation
 
 conformance: $(VENV)/.installed ## transformers' own model and processor tests on ours (downloads them)
 	PYTHON=$(CURDIR)/$(BIN)/python tests/conformance/run.sh -q

@@ -1,5 +1,5 @@
 """
-Fine-tunes Otter or Flamingo on MIMIC-IT data, with a YAML recipe, flags, or both (a flag wins).
+Fine-tunes Otter on MIMIC-IT data, with a YAML recipe, flags, or both (a flag wins).
 
     python examples/finetune_otter.py recipe.yaml --learning_rate 1e-5
     python examples/finetune_otter.py --model_name_or_path MODEL --train_mixture data.yaml --output_dir out \\

@@ -4,7 +4,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from otter_hf import OtterConfig, OtterForConditionalGeneration, OtterProcessor
+from otter_hf import OtterForConditionalGeneration, OtterProcessor
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -20,18 +20,16 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_processor() -> OtterProcessor:
-    """An Otter processor of 28x28 pictures with a byte tokenizer."""
-    size = {"height": 28, "width": 28}
-    return OtterProcessor(
-        CLIPImageProcessorPil(size=size, do_center_crop=False), OtterProcessor.prepare_tokenizer(build_tokenizer())
-    )
+def tiny_processor(processor_class=OtterProcessor):
+    """An Otter's or Flamingo's processor of 28x28 pictures with a byte tokenizer."""
+    image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
+    return processor_class(image_processor, processor_class.prepare_tokenizer(build_tokenizer()))
 
 
-def tiny_model(processor: OtterProcessor) -> OtterForConditionalGeneration:
-    """A random Otter with open gates (two of four layers gated), in evaluation mode."""
+def tiny_model(processor, model_class=OtterForConditionalGeneration):
+    """A random Otter or Flamingo with open gates (two of four layers gated), in evaluation mode."""
     torch.manual_seed(0)
-    config = OtterConfig(
+    config = model_class.config_class(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
             image_size=28,
@@ -58,7 +56,7 @@ def tiny_model(processor: OtterProcessor) -> OtterForConditionalGeneration:
         perceiver_head_dim=16,
         image_token_id=processor.image_token_id,
         end_of_chunk_token_id=processor.end_of_chunk_token_id,
-        answer_token_id=processor.answer_token_id,
+        answer_token_id=getattr(processor, "answer_token_id", None),
         initializer_range=0.2,
     )
-    return OtterForConditionalGeneration(config).eval()
+    return model_class(config).eval()

@@ -5,20 +5,11 @@ import io
 import time
 from pathlib import Path
 
+import otter_tiny
 import otterhd_tiny
-import torch
-from otter_tiny import build_tokenizer
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
-from otter_hf import (
-    FlamingoConfig,
-    FlamingoForConditionalGeneration,
-    FlamingoProcessor,
-    OtterConfig,
-    OtterForConditionalGeneration,
-    OtterProcessor,
-)
+from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor, OtterForConditionalGeneration, OtterProcessor
 from otter_hf.serving.fetch import FetchPolicy
 from otter_hf.serving.media import MediaLimits
 
@@ -26,45 +17,17 @@ from otter_hf.serving.media import MediaLimits
 def write_models(folder: Path) -> dict[str, str]:
     """Folders of a tiny Otter, Flamingo (as OpenFlamingo's, without a chat template) and OtterHD."""
     paths = {name: folder / name for name in ("otter", "flamingo", "otterhd")}
-    for name, processor_class, config_class, model_class in (
-        ("otter", OtterProcessor, OtterConfig, OtterForConditionalGeneration),
-        ("flamingo", FlamingoProcessor, FlamingoConfig, FlamingoForConditionalGeneration),
+    for name, processor_class, model_class in (
+        ("otter", OtterProcessor, OtterForConditionalGeneration),
+        ("flamingo", FlamingoProcessor, FlamingoForConditionalGeneration),
     ):
-        image_processor = CLIPImageProcessorPil(size={"height": 28, "width": 28}, do_center_crop=False)
-        processor = processor_class(image_processor, processor_class.prepare_tokenizer(build_tokenizer()))
+        processor = otter_tiny.tiny_processor(processor_class)
         processor.save_pretrained(paths[name])
-        torch.manual_seed(0)
-        model_class(_tiny_config(config_class, processor)).save_pretrained(paths[name])
+        otter_tiny.tiny_model(processor, model_class).save_pretrained(paths[name])
     processor = otterhd_tiny.tiny_processor()
     processor.save_pretrained(paths["otterhd"])
     otterhd_tiny.tiny_model(processor, max_position_embeddings=2048).save_pretrained(paths["otterhd"])
     return {name: str(path) for name, path in paths.items()}
-
-
-def _tiny_config(config_class, processor):
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
-    return config_class(
-        vision_config=CLIPVisionConfig(image_size=28, patch_size=14, **vision),
-        text_config=LlamaConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_attention_heads=2,
-            num_hidden_layers=4,
-            vocab_size=len(processor.tokenizer),
-            pad_token_id=processor.tokenizer.pad_token_id,
-        ),
-        cross_attn_every_n_layers=2,
-        cross_attn_num_heads=2,
-        cross_attn_head_dim=16,
-        cross_attn_gate_init=1.0,
-        perceiver_depth=1,
-        perceiver_num_latents=4,
-        perceiver_num_heads=2,
-        perceiver_head_dim=16,
-        image_token_id=processor.image_token_id,
-        end_of_chunk_token_id=processor.end_of_chunk_token_id,
-        initializer_range=0.2,
-    )
 
 
 class Server:

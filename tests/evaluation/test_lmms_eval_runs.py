@@ -1,6 +1,9 @@
 """`otter-hf eval` through lmms-eval, offline on parquet files: figures against those worked out by hand."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import benchmark_rows
 import pytest
@@ -27,11 +30,11 @@ def data(tmp_path):
 def evaluate(tmp_path):
     """Runs a configuration by the command; returns results.json."""
 
-    def run(config: dict, name: str = "config") -> dict:
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({"output": str(tmp_path / "out"), **config}))
+    def run(config: dict, output: str = "out") -> dict:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"output": str(tmp_path / output), **config}))
         assert main(["eval", str(path)]) == 0
-        return json.loads((tmp_path / "out" / "results.json").read_text())
+        return json.loads((tmp_path / output / "results.json").read_text())
 
     return run
 
@@ -280,6 +283,40 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(
     del asked[:]
     monkeypatch.setattr(ConversationModel, "__init__", lambda self, **kwargs: pytest.fail("nothing is left to ask"))
     assert main(["eval", str(tmp_path / "again.yaml")]) == 0
+
+
+def test_a_killed_evaluation_asks_only_what_is_not_answered(evaluate, data, tmp_path, monkeypatch):
+    """SIGKILL while the fifth question is being answered."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    process = None
+
+    def reply(text):
+        if process is not None and len(requests) == 5:
+            process.kill()
+        return "Yes" if "1" in text else "No"
+
+    def asked() -> list[str]:
+        return [request["messages"][-1]["content"][-1]["text"] for request in requests]
+
+    with endpoint(reply) as (address, requests):
+        model = {**at(address), "batch_size": 1}
+        config = {"models": [model], "datasets": [{"name": "pope", "data_path": data("pope")}]}
+        whole = evaluate(config, "whole")
+        questions = asked()
+        del requests[:]
+
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**config, "output": str(tmp_path / "out")}))
+        process = subprocess.Popen([sys.executable, "-m", "otter_hf.cli", "eval", path], stderr=subprocess.DEVNULL)
+        assert process.wait(timeout=300) == -signal.SIGKILL
+        assert asked() == questions[:5] and not (tmp_path / "out" / "results.json").exists()
+        del requests[:]
+
+        process = None
+        assert evaluate(config) == whole
+        assert asked() == questions[4:]
+    for written in (tmp_path / "whole").rglob("*.samples.jsonl"):
+        assert (tmp_path / "out" / written.relative_to(tmp_path / "whole")).read_bytes() == written.read_bytes()
 
 
 def test_lmms_eval_finds_the_model_and_the_tasks_by_themselves(otter_folder, data, tmp_path, no_key):

@@ -1,6 +1,7 @@
 """LoRA and DoRA on each family: what they touch, and adapters that are saved, loaded, merged and gone on with."""
 
 import shutil
+from types import SimpleNamespace
 
 import otter_tiny
 import otterhd_tiny
@@ -11,8 +12,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from training_files import command, losses, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration
+from otter_hf import FlamingoForConditionalGeneration, OtterForConditionalGeneration
+from otter_hf.training import lora
 from otter_hf.training.arguments import ModelArguments
 from otter_hf.training.lora import lora_config
 from otter_hf.training.run import main
@@ -25,12 +28,8 @@ PERSIMMON = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 def tiny(family: str):
     if family == "otterhd":
         return otterhd_tiny.tiny_model(otterhd_tiny.tiny_processor())
-    model = otter_tiny.tiny_model(otter_tiny.tiny_processor())
-    if family == "flamingo":
-        settings = model.config.to_dict()
-        settings.pop("model_type")
-        return FlamingoForConditionalGeneration(FlamingoConfig.from_dict(settings))
-    return model
+    model_class = FlamingoForConditionalGeneration if family == "flamingo" else OtterForConditionalGeneration
+    return otter_tiny.tiny_model(otter_tiny.tiny_processor(), model_class)
 
 
 def updated_layers(model) -> set[str]:
@@ -61,6 +60,40 @@ def test_a_name_of_a_gated_block_alone_is_refused():
     arguments = ModelArguments("base/model", lora=True, lora_target_modules=["to_kv"])
     with pytest.raises(ValueError, match="to_kv|[Tt]arget modules"):
         tiny("otter").add_adapter(lora_config(arguments))
+
+
+def test_what_is_trained_is_float32_under_autocast():
+    arguments = ModelArguments(
+        "base/model", lora=True, lora_target_modules=["q_proj"], lora_train_groups=["perceiver", "cross_attention"]
+    )
+    for autocast in (False, True):
+        model = lora.with_updates(tiny("otter").bfloat16(), arguments, autocast=autocast)
+        trained = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+        assert trained == ({torch.float32} if autocast else {torch.float32, torch.bfloat16})
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+
+
+def test_bfloat16_with_autocast(files):
+    """As the recipe for one card has it, on a CPU."""
+    settings = {"lora": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_train_groups": ["perceiver"]}
+    main(command(files, "half", dtype="bfloat16", bf16=True, activation_checkpointing=True, **settings))
+    assert losses(files / "half")[-1] < losses(files / "half")[0]
+    saved = load_file(files / "half" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert any(".perceiver." in name for name in saved)
+
+
+@pytest.mark.parametrize("family", ["otter", "otterhd"])
+def test_four_bits_are_for_layers_of_the_decoder(family, monkeypatch):
+    """What may be trained in full cannot be stored in 4 bits."""
+    monkeypatch.setattr(lora, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(lora, "BitsAndBytesConfig", SimpleNamespace)
+    whole = lora.quantization_config().llm_int8_skip_modules
+    linear = [name for name, module in tiny(family).named_modules() if isinstance(module, torch.nn.Linear)]
+    stored = {name for name in linear if should_convert_module(name, whole)}
+    decoder = {name for name in linear if name.startswith("model.language_model.")}
+    assert stored == {name for name in decoder if "gated_cross_attn_layer" not in name}
+    assert len(linear) > len(stored) > 0
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +149,13 @@ def test_saved_loaded_merged_and_gone_on_with(files, groups):
     assert losses(out) == unbroken
     again = load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in saved.items())
+
+
+def test_four_bits(files):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    settings = {"lora": True, "lora_target_modules": ["q_proj", "v_proj"], "lora_train_groups": ["perceiver"]}
+    main(command(files, "four", load_in_4bit=True, activation_checkpointing=True, **settings))
+    assert losses(files / "four")[-1] < losses(files / "four")[0]
+    base = AutoModelForImageTextToText.from_pretrained(files / "base")
+    tuned = AutoModelForImageTextToText.from_pretrained(files / "four")
+    assert (logits(base, files / "base") - logits(tuned, files / "base")).abs().max() > 1e-3

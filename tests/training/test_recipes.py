@@ -47,7 +47,7 @@ def arguments_of(recipe: str):
 def plan_of(recipe: str, world_size: int, sharding: str, config=None):
     parsed = arguments_of(recipe)
     config = config or config_of(recipe)
-    model = meta_model(parsed[0], config, choose_attention(config, *parsed))
+    model = meta_model(parsed[0], config, choose_attention(config, *parsed), autocast=parsed[2].bf16)
     frames = parsed[1].num_frames if recipe == "otter_video" else 1
     return make_plan(model, *parsed, world_size=world_size, sharding=sharding, frames=frames)
 

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from otter_tiny import tiny_processor
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from otter_hf import FlamingoProcessor
 from otter_hf.data import render, write_mimicit
 from otter_hf.training.run import main
 
@@ -103,6 +105,21 @@ def test_resumed_training_ends_where_an_unbroken_one_does(files):
         torch.testing.assert_close(parameter, expected, msg=name, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("packing", ["True", "False"])
+def test_training_without_the_tokens_of_the_format(files, packing):
+    flags = f"--max_steps 2 --remove_answer_token --remove_eos_token --packing {packing} --report_samples 1"
+    out = train(files, *flags.split(), "--eval_mixture", str(files / "eval.yaml"), "--eval_strategy", "epoch")
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    assert [entry["loss"] for entry in state["log_history"] if "loss" in entry] == pytest.approx([5.9, 5.9], abs=0.5)
+    # what it was trained on is what it will be asked, and EOS ends its answers
+    trained, processor = load(out)
+    messages = [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}]
+    text = processor.apply_chat_template([*messages, {"role": "user", "content": "Q2"}], add_generation_prompt=True)
+    assert text == "User:Q1 GPT:A1User:Q2 GPT:"
+    assert trained.generation_config.eos_token_id == [processor.tokenizer.eos_token_id]
+
+
 def test_frozen_groups_do_not_change(files, model):
     trained, _ = load(train(files, "--max_steps", "2", "--freeze", "vision", "language", "--learning_rate", "1e-2"))
     before = dict(model.named_parameters())
@@ -144,3 +161,24 @@ def test_mistakes_in_the_mixture_leave_nothing_behind(files, yaml_text, message)
     with pytest.raises(ValueError, match=message):
         train(files, "--max_steps", "1")
     assert not (files / "out").exists()
+
+
+def test_evaluation_needs_data(files, caplog):
+    with pytest.raises(ValueError, match="eval_strategy is 'epoch': name an eval_mixture, or set it to no"):
+        train(files, "--eval_strategy", "epoch")
+    assert not (files / "out").exists()
+    train(files, "--eval_mixture", str(files / "eval.yaml"), "--plan", "True")
+    assert "eval_mixture will not be evaluated: set eval_strategy" in caplog.text
+
+
+def test_trained_weights_in_16_bits_are_told(files, caplog):
+    for dtype in ("float32", "bfloat16"):
+        caplog.clear()
+        train(files, "--dtype", dtype, "--plan", "True")
+        assert ("What is trained is kept in bfloat16" in caplog.text) == (dtype == "bfloat16")
+
+
+def test_a_flamingo_is_made_an_otter_first(files):
+    tiny_processor(FlamingoProcessor).save_pretrained(files / "base")
+    with pytest.raises(ValueError, match="has a FlamingoProcessor.*`otter-hf convert flamingo-to-otter`"):
+        train(files, "--max_steps", "1")

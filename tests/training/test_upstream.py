@@ -56,6 +56,8 @@ def test_changed_meanings():
     assert parse("--image_resolution", "336,336")[1].dynamic_resolution == [336]
     assert parse("--save_steps_interval", "-1")[2].save_strategy == "steps"
     assert parse("--resume_from_checkpoint")[2].resume_from_checkpoint == "True"
+    assert parse("--remove_answer_token", "--remove_eos_token")[1].remove_answer_token
+    assert parse("--remove_eos_token")[1].remove_end_of_turn_token
     assert parse("--batch_size=2")[2].per_device_train_batch_size == 2
 
 
@@ -64,7 +66,7 @@ def test_changed_meanings():
     [
         ("--customized_config c.json", "customized_config is not supported: edit config.json"),
         ("--trained_ckpt w.pt", "trained_ckpt is not supported: .* `otter-hf convert trainer-pt`"),
-        ("--remove_eos_token", "remove_eos_token is not supported: without the end-of-turn token"),
+        ("--resize_embedding", "resize_embedding is not supported: a converted model has a row"),
         ("--lr_scheduler polynomial", "lr_scheduler must be constant, linear or cosine, got 'polynomial'"),
         ("--image_resolution 448,336", "image_resolution must be a square such as 448,448, got 448,336"),
     ],

@@ -60,7 +60,7 @@ class ModelArguments:
     )
     lora_dora: bool = field(default=False, metadata={"help": "DoRA: updates of direction and length of the weights."})
     load_in_4bit: bool = field(
-        default=False, metadata={"help": "With lora: keep the frozen weights in 4 bits (QLoRA; bitsandbytes, CUDA)."}
+        default=False, metadata={"help": "With lora: keep the decoder's weights in 4 bits (QLoRA; bitsandbytes)."}
     )
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class ModelArguments:
             raise ValueError("lora needs lora_target_modules: name the linear layers to update, e.g. q_proj v_proj.")
         if self.lora and self.freeze:
             raise ValueError(f"freeze={self.freeze} and lora cannot be combined: lora freezes the whole model.")
-        for name in ("load_in_4bit", "lora_dora", "lora_train_groups"):
+        for name in ("load_in_4bit", "lora_dora", "lora_train_groups", "lora_target_modules"):
             if getattr(self, name) and not self.lora:
                 raise ValueError(f"{name} needs lora: set lora to true, or leave {name} out.")
         for group in self.lora_train_groups:
@@ -113,6 +113,13 @@ class DataArguments:
     keep_symbols: bool = field(default=True, metadata={"help": "False deletes most punctuation, as the original did."})
     use_task_description: bool = field(
         default=False, metadata={"help": "Put one of the dataset's task descriptions in front of each prompt."}
+    )
+    remove_answer_token: bool = field(
+        default=False, metadata={"help": "Otter: delete <answer> from the tokens, and from the saved chat template."}
+    )
+    remove_end_of_turn_token: bool = field(
+        default=False,
+        metadata={"help": "Otter: delete <|endofchunk|> likewise; the model learns to stop at EOS alone."},
     )
     resolution: int | None = field(
         default=None, metadata={"help": "OtterHD: pixels of the shorter side that every image is resized to."}

@@ -35,7 +35,8 @@ def quantization_config() -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=WHOLE_MODULES,
+        # compared with full names from their start
+        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in WHOLE_MODULES],
     )
 
 
@@ -63,7 +64,19 @@ def add_lora(
     elif training_args.activation_checkpointing:
         # otherwise nothing that enters a checkpointed layer needs a gradient, and the layer would be left out
         model.enable_input_require_grads()
-    return get_peft_model(model, lora_config(model_args, rows))
+    return with_updates(model, model_args, rows, autocast=training_args.bf16 or training_args.fp16)
+
+
+def with_updates(
+    model: PreTrainedModel, model_args: ModelArguments, rows: Sequence[int] = (), *, autocast: bool = False
+) -> PeftModel:
+    """PEFT's model. With autocast all that is trained is float32: in 16 bits, small steps would be lost."""
+    model = get_peft_model(model, lora_config(model_args, rows))
+    if autocast:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model
 
 
 def lora_config(model_args: ModelArguments, rows: Sequence[int] = ()) -> LoraConfig:

@@ -16,7 +16,7 @@ from ..models.lm_loss import MAX_LOGITS
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .flops import TrainingFlops, count_training_flops
 from .freezing import freeze, parameter_counts, parameter_groups
-from .lora import WHOLE_MODULES, get_peft_model, lora_config
+from .lora import WHOLE_MODULES, with_updates
 
 
 # bytes of a weight in NF4 with quantised scales, and of the two moments of an optimizer of which they are not kept
@@ -76,7 +76,11 @@ class TrainingPlan:
 
 
 def meta_model(
-    model_args: ModelArguments, config: PreTrainedConfig | None = None, attention: str | dict[str, str] | None = None
+    model_args: ModelArguments,
+    config: PreTrainedConfig | None = None,
+    attention: str | dict[str, str] | None = None,
+    *,
+    autocast: bool = False,
 ) -> PreTrainedModel:
     """
     The model without memory behind its parameters, those to train marked, adapters included.
@@ -84,6 +88,7 @@ def meta_model(
     Args:
         config: by default that of `model_name_or_path`.
         attention: implementation, see `choose_attention`.
+        autocast: whether it is trained with `bf16` or `fp16`.
     """
     config = config or AutoConfig.from_pretrained(model_args.model_name_or_path)
     dtype = config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
@@ -92,7 +97,7 @@ def meta_model(
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
         model.tie_weights()
         if model_args.lora:
-            return get_peft_model(model, lora_config(model_args, range(len(model_args.train_embedding_rows))))
+            return with_updates(model, model_args, range(len(model_args.train_embedding_rows)), autocast=autocast)
     freeze(model, model_args.freeze)
     for parameter in parameter_groups(model)["embeddings"]:
         parameter.requires_grad_(parameter.requires_grad or bool(model_args.train_embedding_rows))

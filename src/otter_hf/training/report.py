@@ -217,8 +217,7 @@ class TrainingReport(TrainerCallback):
                 do_sample=False,
             )
         model.train(training)
-        # alone, what was generated would be taken for a prompt by those who look for the start of the answer
-        return self.trainer.processing_class.post_process_image_text_to_text(output)[0]
+        return self.trainer.processing_class.post_process_image_text_to_text(output[:, start:])[0]
 
 
 def _curves(log_history: Sequence[Mapping]) -> dict[str, list[tuple[int, float]]]:

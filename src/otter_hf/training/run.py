@@ -16,6 +16,8 @@ from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
 from ..data.prompts import chat_template, get_format
 from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
+from ..models.flamingo import FlamingoProcessor
+from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
@@ -82,8 +84,9 @@ def train(
     eval_dataset = None
     if data_args.eval_mixture is not None:
         eval_dataset = _load_mixture(data_args.eval_mixture, data_args, training_args)
+    shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
     plan = make_plan(
-        meta_model(model_args, config, attention),
+        shapes,
         model_args,
         data_args,
         training_args,
@@ -91,6 +94,13 @@ def train(
         frames=data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else 1,
     )
     logger.info(str(plan))
+    # FSDP and DeepSpeed keep float32 weights for the optimizer
+    is_half = any(p.requires_grad and p.itemsize < 4 for p in shapes.parameters()) and not model_args.load_in_4bit
+    if is_half and plan.sharding == "none":
+        logger.warning(
+            f"What is trained is kept in {plan.dtype}, where steps far smaller than a weight are lost: set dtype to "
+            "float32, and bf16 to true to compute in bfloat16."
+        )
     if training_args.dry_run:
         return None
 
@@ -138,6 +148,12 @@ def _check_vocabulary(tokenizer, config) -> None:
 
 def _check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config) -> None:
     """Refuses, before anything is loaded, what does not go together."""
+    evaluates = training_args.eval_strategy != "no"
+    if evaluates and data_args.eval_mixture is None:
+        strategy = training_args.eval_strategy.value
+        raise ValueError(f"eval_strategy is {strategy!r}: name an eval_mixture, or set it to no.")
+    if data_args.eval_mixture is not None and not evaluates:
+        logger.warning("eval_mixture will not be evaluated: set eval_strategy to epoch or steps for that.")
     sharding = sharding_of(training_args)
     for name in ("train_embedding_rows", "cache_vision_features"):
         if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
@@ -165,7 +181,8 @@ def _load_model(
         attn_implementation=attention,
         quantization_config=quantization_config() if model_args.load_in_4bit else None,
     )
-    end = get_format(data_args.instruction_format).end or processor.tokenizer.eos_token
+    end = "" if data_args.remove_end_of_turn_token else get_format(data_args.instruction_format).end
+    end = end or processor.tokenizer.eos_token
     _stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
     rows = _ids_of_tokens(model_args.train_embedding_rows, processor.tokenizer)
     if model_args.lora:
@@ -205,6 +222,9 @@ class _DrawResolution:
 def _make_collator(processor, data_args: DataArguments) -> OtterCollator | OtterHDCollator:
     """The collator for a processor, whose chat template becomes the form of the training text."""
     if isinstance(processor, OtterHDProcessor):
+        for name in ("remove_answer_token", "remove_end_of_turn_token"):
+            if getattr(data_args, name):
+                raise ValueError(f"{name} is for Otter: OtterHD's format needs its tokens, leave it out.")
         if data_args.instruction_format != "fuyu":
             raise ValueError(
                 f"instruction_format is {data_args.instruction_format!r}, which OtterHD does not know: set it to fuyu."
@@ -221,15 +241,23 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
     for name in ("resolution", "dynamic_resolution", "max_pixels"):
         if getattr(data_args, name):
             raise ValueError(f"{name} is for OtterHD: {type(processor).__name__} has one resolution, leave it out.")
-    # the saved model shall be asked in the form it was trained on
-    processor.chat_template = chat_template(data_args.instruction_format)
-    return OtterCollator(
+    if not isinstance(processor, OtterProcessor):
+        hint = "hand a collator of your own to transformers' Trainer, for Idefics `otter_hf.data.IdeficsCollator`."
+        if isinstance(processor, FlamingoProcessor):
+            hint = "make an Otter of the folder with `otter-hf convert flamingo-to-otter`, which adds <answer>."
+        raise ValueError(f"model_name_or_path has a {type(processor).__name__}, Otter and OtterHD are trained: {hint}")
+    collator = OtterCollator(
         processor,
         format=data_args.instruction_format,
         max_length=data_args.max_length,
         on_overlong=data_args.on_overlong,
         packing=data_args.packing,
+        remove_answer_token=data_args.remove_answer_token,
+        remove_end_of_turn_token=data_args.remove_end_of_turn_token,
     )
+    # the saved model shall be asked in the form it was trained on
+    processor.chat_template = chat_template(data_args.instruction_format, removed_tokens=collator.removed_tokens)
+    return collator
 
 
 def _load_mixture(path, data_args: DataArguments, training_args: TrainingArguments, transform=None) -> MimicitMixture:

@@ -17,6 +17,7 @@ _RENAMED = {
     "max_seq_len": "max_length",
     "resample_frames": "num_frames",
     "with_task_description": "use_task_description",
+    "remove_eos_token": "remove_end_of_turn_token",
 }
 _LAUNCHER = "torchrun and accelerate launch set up the processes: it has no effect."
 # flags without effect, with the note that is given once
@@ -36,10 +37,8 @@ _DEAD = {
 _REFUSED = {
     "customized_config": "edit config.json in the model's folder",
     "trained_ckpt": "turn the file into a folder with `otter-hf convert trainer-pt`, and train that",
-    "peft_model_name_or_path": "merge the adapter with `otter-hf convert lora`, and train the result",
+    "peft_model_name_or_path": "merge the adapter with PEFT's `merge_and_unload`, and train the result",
     "resize_embedding": "a converted model has a row for each of its tokens; resize with `resize_token_embeddings`",
-    "remove_answer_token": "prompts keep <answer>, which tells where an answer starts",
-    "remove_eos_token": "without the end-of-turn token the model would not learn to stop",
 }
 _SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 _FUYU_TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "lm_head"]
