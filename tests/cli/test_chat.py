@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,13 +56,16 @@ def test_every_medium_and_example_counts(folder, files, capsys):
 
 
 def test_interactive_session(folder, files, capsys, monkeypatch):
+    spaced = Path(files[0]).with_name("two words.png")
+    spaced.write_bytes(Path(files[0]).read_bytes())
     lines = (
-        f"/image {files[0]}\nwhat?\n/image nowhere.png\n/clear\n/example {files[1]} what?::green\n"
+        f"/image {files[0]} '{spaced}'\nwhat?\n/image nowhere.png\n/clear\n/example {files[1]} what?::green\n"
         f"/example {files[1]} what?\n/video {files[2]}\n\nwhat?\n/quit\nnever\n"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", str(folder), "--max-new-tokens", "2"]) == 0
     captured = capsys.readouterr()
+    assert "words.png" not in captured.err
     assert "nowhere.png cannot be read as an image: there is no such file" in captured.err
     assert "write /example PATH QUESTION::ANSWER" in captured.err
     assert "Traceback" not in captured.err
@@ -134,10 +138,26 @@ def test_flamingo_without_a_template_continues_the_text(model, processor, folder
     assert plain != chat(capsys, tmp_path / "flamingo", *ask, "--chat-template", "simple")
 
 
+def test_tokenizer_of_another_folder(model, processor, folder, files, tmp_path, capsys):
+    """Repositories of 2023 often hold none."""
+    model.save_pretrained(tmp_path / "bare")
+    ask = ["--image", files[0], "--prompt", "what?"]
+    assert main(["chat", str(tmp_path / "bare"), *ask]) == 2
+    capsys.readouterr()
+    assert chat(capsys, tmp_path / "bare", "--tokenizer", str(folder), *ask) == chat(capsys, folder, *ask)
+
+
+def test_tokenizer_for_a_family_that_has_its_own(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "fuyu"}))
+    assert main(["chat", str(tmp_path), "--tokenizer", "owner/name", "--prompt", "what?"]) == 2
+    assert "is of type fuyu, which has its own" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["./nowhere"], "model './nowhere' is neither a folder on this machine nor a Hub id"),
+        (["FOLDER/config.json"], "config.json' is a file; give the folder"),
         (["owner/name", "--image", "none.png"], "none.png cannot be read as an image"),
         (["owner/name", "--video", "none.mp4"], "none.mp4 cannot be read as a video"),
         (["owner/name", "--yaml-file", "none.yaml"], "none.yaml"),
@@ -145,7 +165,7 @@ def test_flamingo_without_a_template_continues_the_text(model, processor, folder
     ],
 )
 def test_bad_input_is_one_sentence(arguments, message, folder, capsys):
-    assert main(["chat", *(str(folder) if word == "FOLDER" else word for word in arguments)]) == 2
+    assert main(["chat", *(word.replace("FOLDER", str(folder)) for word in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 

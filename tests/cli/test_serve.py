@@ -35,6 +35,8 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys):
     assert "model './nowhere' is neither a folder" in capsys.readouterr().err
     assert main(["serve", "./nowhere", "--allow-files", "none"]) == 2
     assert "--allow-files none: there is no such folder." in capsys.readouterr().err
+    assert main(["serve", "./nowhere", "--slots", "0"]) == 2
+    assert "slots must be more than 0, not 0." in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

@@ -3,10 +3,24 @@
 import argparse
 import sys
 
+from .. import __version__
 from . import chat, convert, data, demo, eval, memory, serve, syphus, train
 
 
 SUBCOMMANDS = (chat, serve, demo, train, eval, convert, data, syphus, memory)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="otter-hf",
+        description="Otter, Flamingo and OtterHD. `otter-hf SUBCOMMAND --help` says more.",
+    )
+    parser.add_argument("--version", action="version", version=f"otter-hf {__version__}")
+    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
+    for module in SUBCOMMANDS:
+        module.add_parser(subparsers)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,10 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Bad input (a ValueError or OSError anywhere below) ends in its one sentence and status 2, without a traceback.
     """
-    parser = argparse.ArgumentParser(prog="otter-hf", description="Otter, Flamingo and OtterHD: chat, train, convert.")
-    subparsers = parser.add_subparsers(metavar="SUBCOMMAND", required=True)
-    for module in SUBCOMMANDS:
-        module.add_parser(subparsers)
+    parser = build_parser()
     # `train` hands its arguments on to HfArgumentParser
     arguments, rest = parser.parse_known_args(argv)
     if rest and not getattr(arguments, "takes_rest", False):
@@ -27,7 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.func(arguments) or 0
     except (ValueError, OSError) as error:
-        print(f"otter-hf: {error}", file=sys.stderr)
+        # those of the system begin with a number
+        sentence = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else error
+        print(f"otter-hf: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,7 @@
 """`otter-hf chat`: ask a model about pictures and videos in the terminal."""
 
 import argparse
+import shlex
 import sys
 
 
@@ -22,7 +23,7 @@ def add_parser(subparsers):
     media = parser.add_argument_group("the first message")
     media.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; repeat it for more")
     media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video")
-    media.add_argument("--num-frames", type=int, default=16, help="evenly spaced frames read of a video (16)")
+    media.add_argument("--num-frames", type=int, default=16, help="evenly spaced frames read of a video (default: 16)")
     media.add_argument(
         "--example",
         action="append",
@@ -38,16 +39,18 @@ def add_parser(subparsers):
         metavar="PATH",
         help="answer a YAML list of {image_path, question} and write the answers as JSON",
     )
-    batch.add_argument("--output-dir", default="logs", help="where inference_log_TIME.json goes (logs)")
+    batch.add_argument("--output-dir", default="logs", help="where inference_log_TIME.json goes (default: logs)")
     generation = parser.add_argument_group("answers")
-    generation.add_argument("--max-new-tokens", type=int, default=256)
-    generation.add_argument("--temperature", type=float, default=0.0, help="0 (the default) decodes greedily")
-    generation.add_argument("--top-p", type=float)
-    generation.add_argument("--top-k", type=int)
-    generation.add_argument("--num-beams", type=int, default=1, help="more than 1 prints answers when they are whole")
-    generation.add_argument("--no-repeat-ngram-size", type=int)
-    generation.add_argument("--length-penalty", type=float)
-    generation.add_argument("--repetition-penalty", type=float)
+    generation.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    generation.add_argument("--temperature", type=float, default=0.0, help="0, the default, decodes greedily")
+    generation.add_argument("--top-p", type=float, help="with a temperature: likeliest tokens of this probability")
+    generation.add_argument("--top-k", type=int, help="with a temperature: this many likeliest tokens")
+    generation.add_argument(
+        "--num-beams", type=int, default=1, help="more than 1 prints answers when they are whole (default: 1)"
+    )
+    generation.add_argument("--no-repeat-ngram-size", type=int, help="so many tokens in a row come once only")
+    generation.add_argument("--length-penalty", type=float, help="of beams: above 0 for longer answers")
+    generation.add_argument("--repetition-penalty", type=float, help="above 1 against repeated tokens")
     generation.add_argument("--stop", action="append", metavar="TEXT", help="an answer ends before it; repeatable")
     generation.add_argument("--seed", type=int, help="for sampling")
     parser.set_defaults(func=run)
@@ -55,19 +58,29 @@ def add_parser(subparsers):
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     """How `otter_hf.serving.loading` loads a model."""
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights (default: as they are stored)",
+    )
     parser.add_argument(
         "--device-map",
         "--device",
+        metavar="DEVICE",
         help="a device such as cuda or cpu, or auto to spread over several; by default the accelerator, if any",
     )
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise with bitsandbytes")
+    parser.add_argument(
+        "--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer, for a repository of 2023 without one"
+    )
     parser.add_argument("--chat-template", metavar="NAME", help="a Jinja file, or an instruction format by name")
 
 
 def loading_options(arguments: argparse.Namespace) -> dict:
     """The keyword arguments of `otter_hf.serving.loading.load` among the parsed ones."""
-    return {name: getattr(arguments, name) for name in ("dtype", "device_map", "load_in_4bit", "chat_template")}
+    names = ("dtype", "device_map", "load_in_4bit", "tokenizer", "chat_template")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def generation_options(arguments: argparse.Namespace) -> dict:
@@ -127,7 +140,7 @@ def interact(session, media: list[dict], options: dict, num_frames: int) -> None
                 session.clear()
                 media = []
             elif command == "/image":
-                media = [*media, *read_media(rest.split())]
+                media = [*media, *read_media(shlex.split(rest))]
             elif command == "/video":
                 media = [*media, *read_media([], [rest.strip()], num_frames)]
             elif command == "/example":

@@ -1,4 +1,4 @@
-"""`otter-hf convert`: checkpoints of 2023 to today's folders, and back."""
+"""Checkpoints of 2023 to today's folders, and back."""
 
 import argparse
 import sys
@@ -25,7 +25,7 @@ from ..conversion.job import DTYPES, finish_with_adapter, push_folder
 def add_parser(subparsers) -> None:
     """Add the command and its subcommands; each sets `func` to a function of the parsed arguments."""
     parser = subparsers.add_parser("convert", help="convert checkpoints of 2023, and back", description=__doc__)
-    commands = parser.add_subparsers(dest="conversion", required=True)
+    commands = parser.add_subparsers(metavar="CONVERSION", required=True)
     for name, add in _COMMANDS.items():
         command = commands.add_parser(name, help=add.__doc__, description=add.__doc__)
         add(command)
@@ -84,9 +84,9 @@ def _openflamingo(parser) -> None:
     parser.add_argument("--language-model", required=True, help="folder or repository it was trained on")
     parser.add_argument("--vision-tower", required=True, help="folder or repository of the CLIP, or an open_clip file")
     _add_tokenizer(parser)
-    parser.add_argument("--open-clip-head-dim", type=int, default=64, help="head width in an open_clip file")
+    parser.add_argument("--open-clip-head-dim", type=int, default=64, help="of an open_clip file (default: 64)")
     parser.add_argument(
-        "--open-clip-activation", default="quick_gelu", help="quick_gelu for OpenAI's weights, or gelu"
+        "--open-clip-activation", default="quick_gelu", help="for OpenAI's weights quick_gelu, the default, or gelu"
     )
     _add_output(
         parser,
@@ -121,8 +121,8 @@ def _inject_lm(parser) -> None:
     parser.add_argument("--language-model", required=True, help="folder or repository")
     parser.add_argument("--vision-tower", required=True, help="folder or repository, or an open_clip file")
     _add_tokenizer(parser)
-    parser.add_argument("--model-type", choices=("flamingo", "otter"), default="flamingo")
-    parser.add_argument("--cross-attn-every-n-layers", type=int, default=4, help="default: 4")
+    parser.add_argument("--model-type", choices=("flamingo", "otter"), default="flamingo", help="default: flamingo")
+    parser.add_argument("--cross-attn-every-n-layers", type=int, default=4, help="of gated blocks (default: 4)")
     parser.add_argument("--max-num-frames", type=int, help="frame embeddings for videos")
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
     _add_output(

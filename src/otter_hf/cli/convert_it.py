@@ -32,7 +32,7 @@ def add_parser(commands) -> None:
 
 def run(args) -> int:
     """Convert, and say how much was written and left out; status 1 if there is no picture at all."""
-    from ..production.convert_it import VisualStoryTelling, convert, find_converter
+    from ..production.convert_it import Llava, VisualStoryTelling, convert, find_converter
 
     if args.size != "original" and not args.size.isdecimal():
         raise ValueError(f"--size must be a number of pixels or 'original', got {args.size!r}.")
@@ -41,6 +41,8 @@ def run(args) -> int:
     network = {key: value for key, value in network.items() if value is not None}
     if network and kind is not VisualStoryTelling:
         raise ValueError(f"--timeout and --attempts are for downloads; {kind.short_name} reads files.")
+    if args.image_root and kind is not Llava:
+        raise ValueError(f"--image-root is for LA; {kind.short_name} reads --image-path alone.")
     report = convert(
         kind(args.image_path, args.image_root, **network),
         args.output,

@@ -1,4 +1,4 @@
-"""`otter-hf data`: check, look at, convert and exchange MIMIC-IT data."""
+"""Check, look at, convert and exchange MIMIC-IT data."""
 
 import argparse
 from pathlib import Path
@@ -42,6 +42,8 @@ def _check(commands) -> None:
 def _run_check(args) -> int:
     from ..data.validate import check_mixture, write_report
 
+    if args.threads is not None and args.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {args.threads}.")
     report = check_mixture(
         args.mixture,
         populate_rel_ins=args.populate_rel_ins,
@@ -86,7 +88,8 @@ def _run_show(args) -> None:
     else:
         print(prompt_of(sample, args.format))
     if args.png:
-        contact_sheet(sample).save(args.png)
+        Path(args.png).parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(sample).save(args.png, "PNG")
 
 
 def _stats(commands) -> None:
@@ -101,6 +104,8 @@ def _run_stats(args) -> None:
     from ..data.mixture import MimicitMixture
     from ..data.preview import mixture_statistics, statistics_table, write_histograms
 
+    if args.limit < 0:
+        raise ValueError(f"--limit must be a number of samples, or 0 for all, got {args.limit}.")
     mixture = MimicitMixture(args.mixture, on_error="skip", cache_dir=args.cache_dir)
     print(mixture.summary())
     values = mixture_statistics(mixture, _tokenizer(args.tokenizer), args.limit)
@@ -120,11 +125,11 @@ def _tokenizer(name: str | None):
 
 
 def _to_parquet(commands) -> None:
-    parser = _command(commands, "to-parquet", _run_to_parquet, "image store of any kind to one parquet file")
+    parser = _command(commands, "to-parquet", _run_to_parquet, "image store of any kind to fast parquet")
     parser.add_argument("images", nargs="+", help="image stores")
-    parser.add_argument("--output", required=True, help="the new file")
+    parser.add_argument("--output", required=True, help="the new .parquet, a folder of parts if it is large")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="to squares of PNG (default: bytes as they are)")
-    parser.add_argument("--base64", action="store_true", help="as base64 text, which the loader of 2023 needs")
+    parser.add_argument("--base64", action="store_true", help="one file of base64 text, for the loader of 2023")
 
 
 def _run_to_parquet(args) -> None:
@@ -187,7 +192,7 @@ def _neighbours(commands) -> None:
     parser.add_argument("instructions", help="the instructions file")
     parser.add_argument("--output", required=True, help="path of the new files without _instructions.json")
     parser.add_argument("--encoder", required=True, help="folder or Hub id of a text encoder, or a CLIP for images")
-    parser.add_argument("--by", choices=("text", "image"), default="text")
+    parser.add_argument("--by", choices=("text", "image"), default="text", help="default: text")
     parser.add_argument("--images", nargs="*", default=[], help="image stores, with --by image")
     parser.add_argument("--k", type=int, default=10, help="neighbours of each record (default: 10)")
     parser.add_argument("--context", type=int, default=2, help="of them in the train config (default: 2)")

@@ -19,11 +19,13 @@ def add_parser(subparsers):
     )
     parser.add_argument("models", nargs="*", help="folders or Hub ids")
     parser.add_argument("--url", help="of a running server, e.g. http://localhost:8000/v1, in place of models")
-    parser.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 for all (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7861)
-    parser.add_argument("--flag-folder", default="logs/flagged", help="log.csv with rated conversations goes here")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=7861, help="default: 7861")
+    parser.add_argument("--flag-folder", default="logs/flagged", help="of rated conversations (default: logs/flagged)")
     add_loading_arguments(parser)
-    parser.add_argument("--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds")
+    parser.add_argument(
+        "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (default: -1, never)"
+    )
     add_limit_arguments(parser)
     parser.set_defaults(func=run)
 

@@ -8,7 +8,9 @@ from ..conversion.memory import load_config
 
 def add_parser(subparsers) -> None:
     """Add the command; it sets `func` to a function of the parsed arguments."""
-    parser = subparsers.add_parser("memory", help="memory of a model by dtype, from its config.json")
+    parser = subparsers.add_parser(
+        "memory", help="memory of a model by dtype", description="Memory of a model by dtype, from its config.json."
+    )
     parser.add_argument("config", help="config.json, or a folder or Hub repository with one")
     parser.add_argument("--json", action="store_true", help="numbers for programs: bytes")
     parser.set_defaults(func=run)

@@ -18,11 +18,11 @@ def add_parser(subparsers):
         f"GET /v1/models, /health and /metrics. The environment variable {API_KEY_VARIABLE} holds the API key.",
     )
     parser.add_argument("models", nargs="+", help="folders or Hub ids; clients call a model by this name")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     add_loading_arguments(parser)
     parser.add_argument(
-        "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (-1: never)"
+        "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (default: -1, never)"
     )
     add_limit_arguments(parser)
     parser.set_defaults(func=run)
@@ -31,18 +31,21 @@ def add_parser(subparsers):
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     """What `ServerSettings` holds; the defaults are its own."""
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-body-mb", type=float, default=20, help="of a request, base64 included (20)")
-    limits.add_argument("--max-image-pixels", type=int, default=40_000_000, help="of a picture or frame (40 million)")
+    limits.add_argument("--max-body-mb", type=float, default=20, help="of a request, base64 included (default: 20)")
+    limits.add_argument("--max-image-pixels", type=int, default=40_000_000, help="of a picture (default: 40 million)")
     limits.add_argument(
-        "--max-video-pixels", type=int, default=20_000_000_000, help="decoded for a video (20 thousand million)"
+        "--max-video-pixels",
+        type=int,
+        default=20_000_000_000,
+        help="of a video (default: 20 thousand million)",
     )
-    limits.add_argument("--max-pictures", type=int, default=128, help="pictures and frames of a request (128)")
-    limits.add_argument("--num-frames", type=int, default=16, help="read of a video (16)")
-    limits.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (1024)")
-    limits.add_argument("--request-timeout", type=float, default=300, help="seconds, waiting included (300)")
-    limits.add_argument("--slots", type=int, default=2, help="requests prepared or answered at a time (2)")
-    limits.add_argument("--queue", type=int, default=32, help="requests that may wait; more get status 429 (32)")
-    limits.add_argument("--shutdown-timeout", type=int, default=30, help="seconds to finish answers when ended (30)")
+    limits.add_argument("--max-pictures", type=int, default=128, help="and frames of a request (default: 128)")
+    limits.add_argument("--num-frames", type=int, default=16, help="read of a video (default: 16)")
+    limits.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (default: 1024)")
+    limits.add_argument("--request-timeout", type=float, default=300, help="seconds, waiting included (default: 300)")
+    limits.add_argument("--slots", type=int, default=2, help="requests prepared or answered at a time (default: 2)")
+    limits.add_argument("--queue", type=int, default=32, help="requests that may wait, then 429 (default: 32)")
+    limits.add_argument("--shutdown-timeout", type=int, default=30, help="seconds to finish answers in (default: 30)")
     urls = parser.add_argument_group("addresses of pictures in requests")
     urls.add_argument("--no-fetch", action="store_true", help="read data: only, fetch no http(s) address")
     urls.add_argument("--allow-private-addresses", action="store_true", help="fetch from this machine and network too")

@@ -1,4 +1,4 @@
-"""`otter-hf syphus`: instructions and answers about pictures, written by a language model from annotations."""
+"""Instructions and answers about pictures, written by a language model from annotations."""
 
 import argparse
 import json

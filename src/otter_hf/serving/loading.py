@@ -3,24 +3,32 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 import otter_hf  # noqa: F401  registers the families
 
 from ..data.prompts import FORMATS
 from ..data.prompts import chat_template as format_chat_template
-from ..models.flamingo import FlamingoProcessor
+from ..models.flamingo import FlamingoConfig, FlamingoProcessor
+from ..models.otter import OtterConfig
 
 
-def load(name: str, *, chat_template: str | None = None, **options) -> tuple[PreTrainedModel, ProcessorMixin]:
+def load(
+    name: str, *, tokenizer: str | None = None, chat_template: str | None = None, **options
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model and its processor; see `load_model` and `load_processor` for arguments and errors."""
-    processor = load_processor(name, chat_template)
-    return load_model(name, **options), processor
+    processor = load_processor(name, tokenizer, chat_template)
+    return load_model(name, tokenizer=tokenizer, **options), processor
 
 
 def load_model(
-    name: str, *, dtype: str = "auto", device_map: str | None = None, load_in_4bit: bool = False
+    name: str,
+    *,
+    dtype: str = "auto",
+    device_map: str | None = None,
+    load_in_4bit: bool = False,
+    tokenizer: str | None = None,
 ) -> PreTrainedModel:
     """
     An image-text-to-text model for inference.
@@ -30,13 +38,14 @@ def load_model(
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device_map: a device, or `auto` to spread over devices; by default the accelerator if there is one.
         load_in_4bit: quantise with bitsandbytes (NF4).
+        tokenizer: folder or Hub id of the tokenizer, for an Otter or Flamingo repository of 2023 that has none.
 
     Raises:
-        ValueError: if `name` is neither a folder nor a Hub id, or bitsandbytes is missing.
+        ValueError: if bitsandbytes is missing, or a tokenizer is given for a model of another family.
         OSError: if there is no such model.
     """
     path, revision = _locate(name)
-    loading = {}
+    loading = _tokenizer_option(path, revision, tokenizer)
     if load_in_4bit:
         from ..training.lora import quantization_config
 
@@ -55,12 +64,12 @@ def load_model(
     return model
 
 
-def load_processor(name: str, chat_template: str | None = None) -> ProcessorMixin:
+def load_processor(name: str, tokenizer: str | None = None, chat_template: str | None = None) -> ProcessorMixin:
     """
     The processor of a model, with a chat template.
 
     Args:
-        name: as for `load_model`.
+        name, tokenizer: as for `load_model`.
         chat_template: a Jinja file, or the name of an instruction format, in place of the processor's own template.
 
     Raises:
@@ -69,7 +78,7 @@ def load_processor(name: str, chat_template: str | None = None) -> ProcessorMixi
         OSError: if there is no such processor or template.
     """
     path, revision = _locate(name)
-    processor = AutoProcessor.from_pretrained(path, revision=revision)
+    processor = AutoProcessor.from_pretrained(path, revision=revision, **_tokenizer_option(path, revision, tokenizer))
     if chat_template is not None:
         processor.chat_template = read_chat_template(chat_template)
     elif processor.chat_template is None and isinstance(processor, FlamingoProcessor):
@@ -80,8 +89,10 @@ def load_processor(name: str, chat_template: str | None = None) -> ProcessorMixi
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError for a mistyped folder, which transformers would look for on the Hub."""
+    """Raise ValueError for a file, and for a mistyped folder, which transformers would look for on the Hub."""
     path, _ = _locate(name)
+    if Path(path).is_file():
+        raise ValueError(f"model {name!r} is a file; give the folder with config.json and the weights.")
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ValueError(f"model {name!r} is neither a folder on this machine nor a Hub id (owner/name).")
 
@@ -91,6 +102,16 @@ def read_chat_template(source: str) -> str:
     if source in FORMATS:
         return format_chat_template(source)
     return Path(source).read_text(encoding="utf-8")
+
+
+def _tokenizer_option(path: str, revision: str, tokenizer: str | None) -> dict:
+    """The keyword argument of `from_pretrained` for it, which not every family has."""
+    if tokenizer is None:
+        return {}
+    model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
+    if model_type not in (FlamingoConfig.model_type, OtterConfig.model_type):
+        raise ValueError(f"tokenizer {tokenizer} was given, but {path} is of type {model_type}, which has its own.")
+    return {"tokenizer": tokenizer}
 
 
 def _locate(name: str) -> tuple[str, str]:

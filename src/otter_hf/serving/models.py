@@ -18,28 +18,37 @@ class ServedModels(ModelManager):
     Args:
         names: folders or Hub ids. Clients call a model by the name given here. The first is loaded at once.
         model_timeout: seconds without a request after which a model is unloaded; -1 keeps it.
-        chat_template: see `load_processor`.
-        loading: keyword arguments of `load_model`.
+        tokenizer, chat_template: see `load_processor`.
+        loading: further keyword arguments of `load_model`.
 
     Raises:
         ValueError: for a name that cannot be a model, and as `load_model` and `load_processor`.
     """
 
-    def __init__(self, names: Sequence[str], *, model_timeout: int = -1, chat_template: str | None = None, **loading):
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        model_timeout: int = -1,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        **loading,
+    ):
         for name in names:
             check_name(name)
         super().__init__(model_timeout=model_timeout)
         self.names = tuple(names)
         self.created = int(time.time())
+        self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.loading = loading
         self.load_model_and_processor(self.process_model_name(self.names[0]))
 
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None):
-        return load_processor(model_id_and_revision, self.chat_template)
+        return load_processor(model_id_and_revision, self.tokenizer, self.chat_template)
 
     def _load_model(self, model_id_and_revision: str, tqdm_class=None, progress_callback=None, gguf_file=None):
-        return load_model(model_id_and_revision, **self.loading)
+        return load_model(model_id_and_revision, tokenizer=self.tokenizer, **self.loading)
 
     @staticmethod
     def get_model_modality(model, processor=None) -> Modality:

@@ -21,6 +21,9 @@ class ServerSettings:
         slots: requests prepared or answered at a time; a model generates for one of them.
         queue: requests that may wait; one more is answered with status 429.
         num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`).
+
+    Raises:
+        ValueError: naming a limit that lets nothing through.
     """
 
     api_key: str | None = None
@@ -32,3 +35,10 @@ class ServerSettings:
     slots: int = 2
     queue: int = 32
     num_frames: int = 16
+
+    def __post_init__(self):
+        for name in ("body_bytes", "new_tokens", "request_seconds", "slots", "num_frames"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}.")
+        if self.queue < 0:
+            raise ValueError(f"queue must be 0 or more, not {self.queue}.")
