@@ -37,6 +37,9 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys):
     assert "--allow-files none: there is no such folder." in capsys.readouterr().err
     assert main(["serve", "./nowhere", "--slots", "0"]) == 2
     assert "slots must be more than 0, not 0." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", "./nowhere", "--port", "99999"])
+    assert "99999 is no port, use one from 0 (any free one) to 65535" in capsys.readouterr().err
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

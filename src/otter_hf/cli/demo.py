@@ -6,7 +6,7 @@ import os
 import secrets
 
 from .chat import add_loading_arguments, loading_options
-from .serve import API_KEY_VARIABLE, add_limit_arguments, require_serving, settings_from
+from .serve import API_KEY_VARIABLE, add_limit_arguments, port_number, require_serving, settings_from
 
 
 def add_parser(subparsers):
@@ -20,7 +20,7 @@ def add_parser(subparsers):
     parser.add_argument("models", nargs="*", help="folders or Hub ids")
     parser.add_argument("--url", help="of a running server, e.g. http://localhost:8000/v1, in place of models")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=7861, help="default: 7861")
+    parser.add_argument("--port", type=port_number, default=7861, help="default: 7861")
     parser.add_argument("--flag-folder", default="logs/flagged", help="of rated conversations (default: logs/flagged)")
     add_loading_arguments(parser)
     parser.add_argument(

@@ -19,13 +19,21 @@ def add_parser(subparsers):
     )
     parser.add_argument("models", nargs="+", help="folders or Hub ids; clients call a model by this name")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=port_number, default=8000, help="default: 8000")
     add_loading_arguments(parser)
     parser.add_argument(
         "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (default: -1, never)"
     )
     add_limit_arguments(parser)
     parser.set_defaults(func=run)
+
+
+def port_number(text: str) -> int:
+    """For argparse: a port of this machine."""
+    port = int(text)
+    if not 0 <= port < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{port} is no port, use one from 0 (any free one) to 65535")
+    return port
 
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -419,6 +419,7 @@ class GroupedSampler(Sampler[int]):
         return len(self._group_of)
 
     def set_epoch(self, epoch: int):
+        """The epoch whose order the next iteration has, from 0."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -179,8 +179,9 @@ def _text_model_type(text_config: dict) -> str:
 def _missing_tokenizer_message(name_or_path, text_config: dict, model_type: str) -> str:
     base = text_config.get("tokenizer_name") or text_config.get("_name_or_path") or _BASE_TOKENIZERS.get(model_type)
     return (
-        f"{name_or_path} holds no tokenizer that knows <image>, as many repositories of 2023 do; pass tokenizer= with "
-        f"a tokenizer or a folder of one (it was built on that of {base or 'its language model'})."
+        f"{name_or_path} holds no tokenizer that knows <image>, as many repositories of 2023 do; pass tokenizer= "
+        f"(on the command line --tokenizer) with a tokenizer or a folder of one (it was built on that of "
+        f"{base or 'its language model'})."
     )
 
 

@@ -46,7 +46,8 @@ def plot_history(log_history: Sequence[Mapping[str, float]], path: str | Path) -
         if curve:
             axes[0].plot(*zip(*curve, strict=True), label=label, marker="o" if len(curve) < 30 else None, markersize=4)
     axes[0].set(xlabel="step", ylabel="loss per answer token", yscale="log")
-    axes[0].legend()
+    if axes[0].get_lines():  # a training that is stopped at once has logged nothing
+        axes[0].legend()
     if accuracy:
         axes[1].plot(*zip(*accuracy, strict=True), marker="o", markersize=4, color="tab:green", label="held out")
         axes[1].set(xlabel="step", ylabel="share of answers right", ylim=(0, 1.02))

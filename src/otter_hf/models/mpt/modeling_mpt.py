@@ -62,6 +62,7 @@ class OtterMptAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden_states (B, L, D)` to the attended states `(B, L, D)` and, in eager, the weights `(B, H, L, K)`."""
         qkv = self.Wqkv(hidden_states)  # (B, L, 3 * D)
         if self.config.clip_qkv is not None:
             qkv = qkv.clamp(min=-self.config.clip_qkv, max=self.config.clip_qkv)
@@ -103,6 +104,7 @@ class OtterMptMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.d_model, bias=not config.no_bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, L, D)` to `(B, L, D)`."""
         return self.down_proj(self.act(self.up_proj(hidden_states)))  # (B, L, D)
 
 
@@ -127,6 +129,7 @@ class OtterMptBlock(GradientCheckpointingLayer):
         use_cache: bool | None = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        """`hidden_states (B, L, D)` to `(B, L, D)`; for the rest see `OtterMptModel.forward`."""
         attended, _ = self.attn(
             self.norm_1(hidden_states), attention_mask=attention_mask, past_key_values=past_key_values, **kwargs
         )

@@ -84,6 +84,7 @@ class OtterHDAttention(PersimmonAttention):
         segments: tuple[int, ...] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attended states `(B, L, D)` and, in eager, the weights; see `OtterHDModel` for `segments`."""
         batch_size, length, _ = hidden_states.shape
         query, key, value = self._split_heads(self.query_key_value(hidden_states))  # 3 x (B, L, H, E)
         if self.qk_layernorm:
@@ -202,6 +203,8 @@ class OtterHDTextModel(PersimmonModel):
 
 
 class OtterHDPreTrainedModel(FuyuPreTrainedModel):
+    """What all OtterHD models share: configuration, device map units, attention implementations."""
+
     config: OtterHDConfig
     config_class = OtterHDConfig
     _no_split_modules = ["OtterHDDecoderLayer"]
