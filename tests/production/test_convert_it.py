@@ -311,22 +311,23 @@ convert(Slow(sys.argv[1]), sys.argv[2], size=8, num_threads=2, sources_per_shard
 
 def test_a_killed_run_is_taken_up_again(tmp_path):
     fill(tmp_path / "in", 100)
-    store = tmp_path / "out" / "CGD.parquet"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "in"), str(tmp_path / "out")])
-    while len(list(store.glob("*.parquet"))) < 3:
+    store, out = tmp_path / "out" / "CGD.parquet", tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "in"), str(out)])
+    while len(list(out.glob(".CGD.progress/CGD.parquet/*"))) < 3:
         assert process.poll() is None
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    before = {path: path.stat().st_mtime_ns for path in store.glob("*.parquet")}
-    assert 3 <= len(before) < 20 and not (tmp_path / "out" / "CGD_report.json").exists()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob(".CGD.progress/CGD.parquet/*")}
+    # nobody reads what is incomplete
+    assert 3 <= len(before) < 20 and not store.exists() and not (out / "CGD_report.json").exists()
     # other sizes would give a store of two kinds
     with pytest.raises(ValueError, match="belongs to a conversion with size=8, now it is 16"):
         convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=16)
     report = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
     assert sorted(ImageStore(store)) == sorted(f"CGD_IMG_{number}" for number in range(100))
     assert report.images == 100
-    assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
+    assert all((store / name).stat().st_mtime_ns == modified for name, modified in before.items())
     undisturbed = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "whole", size=8, sources_per_shard=5)
     assert {path.name: path.read_bytes() for path in store.iterdir()} == {
         path.name: path.read_bytes() for path in undisturbed.store.iterdir()
@@ -345,13 +346,14 @@ def test_a_retry_that_ends_between_report_and_shard(tmp_path, monkeypatch):
     rename = os.replace
 
     def killed(source, target):
-        if str(target).endswith(".parquet"):
+        if Path(target).match("part.*.parquet"):
             raise KeyboardInterrupt
         rename(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("os.replace", killed)
         convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8, retry=True)
+    assert not (tmp_path / "out" / "CGD.parquet").exists()
     report = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
     assert sorted(ImageStore(report.store)) == ["CGD_IMG_0", "CGD_IMG_1"]
     assert report.images == 2 and report.left_out == []
@@ -362,7 +364,16 @@ def test_an_error_stops_all_threads(tmp_path, monkeypatch):
     monkeypatch.setattr(CocoGeneralDifference, "read", lambda self, source: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", sources_per_shard=2)
-    assert list((tmp_path / "out" / "CGD.parquet").iterdir()) == []
+    assert not (tmp_path / "out" / "CGD.parquet").exists()
+
+
+def test_a_store_of_others_is_left_alone(tmp_path):
+    fill(tmp_path / "in", 2)
+    convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
+    (tmp_path / "out" / ".CGD.progress").rename(tmp_path / "gone")
+    with pytest.raises(ValueError, match="is there already: remove it, or choose another output"):
+        convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", size=8)
+    assert len(ImageStore(tmp_path / "out" / "CGD.parquet")) == 2
 
 
 @pytest.fixture

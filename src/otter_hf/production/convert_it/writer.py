@@ -56,8 +56,8 @@ def convert(
     Image ids are the original's. Other than there, pictures are not held in memory, dots in names are kept, videos
     are sampled by time, and what cannot be used is left out and reported in `<output>/<short name>_report.json`.
 
-    A shard gets its name when it is complete. A run that was stopped or killed is called again: it writes the shards
-    that are not there, and leaves the others as they are. What is in a shard does not depend on the threads.
+    The store gets its name when all shards are complete. A run that was stopped or killed is called again: it writes
+    the shards that are not there and leaves the others as they are. What is in a shard does not depend on the threads.
 
     Args:
         size: pictures become squares of this many pixels (Lanczos) in RGB, as PNG, which is the original's format.
@@ -69,8 +69,8 @@ def convert(
         retry: also write the shards again in which something was left out.
 
     Raises:
-        ValueError: if there are no sources, two have one name, or the folder holds the beginning of another
-            conversion: other sources or another size.
+        ValueError: if there are no sources, two have one name, or the folder holds another store or the beginning of
+            another conversion: other sources or another size.
         OSError: if another process is writing the folder.
     """
     if size is not None and size < 1:
@@ -84,6 +84,8 @@ def convert(
     default = min(converter.sources_per_shard, -(-len(sources) // num_threads))
     store = Path(output, f"{name}.parquet")
     progress = Path(output, f".{name}.progress")
+    if store.exists() and not (progress / "conversion.json").exists():
+        raise ValueError(f"{store} is there already: remove it, or choose another output.")
     progress.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(progress / "lock", timeout=0):
@@ -148,17 +150,22 @@ class _Shards:
         self, converter: Converter, sources: list[Source], settings: dict[str, Any], store: Path, progress: Path
     ):
         self.converter, self.store, self.progress = converter, store, progress
+        self.incomplete_store = progress / store.name
         self.size, self.encoding = settings["size"], settings["encoding"]
         per_shard = settings["sources_per_shard"]
         self.shards = [sources[i : i + per_shard] for i in range(0, len(sources), per_shard)]
         self.stop = Event()
 
     def write(self, num_threads: int, retry: bool) -> None:
-        self.store.mkdir(exist_ok=True)
         pending = [number for number in range(len(self.shards)) if self._is_pending(number, retry)]
         done = len(self.shards) - len(pending)
         if done:
             logger.warning(f"{done} of {len(self.shards)} shards of {self.store} are complete and stay as they are.")
+        if self.store.exists():
+            if not pending:
+                return
+            os.replace(self.store, self.incomplete_store)
+        self.incomplete_store.mkdir(exist_ok=True)
         with (
             ThreadPoolExecutor(num_threads) as pool,
             logging.tqdm(desc=f"Shards of {self.store.name}", total=len(self.shards), initial=done) as bar,
@@ -172,6 +179,7 @@ class _Shards:
                 self.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        os.replace(self.incomplete_store, self.store)
 
     def _is_pending(self, number: int, retry: bool) -> bool:
         if not self._shard_path(number).exists():
@@ -179,7 +187,7 @@ class _Shards:
         return retry and bool(json.loads(self._report_path(number).read_text(encoding="utf-8"))["left_out"])
 
     def _shard_path(self, number: int) -> Path:
-        return self.store / f"part.{number}.parquet"
+        return (self.store if self.store.exists() else self.incomplete_store) / f"part.{number}.parquet"
 
     def _report_path(self, number: int) -> Path:
         return self.progress / f"part.{number}.json"
