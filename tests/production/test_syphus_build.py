@@ -168,7 +168,7 @@ def test_shards_build_what_one_run_builds(tmp_path):
     assert list((tmp_path / "twice").iterdir()) == []
 
 
-def test_what_is_left_out_is_written_down(tmp_path):
+def test_what_is_left_out_is_written_down(tmp_path, capsys):
     reply = (
         "Question: Good?\nAnswer: Yes.\nQuestion: Good?\nAnswer: yes\nQuestion: Long?\nAnswer: " + "word " * 11 + "\n"
         "Question: Dog?\nAnswer: As an AI language model, no.\nQuestion: Lost?"
@@ -188,6 +188,8 @@ def test_what_is_left_out_is_written_down(tmp_path):
     assert main(["syphus", "build", str(run.folder), *arguments]) == 0
     assert len(read(report.files)[0]) == 1
     assert len(json.loads((tmp_path / "cli" / "SD_instructions.json").read_text())["data"]) == 4
+    assert main(["syphus", "build", str(run.folder), "--output", str(tmp_path / "cli"), "--languages", "zh"]) == 2
+    assert "--languages means nothing for runs of change.SpotTheDifference: leave it out." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("end, records", [("", 1), ("\nQuestion: And th", 2), ("\nQuestion: And?\nAnswer", 2)])
@@ -296,6 +298,8 @@ def test_translations(tmp_path, original, capsys):
         main(["syphus", "build", str(run.folder), "--output", str(tmp_path / "out"), "--name", "X", *arguments]) == 0
     )
     assert "fr: 2 records, 1 left out" in capsys.readouterr().out
+    assert main(["syphus", "build", str(run.folder), "--output", "x", "--forbid", "nothing"]) == 2
+    assert "--forbid means nothing for runs of translate.Translation" in capsys.readouterr().err
     for language in LANGUAGES:
         table, images = load_mimicit(
             tmp_path / "out" / f"X_{language}_instructions.json",

@@ -101,6 +101,9 @@ def run_resume(args) -> int:
     return _write_batches(run, args.retry_failed) if args.batch_files else _ask(run, args, budget, args.retry_failed)
 
 
+_OF_TRANSLATIONS = ("instructions", "train_config", "languages")
+
+
 def _build(commands) -> None:
     parser = _command(commands, "build", run_build, "replies of runs to a MIMIC-IT dataset")
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="folders of runs, such as all shards")
@@ -125,7 +128,13 @@ def run_build(args) -> None:
     from ..production.syphus.filters import FORBIDDEN
 
     runs = [SyphusRun(folder) for folder in args.runs]
-    if runs[0].dataset.parse is None:
+    are_translations = runs[0].dataset.parse is None
+    others = ("image_prefix", "forbid", "keep_repeated") if are_translations else _OF_TRANSLATIONS
+    for name in others:
+        if getattr(args, name):
+            option, kind = name.replace("_", "-"), runs[0].settings["dataset"]
+            raise ValueError(f"--{option} means nothing for runs of {kind}: leave it out.")
+    if are_translations:
         report = build_translations(
             runs,
             args.instructions or runs[0].settings["annotations"],
