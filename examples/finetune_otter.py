@@ -19,8 +19,12 @@ them. The output folder gets the model, its processor, checkpoints and the curve
 from is `examples/easy_vqa/recipe.yaml`; `otter-hf train` is the same command.
 """
 
+from accelerate import PartialState
+
 from otter_hf.training.run import main
 
 
 if __name__ == "__main__":
     main()
+    # one that is still there when a process exits may abort it, and torchrun would call the training failed
+    PartialState().destroy_process_group()

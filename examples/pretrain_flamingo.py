@@ -24,8 +24,12 @@ Arguments: `ModelArguments` and `TrainingArguments` of `otter_hf.training.argume
 docs/pretraining.md tells the rest.
 """
 
+from accelerate import PartialState
+
 from otter_hf.training.pretraining import main
 
 
 if __name__ == "__main__":
     main()
+    # one that is still there when a process exits may abort it, and torchrun would call the training failed
+    PartialState().destroy_process_group()

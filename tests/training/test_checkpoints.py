@@ -209,6 +209,7 @@ def test_trainable_only(files, unbroken):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_elastic_restart(files, unbroken):
     """`torchrun --max-restarts`: a process that dies once costs the steps since the last checkpoint."""
     two = {"per_device_train_batch_size": 2, "resume_from_checkpoint": "auto"}
@@ -226,8 +227,9 @@ def step(self, *args, **kwargs):
 
 OtterTrainer.training_step = step
 """
-    # the last batch of an epoch is not full, and two processes would fill it up
-    arguments = command(files, "elastic", **SAVING | two | {"max_steps": 4})
+    # the last batch of an epoch is not full, and two processes would fill it up. After a restart not all of gloo's
+    # connections may come about: then the next one has to follow soon
+    arguments = command(files, "elastic", **SAVING | two | {"max_steps": 4, "ddp_timeout": 20})
     result = torchrun(files, arguments, "--max-restarts", "3", program=die_once + PROGRAM)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (files / "died").exists()

@@ -16,6 +16,10 @@ def add_parser(subparsers):
 def run(arguments) -> None:
     """Hand the arguments to the training entry point."""
     # torch and the Trainer are heavy: loaded only when training
+    from accelerate import PartialState
+
     from ..training.run import main
 
     main(arguments.rest)
+    # one that is still there when a process exits may abort it, and torchrun would call the training failed
+    PartialState().destroy_process_group()
