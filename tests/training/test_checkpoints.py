@@ -209,7 +209,6 @@ def test_trainable_only(files, unbroken):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_elastic_restart(files, unbroken):
     """`torchrun --max-restarts`: a process that dies once costs the steps since the last checkpoint."""
     two = {"per_device_train_batch_size": 2, "resume_from_checkpoint": "auto"}
