@@ -21,10 +21,12 @@ def summary(values: list[float], digits: int = 5) -> dict:
     }
 
 
-def time_call(function) -> float:
+def time_call(function, count: int = 1) -> float:
+    """Seconds of a call, the mean of `count`."""
     start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
 
 
 def compare(workload: str, ours, peer, repeats: int, turns: int = 1, **extra) -> dict:
@@ -43,7 +45,7 @@ def compare(workload: str, ours, peer, repeats: int, turns: int = 1, **extra) ->
         runs = ([], [])
         for _ in range(turns):
             for times, function, count in zip(runs, (ours, peer), calls, strict=True):
-                times.append(time_call(lambda: [function() for _ in range(count)]) / count)  # noqa: B023
+                times.append(time_call(function, count))
         for values, times in zip(seconds, runs, strict=True):
             values.append(statistics.median(times))
     return {

@@ -31,5 +31,5 @@ from otter_hf.training.pretraining import main
 
 if __name__ == "__main__":
     main()
-    # one that is still there when a process exits may abort it, and torchrun would call the training failed
+    # a process group that is still there at the exit may abort the process: torchrun would call the training failed
     PartialState().destroy_process_group()

@@ -151,7 +151,10 @@ def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch,
     source, output = write_store(tmp_path, kind, pictures), tmp_path / "out" / "X.parquet"
     to_parquet(source, tmp_path / "whole" / "X.parquet")
     told = capsys.readouterr().out.replace("whole", "out")
-    ready = lambda: len(list(output.parent.glob(".X.*.parts/*"))) > complete  # noqa: E731
+
+    def ready():
+        return len(list(output.parent.glob(".X.*.parts/*"))) > complete
+
     kill_when(ready, to_parquet, source, output, sizes=TO_PARQUET)
     assert not output.exists()
     (folder,) = output.parent.iterdir()
@@ -173,8 +176,7 @@ def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch,
 def test_killed_to_base64(tmp_path, pictures):
     source, output = write_store(tmp_path, "json", pictures), tmp_path / "out" / "X.parquet"
     to_parquet(source, tmp_path / "whole" / "X.parquet", "--base64")
-    ready = lambda: grown(output.parent, ".*.incomplete", 1_000_000)  # noqa: E731
-    kill_when(ready, to_parquet, source, output, "--base64")
+    kill_when(lambda: grown(output.parent, ".*.incomplete", 1_000_000), to_parquet, source, output, "--base64")
     assert not output.exists()
     to_parquet(source, output, "--base64")
     assert contents(output.parent) == contents(tmp_path / "whole")

@@ -21,5 +21,5 @@ def run(arguments) -> None:
     from ..training.run import main
 
     main(arguments.rest)
-    # one that is still there when a process exits may abort it, and torchrun would call the training failed
+    # a process group that is still there at the exit may abort the process: torchrun would call the training failed
     PartialState().destroy_process_group()
