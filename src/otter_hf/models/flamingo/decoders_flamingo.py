@@ -1,6 +1,5 @@
 """Which decoders a Flamingo can stand on, and how one becomes its language model."""
 
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 
@@ -55,6 +54,9 @@ def make_language_model(config: FlamingoConfig) -> PreTrainedModel:
     build = AutoModel.from_config if decoder_class is None else decoder_class._from_config
     language_model = build(config.text_config)
     if config.lora_config is not None:
+        # here: PEFT takes longer to import than all else, and a model without adapters runs without it
+        from peft import LoraConfig, inject_adapter_in_model
+
         inject_adapter_in_model(LoraConfig(**config.lora_config), language_model)
         # what is trained is the trainer's choice, here as in any other model
         language_model.requires_grad_(True)
@@ -73,3 +75,12 @@ def make_language_model(config: FlamingoConfig) -> PreTrainedModel:
         }
         setattr(language_model, plan, renamed)
     return language_model
+
+
+def reset_adapters(language_model: nn.Module) -> None:
+    """Initial values of the LoRA layers that `config.lora_config` put into the language model."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in language_model.modules():
+        if isinstance(module, LoraLayer):
+            module.reset_lora_parameters("default", True)

@@ -11,7 +11,6 @@ n latents of one medium, D vision width, H heads.
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -29,7 +28,7 @@ from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import batch_first_media, running_media_index
 from ..media_cache import MediaDynamicCache, with_media
 from .configuration_flamingo import FlamingoConfig
-from .decoders_flamingo import get_decoder_layers, make_language_model
+from .decoders_flamingo import get_decoder_layers, make_language_model, reset_adapters
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
 from .layers_flamingo import PerceiverResampler, make_media_groups
 
@@ -121,9 +120,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 if layer.gated_cross_attn_layer is not None:
                     init.constant_(layer.gated_cross_attn_layer.attn_gate, self.config.cross_attn_gate_init)
                     init.constant_(layer.gated_cross_attn_layer.ff_gate, self.config.cross_attn_gate_init)
-            for part in module.language_model.modules():
-                if isinstance(part, LoraLayer):
-                    part.reset_lora_parameters("default", True)
+            if self.config.lora_config is not None:
+                reset_adapters(module.language_model)
 
     def enable_input_require_grads(self):
         """As in the parent class, for text alone: a frozen vision tower needs no backward pass."""
