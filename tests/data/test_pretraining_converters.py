@@ -107,12 +107,51 @@ def test_a_truncated_tar_of_pictures_keeps_what_is_in_front(tmp_path):
     assert (counts.samples, counts.images) == (1, 2)
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    ["{0..3}", "{0,2,3}", "*", ["0", "1", "2", "3"], ["{0..1}", "{2..3}"], "{000..003}"],
+)
+def test_mmc4_with_its_holes(tmp_path, numbers, caplog):
+    """Of 4 numbers, 1 was never published, and 3 has no pictures; both are named, the others converted."""
+    write_mmc4(tmp_path, shards=4)
+    (tmp_path / "docs_shard_1_v2.jsonl").unlink()
+    (tmp_path / "shard_1_images_v2.tar").unlink()
+    (tmp_path / "shard_3_images_v2.tar").unlink()
+    width = 3 if numbers == "{000..003}" else 1
+    for number in (0, 2, 3):  # docs with leading zeros belong to pictures without
+        path = tmp_path / f"docs_shard_{number}_v2.jsonl"
+        path.rename(path.with_name(f"docs_shard_{number:0{width}d}_v2.jsonl"))
+    texts = [numbers] if isinstance(numbers, str) else numbers
+    docs = [f"{tmp_path}/docs_shard_{one}_v2.jsonl" for one in texts]
+    images = [f"{tmp_path}/shard_{one.replace('00', '')}_images_v2.tar" for one in texts]
+    counts = mmc4_to_tar(*((docs[0], images[0]) if isinstance(numbers, str) else (docs, images)), tmp_path / "out")
+    assert (counts.samples, counts.images) == (6, 12)
+    left_out = 1 if numbers in ("*", "{0,2,3}") else 2  # a star does not know of 1
+    assert counts.left_out == {"number without documents or pictures": left_out}
+    assert "pictures of" in caplog.text or "shard_3_images_v2.tar" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [
+        f"docs_shard_{number:0{width}d}_v2.000.tar" for number in (0, 2)
+    ]
+
+
+def test_a_lost_picture_leaves_the_similarity_matrix_too(tmp_path):
+    write_mmc4(tmp_path, shards=1)
+    path = tmp_path / "docs_shard_0_v2.jsonl"
+    document = json.loads(path.read_text().splitlines()[0])
+    document["image_info"][0]["image_name"] = "gone.png"
+    path.write_text(json.dumps({**document, "similarity_matrix": [[0.1, 0.2], [0.3, 0.4]]}))
+    mmc4_to_tar(str(path), str(tmp_path / "shard_0_images_v2.tar"), tmp_path / "out")
+    (kept,) = [json.loads(parts["json"]) for parts in read_all(tmp_path / "out")]
+    assert [info["image_name"] for info in kept["image_info"]] == ["0_0_1.png"]
+    assert kept["similarity_matrix"] == [[0.3, 0.4]]
+
+
 def test_mmc4_patterns(tmp_path):
     write_mmc4(tmp_path, shards=1)
     docs, images = str(tmp_path / "docs_shard_0_v2.jsonl"), str(tmp_path / "shard_0_images_v2.tar")
-    with pytest.raises(ValueError, match="stands for 1 files and .* for 2"):
-        mmc4_to_tar(docs, images.replace("shard_0", "shard_{0..1}"), tmp_path / "out")
-    with pytest.raises(ValueError, match="docs_shard_1_v2.jsonl does not exist"):
+    with pytest.raises(ValueError, match="names 1 files or patterns and image_shards 2"):
+        mmc4_to_tar(docs, [images, images], tmp_path / "out")
+    with pytest.raises(ValueError, match="no number of which both files are there"):
         mmc4_to_tar(docs.replace("_0_", "_1_"), images, tmp_path / "out")
     (tmp_path / "broken.tar").write_bytes(b"x" * 1000)
     with pytest.raises(ValueError, match="broken.tar is no plain tar"):

@@ -188,6 +188,33 @@ def test_documents_without_pictures_are_rejected(encoder):
         assert error.value.reason == "no image"
 
 
+@pytest.mark.parametrize("kind", ["bytes literal", "broken base64", "no picture"])
+@pytest.mark.parametrize("whole", [0, 2])
+def test_damaged_pictures_are_counted_and_are_no_threshold(encoder, kind, whole):
+    text = base64.b64encode(big(1)).decode()
+    damaged = {
+        "bytes literal": f"b'{text}'",
+        "broken base64": text[:-1] + "*!",
+        "no picture": base64.b64encode(bytes(11_000)).decode(),
+    }[kind]
+    pictures = [damaged, damaged] + [base64.b64encode(big(number)).decode() for number in range(whole)]
+    document = {
+        "text_list": [f"{number}." for number in range(len(pictures))],
+        "image_info": [
+            {"matched_text_index": number, "matched_sim": 0.4, "image_base64": encoded}
+            for number, encoded in enumerate(pictures)
+        ],
+    }
+    parts = {"json": json.dumps(document).encode()}
+    if whole:
+        sample = InterleavedDocuments()("d", parts, encoder, Random(0))
+        assert (len(sample.images), sample.num_unreadable) == (whole, 2)
+    else:
+        with pytest.raises(SampleError, match="'d' has no picture that can be read: 2 damaged") as error:
+            InterleavedDocuments()("d", parts, encoder, Random(0))
+        assert error.value.reason == "unreadable image" and not isinstance(error.value, RejectedSample)
+
+
 def test_documents_with_one_picture_are_kept_by_a_coin(encoder):
     def is_kept(seed, **options):
         try:

@@ -9,8 +9,16 @@ def add_parser(commands) -> None:
         description="MMC4 documents and their pictures to WebDataset shards. A run that was stopped goes on where it "
         "ended.",
     )
-    mmc4.add_argument("--doc-shards", required=True, metavar="PATTERN", help="docs_shard_{0..99}_v2.jsonl, also .zip")
-    mmc4.add_argument("--image-shards", required=True, metavar="PATTERN", help="shard_{0..99}_images_v2.tar")
+    mmc4.add_argument(
+        "--doc-shards",
+        required=True,
+        nargs="+",
+        metavar="PATTERN",
+        help="docs_shard_{0..99}_v2.jsonl, also .zip; {0,2,5}, * and lists are understood, missing numbers left out",
+    )
+    mmc4.add_argument(
+        "--image-shards", required=True, nargs="+", metavar="PATTERN", help="shard_{0..99}_images_v2.tar, likewise"
+    )
     mmc4.set_defaults(func=run_mmc4)
     laion = commands.add_parser(
         "laion-to-tar",

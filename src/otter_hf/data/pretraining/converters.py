@@ -1,6 +1,7 @@
 """MMC4 and LAION as they are published, to WebDataset shards."""
 
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -18,7 +19,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..images import decode_base64, encode_base64
-from .shards import ShardWriter, expand_braces, write_sizes
+from .shards import ShardWriter, numbered_files, write_sizes
 
 
 logger = logging.get_logger(__name__)
@@ -39,8 +40,8 @@ class ConversionCounts:
 
 
 def mmc4_to_tar(
-    doc_shards: str,
-    image_shards: str,
+    doc_shards: str | Sequence[str],
+    image_shards: str | Sequence[str],
     output: str | Path,
     *,
     max_samples: int = 30_000,
@@ -51,29 +52,60 @@ def mmc4_to_tar(
     Writes MMC4 documents together with their pictures: a `json` part per document, in which each entry of `image_info`
     has its picture as `image_base64`.
 
-    A picture that is not in its tar is left out, and so is a document without any, or a line that is none. Shards are
+    A picture that is not in its tar is left out, with its row of `similarity_matrix`, and so is a document without
+    any, or a line that is none. MMC4 has holes (14 of its 23,099 files of documents were never published): a number
+    whose file of documents or pictures is not there is named in a warning and counted. Shards are
     named after the file of documents, `NAME.000.tar`, with their numbers of samples in `sizes.json`. A file of
     documents whose shards are complete is not converted again.
 
     Args:
-        doc_shards: JSON-lines files, also zipped, as a pattern with braces: `docs_shard_{0..23098}_v2.jsonl.zip`.
-        image_shards: the tar files of their pictures, in the same order; a picture is found by its name, in whatever
-            folder of the tar.
+        doc_shards: JSON-lines files, also zipped, as a pattern with braces, `docs_shard_{0..23098}_v2.jsonl.zip` or
+            `{0,2,5}`, or with `*`; or a list of patterns or files.
+        image_shards: the tar files of their pictures, by patterns of the same kind: a file of documents and a tar
+            belong together when the same number stands in both; without patterns, when they are at the same place of
+            the list. A picture is found by its name, in whatever folder of the tar.
         output: folder for the shards.
         max_samples, max_bytes: of a shard.
         num_proc: processes, each with a file of documents at a time.
 
     Raises:
-        ValueError: if the patterns differ in their number of files, or a file does not exist or is no tar.
+        ValueError: if the lists differ in length, no number has both of its files, or a file is no tar.
     """
-    docs, tars = expand_braces(doc_shards), expand_braces(image_shards)
-    if len(docs) != len(tars):
+    patterns = [[one] if isinstance(one, str) else list(one) for one in (doc_shards, image_shards)]
+    if len(patterns[0]) != len(patterns[1]):
         raise ValueError(
-            f"{doc_shards!r} stands for {len(docs)} files and {image_shards!r} for {len(tars)}: give each file of "
-            "documents its tar of pictures."
+            f"doc_shards names {len(patterns[0])} files or patterns and image_shards {len(patterns[1])}: give each "
+            "its counterpart, in the same order."
+        )
+    jobs, left_out = [], Counter()
+    for docs, tars in zip(*map(partial(map, numbered_files), patterns), strict=True):
+        whole = [key for key in docs if key in tars and os.path.isfile(docs[key]) and os.path.isfile(tars[key])]
+        missing = sorted({*docs, *tars} - set(whole), key=lambda key: [(len(part), part) for part in key])
+        if missing:
+            left_out["number without documents or pictures"] += len(missing)
+            absent = [_absent_file(docs, tars, key) for key in missing]
+            logger.warning(
+                f"{len(missing)} numbers are left out, as one of their files is not there: {_some(absent)}."
+            )
+        jobs += [(docs[key], tars[key]) for key in whole]
+    if not jobs:
+        raise ValueError(
+            f"doc_shards {doc_shards!r} and image_shards {image_shards!r} have no number of which both files are "
+            "there: check the folders and the numbers."
         )
     convert = partial(_convert_mmc4_shard, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    return _convert_all(convert, list(zip(docs, tars, strict=True)), Path(output), num_proc)
+    return _convert_all(convert, jobs, Path(output), num_proc) + ConversionCounts(left_out=left_out)
+
+
+def _absent_file(docs: dict[tuple, str], tars: dict[tuple, str], key: tuple) -> str:
+    for files in (docs, tars):
+        if key in files and not os.path.isfile(files[key]):
+            return files[key]
+    return f"the {'documents' if key in tars else 'pictures'} of {(tars if key in tars else docs)[key]}"
+
+
+def _some(names: Sequence[str], most: int = 20) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def laion_to_tar(
@@ -159,11 +191,21 @@ def _convert_mmc4_shard(job: tuple[str, str], output: Path, max_samples: int, ma
             if not kept:
                 counts.left_out["document without pictures"] += 1
                 continue
-            data = json.dumps({**document, "image_info": kept}, ensure_ascii=False).encode("utf-8")
+            document = {**document, "image_info": kept, **_similarities(document, members)}
+            data = json.dumps(document, ensure_ascii=False).encode("utf-8")
             writer.write(f"{_stem(docs)}_{number:07d}", {"json": data})
             counts.samples += 1
             counts.images += len(kept)
     return counts, writer.sizes
+
+
+def _similarities(document: dict[str, Any], members: dict) -> dict[str, Any]:
+    """`similarity_matrix`, where there is one: the rows of the pictures that are kept."""
+    rows = document.get("similarity_matrix")
+    if not isinstance(rows, list) or len(rows) != len(document["image_info"]):
+        return {}
+    kept = [info.get("image_name") in members for info in document["image_info"]]
+    return {"similarity_matrix": list(itertools.compress(rows, kept))}
 
 
 def _open_tar(path: str) -> tarfile.TarFile:

@@ -17,11 +17,15 @@ from ..samples import SampleError
 
 
 class PretrainingSample(NamedTuple):
-    """Token ids, and the pictures of their `<image>` tokens in the same order."""
+    """Token ids, and the pictures of their `<image>` tokens in the same order.
+
+    `num_unreadable` pictures of the document were wanted, but damaged, and are left out of it.
+    """
 
     id: str
     input_ids: list[int]
     images: list[Image.Image]
+    num_unreadable: int = 0
 
 
 class TextEncoder:
@@ -119,7 +123,8 @@ class InterleavedDocuments:
 
     The part `json` is a document of MMC4, where each entry of `image_info` has its picture as `image_base64`. Pictures
     with too few bytes, too little similarity to their sentence, or that cannot be read are left out, and of the others
-    the first `max_images`. A document without a picture is rejected, one with a single picture most of the time.
+    the first `max_images`. A document without a picture within the thresholds is rejected, one with a single picture
+    most of the time; one whose pictures are damaged (base64 or picture) is an error.
 
     Args:
         min_image_bytes: of an encoded picture, in bytes; 11,000 is 2023's "more than 10 kB" in whole kB.
@@ -148,7 +153,7 @@ class InterleavedDocuments:
         self, id: str, parts: Mapping[str, bytes], encoder: TextEncoder, generator: Random
     ) -> PretrainingSample:
         """As `ImageTextPairs`; raises `RejectedSample` for a document that the thresholds leave out."""
-        sentences, candidates = self._read(id, parts)
+        sentences, candidates, num_unreadable = self._read(id, parts)
         sentences = [encoder.escape(sentence) for sentence in sentences]
         keeps_single = generator.random() < self.keep_single
         while candidates:
@@ -164,11 +169,17 @@ class InterleavedDocuments:
             images = [picture.image() for picture in chosen[:count]]
             broken = {picture.number for picture, image in zip(chosen, images, strict=False) if image is None}
             if not broken:
-                return PretrainingSample(id, input_ids, images)
+                return PretrainingSample(id, input_ids, images, num_unreadable)
+            num_unreadable += len(broken)
             candidates = [picture for picture in candidates if picture.number not in broken]
+        if num_unreadable and not candidates:
+            raise SampleError(
+                f"Document {id!r} has no picture that can be read: {num_unreadable} damaged.", "unreadable image"
+            )
         raise RejectedSample(f"Document {id!r} has no picture within the thresholds.", "no image")
 
-    def _read(self, id: str, parts: Mapping[str, bytes]) -> tuple[list[str], list["_Picture"]]:
+    def _read(self, id: str, parts: Mapping[str, bytes]) -> tuple[list[str], list["_Picture"], int]:
+        """Sentences, the pictures within the thresholds, and how many of these are no base64."""
         if "json" not in parts:
             raise SampleError(f"Document {id!r} has no json part, it has {sorted(parts)}.", "missing part")
         try:
@@ -176,13 +187,16 @@ class InterleavedDocuments:
             sentences = document["text_list"]
             if not all(isinstance(sentence, str) for sentence in sentences):
                 raise TypeError("text_list is no list of texts")
-            return sentences, list(self._wanted(document["image_info"], len(sentences)))
+            wanted = list(self._wanted(document["image_info"], len(sentences)))
+            pictures = [picture for picture in wanted if picture is not None]
+            return sentences, pictures, len(wanted) - len(pictures)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SampleError(
                 f"Document {id!r} is no MMC4 document ({type(error).__name__}: {error}).", "unreadable text"
             ) from None
 
-    def _wanted(self, image_info: Sequence[Mapping[str, Any]], num_sentences: int) -> Iterator["_Picture"]:
+    def _wanted(self, image_info: Sequence[Mapping[str, Any]], num_sentences: int) -> Iterator["_Picture | None"]:
+        """The pictures within the thresholds; None for one that is no base64, whose size is not known."""
         for number, info in enumerate(image_info):
             encoded = info.get("image_base64")
             if encoded is None:
@@ -193,6 +207,7 @@ class InterleavedDocuments:
             try:
                 data = decode_base64(encoded)
             except ValueError:
+                yield None
                 continue
             if len(data) >= self.min_image_bytes:
                 yield _Picture(number, sentence, data)

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_BRACES = re.compile(r"\{(\d+\.\.\d+|[^{}]*,[^{}]*)\}")
 _SIZES_FILE = "sizes.json"
 
 
@@ -37,8 +37,8 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
     The files that shards are named by.
 
     Args:
-        shards: a tar file; a pattern with braces as in `cc3m/{00000..00331}.tar`, or with wildcards; a folder, for all
-            tar files in it (what img2dataset writes); or a list of these.
+        shards: a tar file; a pattern with braces as in `cc3m/{00000..00331}.tar` or `{00000,00002}.tar`, or with
+            wildcards; a folder, for all tar files in it (what img2dataset writes); or a list of these.
 
     Raises:
         ValueError: naming what stands for no file, or for one that does not exist.
@@ -60,13 +60,37 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{08..10}.tar` -> `a08.tar`, `a09.tar`, `a10.tar`; several braces multiply."""
-    pieces = _BRACES.split(pattern)  # text, first, last, text, ...
-    choices = [[text] for text in pieces[::3]]
-    for place, (first, last) in enumerate(zip(pieces[1::3], pieces[2::3], strict=True)):
-        numbers = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        choices.insert(2 * place + 1, numbers)
-    return ["".join(parts) for parts in itertools.product(*choices)]
+    """`a{08..10}.tar` -> `a08.tar`, `a09.tar`, `a10.tar`, `a{0,2}.tar` -> `a0.tar`, `a2.tar`; several multiply."""
+    return [path for _, path in _expand_braces(pattern)]
+
+
+def _expand_braces(pattern: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What stands for the braces, and the whole."""
+    pieces = _BRACES.split(pattern)  # text, braces, text, ...
+    for chosen in itertools.product(*map(_choices, pieces[1::2])):
+        yield chosen, "".join(itertools.chain.from_iterable(itertools.zip_longest(pieces[::2], chosen, fillvalue="")))
+
+
+def _choices(braces: str) -> list[str]:
+    first, dots, last = braces.partition("..")
+    if dots and "," not in braces:
+        return [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return [choice.strip() for choice in braces.split(",")]
+
+
+def numbered_files(pattern: str) -> dict[tuple[str, ...], str]:
+    """
+    The files that a pattern stands for, by what stands in place of its `*` or braces, numbers without leading zeros:
+    `docs_{0,02}.jsonl` -> `{("0",): "docs_0.jsonl", ("2",): "docs_02.jsonl"}`. With braces they need not exist.
+    """
+    if "*" in pattern:
+        # each star becomes a group; a star does not reach over a folder, as in glob
+        stars = re.compile("([^/]*)".join(map(re.escape, os.path.normpath(pattern).split("*"))))
+        found = ((stars.fullmatch(os.path.normpath(path)), path) for path in sorted(glob(pattern)))
+        files = ((match.groups(), path) for match, path in found if match)
+    else:
+        files = _expand_braces(pattern)
+    return {tuple(part.lstrip("0") or "0" if part.isdigit() else part for part in key): path for key, path in files}
 
 
 def index_shard(path: Path) -> list[SampleParts]:

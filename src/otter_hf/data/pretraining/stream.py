@@ -29,11 +29,11 @@ _PATIENCE = 10_000
 
 
 class PretrainingSkipCounter(SkipCounter):
-    """Of samples that are broken, and of those that are not wanted."""
+    """Of samples and pictures of documents that are broken, and of samples that are not wanted."""
 
     reasons = (
         *("missing sample", "missing part", "unreadable text", "empty text", "unreadable image"),
-        *("no image", "single image"),
+        *("unreadable image in a document", "no image", "single image"),
     )
 
 
@@ -292,6 +292,11 @@ class PretrainingStream(IterableDataset):
                     ) from None
                 continue
             in_vain = 0
+            for _ in range(sample.num_unreadable):
+                if self._skipped.add("unreadable image in a document") == 1:
+                    logger.warning(
+                        f"{one.name}: Document {sample.id!r} has a damaged picture, which is left out of it."
+                    )
             yield sample, (round, place)
 
     def _read(self, number: int, shard: int, index: int, generator: Random) -> PretrainingSample:
