@@ -56,6 +56,17 @@ class TestLabels:
         # the ids are the same, only the labels differ
         assert torch.equal(two["input_ids"], right([sample(ONE, TWO, images=[picture()])])["input_ids"])
 
+    def test_images_stand_in_front_of_their_turn_or_between_its_words(self, processor):
+        media = {"media": [[picture()], [picture()]], "media_per_turn": [1, 1]}
+        later = OtterHDCollator(processor)([{**sample(ONE, TWO), **media}])
+        image = "|SPEAKER||NEWLINE|"
+        text = f"{image}<s> User:Q1 Assistant:\x04 A1{image} User:Q2 Assistant:\x04 A2|ENDOFTEXT|"
+        assert processor.decode(later["input_ids"][0]) == text and learned(processor, later) == "A1 A2|ENDOFTEXT|"
+        film = {"media": [[picture(), picture()]], "media_per_turn": [1], "media_places": [[1]]}
+        between = OtterHDCollator(processor)([{**sample(ONE), **film, "task_description": "Look."}])
+        text = f"<s> Look.\nUser:Q{image}{image} 1 Assistant:\x04 A1|ENDOFTEXT|"
+        assert processor.decode(between["input_ids"][0]) == text and learned(processor, between) == "A1|ENDOFTEXT|"
+
     def test_images_of_2023(self, processor):
         collate = OtterHDCollator(processor, labels="2023", resolution=(20, 20))
         several = collate([sample(ONE, images=[picture(), picture()])])

@@ -23,6 +23,7 @@ RECORDS = {
     "b": {"instruction": "Two?", "answer": "yes", "image_ids": ["blue", "red"], "rel_ins_ids": ["a"]},
     "c": {"instruction": "Hi", "answer": "Hello", "image_ids": [], "rel_ins_ids": []},
 }
+PLACED = {"p": {"instruction": "Is <image> red?", "answer": "no", "image_ids": ["blue"], "images_in_text": True}}
 
 
 @pytest.fixture
@@ -30,7 +31,12 @@ def mixture(tmp_path, by_colour):
     files = write_mimicit(tmp_path, "X", RECORDS, by_colour, {"b": ["a"]})
     text = write_mimicit(tmp_path, "T", {"t": {"instruction": "Q", "answer": "A"}})
     settings = dict(zip(("mimicit_path", "images_path", "train_config_path"), map(str, files), strict=True))
-    groups = {"IMAGE_TEXT": {"X": settings}, "TEXT_ONLY": {"T": {"mimicit_path": str(text.instructions_path)}}}
+    placed = write_mimicit(tmp_path, "P", PLACED, by_colour)
+    placed_settings = dict(zip(("mimicit_path", "images_path"), map(str, placed), strict=False))
+    groups = {
+        "IMAGE_TEXT": {"X": settings, "P": placed_settings},
+        "TEXT_ONLY": {"T": {"mimicit_path": str(text.instructions_path)}},
+    }
     (tmp_path / "mix.yaml").write_text(json.dumps(groups))
     return tmp_path / "mix.yaml"
 
@@ -58,6 +64,8 @@ def test_round_trip_through_a_folder(tmp_path, mixture, by_colour):
     }
     assert main(["data", "from-hub", str(folder), "--name", "X", "--output", str(tmp_path / "back")]) == 0
     same(read_hub_form(str(folder), "X", tmp_path / "back"), by_colour)
+    placed = read_hub_form(str(folder), "P", tmp_path / "back")
+    assert load_mimicit(*placed)[0]["images_in_text"] == [True]
     text = read_hub_form(str(folder), "T", tmp_path / "back")
     assert text.images_path == () and load_mimicit(text.instructions_path)[0]["id"] == ["t"]
     with pytest.raises(ValueError, match="no configuration Y"):

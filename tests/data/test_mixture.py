@@ -133,6 +133,52 @@ def test_several_images_are_frames_or_media(files):
     assert sample["media_per_turn"] == [3] and list(map(colours, sample["media"])) == [["red"], ["green"], ["blue"]]
 
 
+def placed_files(tmp_path, by_colour):
+    """A conversation whose later turns bring pictures of their own, between words."""
+    records = {
+        "p1": {"instruction": "<image>\nColour? ", "answer": "red", "image_ids": ["red"], "images_in_text": True},
+        "p2": {
+            "instruction": "Like <image> or <image> ?",
+            "answer": "blue",
+            "image_ids": ["green", "blue"],
+            "images_in_text": True,
+        },
+        "p3": {"instruction": "Sure?", "answer": "yes", "images_in_text": True},
+    }
+    return write_mimicit(tmp_path, "X", records, by_colour)
+
+
+@pytest.mark.parametrize("group", ["IMAGE_TEXT", "IMAGE_TEXT_IN_CONTEXT"])
+def test_pictures_stand_where_a_record_puts_them(tmp_path, by_colour, tiny_processor, group):
+    files = placed_files(tmp_path, by_colour)
+    sample = mixture(files, group, {"p3": ["p1", "p2"]})[0]
+    assert sample["turns"] == [("Colour?", "red"), ("Like  or  ?", "blue"), ("Sure?", "yes")]
+    assert sample["media_per_turn"] == [1, 2, 0] and sample["media_places"] == [[0], [5, 9], []]
+    assert [colours(frames) for frames in sample["media"]] == [["red"], ["green"], ["blue"]]
+    batch = OtterCollator(tiny_processor)([sample])
+    assert tiny_processor.decode(batch["input_ids"][0]) == (
+        "<s><image>User:Colour? GPT:<answer>red<|endofchunk|>User:Like <image> or <image> ? GPT:<answer>blue"
+        "<|endofchunk|>User:Sure? GPT:<answer>yes<|endofchunk|></s>"
+    )
+    # a turn that is left out takes its picture along if the next one has its own
+    shorter = mixture(files, group, {"p3": ["p1", "p2"]}, SampleOptions(max_context=1))[0]
+    assert shorter["media_places"] == [[5, 9], []] and len(shorter["media"]) == 2
+    shorter = mixture(files, group, {"p3": ["p1", "p2"]}, SampleOptions(max_context=0))[0]
+    assert shorter["media_places"] == [[0, 0]] and shorter["turns"] == [("Sure?", "yes")]
+
+
+def test_places_are_as_many_as_pictures(tmp_path, by_colour):
+    record = {"instruction": "<image> and <image>?", "answer": "a", "image_ids": ["red"], "images_in_text": True}
+    with pytest.raises(ValueError, match="record 'r', which says images_in_text, has 2 <image> for 1 images"):
+        write_mimicit(tmp_path, "X", {"r": record}, by_colour)
+    files = write_mimicit(tmp_path, "X", {"r": {**record, "images_in_text": False}}, by_colour)
+    assert mixture(files, "IMAGE_TEXT", {"r": []})[0]["turns"] == [("<image> and <image>?", "a")]
+    path = files.instructions_path
+    path.write_text(path.read_text().replace('"images_in_text": false', '"images_in_text": true'))
+    with pytest.raises(SampleError, match="has 2 <image> for 1 images"):
+        mixture(files, "IMAGE_TEXT", {"r": []})[0]
+
+
 def test_videos_are_resampled(files):
     (sample,) = mixture(files, "VIDEO_TEXT", {"clip": []}, SampleOptions(num_frames=4))
     assert sample["media_per_turn"] == [1]

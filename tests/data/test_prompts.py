@@ -1,4 +1,5 @@
 import pytest
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -66,9 +67,9 @@ GOLDEN = [
         "User:Q1<end_of_utterance>\nAssistant:<answer>A1<end_of_utterance>\n"
         "User:Q2<end_of_utterance>\nAssistant:<answer>A2<end_of_utterance>",
     ),
-    ("fuyu", ONE, "first", "User:Q1 Assistant:\x04 A1"),
-    ("fuyu", TWO, "first", "User:Q1 Assistant:\x04 A1User:Q2 Assistant:\x04 A2"),
-    ("fuyu", TWO, "every", "User:Q1 Assistant:\x04 A1User:Q2 Assistant:\x04 A2"),
+    ("fuyu", ONE, "first", "|SPEAKER|User:Q1 Assistant:\x04 A1"),
+    ("fuyu", TWO, "first", "|SPEAKER|User:Q1 Assistant:\x04 A1User:Q2 Assistant:\x04 A2"),
+    ("fuyu", TWO, "every", "|SPEAKER|User:Q1 Assistant:\x04 A1|SPEAKER|User:Q2 Assistant:\x04 A2"),
     ("fuyu", TWO, "none", "User:Q1 Assistant:\x04 A1User:Q2 Assistant:\x04 A2"),
     # the inference prompts of the original demos and benchmarks
     ("spaced", [("q", None)], "first", "<image>User: q GPT:<answer>"),
@@ -141,7 +142,8 @@ def test_chat_template_equals_render_on_awkward_texts(tokenizer, format, media):
         add_generation_prompt=True,
     )
     assert text == expected
-    assert text.startswith("Be < |endofchunk|> brief.\n")
+    in_front = "|SPEAKER|" if format == "fuyu" and media != "none" else ""
+    assert text.startswith(in_front + "Be < |endofchunk|> brief.\n")
 
 
 def test_chat_template_accepts_strings_and_videos(tokenizer):
@@ -156,8 +158,67 @@ def test_chat_template_accepts_strings_and_videos(tokenizer):
         messages, chat_template=chat_template(), tokenize=False, add_generation_prompt=True
     )
     assert text == (
-        "Short answers.\n<image><image>User: What moves? GPT:<answer> a cat<|endofchunk|>User: Sure? GPT:<answer>"
+        "Short answers.\nUser: What <image><image>moves? GPT:<answer> a cat<|endofchunk|>User: Sure? GPT:<answer>"
     )
+
+
+# format, text with `^` where a medium stands -> prompt
+PLACED = [
+    ("simple", "first:^ second:^ done?", "User:first:<image> second:<image> done? GPT:<answer>"),
+    ("simple", "^first:^^ last^", "<image>User:first:<image><image> last<image> GPT:<answer>"),
+    ("spaced", "what is it?^", "User: what is it?<image> GPT:<answer>"),
+    ("llama2", "^first:^ last", "[INST]<image>\nfirst:<image> last[/INST]<answer>"),
+    ("plain", "one^two", "one<image>two"),
+    ("fuyu", "^a^b", "|SPEAKER|User:a|SPEAKER|b Assistant:\x04"),
+    (
+        "idefics",
+        "^a^^b",
+        f"User:{FAKE}<image>{FAKE}a{FAKE}<image>{FAKE}<image>{FAKE}b<end_of_utterance>\nAssistant:<answer>",
+    ),
+]
+
+
+@pytest.mark.parametrize("format, marked, expected", PLACED)
+def test_media_stand_where_a_message_puts_them(tokenizer, format, marked, expected):
+    texts = marked.split("^")
+    parts = [{"type": "text", "text": texts[0]}]
+    for text in texts[1:]:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        chat_template=chat_template(format),
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert text == expected
+    places = [len("".join(texts[:end])) for end in range(1, len(texts))]
+    assert render([("".join(texts), None)], format, [len(places)], media_places=[places]) == expected
+
+
+USER = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize(
+    "messages, options, message",
+    [
+        (
+            [{"role": "user", "content": [{"type": "input_text", "text": "q"}]}],
+            {},
+            r"messages\[0\] .* type input_text",
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, "type text; parts must"),
+        ([{"role": "user", "content": ["q"]}], {}, "parts must be of the type"),
+        ([{"role": "user"}], {}, "has no content"),
+        ([{"role": "system", "content": [{"type": "image"}]}, USER], {}, "role system and holds a picture"),
+        ([USER, {"role": "assistant", "content": [{"type": "image"}]}], {}, r"messages\[1\] .* role assistant"),
+        ([USER, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}], {}, "tool_calls"),
+        ([USER], {"tools": [{"type": "function"}]}, "tools and documents are not supported"),
+        ([USER], {"documents": [{"title": "t", "text": "x"}]}, "tools and documents are not supported"),
+    ],
+)
+def test_chat_template_refuses_what_it_does_not_know(tokenizer, messages, options, message):
+    with pytest.raises(TemplateError, match=message):
+        tokenizer.apply_chat_template(messages, chat_template=chat_template(), tokenize=False, **options)
 
 
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["user", "system"], ["user", "tool"]])
@@ -178,6 +239,9 @@ def test_task_description_is_a_line_before_the_first_image():
         ({"turns": ONE, "format": "vicuna"}, "'vicuna': use one of simple"),
         ({"turns": ONE, "media": "all"}, "got 'all'"),
         ({"turns": TWO, "media": [1]}, "1 numbers for 2 turns"),
+        ({"turns": ONE, "media": [1], "media_places": [[0, 1]]}, r"\[2\] media per turn, but media \[1\]"),
+        ({"turns": ONE, "media": [2], "media_places": [[1, 0]]}, "turn 0 are .*: they must go up"),
+        ({"turns": ONE, "media": [1], "media_places": [[3]]}, "at most the 2 characters"),
         ({"turns": []}, "at least one"),
         ({"turns": [("Q1", None), ("Q2", "A2")]}, "Turn 0 of 2 has no answer"),
     ],

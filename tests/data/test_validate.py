@@ -67,6 +67,8 @@ def changed(**change):
         (changed(instruction=3), "missing instruction", "error"),
         (changed(answer="  "), "empty answer", "warning"),
         (changed(instruction="<image>?"), "reserved token", "note"),
+        (changed(instruction="<image> or <image>?", images_in_text=True), "images in text", "error"),
+        (changed(images_in_text="yes"), "images in text", "error"),
         (changed(image_ids=["red", "gone"]), "missing image", "error"),
         (changed(image_ids=[1]), "image_ids", "error"),
         (changed(image_ids=["red", "blue"]), "ragged image counts", "note"),

@@ -184,8 +184,8 @@ class TestChat:
 
     def test_equals_the_training_text(self, processor):
         prompt = processor.apply_chat_template(self.conversation(), add_generation_prompt=True)
-        assert prompt == render([("Q", "A"), ("What?", None)], "fuyu", "none")
-        assert prompt == "User:Q Assistant:\x04 AUser:What? Assistant:\x04"
+        assert prompt == render([("Q", "A"), ("What?", None)], "fuyu", "first")
+        assert prompt == "|SPEAKER|User:Q Assistant:\x04 AUser:What? Assistant:\x04"
 
     def test_tokenized(self, processor):
         inputs = processor.apply_chat_template(

@@ -8,7 +8,7 @@ import torch
 from transformers.utils import logging
 
 from .prompts import RESERVED_TOKENS, get_format, render
-from .samples import Sample, SampleError
+from .samples import Sample, SampleError, drop_oldest_turn
 
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ class OtterCollator:
                 sample["media_per_turn"],
                 sample.get("task_description"),
                 self._reserved_tokens,
+                sample.get("media_places"),
             )
             for sample in samples
         ]
@@ -265,20 +266,6 @@ class OtterCollator:
             "max_length_q": int(lengths.max()),
             "max_length_k": int(lengths.max()),
         }
-
-
-def drop_oldest_turn(sample: Sample) -> Sample:
-    """The sample without its first turn.
-
-    Images of that turn are dropped with it if the next turn brings its own (in-context examples); otherwise the next
-    turn still talks about them, and they move to it.
-    """
-    counts = sample["media_per_turn"]
-    if counts[1]:
-        counts, media = counts[1:], sample["media"][counts[0] :]
-    else:
-        counts, media = [counts[0], *counts[2:]], sample["media"]
-    return {**sample, "turns": sample["turns"][1:], "media_per_turn": counts, "media": media}
 
 
 def _check_media(sample: Sample):

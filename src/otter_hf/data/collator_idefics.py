@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .collator import OtterCollator
 from .prompts import ANSWER_TOKEN, IMAGE_TOKEN, get_format
-from .samples import Sample
+from .samples import Sample, frames_as_media
 
 
 def prepare_idefics_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -67,22 +67,12 @@ class IdeficsCollator:
         )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        batch = self._collator([_frames_as_media(sample) for sample in samples])
+        batch = self._collator([frames_as_media(sample) for sample in samples])
         image_token_id = self._collator.processor.image_token_id
         seen = (batch["input_ids"] == image_token_id).cumsum(dim=1) * batch["attention_mask"]  # (B, L), 0: none yet
         numbers = torch.arange(1, batch["pixel_values"].shape[1] + 1)  # (T,)
         batch["image_attention_mask"] = (seen[..., None] == numbers).long()  # (B, L, T)
         return batch
-
-
-def _frames_as_media(sample: Sample) -> Sample:
-    media = iter(sample["media"])
-    per_turn = [[next(media) for _ in range(count)] for count in sample["media_per_turn"]]
-    return {
-        **sample,
-        "media": [[frame] for of_turn in per_turn for frames in of_turn for frame in frames],
-        "media_per_turn": [sum(map(len, of_turn)) for of_turn in per_turn],
-    }
 
 
 class _IdeficsMedia:

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from .collator import IGNORE_INDEX, drop_oldest_turn
+from .collator import IGNORE_INDEX
 from .prompts import render
-from .samples import Sample, SampleError
+from .samples import Sample, SampleError, drop_oldest_turn, frames_as_media
 
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class OtterHDCollator:
     r"""Turns a list of samples (see `Sample`) into one training batch for OtterHD.
 
     A row is `images <s> text |ENDOFTEXT|`, with the text `User:{q} Assistant:<0x04> {a}` of every turn; a row without
-    images starts with `|ENDOFTEXT|` in place of `<s>`. All images of a sample, the frames of videos included, stand in
-    front in their order.
+    images starts with `|ENDOFTEXT|` in place of `<s>`. The images of the first turn, the frames of videos included,
+    stand in front, those of later turns in front of these, and those with a place in an instruction there.
 
     Args:
         processor: an `OtterHDProcessor`.
@@ -85,7 +85,7 @@ class OtterHDCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
         rows = []
         for sample, resolution in zip(samples, self._resolutions(samples), strict=True):
-            row = self._encode(sample, resolution)
+            row = self._encode(frames_as_media(sample), resolution)
             if row is not None:
                 rows.append(row)
         if not rows:
@@ -164,12 +164,19 @@ class OtterHDCollator:
 
     def _tokenize(self, sample: Sample, grids, factors, **limit):
         """Ids, the place of each in the text, and the places of the answers."""
-        escape = self.processor.escape_reserved_tokens
-        turns = [(escape(question), escape(answer)) for question, answer in sample["turns"]]
-        description = sample.get("task_description")
+        turns, counts, places = sample["turns"], sample["media_per_turn"], sample.get("media_places")
+        if self.labels == "2023":
+            counts, places = [1] + [0] * (len(turns) - 1), None
         written = [
-            render(turns[: count + 1], "fuyu", "none", description and escape(description), ())
-            for count in range(len(turns))
+            render(
+                turns[:end],
+                "fuyu",
+                counts[:end],
+                sample.get("task_description"),
+                self.processor.reserved_tokens,
+                places and places[:end],
+            )
+            for end in range(1, len(turns) + 1)
         ]
         # the words of the sample are escaped, so what is left of the character opens an answer
         openings = [place for place, letter in enumerate(written[-1]) if letter == _ANSWER_CHARACTER]

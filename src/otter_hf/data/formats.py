@@ -21,6 +21,7 @@ from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
 from .json_stream import iter_json_object
 from .parquet_writer import kept_for_next_run, move_image_parts, write_image_parts
+from .prompts import IMAGE_TOKEN
 
 
 logger = logging.get_logger(__name__)
@@ -30,6 +31,8 @@ _RECORD = {
     "instruction": Value("string"),
     "answer": Value("string"),
     "image_ids": List(Value("string")),
+    # whether each `<image>` in the instruction is the place of one of the images, in their order
+    "images_in_text": Value("bool"),
 }
 # A row is a training example; `context` holds its earlier turns or in-context examples, oldest first.
 FEATURES = Features({**_RECORD, "rel_ins_ids": List(Value("string")), "context": List(_RECORD)})
@@ -106,6 +109,7 @@ def stream_records(path: str | Path) -> Iterator[dict[str, Any]]:
             "instruction": _text_or_none(record.get("instruction")),
             "answer": _text_or_none(record.get("answer")),
             "image_ids": _id_list(record.get("image_ids"), "image_ids of record %r of %s", id, path),
+            "images_in_text": _images_in_text(id, record),
             "rel_ins_ids": _id_list(record.get("rel_ins_ids"), "rel_ins_ids of record %r of %s", id, path),
             "context": [],
         }
@@ -217,6 +221,13 @@ def _id_list(value: Any, what: str, *names: Any) -> list[str]:
     return [_text_or_none(id) for id in ids]
 
 
+def _images_in_text(id: str, record: Mapping[str, Any]) -> bool:
+    value = record.get("images_in_text") or False
+    if not isinstance(value, bool):
+        raise ValueError(f"The images_in_text of record {id!r} must be true or false, got {_shown(value)}.")
+    return value
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
@@ -247,8 +258,9 @@ def write_mimicit(
     behind the last complete 256 MB of pictures, which it finds in the hidden folder `.<name>.parquet.parts`.
 
     Args:
-        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids"}`, as a mapping or in pairs. The last two
-            are optional, `image_ids` may also be one string or `None`.
+        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids", "images_in_text"}`, as a mapping or in
+            pairs. The last three are optional, `image_ids` may also be one string or `None`. With `images_in_text`,
+            the instruction holds an `<image>` for each of the images, where it stands.
         images: `image id -> picture`, as a mapping or in pairs, read one by one. Bytes and files are kept as they
             are, PIL pictures become PNG. More than 256 MB of them make `<name>.parquet` a folder of parts. No parquet
             file is written for an `ImageStore`, which the records then refer to, and for None, text-only data.
@@ -326,6 +338,12 @@ def _write_records(
             for image_id in image_ids:
                 if image_id not in known_images:
                     raise ValueError(f"Record {id!r} needs image {image_id!r}, which is not among the images.")
+            marks = record["instruction"].count(IMAGE_TOKEN)
+            if _images_in_text(id, record) and marks != len(image_ids):
+                raise ValueError(
+                    f"The instruction of record {id!r}, which says images_in_text, has {marks} {IMAGE_TOKEN} for "
+                    f"{len(image_ids)} images: write one for each."
+                )
             related.extend((id, other) for other in rel_ins_ids)
             record = {**record, "image_ids": image_ids, "rel_ins_ids": rel_ins_ids}
             separator = ",\n" if ids else "\n"

@@ -2,7 +2,7 @@
 
 A dataset `X` there has up to three configurations: `X_Images` (`id`, `image`), `X_Instructions` (`id`, `instruction`,
 `answer`, `images` and `related instructions` as ids), and `X`, the same with the pictures themselves in each row. We
-add `X_Train` (`id`, `context`) where there is a train config.
+add `X_Train` (`id`, `context`) where there is a train config, and the column `images_in_text` where a record says so.
 """
 
 import os
@@ -145,8 +145,10 @@ def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterat
         images = ({"id": id, "image": {"bytes": store.read_bytes(id), "path": None}} for id in _once(store))
         yield "Images", PICTURES, images
     columns = {"image_ids": "images", "rel_ins_ids": "related instructions"}
-    table = records.select_columns([column for column in records.column_names if column != "context"])
-    yield "Instructions", _INSTRUCTIONS, table.rename_columns(columns)
+    features = _INSTRUCTIONS
+    if any(records["images_in_text"]):  # the published datasets do not have this column
+        features = Features({**features, "images_in_text": Value("bool")})
+    yield "Instructions", features, records.rename_columns(columns).select_columns(list(features))
     if entry.train_config_path:
         contexts = iter_json_object(entry.train_config_path)
         yield "Train", _TRAIN, ({"id": id, "context": context} for id, context in contexts)
@@ -177,6 +179,8 @@ def _record(row: Mapping[str, Any], image_ids: Sequence[str]) -> tuple[str, dict
     if missing:
         raise ValueError(f"The instructions have no column {', '.join(missing)}, only {', '.join(row)}.")
     record = {"instruction": row["instruction"], "answer": row["answer"], "image_ids": list(image_ids)}
+    if row.get("images_in_text"):
+        record["images_in_text"] = True
     return row["id"], {**record, "rel_ins_ids": list(row.get("related instructions") or [])}
 
 

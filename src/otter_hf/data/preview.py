@@ -57,7 +57,13 @@ def describe_sample(sample: Sample, processor: "OtterProcessor", format: str = "
 
 def prompt_of(sample: Sample, format: str = "simple") -> str:
     """The prompt text of a sample."""
-    return render(sample["turns"], format, sample["media_per_turn"], sample.get("task_description"))
+    return render(
+        sample["turns"],
+        format,
+        sample["media_per_turn"],
+        sample.get("task_description"),
+        media_places=sample.get("media_places"),
+    )
 
 
 def contact_sheet(sample: Sample) -> Image.Image:

@@ -9,9 +9,11 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 
 
 IMAGE_TOKEN = "<image>"
+FUYU_IMAGE_TOKEN = "|SPEAKER|"
 ANSWER_TOKEN = "<answer>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 
@@ -35,15 +37,17 @@ RESERVED_TOKENS = (
 class InstructionFormat:
     """The constant pieces of one turn, in the order in which they are written.
 
-    A turn is `open`, the media of the turn, `ask`, the instruction, `reply`, `answer_lead`, the answer, `end`; turns
-    are joined by `separator`. The media of a turn are `media_open`, one `media` per image or video, `media_close`. A
-    generation prompt stops after `reply`.
+    A turn is `open`, the media in front, `ask`, the instruction, `reply`, `answer_lead`, the answer, `end`; turns are
+    joined by `separator`. The media in front are `media_open`, one `media` per image or video,
+    `media_close`; those between words `media_open` and one `media` each. A generation prompt stops after `reply`.
     """
 
     open: str = ""
     media_open: str = ""
     media: str = IMAGE_TOKEN
     media_close: str = ""
+    # whether the media in front of the first turn are also in front of the task description or system message
+    media_before_system: bool = False
     # in place of the media, in the first turn of a conversation without any image or video
     no_media_at_all: str = ""
     ask: str = ""
@@ -68,8 +72,15 @@ FORMATS = {
     ),
     # OpenFlamingo was not trained on a form: the text, such as "Question: ... Short answer:", is the user's own.
     "plain": InstructionFormat(),
-    # Fuyu's processor writes the image tokens itself and ends the text with its own token.
-    "fuyu": InstructionFormat(media="", ask="User:", reply=" Assistant:\x04", answer_lead=" ", end=""),
+    # Fuyu's processor puts all patches of an image in the place of its token.
+    "fuyu": InstructionFormat(
+        media=FUYU_IMAGE_TOKEN,
+        media_before_system=True,
+        ask="User:",
+        reply=" Assistant:\x04",
+        answer_lead=" ",
+        end="",
+    ),
 }
 
 
@@ -120,6 +131,7 @@ def render(
     media: str | Sequence[int] = "first",
     task_description: str | None = None,
     reserved_tokens: Sequence[str] = RESERVED_TOKENS,
+    media_places: Sequence[Sequence[int]] | None = None,
 ) -> str:
     """Writes a conversation as one prompt string.
 
@@ -131,32 +143,49 @@ def render(
             turn: in-context examples), `"none"`, or the number of media of each turn.
         task_description: a line put before everything else.
         reserved_tokens: tokens which the text of the turns may not inject, see `escape_reserved_tokens`.
+        media_places: for each turn the places of its media: the number of characters of the instruction in front of
+            each, in order. By default all stand in front, at 0.
 
     Raises:
         ValueError: for an unknown format or `media`, for no turns, a count of media per turn that does not fit the
-            turns, and for a missing answer in a turn that is not the last.
+            turns, places that do not fit the counts or the instruction, and for a missing answer in a turn that is
+            not the last.
     """
     pieces = get_format(format)
     if not turns:
         raise ValueError("A conversation needs at least one (instruction, answer) turn, got none.")
     counts = media_counts(media, len(turns))
-    rendered = []
-    for index, ((instruction, answer), count) in enumerate(zip(turns, counts, strict=True)):
-        text = pieces.open
-        if count:
-            text += pieces.media_open + pieces.media * count + pieces.media_close
+    places = [[0] * count for count in counts] if media_places is None else [list(of_turn) for of_turn in media_places]
+    if [len(of_turn) for of_turn in places] != counts:
+        raise ValueError(f"media_places holds places for {list(map(len, places))} media per turn, but media {counts}.")
+    rendered, head = [], ""
+    if task_description:
+        head = escape_reserved_tokens(task_description, reserved_tokens) + "\n"
+    for index, ((instruction, answer), of_turn) in enumerate(zip(turns, places, strict=True)):
+        if of_turn != sorted(of_turn) or (of_turn and not 0 <= of_turn[0] <= of_turn[-1] <= len(instruction)):
+            raise ValueError(
+                f"media_places of turn {index} are {of_turn}: they must go up from 0 to at most the "
+                f"{len(instruction)} characters of its instruction."
+            )
+        in_front = of_turn.count(0)
+        text = pieces.media_open + pieces.media * in_front + pieces.media_close if in_front else ""
+        if index == 0 and pieces.media_before_system:
+            head, text = text + head, ""
         elif index == 0 and not any(counts):
-            text += pieces.no_media_at_all
-        text += pieces.ask + escape_reserved_tokens(instruction, reserved_tokens) + pieces.reply
+            text = pieces.no_media_at_all
+        text = pieces.open + text + pieces.ask
+        start = 0
+        for place, of_place in groupby(of_turn[in_front:]):
+            text += escape_reserved_tokens(instruction[start:place], reserved_tokens)
+            text += pieces.media_open + pieces.media * len(list(of_place))
+            start = place
+        text += escape_reserved_tokens(instruction[start:], reserved_tokens) + pieces.reply
         if answer is not None:
             text += pieces.answer_lead + escape_reserved_tokens(answer.strip(), reserved_tokens) + pieces.end
         elif index != len(turns) - 1:
             raise ValueError(f"Turn {index} of {len(turns)} has no answer: only the last turn may be without one.")
         rendered.append(text)
-    prompt = pieces.separator.join(rendered)
-    if task_description:
-        prompt = escape_reserved_tokens(task_description, reserved_tokens) + "\n" + prompt
-    return prompt
+    return head + pieces.separator.join(rendered)
 
 
 def media_counts(media: str | Sequence[int], num_turns: int) -> list[int]:
@@ -171,48 +200,114 @@ def media_counts(media: str | Sequence[int], num_turns: int) -> list[int]:
     return list(media)
 
 
-# `%NAME%` stands for a piece of the format, written as a Jinja string literal.
+# `%NAME%` stands for a piece of the format, written as a Jinja literal.
 _CHAT_TEMPLATE = """\
+{%- set media_types = ['image', 'image_url', 'video', 'video_url'] -%}
+{%- macro escaped(text) -%}
+    {{- text%escape% -}}
+{%- endmacro -%}
+{%- macro refused(index, what) -%}
+    {{- raise_exception('messages[' ~ index ~ '] ' ~ what) -}}
+{%- endmacro -%}
+{%- macro checked(message, index) -%}
+    {%- if message['tool_calls'] -%}
+        {{- refused(index, 'has tool_calls, which this model does not know; leave them out.') -}}
+    {%- elif message['content'] is not defined -%}
+        {{- refused(index, 'has no content.') -}}
+    {%- elif message['content'] is not string -%}
+        {%- for part in message['content'] -%}
+            {%- if part['type'] in media_types and message['role'] != 'user' -%}
+                {{- refused(index, 'has the role ' ~ message['role'] ~ ' and holds a picture or video, which only '
+                    ~ 'messages of the role user may.') -}}
+            {%- elif part['type'] not in media_types and (part['type'] != 'text' or part['text'] is not string) -%}
+                {{- refused(index, 'holds a part of the type ' ~ part['type'] ~ '; parts must be of the type text '
+                    ~ '(with a text), ' ~ media_types | join(', ') ~ '.') -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
 {%- macro text_of(content) -%}
     {%- if content is string -%}
         {{- content -}}
     {%- else -%}
-        {%- for part in content if part['type'] == 'text' -%}
+        {%- for part in content -%}
             {{- part['text'] -}}
         {%- endfor -%}
     {%- endif -%}
 {%- endmacro -%}
-{%- macro escaped(text) -%}
-    {{- text%escape% -}}
-{%- endmacro -%}
-{%- set media_types = ['image', 'image_url', 'video', 'video_url'] -%}
-{%- set state = namespace(media=0, turns=0, asked=false) -%}
-{%- for message in messages if message['content'] is not string -%}
-    {%- for part in message['content'] if part['type'] in media_types -%}
-        {%- set state.media = state.media + 1 -%}
+{%- macro leading_media(content) -%}
+    {%- set seen = namespace(media=0, words=content is string) -%}
+    {%- for part in content if content is not string -%}
+        {%- if part['type'] != 'text' -%}
+            {%- set seen.media = seen.media + (0 if seen.words else 1) -%}
+        {%- elif part['text'] -%}
+            {%- set seen.words = true -%}
+        {%- endif -%}
     {%- endfor -%}
+    {{- seen.media -}}
+{%- endmacro -%}
+{%- macro media_in_front(content) -%}
+    {%- set count = leading_media(content) | int -%}
+    {{- %media_open% + %media% * count + %media_close% if count else '' -}}
+{%- endmacro -%}
+{%- macro words_and_media(content) -%}
+    {%- if content is string -%}
+        {{- escaped(content) -}}
+    {%- else -%}
+        {%- set in_front = leading_media(content) | int -%}
+        {%- set run = namespace(text='', media=0, after_media=false) -%}
+        {%- for part in content -%}
+            {%- if part['type'] == 'text' -%}
+                {%- set run.text = run.text + part['text'] -%}
+                {%- set run.after_media = run.after_media and not part['text'] -%}
+            {%- elif run.media < in_front -%}
+                {%- set run.media = run.media + 1 -%}
+            {%- else -%}
+                {{- escaped(run.text) + ('' if run.after_media else %media_open%) + %media% -}}
+                {%- set run.text = '' -%}
+                {%- set run.after_media = true -%}
+            {%- endif -%}
+        {%- endfor -%}
+        {{- escaped(run.text) -}}
+    {%- endif -%}
+{%- endmacro -%}
+{%- set state = namespace(media=0, turns=0, asked=false, first='') -%}
+{%- if tools or documents -%}
+    {{- raise_exception('tools and documents are not supported by this model; leave them out.') -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {{- checked(message, loop.index0) -}}
+    {%- if message['role'] == 'user' and message['content'] is not string -%}
+        {%- for part in message['content'] if part['type'] != 'text' -%}
+            {%- set state.media = state.media + 1 -%}
+        {%- endfor -%}
+    {%- endif -%}
 {%- endfor -%}
+{%- if %media_before_system% -%}
+    {%- for message in messages if message['role'] == 'user' -%}
+        {%- if loop.first -%}
+            {{- media_in_front(message['content']) -}}
+        {%- endif -%}
+    {%- endfor -%}
+{%- endif -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'system' and state.turns == 0 and not state.asked -%}
         {{- escaped(text_of(message['content'])) + '\\n' -}}
     {%- elif message['role'] == 'user' and not state.asked -%}
         {{- %separator% if state.turns else '' -}}
         {{- %open% -}}
-        {%- set turn = namespace(media=0) -%}
-        {%- if message['content'] is not string -%}
-            {%- for part in message['content'] if part['type'] in media_types -%}
-                {%- set turn.media = turn.media + 1 -%}
-            {%- endfor -%}
-        {%- endif -%}
-        {%- if turn.media -%}
-            {{- %media_open% + %media% * turn.media + %media_close% -}}
-        {%- elif state.turns == 0 and state.media == 0 -%}
+        {%- if state.media == 0 and state.turns == 0 -%}
             {{- %no_media_at_all% -}}
+        {%- elif state.turns or not %media_before_system% -%}
+            {{- media_in_front(message['content']) -}}
         {%- endif -%}
-        {{- %ask% + escaped(text_of(message['content'])) -}}
+        {{- %ask% + words_and_media(message['content']) -}}
         {%- set state.asked = true -%}
     {%- elif message['role'] == 'assistant' and state.asked -%}
-        {{- %reply% + %answer_lead% + escaped(text_of(message['content']) | trim) + %end% -}}
+        {{- %reply% -}}
+        {%- generation -%}
+            {{- %answer_lead% + escaped(text_of(message['content']) | trim) + %end% -}}
+        {%- endgeneration -%}
         {%- set state.asked = false -%}
         {%- set state.turns = state.turns + 1 -%}
     {%- else -%}
@@ -231,24 +326,26 @@ def chat_template(
 ) -> str:
     """The Jinja template of a format for `apply_chat_template` of tokenizers and processors.
 
-    Image and video parts of a user message become placeholders in front of its text, as many as there are parts; a
-    system message becomes a line in front of everything; contents may be plain strings. The result equals `render` of
-    the same conversation, without `removed_tokens`. Reserved tokens inside the texts are escaped. Messages that do not
-    alternate raise an error.
+    Image and video parts of a user message become placeholders where they stand: those in front of all text in front
+    of the turn, as the original trained, the others between the words. A system message becomes a line in front of
+    everything; contents may be plain strings. The result equals `render` of the same conversation, without
+    `removed_tokens`. Reserved tokens inside the texts are escaped. Answers are marked with `{% generation %}`, from
+    where the model goes on to the token that ends the turn, for `return_assistant_tokens_mask`. Messages that do not
+    alternate, parts of other types, tools and documents raise an error.
     """
     pieces = get_format(format)
     template = _CHAT_TEMPLATE
     for field in fields(pieces):
         piece = getattr(pieces, field.name)
-        for token in removed_tokens:
+        for token in removed_tokens if isinstance(piece, str) else ():
             piece = piece.replace(token, "")
-        template = template.replace(f"%{field.name}%", _jinja_string(piece))
+        template = template.replace(f"%{field.name}%", _jinja_literal(piece))
     escape = ""
     for token in sorted(reserved_tokens, key=len):
         safe = escape_reserved_tokens(token, [token])
-        escape += f" | replace({_jinja_string(token)}, {_jinja_string(safe)})"
+        escape += f" | replace({_jinja_literal(token)}, {_jinja_literal(safe)})"
     return template.replace("%escape%", escape)
 
 
-def _jinja_string(text: str) -> str:
-    return json.dumps(text)
+def _jinja_literal(value: str | bool) -> str:
+    return json.dumps(value)

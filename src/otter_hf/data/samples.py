@@ -3,6 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypedDict
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from .image_store import ImageStore
-from .prompts import clean_text
+from .prompts import IMAGE_TOKEN, clean_text
 
 
 logger = logging.get_logger(__name__)
@@ -27,15 +28,17 @@ class _OptionalKeys(TypedDict, total=False):
     task_group: str
     dataset: str
     resolution: int
+    media_places: list[list[int]]
 
 
 class Sample(_OptionalKeys):
     """One training example, not yet rendered or tokenised.
 
     `media` holds one list of frames per image or video, in the order of their placeholders: an image has one frame.
-    `media_per_turn` tells how many of them stand in front of each turn; it adds up to `len(media)`.
+    `media_per_turn` tells how many of them each turn brings; it adds up to `len(media)`.
     Optional keys: `task_description`, a line in front of the prompt, `task_group` and `dataset`, where it is from, and
-    `resolution`, for OtterHD the side of the square in pixels that its images are resized to.
+    `resolution`, for OtterHD the side of the square in pixels that its images are resized to; `media_places`, for each
+    turn the characters of its instruction in front of each of its media, where not all stand in front (see `render`).
     """
 
     id: str
@@ -105,6 +108,9 @@ def build_sample(
     * `IMAGE_TEXT_IN_CONTEXT`: each context example has its own images in front of its own turn.
     * `TEXT_ONLY`: none.
 
+    If a record says `images_in_text`, every record of the sample brings its own images; those of that record are media
+    of their own and stand where its instruction has an `<image>`.
+
     Args:
         row: a row with the columns of `otter_hf.data.formats.FEATURES`.
         store: the images.
@@ -116,47 +122,113 @@ def build_sample(
         generator: the random state to draw with, needed with `use_task_description`.
 
     Raises:
-        SampleError: naming the sample and the image, if a text, frame or image is missing or unreadable.
+        SampleError: naming the sample and the image, if a text, frame or image is missing or unreadable, or if images
+            and places in the text differ in number.
     """
     context = row["context"]
-    if options.max_context is not None:
+    placed = any(record.get("images_in_text") for record in (*context, row))
+    if options.max_context is not None and not placed:
         context = context[max(0, len(context) - options.max_context) :]
     records = [*context, row]
-    if task_group in (IMAGE_TEXT, VIDEO_TEXT) and any(turn["image_ids"] != row["image_ids"] for turn in context):
+    about_row = task_group in (IMAGE_TEXT, VIDEO_TEXT) and not placed
+    if about_row and any(turn["image_ids"] != row["image_ids"] for turn in context):
         logger.warning_once(
             f"Some context in the group {task_group} is about other images than its sample, whose images it is shown "
             f"with: does the dataset belong to {IMAGE_TEXT_IN_CONTEXT}?"
         )
-    if task_group == IMAGE_TEXT_IN_CONTEXT:
-        media = [_load_images(row["id"], record["image_ids"], store, images_as) for record in records]
-    elif task_group == VIDEO_TEXT:
-        media = [[_load_video(row["id"], row["image_ids"], store, options.num_frames)]]
-    elif task_group == IMAGE_TEXT:
-        media = [_load_images(row["id"], row["image_ids"], store, images_as)]
-    else:
-        media = []
+
+    def media_of(record: Mapping[str, Any]) -> list[list[Image.Image]]:
+        if task_group == TEXT_ONLY:
+            return []
+        if task_group == VIDEO_TEXT and (about_row or record["image_ids"]):
+            return [_load_video(row["id"], record["image_ids"], store, options.num_frames)]
+        as_media = "media" if record.get("images_in_text") else images_as
+        return _load_images(row["id"], record["image_ids"], store, as_media)
+
+    media = [media_of(row)] if about_row else [media_of(record) for record in records]
     media += [[]] * (len(records) - len(media))
     description = None
     if options.use_task_description and task_descriptions:
         description = generator.choice(task_descriptions)
-    return {
+    turns = [
+        _turn(row["id"], record, len(of_turn), options.keep_symbols)
+        for record, of_turn in zip(records, media, strict=True)
+    ]
+    sample = {
         "id": row["id"],
-        "turns": [_turn(row["id"], record, options.keep_symbols) for record in records],
+        "turns": [turn for turn, _ in turns],
         "media_per_turn": [len(of_turn) for of_turn in media],
         "media": [medium for of_turn in media for medium in of_turn],
         "task_description": description,
     }
+    if placed:
+        sample["media_places"] = [places for _, places in turns]
+        # later turns may talk about the media of those that are left out
+        while options.max_context is not None and len(sample["turns"]) > options.max_context + 1:
+            sample = drop_oldest_turn(sample)
+    return sample
 
 
-def _turn(id: str, record: Mapping[str, Any], keep_symbols: bool) -> tuple[str, str]:
+def drop_oldest_turn(sample: Sample) -> Sample:
+    """The sample without its first turn.
+
+    Images of that turn are dropped with it if the next turn brings its own (in-context examples); otherwise the next
+    turn still talks about them, and they move to its front.
+    """
+    counts = sample["media_per_turn"]
+    moved = 0 if counts[1] else counts[0]
+    shorter = {
+        **sample,
+        "turns": sample["turns"][1:],
+        "media_per_turn": [moved + counts[1], *counts[2:]],
+        "media": sample["media"][counts[0] - moved :],
+    }
+    if "media_places" in sample:
+        places = sample["media_places"]
+        shorter["media_places"] = [[0] * moved + places[1], *places[2:]]
+    return shorter
+
+
+def frames_as_media(sample: Sample) -> Sample:
+    """The sample with each frame as a medium of its own, for models that have no videos."""
+    media = iter(sample["media"])
+    per_turn = [[next(media) for _ in range(count)] for count in sample["media_per_turn"]]
+    of_frames = {
+        **sample,
+        "media": [[frame] for of_turn in per_turn for frames in of_turn for frame in frames],
+        "media_per_turn": [sum(map(len, of_turn)) for of_turn in per_turn],
+    }
+    if "media_places" in sample:
+        of_frames["media_places"] = [
+            [place for place, frames in zip(places, of_turn, strict=True) for _ in frames]
+            for places, of_turn in zip(sample["media_places"], per_turn, strict=True)
+        ]
+    return of_frames
+
+
+def _turn(id: str, record: Mapping[str, Any], num_media: int, keep_symbols: bool) -> tuple[tuple[str, str], list[int]]:
+    """Instruction and answer, and the places of the media in the instruction."""
     for key in ("instruction", "answer"):
         if record[key] is None:
             message = f"Sample {id!r} cannot be used: record {record['id']!r} has no {key} text."
             raise SampleError(message, reason=f"missing {key}")
-    return (
-        clean_text(record["instruction"], keep_symbols=keep_symbols),
-        clean_text(record["answer"], answer=True, keep_symbols=keep_symbols),
-    )
+    answer = clean_text(record["answer"], answer=True, keep_symbols=keep_symbols)
+    if not record.get("images_in_text"):
+        return (clean_text(record["instruction"], keep_symbols=keep_symbols), answer), [0] * num_media
+    pieces = record["instruction"].split(IMAGE_TOKEN)
+    if len(pieces) - 1 != num_media:
+        message = (
+            f"Sample {id!r} cannot be used: the instruction of record {record['id']!r}, which says images_in_text, "
+            f"has {len(pieces) - 1} {IMAGE_TOKEN} for {num_media} images."
+        )
+        raise SampleError(message, reason="images and places")
+    if not keep_symbols:
+        pieces = [clean_text(piece, keep_symbols=False) for piece in pieces]
+    text = "".join(pieces)
+    instruction = clean_text(text)
+    stripped = text.find(instruction)
+    ends = accumulate(map(len, pieces[:-1]))
+    return (instruction, answer), [min(max(end - stripped, 0), len(instruction)) for end in ends]
 
 
 def _load_images(id: str, image_ids: list[str], store: ImageStore, images_as: str) -> list[list[Image.Image]]:

@@ -19,7 +19,7 @@ from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
 from .mixture import MixtureEntry, Problem, read_mixture
-from .prompts import RESERVED_TOKENS
+from .prompts import IMAGE_TOKEN, RESERVED_TOKENS
 from .samples import IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
 
 
@@ -175,6 +175,7 @@ class _DatasetCheck:
         self.populate_rel_ins = populate_rel_ins
         self.images: dict[str, list[str]] = {}  # record id -> image ids
         self.related: dict[str, list[str]] = {}
+        self.placed: set[str] = set()  # records that say images_in_text
 
     def run(
         self,
@@ -207,6 +208,7 @@ class _DatasetCheck:
             self._check_texts(id, record)
             self.images[id] = self._id_list(id, record, "image_ids")
             self.related[id] = self._id_list(id, record, "rel_ins_ids")
+            self._check_places(id, record)
             content = repr((record.get("instruction"), record.get("answer"), self.images[id], self.related[id]))
             digest = blake2b(content.encode("utf-8", "replace"), digest_size=8).digest()
             if digest in seen:
@@ -215,6 +217,15 @@ class _DatasetCheck:
         used = [len(ids) for ids in self.images.values()]
         self.counts.fewest_images, self.counts.most_images = min(used, default=0), max(used, default=0)
 
+    def _check_places(self, id: str, record: dict[str, Any]):
+        if not record.get("images_in_text"):
+            return
+        self.placed.add(id)
+        marks, images = str(record.get("instruction")).count(IMAGE_TOKEN), len(self.images[id])
+        if record["images_in_text"] is not True or marks != images:
+            message = f"the instruction of record {id!r} has {marks} {IMAGE_TOKEN} for {images} images"
+            self._add("error", "images in text", message, id)
+
     def _check_texts(self, id: str, record: dict[str, Any]):
         for key in ("instruction", "answer"):
             text = record.get(key)
@@ -222,8 +233,13 @@ class _DatasetCheck:
                 self._add("error", f"missing {key}", f"record {id!r} has no {key} text", id)
             elif not text.strip():
                 self._add("warning", f"empty {key}", f"the {key} of record {id!r} is empty", id)
-            elif any(token in text for token in RESERVED_TOKENS):
+            elif any(token in text for token in self._reserved_tokens(key, record)):
                 self._add("note", "reserved token", f"the {key} of record {id!r} holds one; it will be escaped", id)
+
+    @staticmethod
+    def _reserved_tokens(key: str, record: dict[str, Any]) -> list[str]:
+        places = key == "instruction" and record.get("images_in_text")
+        return [token for token in RESERVED_TOKENS if not (places and token == IMAGE_TOKEN)]
 
     def _id_list(self, id: str, record: dict[str, Any], key: str) -> list[str]:
         ids = record.get(key)
@@ -247,7 +263,9 @@ class _DatasetCheck:
                 if other not in self.images:
                     message = f"{other!r}, needed by example {id!r}, is no record"
                     self._add("error" if in_use else "warning", "unmatched context", message, other)
-                elif in_use and same_images and self.images[other] != self.images.get(id):
+                elif not in_use or not same_images or self.placed & {id, *context}:
+                    continue
+                elif self.images[other] != self.images.get(id):
                     message = f"example {id!r} has {other!r} as context, which is about other images"
                     self._add("warning", "context about other images", message, id)
         if not self.counts.examples:

@@ -81,6 +81,7 @@ class OtterHDProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = OtterHDProcessorKwargs
+    reserved_tokens = RESERVED_TOKENS
 
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
         vocabulary = tokenizer.get_vocab()
