@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from otter_hf import FlamingoForConditionalGeneration, OtterForConditionalGeneration
+from otter_hf.models import quantization
 from otter_hf.training import lora
 from otter_hf.training.arguments import ModelArguments
 from otter_hf.training.lora import lora_config
@@ -86,9 +87,9 @@ def test_bfloat16_with_autocast(files):
 @pytest.mark.parametrize("family", ["otter", "otterhd"])
 def test_four_bits_are_for_layers_of_the_decoder(family, monkeypatch):
     """What may be trained in full cannot be stored in 4 bits."""
-    monkeypatch.setattr(lora, "is_bitsandbytes_available", lambda: True)
-    monkeypatch.setattr(lora, "BitsAndBytesConfig", SimpleNamespace)
-    whole = lora.quantization_config().llm_int8_skip_modules
+    monkeypatch.setattr(quantization, "is_bitsandbytes_available", lambda: True)
+    monkeypatch.setattr(quantization, "BitsAndBytesConfig", SimpleNamespace)
+    whole = quantization.quantization_config().llm_int8_skip_modules
     linear = [name for name, module in tiny(family).named_modules() if isinstance(module, torch.nn.Linear)]
     stored = {name for name in linear if should_convert_module(name, whole)}
     decoder = {name for name in linear if name.startswith("model.language_model.")}

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import OtterHDProcessor
 from otter_hf.data import write_mimicit
+from otter_hf.models.quantization import quantization_config
 from otter_hf.training.arguments import parse_arguments
-from otter_hf.training.lora import quantization_config
 from otter_hf.training.run import main
 
 

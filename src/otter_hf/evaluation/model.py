@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
+from ..models.quantization import quantization_config
+
 
 # what generation_kwargs of lmms-eval's tasks may hold and `generate` understands
 _SAMPLING = ("temperature", "top_p", "top_k")
@@ -32,7 +34,7 @@ class ConversationModel:
         path: folder or Hub id. Otter, Flamingo, OtterHD, Fuyu and Idefics are read by the classes of this package.
         dtype: `auto`, `float32`, `bfloat16` or `float16`.
         device: e.g. `cuda`, `cpu`, or `auto` to spread over devices; by default the accelerator if there is one.
-        load_in_4bit: quantise with bitsandbytes.
+        load_in_4bit: quantise with bitsandbytes, as chat and training do (NF4).
         processor: folder or Hub id of the processor, where it is not the model's.
         chat_template: a Jinja template in place of the processor's.
         processor_kwargs: for every call of the processor, e.g. `{"resolution": 512}` for OtterHD.
@@ -59,9 +61,7 @@ class ConversationModel:
 
         loading = {}
         if load_in_4bit:
-            from transformers import BitsAndBytesConfig
-
-            loading["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+            loading["quantization_config"] = quantization_config()
         if device is None:
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             device = accelerator or torch.device("cpu")

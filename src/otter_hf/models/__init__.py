@@ -5,6 +5,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -34,8 +35,9 @@ for _config, _model, _conditional, _processor in (
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
-    AutoModelForImageTextToText.register(_config, _conditional)
-    AutoModelForMultimodalLM.register(_config, _conditional)
+    # the first is where TRL looks for a model that it is given by name
+    for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        _auto_class.register(_config, _conditional)
     AutoProcessor.register(_config, _processor)
     register_checkpoint_conversion_mapping(_config.model_type, weight_renamings())
 # a mapping of its own, which holds below the language model only: Falcon has an `ln_f` too, under the same 2023 prefix

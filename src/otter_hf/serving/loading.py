@@ -12,6 +12,7 @@ from ..data.prompts import FORMATS
 from ..data.prompts import chat_template as format_chat_template
 from ..models.flamingo import FlamingoConfig, FlamingoProcessor
 from ..models.otter import OtterConfig
+from ..models.quantization import quantization_config
 
 
 def load(
@@ -47,8 +48,6 @@ def load_model(
     path, revision = _locate(name)
     loading = _tokenizer_option(path, revision, tokenizer)
     if load_in_4bit:
-        from ..training.lora import quantization_config
-
         loading["quantization_config"] = quantization_config()
     if device_map is None:
         device_map = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -7,37 +7,13 @@ trained apart from their directions, DoRA (https://huggingface.co/papers/2402.09
 import re
 from collections.abc import Sequence
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.utils import is_bitsandbytes_available
+from transformers import PreTrainedModel
 
 from .arguments import ModelArguments, TrainingArguments
 
 
-# what is not the decoder keeps its precision: it is small, and gates and resampler may be trained
-WHOLE_MODULES = ["lm_head", "vision_tower", "vision_embed_tokens", "perceiver", "gated_cross_attn_layer"]
-
 _MODULES = {"perceiver": "perceiver", "cross_attention": "gated_cross_attn_layer"}
-
-
-def quantization_config() -> BitsAndBytesConfig:
-    """
-    QLoRA's storage of the decoder's weights: 4-bit NormalFloat with quantised scales, computed in bfloat16.
-
-    Raises:
-        ValueError: where bitsandbytes is not installed.
-    """
-    if not is_bitsandbytes_available():
-        raise ValueError("load_in_4bit needs bitsandbytes: install it, or leave load_in_4bit out.")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        # compared with full names from their start
-        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in WHOLE_MODULES],
-    )
 
 
 def add_lora(

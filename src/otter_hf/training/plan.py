@@ -13,10 +13,11 @@ from transformers.utils import is_liger_kernel_available
 
 from ..conversion.memory import gibibytes
 from ..models.lm_loss import MAX_LOGITS
+from ..models.quantization import WHOLE_MODULES
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .flops import TrainingFlops, count_training_flops
 from .freezing import freeze, parameter_counts, parameter_groups
-from .lora import WHOLE_MODULES, with_updates
+from .lora import with_updates
 
 
 # bytes of a weight in NF4 with quantised scales, and of the two moments of an optimizer of which they are not kept

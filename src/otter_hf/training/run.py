@@ -19,12 +19,13 @@ from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
 from ..models.flamingo import FlamingoProcessor
 from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
+from ..models.quantization import quantization_config
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
 from .features import VisionFeatureCache
 from .freezing import freeze, train_only_rows
 from .kernels import choose_attention, use_liger_kernels
-from .lora import add_lora, quantization_config
+from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
 from .plan import make_plan, meta_model, sharding_of
 from .publish import given_arguments

@@ -23,9 +23,9 @@ class OtterTrainer(PublishingTrainer):
     The samples of an optimizer step are of one task group, as those of a batch in Otter's training, so that rows with
     one image are not padded to those with several; with `train_sampling_strategy="group_by_length"` they are of about
     the same length, too.
-    Weight decay is for linear and convolutional layers, see `decayed_parameter_names`. A frozen vision tower is kept
-    in evaluation mode. A loss or gradient that is not finite ends the training with the ids of its samples, before
-    the optimizer takes it in. What is logged besides: see `Throughput`.
+    Weight decay is for linear and convolutional layers, see `decayed_parameter_names`. A loss or gradient that is not
+    finite ends the training with the ids of its samples, before the optimizer takes it in. What is logged besides: see
+    `Throughput`.
 
     Args:
         flops: operations of a step, for `mfu` in the logs; see `count_training_flops`.
@@ -43,11 +43,6 @@ class OtterTrainer(PublishingTrainer):
         self.add_callback(_TellEpoch(self))
         self._sampler: GroupedSampler | None = None
         self._names: list[str] = []  # of the samples since the last optimizer step
-        self._frozen_towers = [
-            module
-            for name, module in self.model.named_modules()
-            if name.endswith("vision_tower") and not any(p.requires_grad for p in module.parameters())
-        ]
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `decayed_parameter_names`."""
@@ -71,12 +66,6 @@ class OtterTrainer(PublishingTrainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         return super()._prepare_inputs({key: value for key, value in inputs.items() if key not in _NAMES})
-
-    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As in the parent class, with a frozen vision tower in evaluation mode: no dropout, no running statistics."""
-        for tower in self._frozen_towers:
-            tower.eval()
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """As in the parent class; counts the batch, and refuses a loss that is not finite."""

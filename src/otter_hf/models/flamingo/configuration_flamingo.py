@@ -47,6 +47,10 @@ class FlamingoConfig(PreTrainedConfig):
     """
 
     model_type = "flamingo"
+    # not for the Trainer's predictions, which shall be logits alone
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    # TRL asks any class that transformers does not export for its map of remote code: there is none
+    auto_map = {}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -93,6 +97,8 @@ class FlamingoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if not self.architectures:  # as in 2023; TRL wants a name
+            self.architectures = [f"{type(self).__name__.removesuffix('Config')}ForConditionalGeneration"]
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         if self.vision_feature_select_strategy not in ("default", "full"):

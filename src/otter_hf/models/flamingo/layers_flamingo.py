@@ -14,6 +14,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..media_attention import MediaBlocks, MediaSegments, make_media_blocks, make_media_segments
 from ..media_cache import MediaCacheMixin
+from ..mixed_dtypes import in_dtype_of
 from .configuration_flamingo import FlamingoConfig
 
 
@@ -135,6 +136,7 @@ class PerceiverResampler(nn.Module):
         Raises:
             ValueError: for more frames than the model has frame embeddings.
         """
+        features = in_dtype_of(self.latents, features)
         if self.frame_embs is not None:
             num_frames, max_num_frames = features.shape[1], self.frame_embs.shape[0]
             if num_frames > max_num_frames:
@@ -208,11 +210,15 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         `(B, L, hidden)` -> `(B, L, hidden)` and the attention weights `(N, H, c, n)`; without any image only the
         feed-forward part acts, as published.
         """
-        weights = None
+        weights, text_states = None, hidden_states
+        hidden_states = in_dtype_of(self.attn_gate, hidden_states)
         if media_groups is not None:
+            if vision_states is not None:
+                vision_states = in_dtype_of(self.attn_gate, vision_states)
             attended, weights = self.attn(hidden_states, vision_states, media_groups, media_cache)
             hidden_states = hidden_states + attended * self.attn_gate.tanh()
-        return hidden_states + self.feed_forward(hidden_states) * self.ff_gate.tanh(), weights
+        hidden_states = hidden_states + self.feed_forward(hidden_states) * self.ff_gate.tanh()
+        return in_dtype_of(text_states, hidden_states), weights
 
 
 class FlamingoDecoderLayer(nn.Module):

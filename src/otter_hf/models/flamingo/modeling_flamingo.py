@@ -27,6 +27,9 @@ from ..legacy import name_lora_layers
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import batch_first_media, running_media_index
 from ..media_cache import MediaDynamicCache, with_media
+from ..mixed_dtypes import in_dtype_of
+from ..offloading import index_tied_weights
+from ..quantization import keep_stored_weights
 from .configuration_flamingo import FlamingoConfig
 from .decoders_flamingo import get_decoder_layers, make_language_model, reset_adapters
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
@@ -46,6 +49,17 @@ _UNUSED_TOWER_MODULES = {
 def _freeze_unused_modules(vision_tower: nn.Module) -> None:
     for name in _UNUSED_TOWER_MODULES.get(vision_tower.config.model_type, []):
         getattr(vision_tower, name).requires_grad_(False)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _require_input_grad(module: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook: a first argument that needs a gradient, for a module of which something is trained."""
+    if torch.is_grad_enabled() and not args[0].requires_grad and not _is_frozen(module):
+        return (args[0].detach().requires_grad_(), *args[1:])
+    return None
 
 
 @dataclass
@@ -124,9 +138,14 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 reset_adapters(module.language_model)
 
     def enable_input_require_grads(self):
-        """As in the parent class, for text alone: a frozen vision tower needs no backward pass."""
+        """
+        As in the parent class, for what reentrant checkpointing needs: text, and the inputs of vision tower and
+        resampler where something in them is trained. A frozen tower needs no backward pass.
+        """
+        core = self.base_model
         hook = self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
-        self._require_grads_hooks = [hook]
+        parts = (core.vision_tower, core.perceiver)
+        self._require_grads_hooks = [hook, *(part.register_forward_pre_hook(_require_input_grad) for part in parts)]
         self._require_grads_hook = hook
 
     @staticmethod
@@ -136,6 +155,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
                 state_dict = {key: value for file in checkpoint_files for key, value in load_state_dict(file).items()}
             state_dict = name_lora_layers(state_dict, model.config.lora_config)
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        index_tied_weights(model, loaded[1])
+        keep_stored_weights(model)
         _freeze_unused_modules(model.base_model.vision_tower)  # loading makes every parameter trainable
         return loaded
 
@@ -174,6 +195,20 @@ class FlamingoModel(FlamingoPreTrainedModel):
         self._no_split_modules -= self.language_model._no_split_modules
         # CLIP's towers name layers of the text tower too, which FSDP would look for in vain
         self._no_split_modules &= {type(module).__name__ for module in self.modules()}
+
+    def train(self, mode: bool = True):
+        """
+        As in the parent class, but what is frozen of the vision tower keeps its statistics: a frozen tower stays in
+        evaluation mode, and so do frozen batch norms in a tower of which something else is trained.
+        """
+        super().train(mode)
+        if mode and _is_frozen(self.vision_tower):
+            self.vision_tower.eval()
+        elif mode:
+            for module in self.vision_tower.modules():
+                if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine and _is_frozen(module):
+                    module.eval()
+        return self
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -447,10 +482,11 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
             "softcap": getattr(text_config, "final_logit_softcapping", None),
         }
         loss_kwargs = {"labels": labels, "vocab_size": text_config.vocab_size, **kwargs}
+        hidden_states = in_dtype_of(self.lm_head.weight, outputs.last_hidden_state)
         if skip_logits:
-            loss = supervised_loss(self.lm_head, outputs.last_hidden_state, **scaling, **loss_kwargs)
+            loss = supervised_loss(self.lm_head, hidden_states, **scaling, **loss_kwargs)
         else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             logits = scale_logits(logits, **scaling)
             if labels is not None:
                 loss = self.loss_function(logits=logits, **loss_kwargs)

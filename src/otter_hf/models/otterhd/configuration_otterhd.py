@@ -54,7 +54,14 @@ class OtterHDConfig(FuyuConfig):
         text_config (`PersimmonConfig` or `dict`, *optional*): the decoder; defaults to Persimmon-8B.
     """
 
+    # TRL asks any class that transformers does not export for its map of remote code: there is none
+    auto_map = {}
+
     def __post_init__(self, **kwargs):
+        # what reads this configuration: who looks the class up by name would get plain Fuyu, which reads the RoPE base
+        # of 2023 files wrong
+        if self.architectures == ["FuyuForCausalLM"]:
+            self.architectures = ["OtterHDForConditionalGeneration"]
         if self.text_config is None or isinstance(self.text_config, dict):
             self.text_config = self._complete_text_config(dict(self.text_config or {}), kwargs)
         super().__post_init__(**kwargs)

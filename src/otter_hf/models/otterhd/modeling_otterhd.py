@@ -36,6 +36,9 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from ..lm_loss import supervised_loss
+from ..mixed_dtypes import in_dtype_of
+from ..offloading import index_tied_weights
+from ..quantization import keep_stored_weights
 from .configuration_otterhd import OtterHDConfig
 
 
@@ -210,6 +213,13 @@ class OtterHDPreTrainedModel(FuyuPreTrainedModel):
     _no_split_modules = ["OtterHDDecoderLayer"]
     # Persimmon refuses flex attention, whatever Fuyu says
     _supports_flex_attn = False
+
+    @staticmethod
+    def _load_pretrained_model(model, *args, **kwargs):
+        loaded = FuyuPreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        index_tied_weights(model, loaded[1])
+        keep_stored_weights(model)
+        return loaded
 
 
 class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
@@ -392,7 +402,7 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state  # (B, L, D)
+        hidden_states = in_dtype_of(self.lm_head.weight, outputs.last_hidden_state)  # (B, L, D)
         loss = logits = None
         if labels is not None and (self.training if skip_logits is None else skip_logits):
             vocab_size = self.config.text_config.vocab_size

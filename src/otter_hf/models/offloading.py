@@ -1,0 +1,18 @@
+"""Layers on disk: what transformers forgets there."""
+
+from transformers import PreTrainedModel
+
+
+def index_tied_weights(model: PreTrainedModel, offloaded: dict | None) -> None:
+    """
+    Adds to the index of weights on disk the tied ones, in place, under their second name.
+
+    transformers 5.23 does so for safetensors; read from `.bin` files, a tied output layer on disk would be looked for
+    in vain.
+
+    Args:
+        offloaded: weight name -> where it is on disk, as `_load_pretrained_model` returns it; None without any.
+    """
+    for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if offloaded and source in offloaded:
+            offloaded.setdefault(name, offloaded[source])
