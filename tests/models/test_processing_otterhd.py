@@ -218,7 +218,7 @@ class TestAnswers:
         "text, answer",
         [
             ("|SPEAKER||NEWLINE|<s> User: Q Assistant:\x04 the answer\n|ENDOFTEXT||ENDOFTEXT|", "the answer"),
-            ("<s> Q\x04 one\x04 two|ENDOFTEXT|junk", "one\x04 two"),
+            ("<s> Q\x04 one|ENDOFTEXT|User:Q Assistant:\x04 two|ENDOFTEXT|junk", "two"),
             ("|SPEAKER||NEWLINE|no mark", "no mark"),
             ("Q\x04", ""),
         ],

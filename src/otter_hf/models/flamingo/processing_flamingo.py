@@ -7,14 +7,14 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, load_image, to_numpy_array
-from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 from transformers.video_utils import VideoInput, load_video
 
+from ..chat_processing import ChatProcessorMixin
 from ..legacy import HUB_ARGUMENTS, read_vision_image_size
 
 
-class FlamingoProcessor(ProcessorMixin):
+class FlamingoProcessor(ChatProcessorMixin):
     r"""
     A tokenizer that knows `<image>` and `<|endofchunk|>`, and an image processor.
 
@@ -119,7 +119,8 @@ class FlamingoProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if images and `<image>` tokens differ in number, naming the text; if an image cannot be read,
-                naming it; if there is nothing to process.
+                naming it; if `truncation` would cut an `<image>` or the `<answer>` of a prompt; for an option that
+                does not exist; if there is nothing to process.
         """
         if audio is not None:
             raise ValueError("audio was given, but Flamingo sees images and videos only; leave it out.")
@@ -134,6 +135,8 @@ class FlamingoProcessor(ProcessorMixin):
         if text is not None:
             texts = [text] if isinstance(text, str) else list(text)
             data = dict(self.tokenizer(texts, **merged["text_kwargs"]))
+            if merged["text_kwargs"].get("truncation") not in (None, False, "do_not_truncate"):
+                self._check_cut(texts, data["input_ids"], merged["text_kwargs"])
             counts = [list(ids).count(self.image_token_id) for ids in data["input_ids"]]
             data.pop("token_type_ids", None)
         if images is not None or videos is not None:
@@ -157,6 +160,27 @@ class FlamingoProcessor(ProcessorMixin):
         elif counts is not None:
             self.check_media_counts(counts, [0] * len(counts))
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_cut(self, texts: list[str], kept: list[list[int]], text_kwargs: dict) -> None:
+        """Raise ValueError for the first text of which truncation left too little in `kept`."""
+        limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+        specials = text_kwargs.get("add_special_tokens") is not False
+        full = self.tokenizer(texts, add_special_tokens=specials, verbose=False)["input_ids"]
+        image_id, answer_id = self.tokenizer.convert_tokens_to_ids([self.image_token, self.answer_start_token])
+        for row, (before, after) in enumerate(zip(full, kept, strict=True)):
+            after = list(after)
+            if len(before) <= limit:
+                continue
+            lost = None
+            if before.count(image_id) != after.count(image_id):
+                lost = self.image_token
+            elif answer_id in before and (answer_id not in after or (before[-1] == answer_id != after[-1])):
+                lost = self.answer_start_token  # a prompt ends with it; behind it an answer may be cut
+            if lost is not None:
+                raise ValueError(
+                    f"text[{row}] has {len(before)} tokens, and cutting it to max_length={limit} would take {lost} "
+                    "away; allow more tokens or shorten the text."
+                )
 
     def check_media_counts(self, token_counts: list[int] | None, media_counts: list[int]) -> None:
         """Raise ValueError for the first text whose `<image>` tokens and media differ in number."""

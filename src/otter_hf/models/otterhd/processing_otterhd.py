@@ -15,11 +15,12 @@ from collections.abc import Sequence
 import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs, Unpack
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ...data.prompts import chat_template as format_chat_template
 from ...data.prompts import escape_reserved_tokens
+from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin
 from .image_processing_otterhd import OtterHDImageProcessor, OtterHDImagesKwargs
 
 
@@ -47,7 +48,9 @@ RESERVED_TOKENS = (
 # a conversation that ends with an answer ends as in training
 _CONVERSATION_END = f"""\
 {{%- if state.turns and not state.asked -%}}
-    {{{{- '{END_OF_TEXT_TOKEN}' -}}}}
+    {{%- generation -%}}
+        {{{{- '{END_OF_TEXT_TOKEN}' -}}}}
+    {{%- endgeneration -%}}
 {{%- endif -%}}
 """
 
@@ -68,7 +71,7 @@ class OtterHDProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "return_mm_token_type_ids": False}}
 
 
-class OtterHDProcessor(ProcessorMixin):
+class OtterHDProcessor(ChatProcessorMixin):
     r"""
     Joins [`OtterHDImageProcessor`] and the tokenizer of Fuyu.
 
@@ -82,6 +85,14 @@ class OtterHDProcessor(ProcessorMixin):
 
     valid_processor_kwargs = OtterHDProcessorKwargs
     reserved_tokens = RESERVED_TOKENS
+    modalities = ("text", "images")
+    unsupported_text_options = (
+        *UNSUPPORTED_TEXT_OPTIONS,
+        "return_length",
+        "return_special_tokens_mask",
+        "return_token_type_ids",
+        "sanitize_control_tokens",
+    )
 
     def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
         vocabulary = tokenizer.get_vocab()
@@ -101,6 +112,7 @@ class OtterHDProcessor(ProcessorMixin):
             )
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = "<unk>"  # id 0, as transformers pads Fuyu
+        tokenizer.padding_side = "left"  # as generation needs it
         super().__init__(
             image_processor,
             tokenizer,
@@ -137,10 +149,14 @@ class OtterHDProcessor(ProcessorMixin):
             add_answer_token (`bool`, *optional*): whether rows end with `<0x04>`, see [`OtterHDTextKwargs`].
             resolution, max_pixels, size, ...: options of [`OtterHDImageProcessor`].
             padding (`bool` or `str`, defaults to `True`): `True` or `"longest"`, `"max_length"`, or `False`.
-            padding_side (`str`, *optional*): `"left"` (default; padded with the tokenizer's pad token, as transformers
-                does) or `"right"` (padded with `|ENDOFTEXT|`, as OtterHD's training did).
+            padding_side (`str`, *optional*): `"left"` (the tokenizer's default; padded with its pad token, as
+                transformers does) or `"right"` (padded with `|ENDOFTEXT|`, as OtterHD's training did).
+            pad_to_multiple_of (`int`, *optional*): pad to a multiple of this.
             truncation (`bool`, defaults to `False`), max_length (`int`, *optional*): cut the end of the *text*; image
-                tokens, `<s>` and `<0x04>` are never cut.
+                tokens and `<s>` are never cut. A text that holds a `<0x04>` is cut behind the last one only, and
+                refused where that is not enough.
+            return_offsets_mapping (`bool`, *optional*): also return for each token its first and last character (plus
+                one) in the text, (0, 0) for those not from the text.
             return_mm_token_type_ids (`bool`, defaults to `False`): also return 1 for the tokens of images, `|NEWLINE|`
                 included, and 0 for others.
             return_tensors (`str`, *optional*): `"pt"`, or lists when rows are not padded; by default `"pt"` where
@@ -154,8 +170,9 @@ class OtterHDProcessor(ProcessorMixin):
 
         Raises:
             ValueError: for numbers of images and texts, or images and placeholders, that do not match; for a location
-                that is not made of 4 or 2 numbers or has no token; for images longer than `max_length`; for
-                videos and audio; and for images that [`OtterHDImageProcessor`] refuses.
+                that is not made of 4 or 2 numbers or has no token; for images and prompts longer than `max_length`;
+                for videos and audio; for an option that does not exist; and for images that
+                [`OtterHDImageProcessor`] refuses.
         """
         if videos is not None or audio is not None:
             raise ValueError("OtterHD reads images only: pass the frames of a video as images.")
@@ -177,16 +194,17 @@ class OtterHDProcessor(ProcessorMixin):
                 "image_grid_thw": torch.cat([torch.ones_like(grid[:, :1]), grid], dim=1),
             }
 
-        rows, start = [], 0
+        rows, offsets, start = [], [], 0
         for index, (row_text, row_images) in enumerate(zip(texts, image_lists, strict=True)):
             end = start + len(row_images)
             try:
-                ids, _ = self.encode(row_text, grids[start:end], factors[start:end], **options["text_kwargs"])
+                tokens = self._encode(row_text, grids[start:end], factors[start:end], **options["text_kwargs"])
             except ValueError as error:
                 raise ValueError(f"Row {index}: {error}") from error
-            rows.append(ids)
+            rows.append([token for token, _, _ in tokens])
+            offsets.append([(begin, end) if begin >= 0 else (0, 0) for _, begin, end in tokens])
             start = end
-        return self._collate(rows, image_inputs, **options["text_kwargs"])
+        return self._collate(rows, offsets, image_inputs, **options["text_kwargs"])
 
     def encode(
         self,
@@ -214,6 +232,23 @@ class OtterHDProcessor(ProcessorMixin):
         Returns:
             the ids, and for each the place of its first character in `text`, or -1 for tokens not from the text.
         """
+        tokens = self._encode(
+            text, grids, scale_factors, add_answer_token, add_special_tokens, truncation, max_length, **kwargs
+        )
+        return [token for token, _, _ in tokens], [start for _, start, _ in tokens]
+
+    def _encode(
+        self,
+        text: str,
+        grids: Sequence[tuple[int, int]],
+        scale_factors: Sequence[tuple[float, float]],
+        add_answer_token: bool | None = None,
+        add_special_tokens: bool | None = True,
+        truncation: bool | str | None = False,
+        max_length: int | None = None,
+        **kwargs,
+    ) -> list[tuple[int, int, int]]:
+        """Token ids, each with its first character in `text` and the one behind its last, or -1 and -1."""
         scale_factors = scale_factors or [(1.0, 1.0)] * len(grids)
         pieces = text.split(IMAGE_TOKEN)
         in_front = len(grids) if len(pieces) == 1 else 0
@@ -223,50 +258,58 @@ class OtterHDProcessor(ProcessorMixin):
                 "equal, or escape what a user typed with escape_reserved_tokens."
             )
         pieces = [""] * in_front + pieces
-        tokens: list[tuple[int, int]] = []
+        tokens: list[tuple[int, int, int]] = []
         first_text = next((i for i, piece in enumerate(pieces) if piece), len(pieces) - 1)
         position = 0
         for index, piece in enumerate(pieces):
             if index:
-                tokens += [(token, -1) for token in self._image_ids(*grids[index - 1])]
+                tokens += [(token, -1, -1) for token in self._image_ids(*grids[index - 1])]
             if index == first_text and (grids or add_special_tokens):
-                tokens.append((self.text_start_id if grids else self.tokenizer.bos_token_id, -1))
+                tokens.append((self.text_start_id if grids else self.tokenizer.bos_token_id, -1, -1))
             tokens += self._encode_text(piece, position, scale_factors[index - 1] if index else None)
             position += len(piece) + (0 if index < in_front else len(IMAGE_TOKEN))
 
-        present = any(token == self.answer_token_id for token, _ in tokens)
-        wanted = (bool(grids) and not present) if add_answer_token is None else add_answer_token
+        openings = [place for place, (token, _, _) in enumerate(tokens) if token == self.answer_token_id]
+        wanted = (bool(grids) and not openings) if add_answer_token is None else add_answer_token
         if not tokens:
-            return [], []
-        suffix = [(self.answer_token_id, -1)] if wanted and tokens[-1][0] != self.answer_token_id else []
-        if truncation and max_length is not None and len(tokens) + len(suffix) > max_length:
-            if tokens[-1][0] == self.answer_token_id:
-                tokens, suffix = tokens[:-1], tokens[-1:]
-            tokens = _cut_text(tokens, len(tokens) + len(suffix) - max_length, max_length)
-        ids, starts = zip(*tokens, *suffix, strict=True)
-        return list(ids), list(starts)
+            return []
+        suffix = [(self.answer_token_id, -1, -1)] if wanted and tokens[-1][0] != self.answer_token_id else []
+        excess = len(tokens) + len(suffix) - (max_length or 0)
+        if truncation in (None, False, "do_not_truncate") or max_length is None or excess <= 0:
+            return tokens + suffix
+        texts = [place for place, (_, start, _) in enumerate(tokens) if start >= 0]
+        if openings and excess <= len(texts) and texts[-excess] <= openings[-1]:
+            raise ValueError(
+                f"it has {len(tokens) + len(suffix)} tokens and would be cut before its answer starts, at "
+                f"{ANSWER_TOKEN}: max_length={max_length} is too small."
+            )
+        return _cut_text(tokens, excess, max_length) + suffix
 
     def _image_ids(self, rows: int, columns: int) -> list[int]:
         return ([self.image_token_id] * columns + [self.image_newline_id]) * rows
 
     def _encode_text(
         self, text: str, position: int, scale_factors: tuple[float, float] | None
-    ) -> list[tuple[int, int]]:
-        """Ids of a piece of text that stands at `position`, with the place of each; translates locations."""
+    ) -> list[tuple[int, int, int]]:
+        """Ids of a piece of text that stands at `position`, with the places of each; translates locations."""
         tokens, start = [], 0
         # without an image there are no pixels to point at: tags are then words like others, as in 2023
         for match in _LOCATION.finditer(text) if scale_factors is not None else ():
             tokens += self._tokenize(text[start : match.start()], position + start)
-            tokens += [(token, position + match.start()) for token in self._location_ids(match, scale_factors)]
+            place = (position + match.start(), position + match.end())
+            tokens += [(token, *place) for token in self._location_ids(match, scale_factors)]
             start = match.end()
         return tokens + self._tokenize(text[start:], position + start)
 
-    def _tokenize(self, text: str, position: int = 0) -> list[tuple[int, int]]:
+    def _tokenize(self, text: str, position: int = 0) -> list[tuple[int, int, int]]:
         if not text:
             return []
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = (position + start for start, _ in encoded["offset_mapping"])
-        return list(zip(encoded["input_ids"], starts, strict=True))
+        places = encoded["offset_mapping"]
+        return [
+            (token, position + start, position + end)
+            for token, (start, end) in zip(encoded["input_ids"], places, strict=True)
+        ]
 
     def _location_ids(self, match: re.Match, scale_factors: tuple[float, float]) -> list[int]:
         kind, content = match.groups()
@@ -319,28 +362,38 @@ class OtterHDProcessor(ProcessorMixin):
     def _collate(
         self,
         rows: list[list[int]],
+        offsets: list[list[tuple[int, int]]],
         image_inputs: dict,
         padding: bool | str = True,
         padding_side: str | None = None,
         max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
         return_mm_token_type_ids: bool = False,
+        return_offsets_mapping: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
-        side = padding_side or "left"
+        side = padding_side or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}.")
         length = 0
         if padding in (True, "longest", "max_length"):
             length = max_length if padding == "max_length" and max_length is not None else max(map(len, rows))
+            length += -length % (pad_to_multiple_of or 1)
         pad_id = self.tokenizer.pad_token_id if side == "left" else self.end_of_text_id
-        input_ids, masks = [], []
-        for row in rows:
+        input_ids, masks, places = [], [], []
+        for row, row_offsets in zip(rows, offsets, strict=True):
             missing = max(length - len(row), 0)
             before, after = (missing, 0) if side == "left" else (0, missing)
             input_ids.append([pad_id] * before + row + [pad_id] * after)
             masks.append([0] * before + [1] * len(row) + [0] * after)
-        data = {"input_ids": input_ids, "attention_mask": masks}
+            places.append([(0, 0)] * before + row_offsets + [(0, 0)] * after)
+        data = {"input_ids": input_ids}
+        if return_attention_mask is not False:
+            data["attention_mask"] = masks
+        if return_offsets_mapping:
+            data["offset_mapping"] = places
         if return_mm_token_type_ids:
             data["mm_token_type_ids"] = [[int(token in self.image_token_ids) for token in row] for row in input_ids]
         if return_tensors is None and len({len(row) for row in input_ids}) == 1:
@@ -380,13 +433,13 @@ class OtterHDProcessor(ProcessorMixin):
             skip_special_tokens: whether to leave out `|ENDOFTEXT|`.
 
         Returns:
-            for each sequence the text after its first `<0x04>`, up to `|ENDOFTEXT|`, without surrounding spaces and
+            for each sequence the text after its last `<0x04>`, up to `|ENDOFTEXT|`, without surrounding spaces and
             newlines; of a sequence without `<0x04>`, the text without image tokens.
         """
         answers = []
         for ids in _as_rows(generated_outputs):
             if self.answer_token_id in ids:
-                ids = ids[ids.index(self.answer_token_id) + 1 :]
+                ids = ids[len(ids) - ids[::-1].index(self.answer_token_id) :]
                 if self.end_of_text_id in ids:
                     ids = ids[: ids.index(self.end_of_text_id) + 1]
             ids = [token for token in ids if token not in self.image_token_ids]
@@ -436,15 +489,15 @@ class OtterHDProcessor(ProcessorMixin):
                     if all(re.fullmatch(r"\d+", number) for number in numbers):
                         pixels = ", ".join(str(2 * int(int(number) / scale)) for number in numbers)
                         # the first token is the space the tokenizer puts in front of every text
-                        written = [token for token, _ in self._tokenize(f" <{kind}>{pixels}</{kind}>")[1:]]
+                        written = [token for token, _, _ in self._tokenize(f" <{kind}>{pixels}</{kind}>")[1:]]
                         ids = ids[:position] + written + ids[end + 1 :]
                 position += 1
         return ids
 
 
-def _cut_text(tokens: list[tuple[int, int]], excess: int, max_length: int) -> list[tuple[int, int]]:
+def _cut_text(tokens: list[tuple[int, int, int]], excess: int, max_length: int) -> list[tuple[int, int, int]]:
     """`tokens` without the last `excess` of those that come from the text."""
-    places = [place for place, (_, start) in enumerate(tokens) if start >= 0]
+    places = [place for place, (_, start, _) in enumerate(tokens) if start >= 0]
     if excess > len(places):
         raise ValueError(
             f"images and special tokens alone are more than max_length={max_length} tokens (by "
