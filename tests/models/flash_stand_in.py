@@ -1,11 +1,15 @@
 """
-FlashAttention-2 needs a GPU. These two compute what its documentation says, with its argument names and order, and
-`install` puts them where transformers finds the package's.
+FlashAttention-2 needs a GPU. These compute what its documentation says, with its argument names and order; `install`
+puts them where transformers finds the package's, `pretend_cuda` where ours finds torch's.
 """
 
 import torch
 from transformers import modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import _lazy_define_process_function, _pad_input, _unpad_input
+
+from otter_hf.models import media_attention, varlen_attention
+from otter_hf.models.flamingo import layers_flamingo
+from otter_hf.models.mpt import attention_mpt
 
 
 def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0):
@@ -29,9 +33,12 @@ def flash_attn_varlen_func(
 ):  # fmt: skip
     """`(tokens, H, d)`, all samples in one row."""
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert int(cu_seqlens_q.diff().max()) == max_seqlen_q and int(cu_seqlens_k.diff().max()) == max_seqlen_k
+    assert int(cu_seqlens_q.diff().max()) <= max_seqlen_q and int(cu_seqlens_k.diff().max()) <= max_seqlen_k
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
-    assert min(lengths_q) > 0  # older kernels leave the gradients of unseen keys as they find them
+    unseen = (cu_seqlens_q.diff() == 0).repeat_interleave(cu_seqlens_k.diff())  # (tokens,)
+    for states in (k, v):
+        if states.requires_grad:  # older kernels leave the gradients of unseen keys as they find them
+            states.register_hook(lambda grad: grad.masked_fill(unseen[:, None, None], torch.nan))
     samples = zip(q.split(lengths_q), k.split(lengths_k), v.split(lengths_k), strict=True)
     return torch.cat(
         [
@@ -39,6 +46,22 @@ def flash_attn_varlen_func(
             for sample in samples
         ]
     )
+
+
+def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """torch's own, `torch.nn.attention.varlen`, which knows no CPU: a window is `(-1, 0)` for causal attention."""
+    assert window_size in ((-1, -1), (-1, 0)) and query.shape[1] == key.shape[1]
+    causal = window_size == (-1, 0)
+    return flash_attn_varlen_func(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, 0.0, scale, causal)
+
+
+def pretend_cuda(monkeypatch) -> None:
+    """As on a CUDA device: reading is not free, and torch has a variable-length kernel."""
+    for module in (media_attention, layers_flamingo, attention_mpt):
+        monkeypatch.setattr(module, "reads_are_free", lambda tensor: False)
+    for module in (varlen_attention, layers_flamingo):
+        monkeypatch.setattr(module, "has_varlen_kernel", lambda device, dtype: True)
+    monkeypatch.setattr(varlen_attention, "torch_varlen_kernel", lambda: varlen_attn)
 
 
 def install(monkeypatch) -> list[str]:

@@ -91,10 +91,12 @@ def test_segments_in_order_copy_nothing():
     assert segments.flash_kwargs["cu_seq_lens_k"].tolist() == list(range(0, 129, 4))
 
 
-def test_images_nobody_sees_are_no_segments():
+def test_images_nobody_sees_are_empty_segments():
     segments = make_media_segments(torch.tensor([[0, 2, 2], [0, 0, 0]]), 3, 4)
-    assert segments.media_of_segment.tolist() == [0, 1, 3]  # the first of a row takes what sees nothing
-    assert segments.flash_kwargs["cu_seq_lens_q"].tolist() == [0, 1, 3, 6]
+    # the first of a row takes what sees nothing
+    assert segments.flash_kwargs["cu_seq_lens_q"].tolist() == [0, 1, 3, 3, 6, 6, 6]
+    assert segments.seen.tolist() == [True, True, False, True, False, False]
+    assert not segments.gather_media(torch.full((2, 3, 4, 1), torch.nan))[0].view(6, 4)[~segments.seen].any()
 
 
 def test_a_compiled_graph_has_one_shape_for_all_values():

@@ -8,6 +8,7 @@ import torch
 from otterhd_tiny import tiny_model, tiny_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from otter_hf import OtterHDConfig
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.flops import count_training_flops
 from otter_hf.training.freezing import freeze
@@ -182,9 +183,16 @@ def test_attention_for_packed_rows(arguments, model, monkeypatch):
     assert chosen("--packing False") is None
     assert chosen("--attn_implementation eager") == "eager"
     assert chosen("--torch_compile True") is None
-    monkeypatch.setattr("otter_hf.training.kernels.is_flash_attn_2_available", lambda: True)
-    assert set(chosen("", half=True).values()) == {"flash_attention_2"}
+    monkeypatch.setattr(
+        "otter_hf.training.kernels.best_varlen_attention",
+        lambda config, device, dtype: "flash_attention_3" if dtype == torch.bfloat16 else "varlen_sdpa",
+    )
+    assert set(chosen("", half=True).values()) == {"flash_attention_3"}
     assert set(chosen("").values()) == {"varlen_sdpa"}
+    parsed = arguments("")
+    assert choose_attention(OtterHDConfig(), *parsed) is None  # its sdpa goes sample by sample itself
+    parsed[2].bf16 = True
+    assert choose_attention(OtterHDConfig(), *parsed) == "flash_attention_3"
 
 
 def test_liger_replaces_the_decoder_before_it_is_made(model, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from otter_hf import OtterForConditionalGeneration
 from otter_hf.training.flops import TrainingFlops
 from otter_hf.training.run import main
-from otter_hf.training.throughput import Throughput
+from otter_hf.training.throughput import Throughput, count_batch
 from otter_hf.training.trainer import NamingCollator
 
 
@@ -35,7 +35,7 @@ def test_counts(packed):
     throughput = Throughput(["b", "a"], FLOPS, peak_flops=1e6)
     for _ in throughput.timed(iter([0])):
         time.sleep(0.02)
-    throughput.add(batch(packed), ["a", "a"], torch.tensor(2.0), None)
+    throughput.add(count_batch(batch(packed)), ["a", "a"], torch.tensor(2.0), None)
     throughput.on_step_end(None, None, None)
     seconds = throughput._counts["seconds"]
     logs = throughput.collect(lambda row: row[None], torch.device("cpu"))
@@ -53,9 +53,9 @@ def test_all_processes_and_losses_by_group():
     """The mean of a group is over its labels in all batches of all processes."""
     throughput = Throughput(["a"], None, None)
     next(throughput.timed(iter([0])))
-    throughput.add(batch(labels=3), ["a", "a"], torch.tensor(2.0), None)
-    throughput.add(batch(labels=1), ["a", "a"], torch.tensor(0.5), torch.tensor(8))  # 4 over 1 label
-    throughput.add(batch(labels=2), ["a", "?"], torch.tensor(7.0), None)
+    throughput.add(count_batch(batch(labels=3)), ["a", "a"], torch.tensor(2.0), None)
+    throughput.add(count_batch(batch(labels=1)), ["a", "a"], torch.tensor(0.5), torch.tensor(8))  # 4 over 1 label
+    throughput.add(count_batch(batch(labels=2)), ["a", "?"], torch.tensor(7.0), None)
     throughput.on_step_end(None, None, None)
     seconds = throughput._counts["seconds"]
     logs = throughput.collect(lambda row: torch.stack([row, row]), torch.device("cpu"))
@@ -75,7 +75,7 @@ def test_waiting_for_data_is_told_from_working():
     for _ in throughput.timed(slow()):
         pass
     time.sleep(0.05)
-    throughput.add(batch(), ["", ""], torch.tensor(1.0), None)
+    throughput.add(count_batch(batch()), ["", ""], torch.tensor(1.0), None)
     throughput.on_step_end(None, None, None)
     time.sleep(0.2)  # an evaluation: not part of the step
     logs = throughput.collect(lambda row: row[None], torch.device("cpu"))

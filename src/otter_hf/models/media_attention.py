@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 
+from .host_reads import reads_are_free
+
 
 def running_media_index(
     is_media: torch.Tensor, seen: torch.Tensor | None = None, in_view: torch.Tensor | None = None
@@ -99,13 +101,13 @@ class MediaBlocks(NamedTuple):
 
 class MediaSegments(NamedTuple):
     """
-    Text tokens in the order of the N images that some token sees; the tokens of an image are a segment.
+    Text tokens in the order of the N = B*T images; the tokens of an image are a segment, which may be empty.
 
     Has the methods of [`MediaBlocks`], but all segments are in one row: that is how variable-length kernels take them.
     """
 
     visible: torch.Tensor  # (B, L) bool, the token sees some image
-    media_of_segment: torch.Tensor | None  # (N,) int64 into the B*T images; None: every image is seen
+    seen: torch.Tensor | None  # (N,) bool, the segment has tokens; None: all have
     token_of_place: torch.Tensor | None  # (B*L,) int64; None: tokens are in this order already
     place_of_token: torch.Tensor | None  # (B*L,) int64, the inverse
     flash_kwargs: FlashAttentionKwargs  # where segments begin and end, among tokens and among latents
@@ -117,8 +119,10 @@ class MediaSegments(NamedTuple):
 
     def gather_media(self, media: torch.Tensor) -> torch.Tensor:
         """`(B, T, n, D)` image features -> `(1, N*n, D)`."""
-        media = media.flatten(0, 1)  # (B*T, n, D)
-        media = media if self.media_of_segment is None else media.index_select(0, self.media_of_segment)
+        media = media.flatten(0, 1)  # (N, n, D)
+        if self.seen is not None:
+            # kernels may leave the gradients of keys in an empty segment as they find them
+            media = torch.where(self.seen[:, None, None], media, 0)
         return media.flatten(0, 1)[None]
 
     def scatter_tokens(self, segments: torch.Tensor) -> torch.Tensor:
@@ -128,35 +132,42 @@ class MediaSegments(NamedTuple):
         return tokens.view(*self.visible.shape, -1) * self.visible[..., None]
 
 
-def make_media_segments(media_index: torch.Tensor, num_media: int, num_latents: int) -> MediaSegments:
+def make_media_segments(
+    media_index: torch.Tensor, num_media: int, num_latents: int, in_order: bool = False
+) -> MediaSegments:
     """
-    Sort tokens by the image they see. With the default rule of [`running_media_index`] they are in order as they are,
-    and neither tokens nor images are copied. Reads the tensor, so it waits for the device.
+    Sort tokens by the image they see. Nothing is read back from a device; on a CPU, where reading costs nothing,
+    tokens that are in order as they are are not copied.
 
     Args:
         media_index: `(B, L)` int64, see the module's docstring; values above `num_media` are an error of the caller.
         num_media: T, images stored per row.
         num_latents: n.
+        in_order: whether no token sees an earlier image than the token before it, as by [`running_media_index`].
     """
     batch_size, length = media_index.shape
     row = torch.arange(batch_size, device=media_index.device)[:, None]  # (B, 1)
     # what sees nothing rides along with the first image of its row
     image = ((media_index - 1).clamp(min=0) + row * num_media).flatten()  # (B*L,) into the B*T images
+    lengths = image.new_zeros(batch_size * num_media).scatter_add_(0, image, torch.ones_like(image))  # (N,)
+    seen = lengths > 0
+    if reads_are_free(image):
+        in_order = in_order or bool((image.diff() >= 0).all())
+        seen = None if seen.all() else seen
     order = inverse = None
-    if not bool((image.diff() >= 0).all()):
+    if not in_order:
         order = image.argsort(stable=True)  # (B*L,)
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    seen, lengths = image.unique(return_counts=True)  # (N,), (N,)
     cu_seq_lens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (N + 1,)
     return MediaSegments(
         media_index > 0,
-        None if len(seen) == batch_size * num_media else seen,
+        seen,
         order,
         inverse,
         FlashAttentionKwargs(
             cu_seq_lens_q=cu_seq_lens,
-            cu_seq_lens_k=torch.arange(len(seen) + 1, device=seen.device, dtype=torch.int32) * num_latents,
-            max_length_q=int(lengths.max()),
+            cu_seq_lens_k=torch.arange(len(lengths) + 1, device=image.device, dtype=torch.int32) * num_latents,
+            max_length_q=length,  # kernels take a bound
             max_length_k=num_latents,
         ),
     )

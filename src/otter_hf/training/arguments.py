@@ -172,7 +172,14 @@ class TrainingArguments(transformers.TrainingArguments):
         default=False, metadata={"aliases": ["--plan"], "help": "Print the plan of the training and stop."}
     )
 
+    # the Trainer would wait for the device in every step to keep a loss out of its logs that `OtterTrainer` refuses
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave losses that are not finite out of the logs; they end the training."}
+    )
+
     def __post_init__(self):
+        if self.accelerator_config is None and self.dataloader_pin_memory:
+            self.accelerator_config = {"non_blocking": True}  # batches come while the device computes
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the collator takes the samples' columns.")

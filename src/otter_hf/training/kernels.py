@@ -2,8 +2,9 @@
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available
 
+from ..models.attention_choice import best_varlen_attention
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 
 
@@ -14,17 +15,25 @@ def choose_attention(
     `attn_implementation` as given, or else the one for the form of the batches; None leaves it to transformers, and so
     does a dict for parts that it does not name.
 
-    Packed rows are for kernels that are told where a sample ends: flash-attention-2 where it is installed and the
-    computation is in 16 bits, otherwise torch's kernel sample by sample. A compiled graph takes one mask for the row.
+    Packed rows are for kernels that are told where a sample ends, see `best_varlen_attention`: flash attention where
+    it is installed and the computation is in 16 bits, otherwise torch's own. A compiled graph takes one mask for the
+    row.
     """
     if model_args.attn_implementation is not None or not data_args.packing or training_args.torch_compile:
         return model_args.attn_implementation
+    kernel = best_varlen_attention(config, training_args.device, compute_dtype(config, model_args, training_args))
     if not hasattr(config, "vision_config"):
-        return None  # OtterHD's `sdpa` goes sample by sample itself
-    kernel = "varlen_sdpa"
-    if is_flash_attn_2_available() and (training_args.bf16 or training_args.fp16):
-        kernel = "flash_attention_2"
+        return None if kernel == "varlen_sdpa" else kernel  # OtterHD's `sdpa` goes sample by sample itself
     return {"": kernel, "text_config": kernel}
+
+
+def compute_dtype(
+    config: PreTrainedConfig, model_args: ModelArguments, training_args: TrainingArguments
+) -> torch.dtype:
+    """Precision of the multiplications: that of autocast, or of the weights."""
+    if training_args.bf16 or training_args.fp16:
+        return torch.bfloat16 if training_args.bf16 else torch.float16
+    return config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
 
 
 def use_liger_kernels(config: PreTrainedConfig, options: dict[str, bool] | None = None) -> None:

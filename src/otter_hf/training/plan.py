@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from ..conversion.memory import gibibytes
+from ..models.attention_choice import tell_choice
 from ..models.lm_loss import MAX_LOGITS
 from ..models.quantization import WHOLE_MODULES
 from .arguments import DataArguments, ModelArguments, TrainingArguments
@@ -37,7 +38,7 @@ class TrainingPlan:
         world_size: number of devices. sharding: `none`, `zero1`, `zero2`, `zero3` or `fsdp`.
         memory: bytes on each device for weights, gradients, optimizer, activations (an estimate, see `_activations`)
             and logits.
-        attention: implementation by part.
+        attention: implementation by part; `attention_notes`: what else there was, on a GPU.
         liger, compiled: whether these kernels are used.
         flops: operations of a step, for the share of the device's peak in the logs.
     """
@@ -52,6 +53,7 @@ class TrainingPlan:
     sharding: str
     memory: dict[str, int]
     attention: dict[str, str]
+    attention_notes: str
     liger: bool
     compiled: bool
     flops: TrainingFlops
@@ -72,6 +74,7 @@ class TrainingPlan:
             "attention: "
             + ", ".join(f"{part} {name}" for part, name in self.attention.items())
             + f"; Liger kernels: {'yes' if self.liger else 'no'}; torch.compile: {'yes' if self.compiled else 'no'}",
+            *([f"attention kernels: {self.attention_notes}"] if self.attention_notes else []),
         ]
         return "\n".join(lines)
 
@@ -142,6 +145,7 @@ def make_plan(
     )
     logits = min(MAX_LOGITS, batch_size * data_args.max_length * model.config.get_text_config().vocab_size)
     memory["logits"] = 2 * torch.float32.itemsize * logits  # and their gradient
+    attention = {part: str(config._attn_implementation) for part, config in _configs(model.config).items()}
     return TrainingPlan(
         groups=parameter_counts(model),
         dtype="4 bits" if model_args.load_in_4bit else str(model.dtype).removeprefix("torch."),
@@ -152,7 +156,8 @@ def make_plan(
         world_size=world_size,
         sharding=sharding,
         memory=memory,
-        attention={part: str(config._attn_implementation) for part, config in _configs(model.config).items()},
+        attention=attention,
+        attention_notes=tell_choice({*attention.values()}, training_args.device, compute),
         liger=training_args.use_liger_kernel and is_liger_kernel_available(),
         compiled=bool(training_args.torch_compile),
         flops=count_training_flops(model),

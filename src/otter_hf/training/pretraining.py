@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
+from ..models.host_reads import numbers_on
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
 from .freezing import freeze, train_only_rows
@@ -136,10 +137,11 @@ class PretrainingTrainer(OtterTrainer):
                 sum((batches[one.name]["labels"][:, 1:] != IGNORE_INDEX).sum() for batches in batch_samples)
                 for one in self.train_dataset.sets
             ]
-        ).to(device)  # (sets,)
+        )  # (sets,)
+        counts = numbers_on(device, counts.tolist())
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             counts = self.accelerator.gather(counts).view(self.args.world_size, -1).sum(dim=0)
-        weights = torch.tensor([one.loss_weight for one in self.train_dataset.sets], device=device)
+        weights = numbers_on(device, [one.loss_weight for one in self.train_dataset.sets])
         divisors = counts.clamp(min=1) / weights
         return {one.name: divisor for one, divisor in zip(self.train_dataset.sets, divisors, strict=True)}
 

@@ -13,6 +13,31 @@ from .flops import TrainingFlops
 
 # loss of batches with samples of several task groups
 MIXED = "mixed"
+
+
+def count_batch(batch: dict) -> dict[str, int]:
+    """
+    What `Throughput` counts of a batch, best while it is on the CPU, where reading waits for nothing.
+
+    Returns:
+        `tokens` without padding, `labels`, `pixels` as frames, `media`, and `squares`: of the samples' lengths.
+    """
+    ids = batch["input_ids"]
+    if "attention_mask" in batch:
+        lengths = batch["attention_mask"].sum(dim=1)
+    elif "cu_seq_lens_q" in batch:
+        lengths = batch["cu_seq_lens_q"].diff().long()
+    else:
+        lengths = torch.full((len(ids),), ids.shape[1])
+    counts = {"tokens": int(lengths.sum()), "squares": int((lengths**2).sum()), "media": 0, "pixels": 0}
+    counts["labels"] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    pixels = batch.get("pixel_values")
+    if pixels is not None and pixels.ndim == 6:
+        counts["media"] = pixels.shape[0] * pixels.shape[1]
+        counts["pixels"] = pixels.shape[0] * pixels.shape[1] * pixels.shape[2]
+    return counts
+
+
 _COUNTS = ("samples", "tokens", "labels", "pixels", "media", "squares", "seconds", "waiting")
 
 
@@ -58,34 +83,24 @@ class Throughput(TrainerCallback):
                 self._counts["waiting"] += time.perf_counter() - asked
             yield batch
 
-    def add(self, batch: dict, groups: Sequence[str], loss: torch.Tensor, num_items: torch.Tensor | int | None):
+    def add(
+        self, counts: dict[str, int], groups: Sequence[str], loss: torch.Tensor, num_items: torch.Tensor | int | None
+    ):
         """
-        Counts a batch.
+        Counts a batch. The loss stays on its device until `collect`.
 
         Args:
-            batch: what the collator made.
+            counts: of `count_batch`.
             groups: task group of each of its samples.
             loss: mean over the labels of the batch, or with `num_items` its part in a mean over so many.
         """
-        counts, ids = self._counts, batch["input_ids"]
-        if "attention_mask" in batch:
-            lengths = batch["attention_mask"].sum(dim=1)
-        elif "cu_seq_lens_q" in batch:
-            lengths = batch["cu_seq_lens_q"].diff().long()
-        else:
-            lengths = torch.full((len(ids),), ids.shape[1])
-        labels = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        counts["samples"] += len(groups)
-        counts["tokens"] += int(lengths.sum())
-        counts["squares"] += int((lengths**2).sum())
-        counts["labels"] += labels
-        pixels = batch.get("pixel_values")
-        if pixels is not None and pixels.ndim == 6:
-            counts["media"] += pixels.shape[0] * pixels.shape[1]
-            counts["pixels"] += pixels.shape[0] * pixels.shape[1] * pixels.shape[2]
+        self._counts["samples"] += len(groups)
+        for name, count in counts.items():
+            self._counts[name] += count
         group = self._losses[groups[0] if len({*groups}) == 1 and groups[0] in self._losses else MIXED]
-        group[0] += float(loss) * (labels if num_items is None else float(num_items))
-        group[1] += labels
+        loss = loss.detach().to(_precise(loss.device))
+        group[0] = group[0] + loss * (counts["labels"] if num_items is None else num_items)
+        group[1] += counts["labels"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._started is not None:
@@ -99,8 +114,9 @@ class Throughput(TrainerCallback):
         Args:
             gather: `(N,)` of each process -> `(processes, N)`.
         """
-        own = [*self._counts.values(), _peak_memory(device), *(x for pair in self._losses.values() for x in pair)]
-        rows = gather(torch.tensor(own, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device))
+        losses = (float(x) for pair in self._losses.values() for x in pair)
+        own = [*self._counts.values(), _peak_memory(device), *losses]
+        rows = gather(torch.tensor(own, dtype=_precise(device), device=device))
         rows = rows.reshape(-1, len(own)).cpu()
         self._reset()
         totals = dict(zip(_COUNTS, rows.sum(dim=0).tolist(), strict=False))
@@ -121,6 +137,10 @@ class Throughput(TrainerCallback):
             if labels:
                 logs[f"loss/{group}"] = loss / labels
         return logs
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -8,12 +8,14 @@ from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
+from ..data.collator import IGNORE_INDEX
 from ..data.mixture import GroupedSampler
 from ..data.samples import Sample
+from ..models.host_reads import accepts_known_numbers, known_on_host, reads_are_free
 from .flops import TrainingFlops, measure_peak_flops
 from .optimizer import decayed_parameter_names
 from .publish import PublishingTrainer
-from .throughput import Throughput
+from .throughput import Throughput, count_batch
 
 
 class OtterTrainer(PublishingTrainer):
@@ -24,8 +26,8 @@ class OtterTrainer(PublishingTrainer):
     one image are not padded to those with several; with `train_sampling_strategy="group_by_length"` they are of about
     the same length, too.
     Weight decay is for linear and convolutional layers, see `decayed_parameter_names`. A loss or gradient that is not
-    finite ends the training with the ids of its samples, before the optimizer takes it in. What is logged besides: see
-    `Throughput`.
+    finite ends the training with the ids of its samples, before the optimizer takes it in: both are read from the
+    device together, once a step, and nothing else is until the next log. What is logged besides: see `Throughput`.
 
     Args:
         flops: operations of a step, for `mfu` in the logs; see `count_training_flops`.
@@ -36,13 +38,19 @@ class OtterTrainer(PublishingTrainer):
 
     def __init__(self, *args, flops: TrainingFlops | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.data_collator = NamingCollator(self.data_collator)
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        # a compiled graph would be made anew for each of the numbers
+        self._counts_for_model = accepts_known_numbers(base) and not self.args.torch_compile
+        self.data_collator = NamingCollator(
+            self.data_collator, getattr(base.config, "image_token_id", None) if self._counts_for_model else None
+        )
         groups = getattr(self.train_dataset, "task_groups", ())
         self.throughput = Throughput(groups, flops, getattr(self.args, "peak_flops", 0))
         self.add_callback(self.throughput)
         self.add_callback(_TellEpoch(self))
         self._sampler: GroupedSampler | None = None
-        self._names: list[str] = []  # of the samples since the last optimizer step
+        # loss and sample ids of each batch since the last optimizer step
+        self._losses: list[tuple[torch.Tensor, list[str]]] = []
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `decayed_parameter_names`."""
@@ -65,32 +73,47 @@ class OtterTrainer(PublishingTrainer):
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        return super()._prepare_inputs({key: value for key, value in inputs.items() if key not in _NAMES})
+        known = self._on_host(inputs).get("known", {})
+        return super()._prepare_inputs({key: value for key, value in inputs.items() if key not in _NAMES}) | known
+
+    def _on_host(self, inputs: dict) -> dict:
+        """What is known of a batch without reading it from a device, see `NamingCollator`."""
+        if "on_host" not in inputs and "labels" in inputs and reads_are_free(inputs["labels"]):
+            return self.data_collator.look(inputs)  # from a loader with a collator of its own
+        return inputs.get("on_host", {})
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        """As in the parent class; counts the batch, and refuses a loss that is not finite."""
+        """As in the parent class; counts the batch."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        names = inputs["sample_ids"]
-        self._names += names
-        if not torch.isfinite(loss):
-            self._refuse("loss", loss, names)
+        self._losses.append((loss, inputs["sample_ids"]))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the Trainer multiplied it by the number of processes, over which gradients are averaged
             num_items_in_batch = num_items_in_batch / self.accelerator.num_processes
-        self.throughput.add(inputs, inputs["task_groups"], loss, num_items_in_batch)
+        counts = self._on_host(inputs).get("counts") or count_batch(inputs)
+        self.throughput.add(counts, inputs["task_groups"], loss, num_items_in_batch)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        """As in the parent class; refuses losses and gradients that are not finite, before the optimizer's step."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        names, self._names = self._names, []
-        # in float16 a gradient may overflow: the scaler then leaves out the step, and scales less
-        if grad_norm is not None and not self.args.fp16 and not math.isfinite(grad_norm):
-            self._refuse("gradient", float(grad_norm), names)
+        (losses, names), self._losses = zip(*self._losses, strict=True), []
+        values = [*losses]
+        if type(grad_norm) is torch.Tensor and grad_norm.device == losses[0].device:
+            values.append(grad_norm)
+        values = torch.stack([value.float() for value in values]).tolist()  # the one wait of a step
+        for value, of_batch in zip(values, names, strict=False):
+            if not math.isfinite(value):
+                self._refuse("loss", value, of_batch)
+        if grad_norm is not None:
+            grad_norm = values[-1] if len(values) > len(losses) else float(grad_norm)
+            # in float16 a gradient may overflow: the scaler then leaves out the step, and scales less
+            if not self.args.fp16 and not math.isfinite(grad_norm):
+                self._refuse("gradient", grad_norm, [name for of_batch in names for name in of_batch])
         return grad_norm
 
-    def _refuse(self, what: str, value, names: list[str]):
+    def _refuse(self, what: str, value: float, names: list[str]):
         raise ValueError(
-            f"The {what} of step {self.state.global_step + 1} is {float(value)}, with the samples "
+            f"The {what} of step {self.state.global_step + 1} is {value}, with the samples "
             f"{', '.join(map(repr, names))}: look at these, or lower learning_rate or max_grad_norm."
         )
 
@@ -101,20 +124,36 @@ class OtterTrainer(PublishingTrainer):
         super().log(logs, start_time)
 
 
-_NAMES = ("sample_ids", "task_groups")
+_NAMES = ("sample_ids", "task_groups", "on_host")
 
 
 class NamingCollator:
-    """Adds to the batches of a collator who is in them: `sample_ids` and `task_groups`, lists of text."""
+    """
+    Adds to the batches of a collator who is in them, `sample_ids` and `task_groups`, lists of text, and as `on_host`
+    what would have to be read back later from the device: `counts` of `count_batch`, and `known`, the arguments of
+    `known_on_host` for a model that takes them.
 
-    def __init__(self, collator: Callable[[Sequence[Sample]], dict]):
+    Args:
+        image_token_id: of the model; None if it does not take these arguments.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Sample]], dict], image_token_id: int | None = None):
         self.collator = collator
+        self.image_token_id = image_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
-        return self.collator(samples) | {
+        batch = self.collator(samples)
+        return {
+            **batch,
+            **({"on_host": self.look(batch)} if "labels" in batch else {}),
             "sample_ids": [sample["id"] for sample in samples],
             "task_groups": [sample.get("task_group", "") for sample in samples],
         }
+
+    def look(self, batch: dict) -> dict[str, dict]:
+        """`counts` and `known` of a batch on the CPU."""
+        known = {} if self.image_token_id is None else known_on_host(batch, self.image_token_id, IGNORE_INDEX)
+        return {"counts": count_batch(batch), "known": known}
 
 
 class _TellEpoch(TrainerCallback):

@@ -83,7 +83,8 @@ class FlamingoGenerationMixin(GenerationMixin):
             **kwargs,
         )
         # the assistant of assisted decoding gets no first iteration, which is when images are passed on
-        if pixel_values is not None and past_key_values is not None and past_key_values.get_seq_length() == 0:
+        # (a static cache counts its tokens in a tensor, which no step shall read)
+        if pixel_values is not None and getattr(past_key_values, "media_index", self) is None:
             inputs["pixel_values"] = pixel_values
         if media_index is not None:
             # candidates of assisted decoding are not in it yet

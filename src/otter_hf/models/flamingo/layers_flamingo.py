@@ -12,9 +12,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..host_reads import reads_are_free
 from ..media_attention import MediaBlocks, MediaSegments, make_media_blocks, make_media_segments
 from ..media_cache import MediaCacheMixin
 from ..mixed_dtypes import in_dtype_of
+from ..varlen_attention import has_varlen_kernel
 from .configuration_flamingo import FlamingoConfig
 
 
@@ -30,20 +32,31 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 def make_media_groups(
-    config: FlamingoConfig, media_index: torch.Tensor, num_media: int
+    config: FlamingoConfig, media_index: torch.Tensor, num_media: int, dtype: torch.dtype, in_order: bool = False
 ) -> MediaBlocks | MediaSegments | None:
     """
-    The groups of tokens that cross-attention takes, for all layers; None without any image. `media_index (B, L)`.
+    The groups of tokens that cross-attention takes, for all layers; None without any image.
 
-    Segments go through the variable-length kernel of flash attention, or on a CPU one by one through torch's, where
-    that costs less than empty slots and copied keys. Elsewhere a call per segment costs more: blocks are a batch.
+    Segments go through the variable-length kernel of flash attention or of torch, or on a CPU one by one through
+    torch's attention, where that costs less than empty slots and copied keys. Elsewhere a call per segment costs more:
+    blocks are a batch.
+
+    Args:
+        media_index: `(B, L)`.
+        num_media: T, images stored per row.
+        dtype: of the computation.
+        in_order: see `make_media_segments`.
     """
     if num_media == 0:
         return None
-    regrouped = num_media > 1 and media_index.shape[1] > 1
-    one_by_one = media_index.device.type == "cpu" and config._attn_implementation in _TORCH_ATTENTION
-    if regrouped and (one_by_one or is_flash_attention_requested(config)) and not is_torchdynamo_compiling():
-        return make_media_segments(media_index, num_media, config.perceiver_num_latents)
+    device = media_index.device
+    regrouped = num_media > 1 and media_index.shape[1] > 1 and not is_torchdynamo_compiling()
+    if regrouped and (
+        is_flash_attention_requested(config)
+        or (config._attn_implementation in _TORCH_ATTENTION and reads_are_free(media_index))
+        or (config._attn_implementation == "varlen_sdpa" and has_varlen_kernel(device, dtype))
+    ):
+        return make_media_segments(media_index, num_media, config.perceiver_num_latents, in_order)
     return make_media_blocks(media_index, num_media)
 
 

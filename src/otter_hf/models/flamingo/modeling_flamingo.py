@@ -23,6 +23,8 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..decoding_masks import mask_without_reading
+from ..host_reads import numbers_on
 from ..legacy import name_lora_layers
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import batch_first_media, running_media_index
@@ -277,15 +279,21 @@ class FlamingoModel(FlamingoPreTrainedModel):
             return latents.unflatten(0, (batch_size, num_media))
         # at least one medium is always encoded: in distributed training every rank must run the same modules
         places = [(row, i) for row, count in enumerate(num_referenced) for i in range(count)] or [(0, 0)]
-        rows, columns = torch.tensor(places, device=pixel_values.device).unbind(1)
+        rows, columns = numbers_on(pixel_values.device, places).unbind(1)
         latents = self.get_image_features(pixel_values[rows, columns], return_dict=True).pooler_output
         states = latents.new_zeros(batch_size, num_media, *latents.shape[1:])
         return states.index_put((rows, columns), latents)
 
-    def _check_media(self, media_index, seen, pixel_values) -> list[int]:
-        """How many of its media in `pixel_values` each row refers to. Raises ValueError where they are too few."""
-        referenced = media_index.amax(dim=1) if seen is None else (media_index.amax(dim=1) - seen).clamp(min=0)
-        referenced = referenced.tolist()
+    def _check_media(self, media_index, seen, pixel_values, media_counts: list[int] | None = None) -> list[int]:
+        """
+        How many of its media in `pixel_values` each row refers to, which is read from the device unless `media_counts`
+        says it. Raises ValueError where they are too few.
+        """
+        referenced = media_counts
+        # replicas of one process get a part of the rows, but all of the numbers
+        if seen is not None or referenced is None or len(referenced) != media_index.shape[0]:
+            referenced = media_index.amax(dim=1) if seen is None else (media_index.amax(dim=1) - seen).clamp(min=0)
+            referenced = referenced.tolist()
         num_media = 0 if pixel_values is None else pixel_values.shape[1]
         row = max(range(len(referenced)), key=referenced.__getitem__)
         if referenced[row] > num_media:
@@ -294,6 +302,10 @@ class FlamingoModel(FlamingoPreTrainedModel):
                 "row; pass one image per `<image>` token."
             )
         return referenced
+
+    def _compute_dtype(self) -> torch.dtype:
+        device_type = self.device.type
+        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.dtype
 
     def _blank_media(self, media_index: torch.Tensor) -> torch.Tensor:
         """
@@ -319,6 +331,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         media_index: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        media_counts: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoModelOutputWithPast:
         """
@@ -334,11 +347,14 @@ class FlamingoModel(FlamingoPreTrainedModel):
             media_index: `(B, L)` int64, the 1-based medium each token sees, 0 for none. By default the last `<image>`
                 at or before the token.
             use_cache: whether to return a cache; `config.use_cache` by default.
+            media_counts: how many media the tokens of each row refer to, if there is no cache; see `known_on_host`.
             kwargs: handed to the text model.
 
         Raises:
             ValueError: if media and `<image>` tokens do not fit together, or not exactly one of `input_ids` and
                 `inputs_embeds` is given.
+            RuntimeError: for a single `<image>` on top of a cache without `pixel_values`; on CUDA by a device-side
+                assertion, as decoding steps are not waited for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -347,6 +363,7 @@ class FlamingoModel(FlamingoPreTrainedModel):
             past_key_values = MediaDynamicCache(config=self.config.text_config)
         cache = None if past_key_values is None else with_media(past_key_values)
         seen = None if cache is None else cache.media_seen  # (B,)
+        in_order = media_index is None
         if media_index is None:
             in_view = None if cache is None else cache.media_in_view
             media_index = running_media_index(self._find_media_tokens(input_ids, inputs_embeds), seen, in_view)
@@ -359,7 +376,17 @@ class FlamingoModel(FlamingoPreTrainedModel):
             pixel_values = batch_first_media(pixel_values, media_index.shape[0])
         elif self.training and seen is None:
             pixel_values = self._blank_media(media_index)
-        referenced = None if is_torchdynamo_compiling() else self._check_media(media_index, seen, pixel_values)
+        referenced = None
+        if is_torchdynamo_compiling():
+            pass  # nothing can be read
+        elif pixel_values is None and seen is not None and shape[1] == 1 and self.device.type in ("cpu", "cuda"):
+            # a decoding step: the device looks for itself, and nobody waits for it (others cannot)
+            torch._assert_async(
+                (media_index.amax(dim=1) <= cache.num_media).all(),
+                "input_ids holds an image token on top of a cache, but no pixel_values; pass one image per `<image>`.",
+            )
+        else:
+            referenced = self._check_media(media_index, seen, pixel_values, media_counts)
         vision_states = None if pixel_values is None else self._encode_referenced(pixel_values, referenced)
         num_media = (0 if cache is None else cache.num_media) + (0 if pixel_values is None else pixel_values.shape[1])
 
@@ -370,13 +397,15 @@ class FlamingoModel(FlamingoPreTrainedModel):
         media_outputs = {"inputs": [], "cross_attentions": []} if recording else None
         outputs = self.language_model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask_without_reading(
+                self.config.text_config, attention_mask, past_key_values, shape, kwargs.get("cu_seq_lens_q")
+            ),
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             vision_states=vision_states,
-            media_groups=make_media_groups(self.config, media_index, num_media),
+            media_groups=make_media_groups(self.config, media_index, num_media, self._compute_dtype(), in_order),
             media_cache=cache,
             media_outputs=media_outputs,
             **kwargs,
@@ -440,6 +469,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        label_count: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoCausalLMOutputWithPast:
         """
@@ -450,6 +480,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions given.
             skip_logits: with labels, compute logits only where a label asks for them, in bounded memory, and return
                 none. By default in training, unless `loss_function` was replaced.
+            label_count: number of labels, if the host knows it; see `known_on_host`.
             kwargs: `num_items_in_batch` divides the summed loss; all are handed to the text model.
 
         For the other arguments and errors see [`FlamingoModel.forward`].
@@ -484,7 +515,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
         loss_kwargs = {"labels": labels, "vocab_size": text_config.vocab_size, **kwargs}
         hidden_states = in_dtype_of(self.lm_head.weight, outputs.last_hidden_state)
         if skip_logits:
-            loss = supervised_loss(self.lm_head, hidden_states, **scaling, **loss_kwargs)
+            loss = supervised_loss(self.lm_head, hidden_states, label_count=label_count, **scaling, **loss_kwargs)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             logits = scale_logits(logits, **scaling)

@@ -11,11 +11,14 @@ from anywhere, and left padding needs no correction.
 | `sdpa`              | eight extra channels of queries and keys whose dot product is the bias: no mask, so the   |
 |                     | causal flash kernels run; with a filled cache, the additive mask                          |
 | `flex_attention`    | a `score_mod`: nothing is materialized                                                    |
+| `varlen_sdpa`       | as `sdpa`; packed rows through torch's variable-length kernel, where that runs            |
 | `flash_attention_2` | its argument `alibi_slopes`; padded and packed rows through the variable-length kernel    |
 
+FlashAttention 3 and 4 have no such argument, and take fewer widths of heads than the extra channels would need.
+
 Shapes: B rows, H heads, Q queries, K keys, L tokens, D channels per head. The model passes what these functions need
-beyond transformers' attention interface as keyword arguments: `alibi_slopes (H,)` and, for packed rows,
-`sample_lengths`.
+beyond transformers' attention interface as keyword arguments: `alibi_slopes (H,)` and, for packed rows, where samples
+begin and end: `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q`, `max_length_k`, as transformers' flash attention.
 """
 
 import math
@@ -27,11 +30,15 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.masking_utils import BlockMask, create_causal_mask, find_packed_sequence_indices
 from transformers.modeling_flash_attention_utils import (
     FLASH_ATTN_KERNEL_FALLBACK,
+    FlashAttentionKwargs,
     _upad_input,
     lazy_import_flash_attention,
 )
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils.import_utils import is_tracing
+
+from ..host_reads import reads_are_free
+from ..varlen_attention import varlen_sdpa_attention_forward
 
 
 # Score of a masked key: its softmax weight underflows to 0 against any ALiBi bias, and it is finite in float16, so
@@ -106,8 +113,8 @@ def prepare_alibi_attention(
     implementation = config._attn_implementation
     if implementation != "eager" and implementation not in ALL_ATTENTION_FUNCTIONS._local_mapping:
         raise ValueError(
-            f"attn_implementation={implementation!r} has no ALiBi bias; use 'sdpa', 'flex_attention', "
-            "'flash_attention_2' or 'eager'."
+            f"attn_implementation={implementation!r} has no ALiBi bias; use 'sdpa', 'varlen_sdpa', "
+            "'flex_attention', 'flash_attention_2' or 'eager'."
         )
     slopes = alibi_slopes(config.n_heads, config.alibi_bias_max, device=inputs_embeds.device)
     kwargs = {"alibi_slopes": slopes}
@@ -128,26 +135,31 @@ def prepare_alibi_attention(
         # Sample lengths cannot be read while tracing: packed rows then take the additive mask.
         if not _only_new_keys(attention_mask, past_key_values, inputs_embeds.shape[1]) or (maybe_packed and tracing):
             return create_alibi_mask(config, slopes, **arguments), kwargs
-        if attention_mask is not None and not tracing and attention_mask.all():
+        # a mask that hides nothing costs a little, waiting for a device to say so costs more
+        if attention_mask is not None and not tracing and reads_are_free(attention_mask) and attention_mask.all():
             attention_mask = None
+    elif maybe_packed and cu_seq_lens is not None:
+        return None, kwargs
     else:
         attention_mask = create_causal_mask(config=config, **arguments)  # None or (B, K)
-        maybe_packed = maybe_packed and cu_seq_lens is None
-    if maybe_packed:
-        kwargs["sample_lengths"] = packed_sample_lengths(position_ids.expand(inputs_embeds.shape[:2]))
+    if maybe_packed and cu_seq_lens is None:
+        kwargs |= packed_boundaries(position_ids.expand(inputs_embeds.shape[:2]))
     return attention_mask, kwargs
 
 
-def packed_sample_lengths(position_ids: torch.Tensor) -> list[int] | None:
+def packed_boundaries(position_ids: torch.Tensor) -> FlashAttentionKwargs:
     """
-    Lengths of the samples packed into `position_ids (B, L)`, row after row (they sum to `B * L`), or `None` if no row
-    holds more than one sample. Reads the tensor, so it waits for the device.
+    Where the samples packed into `position_ids (B, L)` begin and end, row after row; empty if no row holds more than
+    one sample. Reads the tensor, so it waits for the device.
     """
     samples = find_packed_sequence_indices(position_ids)  # (B, L): 0-based sample of each token in its row
     if samples is None:
-        return None
+        return FlashAttentionKwargs()
     rows = torch.arange(samples.shape[0], device=samples.device)[:, None] * samples.shape[1]
-    return torch.unique_consecutive((samples + rows).flatten(), return_counts=True)[1].tolist()
+    lengths = torch.unique_consecutive((samples + rows).flatten(), return_counts=True)[1]
+    ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (samples + 1,)
+    longest = int(lengths.max())
+    return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
 
 
 def _only_new_keys(attention_mask: torch.Tensor | None, past_key_values: Cache | None, length: int) -> bool:
@@ -156,6 +168,8 @@ def _only_new_keys(attention_mask: torch.Tensor | None, past_key_values: Cache |
         return False
     if past_key_values is None:
         return True
+    if length == 1:  # a decoding step, which shall not read
+        return False
     seen = past_key_values.get_seq_length()
     if isinstance(seen, torch.Tensor) and is_tracing(seen):  # a static cache counts in a tensor
         return False
@@ -223,7 +237,10 @@ def alibi_sdpa_forward(
     scaling: float,
     alibi_slopes: torch.Tensor,
     dropout: float = 0.0,
-    sample_lengths: list[int] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -245,24 +262,23 @@ def alibi_sdpa_forward(
     # flash kernels want one width for all three
     value = nn.functional.pad(value, (0, query.shape[-1] - head_dim))  # (B, H, L, D + 8)
 
-    if sample_lengths is None:
+    if cu_seq_lens_q is None:
         output = sdpa(query, key, value, dropout_p=dropout, scale=scaling, is_causal=True).transpose(1, 2)
     else:
-        samples = zip(
-            *(
-                states.transpose(1, 2).flatten(0, 1).split(sample_lengths)  # each (l, H, D + 8)
-                for states in (query, key, value)
-            ),
-            strict=True,
+        output, _ = varlen_sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            None,
+            scaling=scaling,
+            dropout=dropout,
+            is_causal=True,
+            cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+            max_length_q=max_length_q,
+            max_length_k=max_length_k,
         )
-        output = torch.cat(
-            [
-                sdpa(*(s.transpose(0, 1)[None] for s in sample), dropout_p=dropout, scale=scaling, is_causal=True)
-                .squeeze(0)
-                .transpose(0, 1)
-                for sample in samples
-            ]
-        ).unflatten(0, (batch_size, length))
     return output[..., :head_dim].contiguous(), None  # (B, L, H, D)
 
 
@@ -288,7 +304,7 @@ def alibi_flex_forward(
     if not isinstance(attention_mask, BlockMask):
         raise ValueError("flex_attention takes an attention_mask of shape (B, L); a 4-D mask needs 'sdpa' or 'eager'.")
     # In a tensor, since a number would recompile the kernel at every decoding step.
-    first_query = torch.tensor(key.shape[2] - query.shape[2], device=query.device)
+    first_query = torch.full((), key.shape[2] - query.shape[2], device=query.device)
 
     def add_bias(score, batch, head, q, k):
         return score + alibi_slopes[head] * (k - q - first_query)
@@ -308,7 +324,6 @@ def alibi_flash_forward(
     scaling: float,
     alibi_slopes: torch.Tensor,
     dropout: float = 0.0,
-    sample_lengths: list[int] | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     cu_seq_lens_k: torch.Tensor | None = None,
     max_length_q: int | None = None,
@@ -317,8 +332,7 @@ def alibi_flash_forward(
 ) -> tuple[torch.Tensor, None]:
     """
     FlashAttention-2 with `alibi_slopes`, which transformers' own wrapper drops. Rows padded under a mask `(B, K)` and
-    packed rows (`sample_lengths`, or a padding-free collator's `cu_seq_lens_*` and `max_length_*`) go through the
-    variable-length kernel.
+    packed rows (`cu_seq_lens_*` and `max_length_*`) go through the variable-length kernel.
     """
     (flash, flash_varlen, _, pad, unpad), _ = lazy_import_flash_attention(module.config._attn_implementation)
     query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # (B, Q or K, H, D)
@@ -332,10 +346,6 @@ def alibi_flash_forward(
         output = flash_varlen(query, key, value, *cu_seq_lens, *max_lengths, **options)  # (tokens, H, D)
         return pad(output, tokens, batch_size, length), None
 
-    if cu_seq_lens_q is None and sample_lengths is not None:
-        ends = torch.tensor([0, *sample_lengths], device=query.device).cumsum(0, dtype=torch.int32)
-        cu_seq_lens_q = cu_seq_lens_k = ends  # (samples + 1,)
-        max_length_q = max_length_k = max(sample_lengths)
     if cu_seq_lens_q is not None:
         query, key, value = (states.flatten(0, 1) for states in (query, key, value))  # (B * L, H, D)
         output = flash_varlen(

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import WeightRenaming
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
 from transformers.models.fuyu.modeling_fuyu import FuyuPreTrainedModel
@@ -39,44 +40,39 @@ from ..lm_loss import supervised_loss
 from ..mixed_dtypes import in_dtype_of
 from ..offloading import index_tied_weights
 from ..quantization import keep_stored_weights
+from ..varlen_attention import varlen_sdpa_attention_forward
 from .configuration_otterhd import OtterHDConfig
 
 
-def segment_lengths(
-    position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None = None
-) -> tuple[int, ...] | None:
+def packed_boundaries(position_ids: torch.Tensor) -> FlashAttentionKwargs:
     """
-    Lengths of the samples packed into one row.
+    Where the samples packed into one row begin and end. Reads the tensor, so it waits for the device.
 
     Args:
         position_ids (`(B, L)`, integer): positions; a sample starts wherever they do not go up by one.
-        cu_seq_lens (`(S + 1,)`, integer): cumulative lengths of the S samples, starting with 0, when known.
 
     Returns:
-        one length per sample, or `None` where the row holds a single sample.
+        what variable-length attention takes; empty where the row holds a single sample.
 
     Raises:
         ValueError: when positions restart in a batch of several rows.
     """
-    if cu_seq_lens is not None:
-        return tuple(cu_seq_lens.diff().tolist())
-    if position_ids is None or position_ids.shape[1] == 1:
-        return None
     restarts = position_ids.diff(dim=1) != 1  # (B, L-1)
     if not restarts.any():
-        return None
+        return FlashAttentionKwargs()
     if position_ids.shape[0] > 1:
         raise ValueError(
             f"Packed samples (position_ids that restart) must come as one row, got {position_ids.shape[0]} rows: "
             "concatenate them, or pad and pass attention_mask."
         )
     ends = restarts[0].nonzero().flatten() + 1  # (S-1,)
-    length = position_ids.shape[1]
-    return tuple(torch.diff(ends, prepend=ends.new_zeros(1), append=ends.new_full((1,), length)).tolist())
+    ends = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), position_ids.shape[1])]).to(torch.int32)  # (S+1,)
+    longest = int(ends.diff().max())
+    return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
 
 
 class OtterHDAttention(PersimmonAttention):
-    """Persimmon's attention which, for packed rows, runs SDPA sample by sample instead of building a block mask."""
+    """Persimmon's attention, whose `sdpa` goes sample by sample in packed rows: they need no block mask."""
 
     def forward(
         self,
@@ -84,10 +80,9 @@ class OtterHDAttention(PersimmonAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        segments: tuple[int, ...] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attended states `(B, L, D)` and, in eager, the weights; see `OtterHDModel` for `segments`."""
+        """The attended states `(B, L, D)` and, in eager, the weights."""
         batch_size, length, _ = hidden_states.shape
         query, key, value = self._split_heads(self.query_key_value(hidden_states))  # 3 x (B, L, H, E)
         if self.qk_layernorm:
@@ -106,23 +101,14 @@ class OtterHDAttention(PersimmonAttention):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         dropout = self.config.attention_dropout if self.training else 0.0
-        if segments is not None:
-            per_sample = zip(*(states.split(segments, dim=2) for states in (query, key, value)), strict=True)
-            attended = torch.cat(
-                [
-                    nn.functional.scaled_dot_product_attention(
-                        q, k, v, dropout_p=dropout, is_causal=True, scale=self.scaling
-                    ).transpose(1, 2)
-                    for q, k, v in per_sample  # 3 x (1, H, length of the sample, E)
-                ],
-                dim=1,
-            )  # (1, L, H, E)
-            weights = None
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa":
+            attend = varlen_sdpa_attention_forward
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-            attended, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )  # (B, L, H, E)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )  # (B, L, H, E)
         return self.dense(attended.reshape(batch_size, length, -1)), weights
 
 
@@ -135,7 +121,7 @@ class OtterHDDecoderLayer(PersimmonDecoderLayer):
 
 
 class OtterHDTextModel(PersimmonModel):
-    """Persimmon's decoder, without a language modeling head, which accepts the `segments` of a packed row."""
+    """Persimmon's decoder without a language modeling head, which builds no mask where none is needed."""
 
     _no_split_modules = ["OtterHDDecoderLayer"]
     _can_record_outputs = {"hidden_states": OtterHDDecoderLayer, "attentions": OtterHDAttention}
@@ -161,13 +147,9 @@ class OtterHDTextModel(PersimmonModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        segments: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
-        r"""
-        segments (`tuple[int, ...]`, *optional*):
-            Lengths of the samples packed into the one row of the batch: each attends to itself only.
-        """
+        """As in the parent class; samples between `cu_seq_lens_q` attend to themselves only."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
@@ -179,13 +161,15 @@ class OtterHDTextModel(PersimmonModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
 
         causal_mask = None
-        if segments is None:
+        if kwargs.get("cu_seq_lens_q") is None or self.config._attn_implementation == "eager":
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                # to leave out a mask that hides nothing, a decoding step would have to look at it
+                allow_is_causal_skip=inputs_embeds.shape[1] > 1 or attention_mask is None,
             )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -197,7 +181,6 @@ class OtterHDTextModel(PersimmonModel):
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                segments=segments,
                 **kwargs,
             )  # (B, L, D)
         return BaseModelOutputWithPast(
@@ -227,9 +210,9 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
     Decoder and patch embedding without a language modeling head.
 
     Several samples may share one row ("packing"): pass `position_ids` that restart at 0 with each sample and no
-    `attention_mask`. With `sdpa` attention each sample is attended on its own, with `flash_attention_2` the
-    variable-length kernel is used (give `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k` to spare
-    their computation), and with `eager` a block mask is built. A packed row makes no cache.
+    `attention_mask`. With `sdpa` attention each sample is attended on its own, by torch's variable-length kernel where
+    that runs, with flash attention by its own (give `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+    `max_length_k` to spare their computation), and with `eager` a block mask is built. A packed row makes no cache.
     """
 
     def __init__(self, config: OtterHDConfig):
@@ -273,6 +256,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         image_grid_thw: torch.LongTensor | None = None,
+        media_counts: list[int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPast:
         r"""
@@ -284,6 +268,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
             position_ids (`torch.LongTensor` of shape `(B, L)`): positions; restarts mark packed samples.
             inputs_embeds (`torch.FloatTensor` of shape `(B, L, D)`): embeddings in place of `input_ids`.
             image_grid_thw (`torch.LongTensor` of shape `(I, 3)`): of the processor; the tokens say it already.
+            media_counts (`list[int]`): image tokens of each row, if the host knows them; see `known_on_host`.
 
         Raises:
             ValueError: when image tokens and patches do not match in number, when patches have the wrong width, when
@@ -297,12 +282,12 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
         if pixel_values is not None:
             patches = self.get_image_features(pixel_values, return_dict=True).last_hidden_state  # (N, D)
             patches = patches.flatten(0, -2).unsqueeze(0).to(inputs_embeds.device, inputs_embeds.dtype)  # (1, N, D)
-            is_patch = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=patches)
+            is_patch = self._find_patches(input_ids, inputs_embeds, patches, media_counts)
             inputs_embeds = inputs_embeds.masked_scatter(is_patch, patches)
         elif input_ids is not None and not is_tracing(input_ids):
             # tokens generated on top of a cache are the model's own words
-            if past_key_values is None or past_key_values.get_seq_length() == 0:
-                count = (input_ids == self.config.image_token_id).sum().item()
+            if past_key_values is None or (input_ids.shape[1] > 1 and past_key_values.get_seq_length() == 0):
+                count = self._count_patches(input_ids, media_counts)
                 if count:
                     raise ValueError(
                         f"input_ids holds {count} image tokens (id {self.config.image_token_id}) but pixel_values is "
@@ -317,17 +302,12 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
 
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens_q needs position_ids that restart at 0 with each packed sample.")
-        segments = None
         if attention_mask is None and position_ids is not None and past_key_values is None:
-            if is_tracing(position_ids):
-                # a traced graph cannot ask whether positions restart; without a cache the mask is built from them
+            if kwargs.get("cu_seq_lens_q") is None and position_ids.shape[1] > 1 and not is_tracing(position_ids):
+                kwargs |= packed_boundaries(position_ids)
+            # a traced graph cannot ask whether positions restart; without a cache the mask is built from them
+            if kwargs.get("cu_seq_lens_q") is not None or is_tracing(position_ids):
                 use_cache = False
-            else:
-                segments = segment_lengths(position_ids, kwargs.get("cu_seq_lens_q"))
-                if segments is not None:
-                    use_cache = False
-        if self.language_model.config._attn_implementation != "sdpa":
-            segments = None
 
         return self.language_model(
             inputs_embeds=inputs_embeds,
@@ -335,9 +315,27 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            segments=segments,
             **kwargs,
         )
+
+    def _count_patches(self, input_ids: torch.LongTensor, media_counts: list[int] | None) -> int:
+        """Image tokens of the batch, which are read from the device unless `media_counts` says them."""
+        # replicas of one process get a part of the rows, but all of the numbers
+        if media_counts is not None and len(media_counts) == input_ids.shape[0]:
+            return sum(media_counts)
+        return int((input_ids == self.config.image_token_id).sum())
+
+    def _find_patches(self, input_ids, inputs_embeds, patches, media_counts: list[int] | None) -> torch.Tensor:
+        """`(B, L, D)` bool, True where `patches (1, N, D)` go. Raises ValueError where they do not fit in number."""
+        if input_ids is None or media_counts is None:
+            return self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=patches)
+        count = self._count_patches(input_ids, media_counts)
+        if count != patches.shape[1]:
+            raise ValueError(
+                f"input_ids holds {count} image tokens but pixel_values {patches.shape[1]} patches: pass input_ids "
+                "and pixel_values of one processor call."
+            )
+        return (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
 
 
 class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
@@ -371,6 +369,7 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
         image_grid_thw: torch.LongTensor | None = None,
         image_patches: list[torch.Tensor] | torch.Tensor | None = None,
         image_patches_indices: torch.LongTensor | None = None,
+        label_count: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         r"""
@@ -385,6 +384,7 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
             image_patches (`list[torch.Tensor]` of shapes `(1, n_i, patch_size * patch_size * num_channels)`): the
                 patches of each row as the processors of 2023 returned them; a tensor is taken for `pixel_values`.
             image_patches_indices (`torch.LongTensor`): what came with the list in 2023; implied by `input_ids`.
+            label_count (`int`): number of labels, if the host knows it; see `known_on_host`.
 
         Raises:
             ValueError: as [`OtterHDModel`], and when a row of `image_patches` does not match its image tokens.
@@ -406,7 +406,9 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
         loss = logits = None
         if labels is not None and (self.training if skip_logits is None else skip_logits):
             vocab_size = self.config.text_config.vocab_size
-            loss = supervised_loss(self.lm_head, hidden_states, labels, vocab_size=vocab_size, **kwargs)
+            loss = supervised_loss(
+                self.lm_head, hidden_states, labels, vocab_size=vocab_size, label_count=label_count, **kwargs
+            )
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))  # (B, kept, V)
             if labels is not None:
