@@ -118,7 +118,9 @@ def test_push_and_read_back(tmp_path, mixture, by_colour):
             return result.stdout
 
         push = ("to-hub", mixture, "--output", tmp_path / "hub", "--push-to-hub", "tester/mix")
-        assert otter(*push).split() == ["X_Images", "X_Instructions", "X_Train", "T_Instructions"]
+        assert otter(*push).split() == [
+            *("X_Images", "X_Instructions", "X_Train", "P_Images", "P_Instructions", "T_Instructions")
+        ]
         otter(*push)  # the folder is there: it is only uploaded, which changes nothing
         _, stored = hub.repositories["tester/mix"].at("main")
         assert "X_Images/train-00000.parquet" in stored and "README.md" in stored

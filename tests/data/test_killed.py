@@ -153,7 +153,7 @@ def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch,
     told = capsys.readouterr().out.replace("whole", "out")
 
     def ready():
-        return len(list(output.parent.glob(".X.*.parts/*"))) > complete
+        return len(list(output.parent.glob(".X.*.parts/*[!n]"))) > complete
 
     kill_when(ready, to_parquet, source, output, sizes=TO_PARQUET)
     assert not output.exists()
@@ -252,7 +252,7 @@ def test_killed_conversion_goes_on_where_it_was(sources, kind, complete):
     convert(sources, kind, "whole")
     out = sources / "out"
     sizes = [(parquet_writer.__name__, "_PART_BYTES", 200_000)]
-    begun = ".S_instructions.json.incomplete" if kind == "alpaca" else ".S.parquet.parts/*"
+    begun = ".S_instructions.json.incomplete" if kind == "alpaca" else ".S.parquet.parts/*[!n]"
     kill_when(lambda: len(list(out.glob(begun))) > complete, convert, sources, kind, "out", sizes=sizes)
     assert not list(out.glob("S*"))
     before = complete_parts(out / ".S.parquet.parts")
@@ -307,6 +307,17 @@ def test_what_has_changed_since_is_written_again(tmp_path, monkeypatch):
         return sum(isinstance(picture, Path) for picture in read)
 
     assert stop_then_finish(lambda: None) == 0  # no file is read again
+    # other files, older than what was written of the first ones
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in files:
+        (other / path.name).write_bytes(path.read_bytes())
+        os.utime(other / path.name, (1, 1))
+
+    def move():
+        files[:] = [other / path.name for path in files]
+
+    assert stop_then_finish(move) == len(files)
     later = time.time_ns() + 10**9
     assert stop_then_finish(lambda: os.utime(files[3], ns=(later, later))) == 3  # 2 and 3 of its part, and 4
     os.utime(files[3], ns=(0, 0))

@@ -7,8 +7,9 @@ import pytest
 from otter_hf.cli import main
 from otter_hf.data.formats import load_mimicit
 from otter_hf.data.images import encode_base64, image_bytes
-from otter_hf.data.mixture import MixtureEntry
-from otter_hf.data.sources.common import pair_turns, read_rows
+from otter_hf.data.mixture import MimicitMixture, MixtureEntry
+from otter_hf.data.sources import read_llava
+from otter_hf.data.sources.common import read_messages, read_rows
 from otter_hf.data.validate import check_mixture
 
 
@@ -32,7 +33,7 @@ def talk(*texts, asks="human"):
 
 
 LLAVA = [
-    {"id": "1", "image": "1.jpg", "conversations": talk("<image>\nWhat?", "A dog.", "Sure?\n<image>", "Yes.")},
+    {"id": "1", "image": "1.jpg", "conversations": talk("<image>\nWhat?", "A dog.", "Sure?", "Yes.")},
     {"id": "2", "image": "2.png", "conversations": talk("Colour?", "Blue.")},
 ]
 SVIT = [
@@ -79,7 +80,7 @@ EXPECTED = {
     "llavar": [[("What?", "A dog."), ("Sure?", "Yes.")], [("Colour?", "Blue.")]],
     "lrv": [[("Is there a dog?", "Yes.")], [("Is there a cat?", "No.")]],
     "svit": [[("What?", "A dog.")], [("Why?", "It barks."), ("Loud?", "Yes.")], [("Colour?", "Blue.")]],
-    "m3it": [[("What is it?", "A dog.")], [("Compare.\nleft, right", "No.")]],
+    "m3it": [[("What is it?", "A dog.")], [("<image><image>Compare.\nleft, right", "No.")]],
     "sharegpt": [[("Hi", "Hello"), ("Bye", "Good bye")], [("One\n\nTwo", "Both")]],
     "lima": [[("Q", "A")], [("Q1", "A1"), ("Q2", "A2")]],
     "alpaca": [[("Add.\n1 2", "3")], [("Name a colour.", "Red")]],
@@ -143,8 +144,8 @@ def test_missing_pictures(tmp_path, pictures, capsys):
 def test_finished_output_is_kept(tmp_path, capsys):
     convert(tmp_path, "lima", LIMA)
     before = (tmp_path / "out" / "S_instructions.json").read_bytes()
-    assert convert(tmp_path, "lima", LIMA[:1]) == 0
-    assert "is complete" in capsys.readouterr().out
+    assert convert(tmp_path, "lima", LIMA[:1]) == 2
+    assert "has changed since; --overwrite writes it again" in capsys.readouterr().err
     assert (tmp_path / "out" / "S_instructions.json").read_bytes() == before
     convert(tmp_path, "lima", LIMA[:1], "--overwrite")
     assert (tmp_path / "out" / "S_instructions.json").read_bytes() != before
@@ -198,13 +199,157 @@ def test_other_files_are_refused(tmp_path):
         list(read_rows(path))
 
 
-def test_turns_begin_with_the_user():
-    assert pair_turns([{"from": "system", "value": "x"}, *talk("a", "b")], "here") == [("a", "b")]
-    assert pair_turns([], "here") == []
+def test_messages_that_are_no_turns_are_named():
+    system = {"from": "system", "value": "x"}
+    assert read_messages([system, *talk("a", "b")], "here") == ([("a", "b")], "x", [])
+    assert read_messages([], "here") == ([], None, [])
+    answer = {"from": "gpt", "value": "lost"}
+    turns, _, unused = read_messages([answer, *talk("a", "b", "c")], "here")
+    assert turns == [("a", "b")]
+    assert unused == ["answer in front of the first question", "question without answer at the end"]
 
 
-def test_one_id_for_two_pictures(tmp_path, pictures, by_colour, capsys):
-    (tmp_path / "pictures" / "1.png").write_bytes(image_bytes(by_colour["green"]))
-    rows = [LLAVA[0], {**LLAVA[1], "image": "1.png"}]
+def samples(tmp_path):
+    """The samples of what `convert` wrote, read by the YAML that it wrote beside."""
+    mixture = MimicitMixture(str(tmp_path / "out" / "S.yaml"))
+    return [mixture[index] for index in range(len(mixture))]
+
+
+@pytest.mark.parametrize(
+    ("images", "turns", "expected", "places"),
+    [
+        # the record's picture in front, as 2023 had it: in front, behind, or not marked at all
+        (["1.jpg"], ["<image>\nWhat?", "A dog."], ["What?"], [[0]]),
+        (["1.jpg"], ["What?\n<image>", "A dog."], ["What?"], [[0]]),
+        (["1.jpg"], ["What?", "A dog.", "Sure?", "Yes."], ["What?", "Sure?"], [[0], []]),
+        # between words, in a later turn, several
+        (["1.jpg"], ["Is <image> a dog?", "Yes."], ["Is  a dog?"], [[3]]),
+        (["1.jpg"], ["Hello", "Hi", "<image>\nWhat?", "A dog."], ["Hello", "What?"], [[], [0]]),
+        (["1.jpg", "2.png"], ["Compare <image> with <image>.", "No."], ["Compare  with ."], [[8, 14]]),
+        (["1.jpg", "2.png"], ["<image>\nWhat?", "A dog.", "And\n<image>", "Blue"], ["What?", "And"], [[0], [3]]),
+        (["1.jpg", "2.png"], ["Compare.", "No."], ["Compare."], [[0, 0]]),
+    ],
+)
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_pictures_stand_where_the_source_has_them(tmp_path, pictures, images, turns, expected, places, key):
+    images = images[0] if len(images) == 1 and key == "image" else images
+    assert convert(tmp_path, "llava", [{"id": "1", key: images, "conversations": talk(*turns)}]) == 0
+    (sample,) = samples(tmp_path)
+    assert [question for question, _ in sample["turns"]] == expected
+    assert sample["media_per_turn"] == [len(of_turn) for of_turn in places]
+    assert all(len(frames) == 1 for frames in sample["media"])  # pictures of their own, no frames of one
+    assert sample.get("media_places", [[0] * count for count in sample["media_per_turn"]]) == places
+    assert main(["data", "check", str(tmp_path / "out" / "S.yaml"), "--strict"]) == 0
+
+
+INVALID = {
+    "video": ({"video": "clip.mp4"}, talk("<video>\nWhat?", "A ball.")),
+    "placeholder without key": ({}, talk("<image>\nWhat?", "A dog.")),
+    "video in the text": ({"image": "1.jpg"}, talk("<image><video>What?", "A dog.")),
+    "audio": ({"audio": "a.wav"}, talk("What?", "A bark.")),
+    "two for one": ({"image": "1.jpg"}, talk("<image> and <image>?", "A dog.")),
+    "one for two": ({"image": ["1.jpg", "2.png"]}, talk("<image>What?", "A dog.")),
+    "in an answer": ({"image": "1.jpg"}, talk("Show it.", "<image>")),
+    "weight": ({"weight": 0.5}, talk("What?", "A dog.")),
+    "weight of a message": ({}, [*talk("What?"), {"from": "gpt", "value": "x", "weight": 0}]),
+    "late system": ({}, [*talk("What?", "A dog."), {"from": "system", "value": "x"}, *talk("a", "b")]),
+}
+
+
+@pytest.mark.parametrize("kind", INVALID)
+def test_what_a_record_cannot_keep_is_refused_or_counted(tmp_path, pictures, kind, capsys):
+    keys, conversation = INVALID[kind]
+    rows = [{"id": "x", "conversations": conversation, **keys}, LLAVA[1]]
     assert convert(tmp_path, "llava", rows) == 2
-    assert "Image id '1' of S stands for two different pictures" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "Record 0 of" in error and "--skip-invalid" in error
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert convert(tmp_path, "llava", rows, "--skip-invalid") == 0
+    assert "1 conversations" in (out := capsys.readouterr().out) and "left out: 1 (" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("svit", {"image_id": 1, "videos": ["x.mp4"], "conversations": [{"content": talk("a", "b", asks="user")}]}),
+        ("lrv", {"image_id": 1, "question": "a", "answer": "b", "weight": 2}),
+        ("m3it", {"instruction": "a", "outputs": "b", "video": "x.mp4"}),
+        ("sharegpt", {"conversations": talk("a", "b"), "images": ["1.jpg"]}),
+        ("lima", {"conversations": ["a", "b"], "image": "1.jpg"}),
+        ("alpaca", {"instruction": "a", "output": "b", "images": ["1.jpg"]}),
+    ],
+)
+def test_other_media_are_refused_by_every_source(tmp_path, pictures, name, row, capsys):
+    assert convert(tmp_path, name, [row]) == 2
+    assert "--skip-invalid" in capsys.readouterr().err
+
+
+def test_system_texts_history_and_unknown_keys(tmp_path, pictures, capsys):
+    system = {"from": "system", "value": "Answer in French."}
+    rows = [
+        {"image": "1.jpg", "conversations": [system, *talk("<image>\nq", "rouge", "r", "oui")], "score": 3},
+        {"image": "1.jpg", "system": "One word.", "conversations": talk("<image>\nq", "rouge", "tail")},
+    ]
+    assert convert(tmp_path, "llava", rows) == 0
+    out = capsys.readouterr().out
+    assert "not used: 1 (key 'score')" in out and "not used: 1 (question without answer at the end)" in out
+    assert [sample["task_description"] for sample in samples(tmp_path)] == ["Answer in French.", "One word."]
+    rows = [{"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "Be kind."}]
+    assert convert(tmp_path, "alpaca", rows, "--overwrite") == 0
+    (sample,) = samples(tmp_path)
+    assert (sample["turns"], sample["task_description"]) == ([("a", "b"), ("c", "d")], "Be kind.")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_llava_as_parquet(tmp_path, pictures, folder):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.Table.from_pylist(
+        [
+            {"id": "1", "image": {"bytes": pictures["1"], "path": "1.jpg"}, "conversations": talk("<image>\nq", "a")},
+            {"id": "2", "image": {"bytes": pictures["2"], "path": None}, "conversations": talk("<image>\nq", "b")},
+            {"id": "3", "image": None, "conversations": talk("q", "c")},
+        ]
+    )
+    path = tmp_path / ("set" if folder else "set.parquet")
+    if folder:
+        path.mkdir()
+    pq.write_table(table, path / "part-0.parquet" if folder else path)
+    conversations = list(read_llava(path, tmp_path))
+    assert [[data for _, data in one.pictures] for one in conversations] == [[pictures["1"]], [pictures["2"]], []]
+    assert conversations[0].pictures[0][0] == "1"
+
+
+def test_lines_are_those_of_the_file(tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [json.dumps({"conversations": talk("a", "b")}), "", json.dumps({"conversations": "x"})]
+    path.write_text("\n".join(rows))
+    with pytest.raises(ValueError, match="Line 3 of .*x.jsonl"):
+        list(read_llava(path, tmp_path))
+    path.write_text("\n".join([rows[0], "", '{"conv']))
+    with pytest.raises(ValueError, match="line 3, column"):
+        list(read_llava(path, tmp_path))
+
+
+def test_a_changed_source_is_not_complete(tmp_path, pictures, capsys):
+    assert convert(tmp_path, "llava", LLAVA) == 0
+    assert convert(tmp_path, "llava", LLAVA) == 2  # the file is another one, with a new time
+    assert "has changed since; --overwrite" in capsys.readouterr().err
+    arguments = ["data", "from-llava", str(tmp_path / "source.json"), "--name", "S", "--output", str(tmp_path / "out")]
+    assert convert(tmp_path, "llava", LLAVA, "--overwrite") == 0
+    assert main([*arguments, "--images", str(tmp_path / "pictures")]) == 0
+    assert "is complete" in capsys.readouterr().out
+    (tmp_path / "others").mkdir()
+    assert main([*arguments, "--images", str(tmp_path / "others")]) == 2
+
+
+def test_pictures_that_differ_in_their_suffix(tmp_path, pictures, by_colour):
+    green = image_bytes(by_colour["green"])
+    (tmp_path / "pictures" / "1.png").write_bytes(green)
+    rows = [LLAVA[0], {**LLAVA[1], "image": "1.png"}, LLAVA[0], {**LLAVA[1], "image": "1.png"}]
+    assert convert(tmp_path, "llava", rows) == 0
+    table, store = load_mimicit(tmp_path / "out" / "S_instructions.json", tmp_path / "out" / "S.parquet")
+    ids = [ids for ids, turn in zip(table["image_ids"], table["id"], strict=True) if turn.endswith("CONV00")]
+    assert ids == [["S_IMG_1"], ["S_IMG_1.png"]] * 2
+    assert store.read_bytes("S_IMG_1") == pictures["1"] and store.read_bytes("S_IMG_1.png") == green

@@ -56,6 +56,49 @@ def test_good_data_has_no_findings(tmp_path, dataset):
     assert "0 errors, 0 warnings, 0 notes" in report.table()
 
 
+@pytest.mark.parametrize("group", ["IMAGE_TEXT", "TEXT_ONLY"])
+@pytest.mark.parametrize("mark", ["<image>", "<video>"])
+def test_texts_that_speak_of_a_picture_which_is_not_shown(tmp_path, dataset, group, mark):
+    images = {"images_path": None} if group == "TEXT_ONLY" else {}
+    records = {"r1": {**RECORDS["r1"], "instruction": f"{mark} colour?", "image_ids": []}, "r2": RECORDS["r2"]}
+    write(tmp_path / "X_instructions.json", {"data": records})
+    write(tmp_path / "X_train.json", {"r2": [], "r1": []})
+    found = rules(check_mixture(mixture(tmp_path, group, **images)), "warning")
+    assert found["placeholder without picture"].ids == ["r1"]
+
+
+def test_earlier_turns_that_are_not_trained(tmp_path, dataset):
+    report = check_mixture(mixture(tmp_path, train_config_path=None))
+    assert "give train_config_path" in rules(report, "warning")["unused rel_ins_ids"].message
+    report = check_mixture(mixture(tmp_path, train_config_path=None), populate_rel_ins=True)
+    assert "unused rel_ins_ids" not in rules(report)
+
+
+def test_over_long_examples(tmp_path, dataset, tiny_processor):
+    # one token per byte; with its context the example r2 has 7 + 3 + 5 + 3
+    for max_length, ids in ((18, None), (17, ["r2"])):
+        report = check_mixture(mixture(tmp_path), tokenizer=tiny_processor.tokenizer, max_length=max_length)
+        found = rules(report, "warning").get("over-long")
+        assert (found and found.ids) == ids
+    with pytest.raises(ValueError, match="max_length=5 needs a tokenizer"):
+        check_mixture(mixture(tmp_path), max_length=5)
+
+
+def test_turned_and_deep_pictures_are_noted(tmp_path, dataset):
+    def encoded(picture, **options):
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG", **options)
+        return encode_base64(buffer.getvalue())
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, deep = encoded(Image.new("RGB", (8, 4)), exif=exif), encoded(Image.new("I;16", (8, 4)))
+    write(tmp_path / "X.json", {"red": turned, "blue": deep})
+    report = check_mixture(mixture(tmp_path))
+    assert report.ok(strict=True)
+    assert rules(report, "note")["turned or deep image"].ids == ["red", "blue"]
+
+
 def changed(**change):
     return {"data": {**RECORDS, "r2": {**RECORDS["r2"], **change}}}
 

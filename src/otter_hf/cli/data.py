@@ -37,6 +37,8 @@ def _check(commands) -> None:
     parser.add_argument("--skip-images", action="store_true", help="do not decode the pictures")
     parser.add_argument("--populate-rel-ins", action="store_true", help="contexts come from rel_ins_ids")
     parser.add_argument("--threads", type=int, help="decoding threads (default: one per processor)")
+    parser.add_argument("--max-length", type=int, help="warn of longer examples, in tokens; needs --tokenizer")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
 
 
 def _run_check(args) -> int:
@@ -50,6 +52,8 @@ def _run_check(args) -> int:
         decode_images=not args.skip_images,
         num_threads=args.threads,
         cache_dir=args.cache_dir,
+        tokenizer=_tokenizer(args.tokenizer),
+        max_length=args.max_length,
     )
     print(report.table())
     if args.json:
@@ -258,6 +262,9 @@ def _source(commands, name: str, title: str) -> None:
     parser.add_argument("--max-tokens", type=int, help="leave out longer conversations; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
     parser.add_argument("--skip-missing", action="store_true", help="leave out conversations without their picture")
+    parser.add_argument(
+        "--skip-invalid", action="store_true", help="leave out, and count, what a record cannot keep, such as films"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write again what an earlier run has completed")
     parser.set_defaults(source=name)
 
@@ -267,7 +274,13 @@ def _run_source(args) -> None:
 
     # instructions are written last: with them, all is there
     done = Path(args.output, f"{args.name}_instructions.json")
+    made_from = _fingerprint(args)
     if done.exists() and not args.overwrite:
+        if sources.made_from(done) != made_from:
+            raise ValueError(
+                f"{done} was made from another file, folder or with other options than these, or {args.input} has "
+                "changed since; --overwrite writes it again."
+            )
         print(f"{done} is complete; --overwrite writes it again")
         return
     read = getattr(sources, f"read_{'llava' if args.source == 'llavar' else args.source}")
@@ -275,15 +288,30 @@ def _run_source(args) -> None:
     counts = sources.write_conversations(
         args.output,
         args.name,
-        lambda: read(*inputs),
+        lambda: read(*inputs, on_invalid="skip" if args.skip_invalid else "raise"),
         max_tokens=args.max_tokens,
         tokenizer=_tokenizer(args.tokenizer),
         on_error="skip" if args.skip_missing else "raise",
+        made_from=made_from,
     )
     print(f"{counts.conversations:,} conversations, {counts.records:,} records, {counts.images:,} pictures")
     for reason, count in counts.left_out.items():
         print(f"left out: {count:,} ({reason})")
+    for name, count in counts.unused.items():
+        print(f"not used: {count:,} ({name})")
     _print_files(counts.files)
+    mixture = Path(args.output, f"{args.name}.yaml")
+    sources.write_mixture(mixture, counts.files)
+    print(mixture)
+
+
+def _fingerprint(args) -> dict:
+    """What a conversion is made from: the file and its state, and all that changes the result."""
+    files = sorted(Path(args.input).glob("*.parquet")) if Path(args.input).is_dir() else [Path(args.input)]
+    states = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
+    images = getattr(args, "images", None)
+    options = [args.source, args.max_tokens, args.tokenizer, args.skip_missing, args.skip_invalid]
+    return {"files": states, "images": images and str(Path(images).resolve()), "options": options}
 
 
 def _print_files(files) -> None:

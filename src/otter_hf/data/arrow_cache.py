@@ -14,7 +14,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 
-_FORMAT_VERSION = 4  # raise it when the content of cached files changes
+_FORMAT_VERSION = 5  # raise it when the content of cached files changes
 
 
 def cached_arrow_file(

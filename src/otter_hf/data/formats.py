@@ -33,6 +33,7 @@ _RECORD = {
     "image_ids": List(Value("string")),
     # whether each `<image>` in the instruction is the place of one of the images, in their order
     "images_in_text": Value("bool"),
+    "system": Value("string"),
 }
 # A row is a training example; `context` holds its earlier turns or in-context examples, oldest first.
 FEATURES = Features({**_RECORD, "rel_ins_ids": List(Value("string")), "context": List(_RECORD)})
@@ -110,6 +111,7 @@ def stream_records(path: str | Path) -> Iterator[dict[str, Any]]:
             "answer": _text_or_none(record.get("answer")),
             "image_ids": _id_list(record.get("image_ids"), "image_ids of record %r of %s", id, path),
             "images_in_text": _images_in_text(id, record),
+            "system": _system(id, record),
             "rel_ins_ids": _id_list(record.get("rel_ins_ids"), "rel_ins_ids of record %r of %s", id, path),
             "context": [],
         }
@@ -228,6 +230,13 @@ def _images_in_text(id: str, record: Mapping[str, Any]) -> bool:
     return value
 
 
+def _system(id: str, record: Mapping[str, Any]) -> str | None:
+    value = record.get("system")
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"The system text of record {id!r} must be a string or null, got {_shown(value)}.")
+    return _text_or_none(value)
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
@@ -258,9 +267,10 @@ def write_mimicit(
     behind the last complete 256 MB of pictures, which it finds in the hidden folder `.<name>.parquet.parts`.
 
     Args:
-        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids", "images_in_text"}`, as a mapping or in
-            pairs. The last three are optional, `image_ids` may also be one string or `None`. With `images_in_text`,
-            the instruction holds an `<image>` for each of the images, where it stands.
+        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids", "images_in_text", "system"}`, as a
+            mapping or in pairs. The last four are optional, `image_ids` may also be one string or `None`. With
+            `images_in_text`, the instruction holds an `<image>` for each of the images, where it stands; `system` is
+            a line in front of the prompt.
         images: `image id -> picture`, as a mapping or in pairs, read one by one. Bytes and files are kept as they
             are, PIL pictures become PNG. More than 256 MB of them make `<name>.parquet` a folder of parts. No parquet
             file is written for an `ImageStore`, which the records then refer to, and for None, text-only data.
@@ -344,6 +354,7 @@ def _write_records(
                     f"The instruction of record {id!r}, which says images_in_text, has {marks} {IMAGE_TOKEN} for "
                     f"{len(image_ids)} images: write one for each."
                 )
+            _system(id, record)
             related.extend((id, other) for other in rel_ins_ids)
             record = {**record, "image_ids": image_ids, "rel_ins_ids": rel_ins_ids}
             separator = ",\n" if ids else "\n"

@@ -2,7 +2,8 @@
 
 A dataset `X` there has up to three configurations: `X_Images` (`id`, `image`), `X_Instructions` (`id`, `instruction`,
 `answer`, `images` and `related instructions` as ids), and `X`, the same with the pictures themselves in each row. We
-add `X_Train` (`id`, `context`) where there is a train config, and the column `images_in_text` where a record says so.
+add `X_Train` (`id`, `context`) where there is a train config, and the columns `images_in_text` and `system` where a
+record has them.
 """
 
 import os
@@ -17,7 +18,7 @@ from datasets import Features, Image, List, Value, get_dataset_config_names, loa
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
-from .formats import MimicitFiles, load_mimicit, write_mimicit
+from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .image_store import ImageStore
 from .json_stream import iter_json_object
 from .mixture import MixtureEntry, read_mixture
@@ -146,8 +147,9 @@ def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterat
         yield "Images", PICTURES, images
     columns = {"image_ids": "images", "rel_ins_ids": "related instructions"}
     features = _INSTRUCTIONS
-    if any(records["images_in_text"]):  # the published datasets do not have this column
-        features = Features({**features, "images_in_text": Value("bool")})
+    # the published datasets do not have these columns
+    own = {name: FEATURES[name] for name in ("images_in_text", "system") if any(records[name])}
+    features = Features({**features, **own})
     yield "Instructions", features, records.rename_columns(columns).select_columns(list(features))
     if entry.train_config_path:
         contexts = iter_json_object(entry.train_config_path)
@@ -181,6 +183,8 @@ def _record(row: Mapping[str, Any], image_ids: Sequence[str]) -> tuple[str, dict
     record = {"instruction": row["instruction"], "answer": row["answer"], "image_ids": list(image_ids)}
     if row.get("images_in_text"):
         record["images_in_text"] = True
+    if row.get("system"):
+        record["system"] = row["system"]
     return row["id"], {**record, "rel_ins_ids": list(row.get("related instructions") or [])}
 
 

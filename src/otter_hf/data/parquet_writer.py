@@ -1,5 +1,6 @@
 """Parquet files with a page for each picture, so that a reader can fetch any of them on its own."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +61,8 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
     """Like `write_images`, to `part.0.parquet`, `part.1.parquet`, ... of about 256 MB each in `folder`.
 
     Parts that an earlier run has completed there, before it was killed, are kept as long as they hold what would be
-    written: the same ids in the same order, and the same bytes, or files that have not changed since.
+    written: the same ids in the same order, and the same bytes, or the same files, unchanged since. Which files a part
+    was made of stands beside it, in `sources.0.json`, until `move_image_parts`.
     """
     _schema(encoding)
     ids: set[str] = set()
@@ -69,10 +71,10 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
     number, taken = 0, []
     while (part := folder / f"part.{number}.parquet").exists():
         taken = list(islice(images, pq.read_metadata(part).num_rows))
-        if not _holds(part, taken, encoding):
+        if not _holds(part, _sources(folder, number), taken, encoding):
             break
         number, taken = number + 1, []
-    kept = {folder / f"part.{other}.parquet" for other in range(number)}
+    kept = {path for other in range(number) for path in (folder / f"part.{other}.parquet", _sources(folder, other))}
     for path in set(folder.iterdir()) - kept:
         path.unlink()
     _write_parts(folder, number, chain(taken, images), encoding)
@@ -108,6 +110,8 @@ def kept_for_next_run(folder: Path):
 def move_image_parts(folder: Path, path: Path):
     """Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder."""
     parts = list(folder.glob("part.*"))
+    for sources in folder.glob("sources.*"):
+        sources.unlink()
     old = path.with_name(f".{path.name}.old")
     if path.exists():
         _remove(old)
@@ -123,24 +127,41 @@ def _remove(path: Path):
 
 
 def _write_parts(folder: Path, number: int, images: Iterator[tuple[str, Any]], encoding: str):
-    schema = _schema(encoding)
     for image in images:
-        _write_part(folder, number, schema, _rows_of_part(chain([image], images), encoding))
+        _write_part(folder, number, chain([image], images), encoding)
         number += 1
     if not number:
-        _write_part(folder, number, schema, ())
+        _write_part(folder, number, (), encoding)
 
 
-def _write_part(folder: Path, number: int, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]):
+def _write_part(folder: Path, number: int, images: Iterable[tuple[str, Any]], encoding: str):
     # its own for each process: two at one output must not mix in one file
-    incomplete = folder / f"incomplete.{os.getpid()}"
-    write_rows(incomplete, schema, rows)
+    incomplete, sources = folder / f"incomplete.{os.getpid()}", []
+    write_rows(incomplete, _schema(encoding), _rows_of_part(images, encoding, sources))
+    incomplete_sources = folder / f"incomplete.{os.getpid()}.json"
+    incomplete_sources.write_text(json.dumps(sources), encoding="utf-8")
+    os.replace(incomplete_sources, _sources(folder, number))
     os.replace(incomplete, folder / f"part.{number}.parquet")
 
 
-def _rows_of_part(images: Iterable[tuple[str, Any]], encoding: str) -> Iterator[dict[str, Any]]:
+def _sources(folder: Path, number: int) -> Path:
+    """The file that says of which files a part was made."""
+    return folder / f"sources.{number}.json"
+
+
+def _source_of(image: Any) -> list | None:
+    """What tells whether a file is still the same: path, size and time. None for what is no file."""
+    if not isinstance(image, (str, Path)):
+        return None
+    stat = os.stat(image)
+    return [os.path.abspath(image), stat.st_size, stat.st_mtime_ns]
+
+
+def _rows_of_part(images: Iterable[tuple[str, Any]], encoding: str, sources: list) -> Iterator[dict[str, Any]]:
+    """Rows up to the size of a part; adds the source of each to `sources`."""
     size = 0
     for id, image in images:
+        sources.append(_source_of(image))
         data = image_bytes(image)
         yield _row(id, data, encoding)
         size += len(data)
@@ -148,18 +169,23 @@ def _rows_of_part(images: Iterable[tuple[str, Any]], encoding: str) -> Iterator[
             return
 
 
-def _holds(part: Path, images: list[tuple[str, Any]], encoding: str) -> bool:
-    """Whether a part holds these pictures; files are not read again, but must not be newer than it."""
+def _holds(part: Path, sources: Path, images: list[tuple[str, Any]], encoding: str) -> bool:
+    """Whether a part holds these pictures; files are not read again, but must be those it was made of, unchanged."""
     id_column = _ID_COLUMNS[encoding]
     only_files = all(isinstance(image, (str, Path)) for _, image in images)
-    written = part.stat().st_mtime_ns
+    try:
+        made_of = json.loads(sources.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if made_of != [_source_of(image) for _, image in images]:
+        return False
     with pq.ParquetFile(part) as file:
         if file.schema_arrow != _SCHEMAS[encoding] or file.metadata.num_rows != len(images):
             return False
         batches = file.iter_batches(_ROWS, columns=[id_column] if only_files else None)
         for (id, image), row in zip(images, (row for batch in batches for row in batch.to_pylist()), strict=True):
             if isinstance(image, (str, Path)):
-                same = row[id_column] == id and os.stat(image).st_mtime_ns <= written
+                same = row[id_column] == id
             else:
                 same = row == _row(id, image_bytes(image), encoding)
             if not same:

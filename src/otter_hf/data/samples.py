@@ -108,6 +108,8 @@ def build_sample(
     * `IMAGE_TEXT_IN_CONTEXT`: each context example has its own images in front of its own turn.
     * `TEXT_ONLY`: none.
 
+    The `system` text of the row is the line in front of the prompt, in place of a drawn task description.
+
     If a record says `images_in_text`, every record of the sample brings its own images; those of that record are media
     of their own and stand where its instruction has an `<image>`.
 
@@ -147,8 +149,8 @@ def build_sample(
 
     media = [media_of(row)] if about_row else [media_of(record) for record in records]
     media += [[]] * (len(records) - len(media))
-    description = None
-    if options.use_task_description and task_descriptions:
+    description = row.get("system")
+    if description is None and options.use_task_description and task_descriptions:
         description = generator.choice(task_descriptions)
     turns = [
         _turn(row["id"], record, len(of_turn), options.keep_symbols)

@@ -20,11 +20,12 @@ from .images import decode_image
 from .json_stream import iter_json_object
 from .mixture import MixtureEntry, Problem, read_mixture
 from .prompts import IMAGE_TOKEN, RESERVED_TOKENS
-from .samples import IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
+from .samples import IMAGE_TEXT, IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
 
 
 SEVERITIES = ("error", "warning", "note")
 _BATCH_IMAGES = 256
+_IMAGE_RULES = {"error": "unreadable image", "warning": "truncated image", "note": "turned or deep image"}
 
 
 @dataclass
@@ -122,14 +123,17 @@ def check_mixture(
     decode_images: bool = True,
     num_threads: int | None = None,
     cache_dir: str | Path | None = None,
+    tokenizer: Any = None,
+    max_length: int | None = None,
 ) -> ValidationReport:
     """Checks a training YAML and everything that it names; reads on behind a mistake, to find all of them.
 
     Errors are what training would stop at, or skip: mistakes in the YAML, files that cannot be parsed, records without
     text, ids that nothing has, ids with two meanings, pictures that cannot be decoded. Warnings are what trains
-    otherwise than it seems: unknown keys, truncated pictures, dangling `rel_ins_ids` that are not used, context about
-    other images, empty texts, repeated records. Notes do no harm: ragged image counts, pictures that no record uses,
-    reserved tokens in texts.
+    otherwise than it seems: unknown keys, truncated pictures, `rel_ins_ids` that are not used, context about other
+    images, empty texts, repeated records, texts that speak of a picture (`<image>`, `<video>`) where none is given,
+    examples above `max_length`. Notes do no harm: ragged image counts, pictures that no record uses, that training
+    turns upright or scales from more than 8 bits, reserved tokens in texts.
 
     Args:
         mixture: a training YAML, or what `read_mixture` returned.
@@ -137,7 +141,14 @@ def check_mixture(
         decode_images: also decode each picture that a record uses.
         num_threads: threads that decode; default: one per processor.
         cache_dir: where the index files of image stores are kept.
+        tokenizer: a transformers tokenizer, to count with for `max_length`.
+        max_length: of an example in tokens, context included and pictures not; without, none is too long.
+
+    Raises:
+        ValueError: for `max_length` without a tokenizer.
     """
+    if max_length is not None and tokenizer is None:
+        raise ValueError(f"max_length={max_length} needs a tokenizer to count with.")
     report = ValidationReport()
     if isinstance(mixture, (str, Path)):
         mixture = read_mixture(mixture, lambda problem: report.add(*problem[:3], problem if problem.dataset else None))
@@ -149,7 +160,8 @@ def check_mixture(
         if key not in stores:
             stores[key] = _open_store(entry, report, cache_dir), {}
         try:
-            _DatasetCheck(entry, report, counts, populate_rel_ins).run(*stores[key], decode_images, num_threads)
+            check = _DatasetCheck(entry, report, counts, populate_rel_ins, tokenizer, max_length)
+            check.run(*stores[key], decode_images, num_threads)
         except (ValueError, OSError) as error:
             report.add("error", "unreadable file", str(error), entry)
     return report
@@ -170,9 +182,19 @@ def _name(entry: MixtureEntry | Problem) -> str:
 class _DatasetCheck:
     """The check of one dataset."""
 
-    def __init__(self, entry: MixtureEntry, report: ValidationReport, counts: DatasetCounts, populate_rel_ins: bool):
+    def __init__(
+        self,
+        entry: MixtureEntry,
+        report: ValidationReport,
+        counts: DatasetCounts,
+        populate_rel_ins: bool,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+    ):
         self.entry, self.report, self.counts = entry, report, counts
         self.populate_rel_ins = populate_rel_ins
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.lengths: dict[str, int] = {}  # of the records, in tokens
         self.images: dict[str, list[str]] = {}  # record id -> image ids
         self.related: dict[str, list[str]] = {}
         self.placed: set[str] = set()  # records that say images_in_text
@@ -209,6 +231,9 @@ class _DatasetCheck:
             self.images[id] = self._id_list(id, record, "image_ids")
             self.related[id] = self._id_list(id, record, "rel_ins_ids")
             self._check_places(id, record)
+            self._check_marks(id, record)
+            if self.max_length is not None:
+                self.lengths[id] = self._length_of(record)
             content = repr((record.get("instruction"), record.get("answer"), self.images[id], self.related[id]))
             digest = blake2b(content.encode("utf-8", "replace"), digest_size=8).digest()
             if digest in seen:
@@ -225,6 +250,20 @@ class _DatasetCheck:
         if record["images_in_text"] is not True or marks != images:
             message = f"the instruction of record {id!r} has {marks} {IMAGE_TOKEN} for {images} images"
             self._add("error", "images in text", message, id)
+
+    def _check_marks(self, id: str, record: dict[str, Any]):
+        """Warns of a text that speaks of a picture or film where training shows none."""
+        shows_images = self.entry.task_group != TEXT_ONLY and self.images[id]
+        text = str(record.get("instruction"))
+        marks = [mark for mark in (IMAGE_TOKEN, "<video>") if mark in text]
+        if marks and not (shows_images and marks == [IMAGE_TOKEN]):
+            message = f"the instruction of record {id!r} holds {marks[-1]}, but the record shows none"
+            self._add("warning", "placeholder without picture", message, id)
+
+    def _length_of(self, record: dict[str, Any]) -> int:
+        texts = [str(record.get(key) or "") for key in ("instruction", "answer")]
+        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return sum(map(len, ids))
 
     def _check_texts(self, id: str, record: dict[str, Any]):
         for key in ("instruction", "answer"):
@@ -268,6 +307,18 @@ class _DatasetCheck:
                 elif self.images[other] != self.images.get(id):
                     message = f"example {id!r} has {other!r} as context, which is about other images"
                     self._add("warning", "context about other images", message, id)
+            if self.max_length is not None:
+                length = sum(self.lengths.get(other, 0) for other in (*(context if in_use else ()), id))
+                if length > self.max_length:
+                    message = f"the texts of example {id!r} have {length} tokens, more than {self.max_length}"
+                    self._add("warning", "over-long", message, id)
+        unused = sum(map(bool, self.related.values()))
+        if unused and not in_use and self.entry.task_group in (IMAGE_TEXT, TEXT_ONLY):
+            message = (
+                f"{unused} records name earlier turns in rel_ins_ids, which are not used: each is trained without "
+                "them; give train_config_path, or --populate-rel-ins"
+            )
+            self._add("warning", "unused rel_ins_ids", message)
         if not self.counts.examples:
             samples = self.entry.num_samples
             severity = "error" if samples > 0 else "warning"
@@ -309,7 +360,7 @@ class _DatasetCheck:
             for image_id in found:
                 if results[image_id]:
                     severity, reason = results[image_id]
-                    rule = "unreadable image" if severity == "error" else "truncated image"
+                    rule = _IMAGE_RULES[severity]
                     self.counts.unreadable_images += severity == "error"
                     self._add(severity, rule, f"image {image_id!r}: {reason}", image_id)
 
@@ -338,7 +389,9 @@ def _decode(store: ImageStore, image_id: str) -> tuple[str, str] | None:
     except OSError as error:
         return "error", str(error)
     try:
-        Image.open(io.BytesIO(data)).convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        orientation, mode = image.getexif().get(0x0112, 1), image.mode
+        image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise anything
         try:
             decode_image(data)
@@ -346,6 +399,11 @@ def _decode(store: ImageStore, image_id: str) -> tuple[str, str] | None:
             return "error", str(reason)
         if not isinstance(error, Image.DecompressionBombError):
             return "warning", f"decoded only in part ({error})"
+        return None
+    if orientation not in (0, 1):
+        return "note", f"stored turned (EXIF orientation {orientation}), training shows it upright"
+    if mode.startswith(("I", "F")):
+        return "note", f"has more than 8 bits (mode {mode}), training scales them to 8"
     return None
 
 

@@ -1,6 +1,13 @@
 """Public instruction sets to MIMIC-IT files: one reader per source, one writer for all."""
 
-from .common import Conversation, ConversionCounts, write_conversations
+from .common import (
+    Conversation,
+    ConversionCounts,
+    UnusableConversation,
+    made_from,
+    write_conversations,
+    write_mixture,
+)
 from .image_text import read_llava, read_lrv, read_m3it, read_svit
 from .text import read_alpaca, read_lima, read_sharegpt
 
@@ -8,6 +15,8 @@ from .text import read_alpaca, read_lima, read_sharegpt
 __all__ = [
     "Conversation",
     "ConversionCounts",
+    "UnusableConversation",
+    "made_from",
     "read_alpaca",
     "read_lima",
     "read_llava",
@@ -16,4 +25,5 @@ __all__ = [
     "read_sharegpt",
     "read_svit",
     "write_conversations",
+    "write_mixture",
 ]

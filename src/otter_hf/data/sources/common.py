@@ -1,6 +1,7 @@
 """Conversations of any source, and how they become MIMIC-IT records."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -8,10 +9,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers.utils import logging
 
 from ..formats import MimicitFiles, write_mimicit
 from ..images import image_bytes
+from ..prompts import IMAGE_TOKEN, escape_reserved_tokens
+from ..samples import IMAGE_TEXT, TEXT_ONLY
 
 
 logger = logging.get_logger(__name__)
@@ -24,23 +28,41 @@ class Conversation:
     Args:
         id: its id in the source; need not be unique.
         turns: `(instruction, answer)` pairs, oldest first.
-        pictures: `(id in the source, file or encoded bytes)` of the pictures that it is about.
+        pictures: `(id in the source, file or encoded bytes)` of the pictures that it is about, in their order.
+        pictures_per_turn: how many of them belong to each turn, whose instruction has an `<image>` where each stands.
+            None: one picture or none, in front of the first turn.
+        system: the text in front of everything, of a system message.
+        left_out: why it cannot be used, for a reader that was told to skip such conversations.
+        unused: names of what the source has and a record cannot keep, such as unknown keys.
     """
 
     id: str
     turns: Sequence[tuple[str, str]]
     pictures: Sequence[tuple[str, Path | bytes]] = ()
+    pictures_per_turn: Sequence[int] | None = None
+    system: str | None = None
+    left_out: str | None = None
+    unused: Sequence[str] = ()
+
+
+class UnusableConversation(ValueError):
+    """A conversation that no record can keep as it is. `reason` is the short name under which such are counted."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 @dataclass
 class ConversionCounts:
-    """What a conversion wrote and left out."""
+    """What a conversion wrote, the conversations that it left out, and what it did not use of the others."""
 
     files: MimicitFiles
     conversations: int = 0
     records: int = 0
     images: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 def write_conversations(
@@ -51,19 +73,22 @@ def write_conversations(
     max_tokens: int | None = None,
     tokenizer: Any = None,
     on_error: str = "raise",
+    made_from: Any = None,
 ) -> ConversionCounts:
     """Writes conversations as the MIMIC-IT dataset `name` in `folder`, see `write_mimicit`.
 
     Each turn is a record `<name>_<id>_<number>_CONV<turn>`, whose `rel_ins_ids` are the turns in front of it; the
     train config holds the last turns, with all in front of them as context. Pictures are kept byte by byte under
-    `<name>_IMG_<id>`. The files appear when all are complete; a run that was killed is simply run again, and goes on
-    where it was among the pictures.
+    `<name>_IMG_<id>`, a second file with the id of another one under its name with suffix. Pictures that do not all
+    stand in front are marked in the text (`images_in_text`). The files appear when all are complete; a run that was
+    killed is simply run again, and goes on where it was among the pictures.
 
     Args:
         read: opens the source; called twice, for the pictures and for the records.
         max_tokens: leaves out conversations whose texts have more tokens.
         tokenizer: a transformers tokenizer that counts them.
         on_error: `"raise"`, or `"skip"` conversations whose picture file is missing, and count them.
+        made_from: for JSON, kept in the file for the function `made_from`.
 
     Raises:
         ValueError: if nothing is left, or an id stands for two different pictures.
@@ -76,10 +101,12 @@ def write_conversations(
     left_out = Counter()
 
     def reason_to_leave_out(conversation: Conversation) -> str | None:
+        if conversation.left_out:
+            return conversation.left_out
         if not conversation.turns:
             return "no complete turn"
         if max_tokens is not None:
-            texts = [text for turn in conversation.turns for text in turn]
+            texts = [text for turn in conversation.turns for text in turn] + [conversation.system or ""]
             if sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) > max_tokens:
                 return f"more than {max_tokens} tokens"
         for _, picture in conversation.pictures:
@@ -87,13 +114,13 @@ def write_conversations(
                 if on_error == "raise":
                     raise FileNotFoundError(
                         f"Conversation {conversation.id!r} needs the picture {picture}, which is not there: correct "
-                        "the image folder, or skip such conversations."
+                        "the image folder, or skip such conversations (--skip-missing)."
                     )
                 return "missing picture"
         return None
 
     kept = set()
-    first: dict[str, Path | bytes] = {}  # id -> the first picture that has it: its file, or the digest of its bytes
+    names = _PictureNames(name)
 
     def pictures() -> Iterator[tuple[str, Path | bytes]]:
         for number, conversation in enumerate(logging.tqdm(read(), desc=f"Pictures of {name}")):
@@ -103,42 +130,98 @@ def write_conversations(
                 continue
             kept.add(number)
             for id, picture in conversation.pictures:
-                if id not in first:
-                    first[id] = picture if isinstance(picture, Path) else _digest(picture)
-                    yield f"{name}_IMG_{id}", picture
-                elif not _same(picture, first[id]):
-                    raise ValueError(f"Image id {id!r} of {name} stands for two different pictures: rename one.")
+                image_id, is_new = names.add(id, picture)
+                if is_new:
+                    yield image_id, picture
 
-    train_config, counts = {}, Counter()
+    train_config, counts, unused = {}, Counter(), Counter()
 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for number, conversation in enumerate(logging.tqdm(read(), desc=f"Records of {name}")):
             if number not in kept:
                 continue
             counts["conversations"] += 1
-            earlier = []
-            for turn, (instruction, answer) in enumerate(conversation.turns):
+            unused.update(conversation.unused)
+            image_ids = [names.add(*picture)[0] for picture in conversation.pictures]
+            ids = [f"{name}_{conversation.id}_{number}_CONV{turn:02d}" for turn in range(len(conversation.turns))]
+            for turn, record in enumerate(_records(conversation, image_ids)):
                 counts["records"] += 1
-                id = f"{name}_{conversation.id}_{number}_CONV{turn:02d}"
-                yield (
-                    id,
-                    {
-                        "instruction": instruction,
-                        "answer": answer,
-                        "image_ids": [f"{name}_IMG_{picture_id}" for picture_id, _ in conversation.pictures],
-                        "rel_ins_ids": list(earlier),
-                    },
-                )
-                earlier.append(id)
-            train_config[earlier[-1]] = earlier[:-1]
+                yield ids[turn], {**record, "rel_ins_ids": ids[:turn]}
+            train_config[ids[-1]] = ids[:-1]
         if not counts:
             raise ValueError(f"Nothing of {name} can be used; left out: {dict(left_out)}.")
 
     has_pictures = any(conversation.pictures for conversation in read())
-    files = write_mimicit(folder, name, records(), pictures() if has_pictures else _run(pictures()), train_config)
+    meta = {"version": "0.0.1"} | ({} if made_from is None else {"made_from": made_from})
+    images = pictures() if has_pictures else _run(pictures())
+    files = write_mimicit(folder, name, records(), images, train_config, meta)
     if left_out:
         logger.warning(f"Left out of {name}: {dict(left_out)}.")
-    return ConversionCounts(files, **counts, images=len(first), left_out=dict(left_out))
+    if unused:
+        logger.warning(f"Not used of {name}: {dict(unused)}.")
+    return ConversionCounts(files, **counts, images=len(names), left_out=dict(left_out), unused=dict(unused))
+
+
+def made_from(path: str | Path) -> Any:
+    """What `write_conversations` was told that an instructions file was made from; None if it was not."""
+    with open(path, encoding="utf-8") as file:
+        start = file.readline()  # `write_mimicit` ends the line behind meta
+    try:
+        return json.loads(start.removesuffix("\n") + "}}")["meta"].get("made_from")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def write_mixture(path: str | Path, files: MimicitFiles) -> None:
+    """Writes the training YAML of one dataset: whole conversations, its files beside the YAML."""
+    entry = {"mimicit_path": files.instructions_path.name}
+    if files.images_path:
+        entry["images_path"] = files.images_path.name
+    if files.train_config_path:
+        entry["train_config_path"] = files.train_config_path.name
+    name = files.instructions_path.name.removesuffix("_instructions.json")
+    group = IMAGE_TEXT if files.images_path else TEXT_ONLY
+    text = yaml.safe_dump({group: {name: entry}}, sort_keys=False, allow_unicode=True)
+    incomplete = Path(path).with_name(f".{Path(path).name}.incomplete")
+    incomplete.write_text(text, encoding="utf-8")
+    os.replace(incomplete, path)
+
+
+def _records(conversation: Conversation, image_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The records of the turns, without `rel_ins_ids`."""
+    system = {"system": conversation.system} if conversation.system else {}
+    if conversation.pictures_per_turn is None:
+        for instruction, answer in conversation.turns:
+            yield {"instruction": instruction, "answer": answer, "image_ids": list(image_ids), **system}
+        return
+    remaining = iter(image_ids)
+    for (instruction, answer), count in zip(conversation.turns, conversation.pictures_per_turn, strict=True):
+        of_turn = [next(remaining) for _ in range(count)]
+        placed = {"images_in_text": True} if of_turn else {}
+        yield {"instruction": instruction, "answer": answer, "image_ids": of_turn, **placed, **system}
+
+
+class _PictureNames:
+    """The image ids of a dataset: one for each different picture."""
+
+    def __init__(self, dataset: str):
+        self.dataset = dataset
+        self.first: dict[str, Path | bytes] = {}  # id -> the picture that has it: its file, or the digest of its bytes
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def add(self, id: str, picture: Path | bytes) -> tuple[str, bool]:
+        """The image id of a picture, and whether it is new."""
+        candidates = [id, id + picture.suffix] if isinstance(picture, Path) and picture.suffix else [id]
+        for candidate in candidates:
+            image_id = f"{self.dataset}_IMG_{candidate}"
+            if candidate not in self.first:
+                self.first[candidate] = picture if isinstance(picture, Path) else _digest(picture)
+                return image_id, True
+            if _same(picture, self.first[candidate]):
+                return image_id, False
+        raise ValueError(f"Image id {id!r} of {self.dataset} stands for two different pictures: rename one.")
 
 
 def _digest(picture: Path | bytes) -> bytes:
@@ -156,26 +239,131 @@ def _run(pictures: Iterator) -> None:
         pass
 
 
+def read_conversations(
+    path: str | Path, read: Callable[[str, int, dict[str, Any]], Iterable[Conversation]], on_invalid: str
+) -> Iterator[Conversation]:
+    """The conversations of a file.
+
+    Args:
+        path: see `read_rows`.
+        read: those of a row, given its place for messages, its number, and itself.
+        on_invalid: `"raise"`, or `"skip"` what raises `UnusableConversation`: it is yielded as `left_out`.
+    """
+    if on_invalid not in ("raise", "skip"):
+        raise ValueError(f"on_invalid must be 'raise' or 'skip', got {on_invalid!r}.")
+    for number, (where, row) in enumerate(read_named_rows(path)):
+        try:
+            yield from read(where, number, row)
+        except UnusableConversation as error:
+            if on_invalid == "raise":
+                raise
+            yield Conversation(str(number), (), left_out=error.reason)
+
+
+def place_pictures(
+    turns: Sequence[tuple[str, str]], pictures: Sequence[tuple[str, Path | bytes]], where: str, *, marked: bool
+) -> tuple[list[tuple[str, str]], list[int] | None]:
+    """Turns and `pictures_per_turn` of a [`Conversation`].
+
+    One picture at the front or, on a line of its own, at the end of the first instruction stands in front of it, as
+    LLaVA itself trains both. Pictures without any `<image>` stand in front of the first turn. All others stay where
+    their `<image>` is.
+
+    Args:
+        turns: `(instruction, answer)` pairs.
+        pictures: of the conversation.
+        where: for messages.
+        marked: whether `<image>` in a text marks a place; otherwise it is a word like others.
+
+    Raises:
+        UnusableConversation: if the numbers of `<image>` and pictures differ, or an answer has an `<image>`.
+    """
+    if not marked:
+        turns = [(escape_reserved_tokens(question, [IMAGE_TOKEN]), answer) for question, answer in turns]
+    counts = [question.count(IMAGE_TOKEN) for question, _ in turns]
+    if marked and any(IMAGE_TOKEN in answer for _, answer in turns):
+        raise UnusableConversation(
+            f"{where}: an answer holds {IMAGE_TOKEN}, but pictures are only given with questions; remove it, or leave "
+            "such conversations out (--skip-invalid).",
+            f"{IMAGE_TOKEN} in an answer",
+        )
+    if not sum(counts) and len(pictures) <= 1 or not turns:
+        return list(turns), None
+    if not sum(counts):
+        counts[0] = len(pictures)
+        turns = [(IMAGE_TOKEN * len(pictures) + turns[0][0], turns[0][1]), *turns[1:]]
+    elif sum(counts) != len(pictures):
+        raise UnusableConversation(
+            f"{where}: the texts hold {sum(counts)} {IMAGE_TOKEN} for {len(pictures)} pictures; name one for each "
+            "under image, or leave such conversations out (--skip-invalid).",
+            f"{IMAGE_TOKEN} and pictures differ in number",
+        )
+    question = turns[0][0].strip()
+    if sum(counts) == counts[0] == 1 and (question.startswith(IMAGE_TOKEN) or question.endswith(f"\n{IMAGE_TOKEN}")):
+        return [(question.replace(IMAGE_TOKEN, "").strip(), turns[0][1]), *turns[1:]], None
+    return list(turns), counts
+
+
 def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON file that holds a list of them, or of a file with one per line.
+    """The objects of a JSON file that holds a list of them, of a file with one per line, or of parquet.
+
+    Args:
+        path: the file, or a folder of parquet files.
 
     Raises:
         ValueError: naming the file and the line or the record that is no JSON object.
     """
+    return (row for _, row in read_named_rows(path))
+
+
+def read_named_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """As `read_rows`, each row with its place for messages, such as `Line 3 of x.jsonl`."""
     path = Path(path)
+    if path.is_dir() or path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
     try:
         with open(path, encoding="utf-8-sig") as file:
             start = file.read(64).lstrip()
             file.seek(0)
             if start.startswith("["):
-                rows = json.load(file)
-                yield from (_object(row, f"Record {number} of {path}") for number, row in enumerate(rows))
+                for number, row in enumerate(json.load(file)):
+                    where = f"Record {number} of {path}"
+                    yield where, _object(row, where)
                 return
-            for number, line in enumerate(file):
+            for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield _object(json.loads(line), f"Line {number + 1} of {path}")
+                    where = f"Line {number} of {path}"
+                    yield where, _object(_parsed(line, number, path), where)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}.") from None
+
+
+def _parsed(line: str, number: int, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is neither a JSON list nor JSON lines: line {number}, column {error.colno}: {error.msg}."
+        ) from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"{path} is a folder without parquet files: give a JSON file, JSON lines or parquet.")
+    for file in files:
+        try:
+            number = 0
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=64):  # rows may hold pictures
+                for row in batch.to_pylist():
+                    yield f"Row {number} of {file}", row
+                    number += 1
+        except pa.ArrowException as error:
+            raise ValueError(f"{file} cannot be read as parquet: {error}.") from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -192,29 +380,85 @@ def text_of(row: dict[str, Any], key: str, where: str, default: str | None = Non
     return value
 
 
+# refused where a reader does not know them
+_OTHER_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _ASKING = ("human", "user")
 _ANSWERING = ("gpt", "assistant", "chatgpt", "bard", "bing")
 
 
-def pair_turns(messages: Any, where: str) -> list[tuple[str, str]]:
-    """`(instruction, answer)` pairs of messages `{"from", "value"}`.
+def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[str]:
+    """The keys of a row that are not used, for `Conversation.unused`; keys without a value do not count.
 
-    Starts at the first message of the user, joins neighbouring messages of one speaker by an empty line, and drops
-    system messages and a question without answer at the end.
+    Raises:
+        UnusableConversation: for a key that changes what the row means: other media, or a weight.
+    """
+    given = [key for key, value in row.items() if key not in known and value not in (None, "", [], {})]
+    for key in given:
+        if key in _OTHER_MEDIA:
+            raise UnusableConversation(
+                f"{where} has the key {key!r}, which this conversion does not read; give pictures under image and "
+                "films as frames of a VIDEO_TEXT dataset, or leave such conversations out (--skip-invalid).",
+                key.removesuffix("s"),
+            )
+        if key == "weight" and row[key] != 1:
+            raise UnusableConversation(
+                f"{where} has the weight {row[key]!r}, and records have none; leave it out, or leave such "
+                "conversations out (--skip-invalid).",
+                "weight",
+            )
+    return [f"key {key!r}" for key in given if key != "weight"]
+
+
+def check_media_marks(turns: Sequence[tuple[str, str]], where: str) -> None:
+    """Raises `UnusableConversation` for a text that speaks of a film or sound by a placeholder."""
+    for mark in ("<video>", "<audio>"):
+        if any(mark in text for turn in turns for text in turn):
+            raise UnusableConversation(
+                f"{where}: the texts hold {mark}, which this conversion does not read; leave such conversations out "
+                "(--skip-invalid).",
+                mark.strip("<>"),
+            )
+
+
+def read_messages(messages: Any, where: str) -> tuple[list[tuple[str, str]], str | None, list[str]]:
+    """Turns, system text and what is not used of messages `{"from", "value"}`.
+
+    Neighbouring messages of one speaker are joined by an empty line. What a record cannot hold is named as not used:
+    answers in front of the first question, and a question without answer at the end.
+
+    Raises:
+        UnusableConversation: for a message with a weight other than 1, or a system message behind the first.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(f"{where}: the conversation must be a list of messages, got {repr(messages)[:60]}.")
     runs: list[tuple[bool, str]] = []
+    system, unused = [], []
     for message in messages:
-        speaker, text = message.get("from"), text_of(message, "value", where)
+        speaker = message.get("from")
+        if speaker is None and "role" in message:
+            raise ValueError(
+                f"{where}: its messages have role and content; this conversion reads from and value, rename them."
+            )
+        text = text_of(message, "value", where)
         if speaker not in (*_ASKING, *_ANSWERING, "system"):
             raise ValueError(f"{where}: unknown speaker {speaker!r}, expected {', '.join((*_ASKING, *_ANSWERING))}.")
+        unused += [f"{name} of a message" for name in check_keys(message, ("from", "value"), where)]
         asks = speaker in _ASKING
-        if speaker == "system" or (not runs and not asks):
-            continue
-        if runs and runs[-1][0] == asks:
+        if speaker == "system":
+            if runs:
+                raise UnusableConversation(
+                    f"{where}: a system message stands behind the first turn, where records have none; move it to the "
+                    "front, or leave such conversations out (--skip-invalid).",
+                    "system message behind the first turn",
+                )
+            system.append(text)
+        elif not runs and not asks:
+            unused.append("answer in front of the first question")
+        elif runs and runs[-1][0] == asks:
             runs[-1] = (asks, f"{runs[-1][1]}\n\n{text}")
         else:
             runs.append((asks, text))
+    if len(runs) % 2:
+        unused.append("question without answer at the end")
     texts = [text for _, text in runs]
-    return list(zip(texts[::2], texts[1::2], strict=False))
+    return list(zip(texts[::2], texts[1::2], strict=False)), "\n".join(filter(None, system)) or None, unused

@@ -1,4 +1,8 @@
-"""Readers of instruction sets about pictures: LLaVA, LLaVAR, LRV, SVIT and M3IT."""
+"""Readers of instruction sets about pictures: LLaVA, LLaVAR, LRV, SVIT and M3IT.
+
+What a record cannot keep is an [`UnusableConversation`], or with `on_invalid="skip"` left out and counted; keys that
+change nothing are named under `unused`.
+"""
 
 from collections.abc import Iterator
 from hashlib import sha1
@@ -6,70 +10,116 @@ from pathlib import Path
 from typing import Any
 
 from ..images import decode_base64
-from .common import Conversation, pair_turns, read_rows, text_of
+from .common import (
+    Conversation,
+    check_keys,
+    check_media_marks,
+    place_pictures,
+    read_conversations,
+    read_messages,
+    text_of,
+)
 
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_llava(path: str | Path, image_folder: str | Path) -> Iterator[Conversation]:
+def read_llava(path: str | Path, image_folder: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
     """LLaVA-Instruct (https://huggingface.co/papers/2304.08485) and all that took over its format, as LLaVAR did.
 
-    A list of `{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}`; `image` may be missing, or a
-    list. `<image>` is deleted from the texts. A picture's id is its file name without suffix.
+    `{"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}], "system"}` in a JSON list, JSON
+    lines or parquet. `image` (also `images`) may be missing, a file name, `{"bytes", "path"}` as parquet holds it, or
+    a list of these, one for each `<image>` in the texts. Where these stand is kept: one in front of the first
+    question, or on a line behind it, is the record's picture as 2023 had it, all others are marked
+    (`images_in_text`). Without any `<image>` the pictures stand in front. A picture's id is its file name without
+    suffix.
     """
-    for number, row in enumerate(read_rows(path)):
-        where = f"Record {number} of {path}"
-        turns = [
-            (_without_placeholder(question), answer)
-            for question, answer in pair_turns(row.get("conversations"), where)
-        ]
-        images = _list(row.get("image") or [], "image", where)
-        if not all(isinstance(image, str) for image in images):
-            raise ValueError(f"{where}: image must be a file name, got {repr(images)[:60]}.")
-        pictures = [(str(Path(image).with_suffix("")), Path(image_folder, image)) for image in images]
-        yield Conversation(str(row.get("id", number)), turns, pictures)
+
+    def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
+        unused = check_keys(row, ("id", "image", "images", "conversations", "system"), where)
+        turns, system, unused_messages = read_messages(row.get("conversations"), where)
+        check_media_marks(turns, where)
+        if row.get("image") and row.get("images"):
+            raise ValueError(f"{where} has both image and images: give its pictures under one of them.")
+        key = "images" if row.get("images") else "image"
+        images = row.get(key) or []
+        images = [images] if isinstance(images, (str, dict)) else images
+        if not isinstance(images, list):
+            raise ValueError(f"{where}: {key} must be a list, got {repr(images)[:60]}.")
+        pictures = [_picture(image, key, Path(image_folder), where) for image in images]
+        turns, per_turn = place_pictures(turns, pictures, where, marked=True)
+        if row.get("system"):
+            system = "\n".join(filter(None, (text_of(row, "system", where), system)))
+        unused += unused_messages
+        yield Conversation(str(row.get("id", number)), turns, pictures, per_turn, system, unused=unused)
+
+    return read_conversations(path, read, on_invalid)
 
 
-def _without_placeholder(text: str) -> str:
-    return text.replace("<image>\n", "").replace("<image>", "").strip()
+def _picture(image: Any, key: str, folder: Path, where: str) -> tuple[str, Path | bytes]:
+    """Id and file or bytes of a picture of LLaVA."""
+    if isinstance(image, str):
+        return str(Path(image).with_suffix("")), folder / image
+    data, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
+    if isinstance(data, bytes):
+        return (str(Path(file).with_suffix("")) if file else _hash(data)), data
+    if isinstance(file, str):
+        return str(Path(file).with_suffix("")), folder / file
+    raise ValueError(f"{where}: {key} must be a file name, got {repr(image)[:60]}.")
 
 
-def read_lrv(path: str | Path, image_folder: str | Path) -> Iterator[Conversation]:
+def _hash(data: bytes) -> str:
+    return sha1(data).hexdigest()[:16]
+
+
+def read_lrv(path: str | Path, image_folder: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
     """LRV-Instruction (https://huggingface.co/papers/2306.14565), positive and negative instructions alike.
 
     `{"image_id", "question", "answer"}` in a list or one per line; the pictures are those of Visual Genome.
     """
-    for number, row in enumerate(read_rows(path)):
-        where = f"Record {number} of {path}"
-        turn = (text_of(row, "question", where), text_of(row, "answer", where))
+
+    def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
+        unused = check_keys(row, ("image_id", "question", "answer", "task"), where)
         picture = str(_needed(row, "image_id", where))
-        yield Conversation(picture, [turn], [(picture, _find_image(image_folder, picture))])
+        pictures = [(picture, _find_image(image_folder, picture))]
+        turn = (text_of(row, "question", where), text_of(row, "answer", where))
+        turns, per_turn = place_pictures([turn], pictures, where, marked=False)
+        yield Conversation(picture, turns, pictures, per_turn, unused=unused)
+
+    return read_conversations(path, read, on_invalid)
 
 
-def read_svit(path: str | Path, image_folder: str | Path) -> Iterator[Conversation]:
+def read_svit(path: str | Path, image_folder: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
     """SVIT (https://huggingface.co/papers/2307.04087): one conversation for each `content` list of a picture.
 
     A list of `{"image_id", "conversations": [{"content": [{"from": "user" | "gpt", "value"}]}]}`.
     """
-    for number, row in enumerate(read_rows(path)):
-        where = f"Record {number} of {path}"
+
+    def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
+        unused = check_keys(row, ("image_id", "conversations"), where)
         picture = str(_needed(row, "image_id", where))
+        pictures = [(picture, _find_image(image_folder, picture))]
         for conversation in _list(_needed(row, "conversations", where), "conversations", where):
             content = conversation.get("content") if isinstance(conversation, dict) else None
-            pictures = [(picture, _find_image(image_folder, picture))]
-            yield Conversation(picture, pair_turns(content, where), pictures)
+            turns, system, unused_messages = read_messages(content, where)
+            turns, per_turn = place_pictures(turns, pictures, where, marked=False)
+            unused += check_keys(conversation, ("content",), where) + unused_messages
+            yield Conversation(picture, turns, pictures, per_turn, system, unused=unused)
+            unused = []
+
+    return read_conversations(path, read, on_invalid)
 
 
-def read_m3it(path: str | Path) -> Iterator[Conversation]:
+def read_m3it(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
     """One set of M3IT (https://huggingface.co/papers/2306.04387).
 
     `{"instruction", "inputs", "image_base64_str": [text], "outputs"}`. `inputs` follow `instruction` on a new line;
-    several pictures stay in order; equal pictures are stored once, under a hash of their bytes. Rows without outputs,
-    as test splits have them, have no turn and are left out.
+    several pictures stay in order, in front; equal pictures are stored once, under a hash of their bytes. Rows without
+    outputs, as test splits have them, have no turn and are left out.
     """
-    for number, row in enumerate(read_rows(path)):
-        where = f"Record {number} of {path}"
+
+    def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
+        unused = check_keys(row, ("instruction", "inputs", "image_base64_str", "outputs"), where)
         question = text_of(row, "instruction", where)
         inputs = text_of(row, "inputs", where, default="")
         answer = text_of(row, "outputs", where, default="")
@@ -79,9 +129,12 @@ def read_m3it(path: str | Path) -> Iterator[Conversation]:
                 data = decode_base64(text)
             except (ValueError, TypeError, AttributeError):
                 raise ValueError(f"{where}: image_base64_str holds damaged base64.") from None
-            pictures.append((sha1(data).hexdigest()[:16], data))
+            pictures.append((_hash(data), data))
         turns = [(f"{question}\n{inputs}" if inputs else question, answer)] if answer else []
-        yield Conversation(str(number), turns, pictures)
+        turns, per_turn = place_pictures(turns, pictures, where, marked=False)
+        yield Conversation(str(number), turns, pictures, per_turn, unused=unused)
+
+    return read_conversations(path, read, on_invalid)
 
 
 def _list(value: Any, key: str, where: str) -> list:
