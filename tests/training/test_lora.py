@@ -14,11 +14,12 @@ from training_files import command, losses, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from otter_hf import FlamingoForConditionalGeneration, OtterForConditionalGeneration
+from otter_hf import FlamingoForConditionalGeneration, OtterConfig, OtterForConditionalGeneration
 from otter_hf.models import quantization
 from otter_hf.training import lora
-from otter_hf.training.arguments import ModelArguments
+from otter_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from otter_hf.training.lora import lora_config
+from otter_hf.training.plan import make_plan, meta_model
 from otter_hf.training.run import main
 
 
@@ -61,6 +62,39 @@ def test_a_name_of_a_gated_block_alone_is_refused():
     arguments = ModelArguments("base/model", lora=True, lora_target_modules=["to_kv"])
     with pytest.raises(ValueError, match="to_kv|[Tt]arget modules"):
         tiny("otter").add_adapter(lora_config(arguments))
+
+
+def test_a_tied_model(tmp_path):
+    """As every MPT is: rows of single tokens are trained in both layers; an update of the head alone is refused."""
+    fields = tiny("otter").config.to_dict() | {"tie_word_embeddings": True}
+    small = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 64, "vocab_size": 300}
+    fields["text_config"] = {"model_type": "otter_mpt", "tie_word_embeddings": True, **small}
+    fields["vision_config"] = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    torch.manual_seed(0)
+    model = OtterForConditionalGeneration(OtterConfig(**fields)).eval()
+    model.save_pretrained(tmp_path)
+    common = {"lora": True, "lora_r": 2}
+    arguments = ModelArguments(
+        str(tmp_path), lora_target_modules=["Wqkv"], train_embedding_rows=["<answer>", "<image>"], **common
+    )
+    training_args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, activation_checkpointing=True)
+    plan = make_plan(meta_model(arguments), arguments, DataArguments("t.yaml", max_length=32), training_args)
+    assert plan.flops.per_label == 6 * 32 * 300 and plan.memory["activations"] > 0
+    adapted = lora.with_updates(model, arguments, [5, 6]).eval()
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        for _, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        expected = adapted(input_ids=ids).logits
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+
+    head = ModelArguments(str(tmp_path), lora_target_modules=["Wqkv", "lm_head"], **common)
+    with pytest.raises(ValueError, match="lm_head, which this model shares with its input embedding"):
+        meta_model(head)
+    assert lora.with_updates(tiny("otter"), ModelArguments("a/b", lora_target_modules=["lm_head"], **common))
 
 
 def test_what_is_trained_is_float32_under_autocast():

@@ -88,8 +88,9 @@ def _count_vision(core: nn.Module) -> tuple[float, int]:
     return (passes * tower.get_total_flops() + trained * source) / (height * width), trained * (counts[0] - source)
 
 
-def _of_weight(layer: nn.Linear) -> int:
-    return (6 if layer.weight.requires_grad else 4) * layer.in_features * layer.out_features
+def _of_weight(layer: nn.Module) -> int:
+    # a wrapper, as of a layer of which PEFT trains single rows, has the weight only
+    return (6 if layer.weight.requires_grad else 4) * layer.weight.numel()
 
 
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:

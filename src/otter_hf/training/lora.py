@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from .arguments import ModelArguments, TrainingArguments
@@ -48,11 +49,26 @@ def with_updates(
 ) -> PeftModel:
     """PEFT's model. With autocast all that is trained is float32: in 16 bits, small steps would be lost."""
     model = get_peft_model(model, lora_config(model_args, rows))
+    refuse_tied_head(model)
     if autocast:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model
+
+
+def refuse_tied_head(model: PreTrainedModel | PeftModel) -> None:
+    """
+    Raises ValueError for updates of an output layer that is tied to the input embedding.
+
+    PEFT 0.21 merges them into both, with `ensure_weight_tying` twice: the merged model is another one.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, LoraLayer) and model.config.tie_word_embeddings:
+        raise ValueError(
+            "The updates are of lm_head, which this model shares with its input embedding, and cannot be merged: take "
+            "lm_head out of lora_target_modules; train_embedding_rows trains single tokens."
+        )
 
 
 def lora_config(model_args: ModelArguments, rows: Sequence[int] = ()) -> LoraConfig:

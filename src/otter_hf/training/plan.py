@@ -264,4 +264,4 @@ def _activations(model, batch_size: int, max_length: int, frames: int, itemsize:
 
 def _entering_width(config, unit: str) -> int:
     outside = ".vision_tower." in unit or ".perceiver." in unit
-    return config.vision_config.hidden_size if outside else config.get_text_config().hidden_size
+    return config.vision_hidden_size if outside else config.get_text_config().hidden_size
