@@ -1,5 +1,6 @@
 """transformers' common model and processor tests on OtterHD; laid beside transformers' own tests by run.sh."""
 
+import io
 import unittest
 from unittest.mock import patch
 
@@ -121,16 +122,18 @@ class OtterHDConformanceTest(ModelTesterMixin, GenerationTesterMixin, TrainingTe
             super().test_training_overfit()
 
 
-def local_image(image, *args, **kwargs):
+def local_image(url):
     """What the mixin would download: a picture of one patch, for it counts patches as pictures."""
-    return Image.new("RGB", (10, 10), "red")
+    buffer = io.BytesIO()
+    Image.new("RGB", (10, 10), "red").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 class OtterHDProcessorConformanceTest(ProcessorTesterMixin, unittest.TestCase):
     processor_class = OtterHDProcessor
 
     def setUp(self):
-        patcher = patch("otter_hf.models.otterhd.image_processing_otterhd.load_image", local_image)
+        patcher = patch("otter_hf.pictures.fetch", local_image)
         patcher.start()
         self.addCleanup(patcher.stop)
 

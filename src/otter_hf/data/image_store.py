@@ -36,21 +36,29 @@ class ImageStore:
     second one of its pictures is asked for, so that it need not be unpacked again, in whatever order and by however
     many processes it is read. JSON files are copied whole on first use.
 
-    `store[id]` is the RGB picture: `KeyError` if there is no such id, `OSError` if it cannot be decoded. Instances
-    can be pickled and forked into data loader workers; they carry paths, not pictures.
+    `store[id]` is the picture in RGB, read as `otter_hf.pictures` says: `KeyError` if there is no such id, `OSError`
+    if it cannot be decoded. Instances can be pickled and forked into data loader workers; they carry paths, not
+    pictures.
 
     Args:
         paths: a file, a folder of parquet files, or a list of them; none for an empty store. The first file that has
             an id provides its picture.
         cache_dir: where the Arrow copies are kept; default: `otter_hf` in the cache of the `datasets` library.
+        legacy_pictures: read pictures as the code of 2023 did, without orientation and with transparency dropped.
 
     Raises:
         ValueError: if a file is of an unknown kind, unreadable, or one id has two different pictures.
         FileNotFoundError: if a path does not exist.
     """
 
-    def __init__(self, paths: str | Path | Sequence[str | Path] = (), cache_dir: str | Path | None = None):
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path] = (),
+        cache_dir: str | Path | None = None,
+        legacy_pictures: bool = False,
+    ):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        self._legacy_pictures = legacy_pictures
         self._cache_dir = cache_dir
         self._paths = list(store_files(paths))
         self._open()
@@ -69,10 +77,10 @@ class ImageStore:
             self._parts.append((pictures, IdIndex(index, pictures.ids)))
 
     def __getstate__(self):
-        return self._paths, self._cache_dir
+        return self._paths, self._cache_dir, self._legacy_pictures
 
     def __setstate__(self, state):
-        self._paths, self._cache_dir = state
+        self._paths, self._cache_dir, self._legacy_pictures = state
         self._open()
 
     def __len__(self) -> int:
@@ -88,7 +96,7 @@ class ImageStore:
                 yield from chunk.to_pylist()
 
     def __getitem__(self, id: str) -> Image.Image:
-        return decode_image(self.read_bytes(id))
+        return decode_image(self.read_bytes(id), self._legacy_pictures)
 
     def read_bytes(self, id: str) -> bytes:
         """The encoded picture as it is stored; `KeyError` if there is none, `OSError` if what holds it is damaged."""

@@ -252,7 +252,7 @@ class MimicitMixture(Dataset):
                 )
                 key = tuple(entry.images_path)
                 if key not in stores:
-                    stores[key] = ImageStore(entry.images_path, cache_dir)
+                    stores[key] = ImageStore(entry.images_path, cache_dir, self.options.legacy_pictures)
                 rows = sample_rows(len(table), entry.num_samples)
             except ValueError as error:
                 raise ValueError(f"{entry.task_group}/{entry.name}: {error}") from None

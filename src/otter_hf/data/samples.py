@@ -65,12 +65,14 @@ class SampleOptions:
         max_context: largest number of context turns or examples; the latest are kept. `None` for all.
         keep_symbols: `False` deletes most punctuation like the original's default, see `clean_text`.
         use_task_description: draw one of the dataset's task descriptions for each sample.
+        legacy_pictures: read pictures as the code of 2023 did, see `otter_hf.pictures`.
     """
 
     num_frames: int = 32
     max_context: int | None = None
     keep_symbols: bool = True
     use_task_description: bool = False
+    legacy_pictures: bool = False
 
     def __post_init__(self):
         if self.num_frames < 1:

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
@@ -25,7 +26,6 @@ from .samples import IMAGE_TEXT, IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
 
 SEVERITIES = ("error", "warning", "note")
 _BATCH_IMAGES = 256
-_IMAGE_RULES = {"error": "unreadable image", "warning": "truncated image", "note": "turned or deep image"}
 
 
 @dataclass
@@ -202,7 +202,7 @@ class _DatasetCheck:
     def run(
         self,
         store: ImageStore | None,
-        results: dict[str, tuple[str, str] | None],
+        results: dict[str, tuple[str, str, str] | None],
         decode_images: bool,
         num_threads: int | None,
     ):
@@ -334,7 +334,7 @@ class _DatasetCheck:
     def _check_images(
         self,
         store: ImageStore,
-        results: dict[str, tuple[str, str] | None],
+        results: dict[str, tuple[str, str, str] | None],
         decode_images: bool,
         num_threads: int | None,
     ):
@@ -359,8 +359,7 @@ class _DatasetCheck:
             _decode_all(store, [id for id in found if id not in results], results, self.entry.name, num_threads)
             for image_id in found:
                 if results[image_id]:
-                    severity, reason = results[image_id]
-                    rule = _IMAGE_RULES[severity]
+                    severity, rule, reason = results[image_id]
                     self.counts.unreadable_images += severity == "error"
                     self._add(severity, rule, f"image {image_id!r}: {reason}", image_id)
 
@@ -368,7 +367,7 @@ class _DatasetCheck:
 def _decode_all(
     store: ImageStore,
     image_ids: Sequence[str],
-    results: dict[str, tuple[str, str] | None],
+    results: dict[str, tuple[str, str, str] | None],
     name: str,
     num_threads: int | None,
 ):
@@ -383,27 +382,25 @@ def _decode_all(
             progress.update(len(batch))
 
 
-def _decode(store: ImageStore, image_id: str) -> tuple[str, str] | None:
+def _decode(store: ImageStore, image_id: str) -> tuple[str, str, str] | None:
+    """Severity, rule and reason of what is wrong with a picture, None if nothing is."""
     try:
         data = store.read_bytes(image_id)
-    except OSError as error:
-        return "error", str(error)
-    try:
-        image = Image.open(io.BytesIO(data))
-        orientation, mode = image.getexif().get(0x0112, 1), image.mode
-        image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise anything
         try:
+            read_image(data, "the picture")
+        except ImageError as error:
             decode_image(data)
-        except OSError as reason:
-            return "error", str(reason)
-        if not isinstance(error, Image.DecompressionBombError):
-            return "warning", f"decoded only in part ({error})"
-        return None
-    if orientation not in (0, 1):
-        return "note", f"stored turned (EXIF orientation {orientation}), training shows it upright"
+            return "warning", "truncated image", f"decoded only in part ({str(error).rstrip('.')})"
+    except OSError as error:
+        return "error", "unreadable image", str(error)
+    with Image.open(io.BytesIO(data)) as image:
+        mode, turned = image.mode, orientation(image)
+        if is_dark_by_depth(image):
+            return "warning", "dark image", "uses less than 12 of its 16 bits and is read as nearly black: scale it"
+    if turned not in (None, 0, 1):
+        return "note", "turned or deep image", f"stored turned (EXIF orientation {turned}), training shows it upright"
     if mode.startswith(("I", "F")):
-        return "note", f"has more than 8 bits (mode {mode}), training scales them to 8"
+        return "note", "turned or deep image", f"has more than 8 bits (mode {mode}), training scales them to 8"
     return None
 
 

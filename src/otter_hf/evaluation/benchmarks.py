@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from transformers.utils import logging
 
-from ..models.flamingo.processing_flamingo import read_image
+from ..pictures import read_image
 from .judge import Judge, lmms_eval_constant
 from .scoring import magnifierbench, mathvista, mmbench, mme, mmvet, pope, scienceqa, seedbench
 from .scoring.choices import parse_choice
@@ -55,17 +55,7 @@ def images(row: Mapping) -> list:
     cell = row.get("image") if row.get("image") is not None else row.get("images")
     cell = row["decoded_image"] if row.get("decoded_image") is not None else cell
     cells = cell if isinstance(cell, (list, tuple)) else [cell]
-    return [_picture(cell, row) for cell in cells if cell is not None]
-
-
-def _picture(cell, row: Mapping):
-    if isinstance(cell, Mapping):
-        from io import BytesIO
-
-        from PIL import Image
-
-        cell = Image.open(BytesIO(cell["bytes"]))
-    return read_image(cell, f"image of row {_id(row)!r}")
+    return [read_image(cell, f"image of row {_id(row)!r}") for cell in cells if cell is not None]
 
 
 def _id(row: Mapping) -> str:

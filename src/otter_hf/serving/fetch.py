@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-from ..data.images import decode_base64
+from ..pictures import decode_base64
 
 
 MAX_REDIRECTS = 3

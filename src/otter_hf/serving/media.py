@@ -3,16 +3,15 @@
 Whoever sends a picture decides how much memory it takes; the limits are checked before anything is decoded.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import av
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
+from ..films import FilmLimits, read_video
 from ..models.flamingo import FlamingoProcessor
+from ..pictures import read_image
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -40,7 +39,7 @@ class MediaLimits:
 
 def open_image(source: bytes | str | Path, name: str, limits: MediaLimits = MediaLimits()) -> Image.Image:
     """
-    The picture in RGB, upright.
+    The picture in RGB, by the rules of `otter_hf.pictures`, within the limits.
 
     Args:
         source: an encoded picture, or the path of one.
@@ -49,26 +48,18 @@ def open_image(source: bytes | str | Path, name: str, limits: MediaLimits = Medi
     Raises:
         ValueError: naming it, if it cannot be decoded or has too many pixels.
     """
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise ValueError(f"{name} cannot be read as an image: there is no such file.")
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image:
-            _check_pixels(image.size, name, limits)
-            ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
-    except _TooLarge:
-        raise
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} cannot be read as an image: it is no {', '.join(IMAGE_FORMATS)}.") from error
-    except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, ... on damaged files
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    source = source if isinstance(source, bytes) else Path(source)  # a text is a path here, never an address
+    return read_image(source, name, max_pixels=limits.image_pixels, formats=IMAGE_FORMATS)
 
 
 def read_frames(
-    source: bytes | str | Path, name: str, num_frames: int, limits: MediaLimits = MediaLimits()
+    source: bytes | str | Path,
+    name: str,
+    num_frames: int,
+    limits: MediaLimits = MediaLimits(),
 ) -> list[Image.Image]:
     """
-    Evenly spaced frames of a video in RGB, the first one included; all of them if it has fewer than `num_frames`.
+    Frames of a video in RGB, evenly spaced in time, by the rules of `otter_hf.films`, within the limits.
 
     Args:
         source: an encoded video, or the path of one.
@@ -79,40 +70,11 @@ def read_frames(
     """
     if not 1 <= num_frames <= limits.pictures:
         raise ValueError(f"{num_frames} frames are wanted of {name}; ask for 1 to {limits.pictures}.")
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise ValueError(f"{name} cannot be read as a video: there is no such file.")
-    try:
-        # packets are counted first: containers state no or wrong numbers of frames
-        with _open_video(source) as container:
-            stream = container.streams.video[0]
-            size = (stream.width, stream.height)
-            total = sum(1 for packet in container.demux(stream) if packet.size)
-        _check_pixels(size, name, limits)
-        if total * size[0] * size[1] > limits.video_pixels:
-            raise _TooLarge(
-                f"{name} has {total} frames of {size[0]}x{size[1]}, in all more than {limits.video_pixels} pixels; "
-                "send a shorter or smaller one."
-            )
-        count = min(num_frames, total)
-        wanted = {i * total // count for i in range(count)}
-        frames = []
-        with _open_video(source) as container:
-            for index, frame in enumerate(container.decode(video=0)):
-                if index in wanted:
-                    # a stream may change its size on the way
-                    _check_pixels((frame.width, frame.height), name, limits)
-                    image = frame.to_image()
-                    image.thumbnail((MAX_FRAME_SIDE, MAX_FRAME_SIDE))
-                    frames.append(image)
-                if index >= total:
-                    break
-    except _TooLarge:
-        raise
-    except Exception as error:  # PyAV's errors have no common parent but Exception
-        raise ValueError(f"{name} cannot be read as a video: {error}") from error
-    if not frames:
-        raise ValueError(f"{name} cannot be read as a video: it has no frames.")
-    return frames
+    source = source if isinstance(source, bytes) else Path(source)
+    film_limits = FilmLimits(
+        frame_pixels=limits.image_pixels, film_pixels=limits.video_pixels, max_side=MAX_FRAME_SIDE
+    )
+    return read_video(source, name, num_frames=num_frames, limits=film_limits)
 
 
 def image_part(image: Image.Image) -> dict:
@@ -146,18 +108,3 @@ def fit_media(messages: Sequence[dict], processor) -> list[dict]:
         {"role": message["role"], "content": [fitted for part in message["content"] for fitted in fit(part)]}
         for message in messages
     ]
-
-
-class _TooLarge(ValueError):
-    """Decodable, but more than the limits allow."""
-
-
-def _check_pixels(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
-    width, height = size
-    if width * height > limits.image_pixels:
-        raise _TooLarge(f"{name} has {width}x{height} pixels, more than {limits.image_pixels}; send a smaller one.")
-
-
-def _open_video(source: bytes | str | Path):
-    readable: BinaryIO | str = io.BytesIO(source) if isinstance(source, bytes) else str(source)
-    return av.open(readable, metadata_errors="ignore")

@@ -110,6 +110,10 @@ class DataArguments:
     )
     max_context: int | None = field(default=None, metadata={"help": "Context turns or examples kept, the latest."})
     num_frames: int = field(default=32, metadata={"help": "Frames that a video is resampled to."})
+    legacy_pictures: bool = field(
+        default=False,
+        metadata={"help": "Read pictures as the original did: photographs not turned, transparency dropped."},
+    )
     keep_symbols: bool = field(default=True, metadata={"help": "False deletes most punctuation, as the original did."})
     use_task_description: bool = field(
         default=False, metadata={"help": "Put one of the dataset's task descriptions in front of each prompt."}

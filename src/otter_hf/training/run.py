@@ -267,6 +267,7 @@ def _load_mixture(path, data_args: DataArguments, training_args: TrainingArgumen
         max_context=data_args.max_context,
         keep_symbols=data_args.keep_symbols,
         use_task_description=data_args.use_task_description,
+        legacy_pictures=data_args.legacy_pictures,
     )
     if data_args.dynamic_resolution:
         transform = _DrawResolution(data_args.dynamic_resolution, transform)

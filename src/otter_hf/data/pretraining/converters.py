@@ -284,7 +284,7 @@ def _pair(picture: str, captions: str) -> dict[str, bytes] | str:
     try:
         data = decode_base64(picture)
         with Image.open(io.BytesIO(data)) as image:  # the header is enough to know the format
-            suffix = "png" if image.format == "PNG" else "jpg"
+            suffix = {"PNG": "png", "WEBP": "webp"}.get(image.format, "jpg")
     except (OSError, ValueError):
         return "no picture"
     return {suffix: data, "txt": caption.encode("utf-8")}

@@ -64,8 +64,9 @@ class ImageTextPairs:
     """
     A picture and its caption: LAION, CC3M, CC12M and all that img2dataset writes.
 
-    The picture is the part `jpg`, `png` or `jpeg`, the first there is: an encoded picture of any kind, or base64 text
-    of one, as LAION's shards of 2023 have it. The caption is the part `txt`, in UTF-8. Other parts are not used.
+    The picture is the part `jpg`, `png`, `jpeg` or `webp`, the first there is: an encoded picture of any kind, or
+    base64 text of one, as LAION's shards of 2023 have it. The caption is the part `txt`, in UTF-8. Other parts are not
+    used.
 
     Args:
         max_tokens: longer rows lose their end.
@@ -76,7 +77,7 @@ class ImageTextPairs:
     mirror: float = 0.5
 
     label_all = True  # every token is learned, not only those behind an image
-    picture_suffixes = ("jpg", "png", "jpeg")
+    picture_suffixes = ("jpg", "png", "jpeg", "webp")
 
     def __post_init__(self):
         _check_range("max_tokens", self.max_tokens, 2)
@@ -97,7 +98,7 @@ class ImageTextPairs:
         """
         data = next((parts[suffix] for suffix in self.picture_suffixes if suffix in parts), None)
         if data is None or "txt" not in parts:
-            missing = "picture (jpg, png or jpeg)" if data is None else "txt"
+            missing = "picture (jpg, png, jpeg or webp)" if data is None else "txt"
             raise SampleError(f"Sample {id!r} has no {missing}, it has {sorted(parts)}.", "missing part")
         try:
             caption = parts["txt"].decode("utf-8").strip()

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, load_image, to_numpy_array
+from transformers.image_utils import ImageInput
 from transformers.utils import cached_file
-from transformers.video_utils import VideoInput, load_video
+from transformers.video_utils import VideoInput
 
+from ...films import check_sampling, read_video
+from ...pictures import is_array, read_image
 from ..chat_processing import ChatProcessorMixin
 from ..legacy import HUB_ARGUMENTS, read_vision_image_size
 
@@ -106,15 +108,20 @@ class FlamingoProcessor(ChatProcessorMixin):
         text: str | list[str] | None = None,
         videos: VideoInput | list[VideoInput] | None = None,
         audio: None = None,
+        legacy_pictures: bool = False,
         **kwargs,
     ) -> BatchFeature:
         """
         Args:
-            images: one image, a list of images, or one list per text. A flat list is dealt out to the texts in order,
-                one image per `<image>`. An image is a PIL image, an array or tensor, a path, a URL or base64 text.
+            images: one image, a list or array of images, or per text a list, one image or None. A flat list is dealt
+                out to the texts in order, one image per `<image>`. What an image may be, and how its numbers, axes,
+                transparency and orientation are read, is in `otter_hf.pictures`.
             text: one text or a list of B texts.
-            videos: as `images`, each video a path or a list or array of frames `(F, H, W, C)`. Paths are decoded with
-                PyAV at `num_frames` (default 16) evenly spaced frames. A text holds images or videos, not both.
+            videos: as `images`; what a video may be is in `otter_hf.films`. Of an encoded one `num_frames` (default
+                16) frames evenly spaced in time are taken, or `fps` a second, or with `do_sample_frames=False` all;
+                of frames all, unless `num_frames` is given. A text holds images or videos, not both.
+            legacy_pictures (`bool`, defaults to `False`): read images as the code of 2023 did, without orientation
+                and with transparency dropped.
             kwargs: those of the tokenizer and the image processor, and `return_tensors`.
 
         Raises:
@@ -140,7 +147,14 @@ class FlamingoProcessor(ChatProcessorMixin):
             counts = [list(ids).count(self.image_token_id) for ids in data["input_ids"]]
             data.pop("token_type_ids", None)
         if images is not None or videos is not None:
-            num_frames = merged["videos_kwargs"].get("num_frames") or 16
+            options, images_kwargs = merged["videos_kwargs"], merged["images_kwargs"]
+            sampling = {name: options.get(name) for name in ("num_frames", "fps", "do_sample_frames")}
+            check_sampling(**sampling)
+            reading = {"legacy": legacy_pictures, "input_data_format": images_kwargs.pop("input_data_format", None)}
+            if images_kwargs.get("do_rescale") is False:
+                # the reader makes 0 to 255 of floats of 0 to 1, and refuses all else
+                reading["rescaled"] = True
+                images_kwargs |= {"do_rescale": True, "rescale_factor": 1 / 255}
             pictures = deal_out(images, counts, "images", _is_image)
             clips = deal_out(videos, counts, "videos", _is_video)
             media = []
@@ -152,8 +166,11 @@ class FlamingoProcessor(ChatProcessorMixin):
                         "pass the images as videos of one frame."
                     )
                 media.append(
-                    [[read_image(image, f"images[{row}][{i}]")] for i, image in enumerate(row_pictures)]
-                    + [_read_video(clip, f"videos[{row}][{i}]", num_frames) for i, clip in enumerate(row_clips)]
+                    [[read_image(image, f"images[{row}][{i}]", **reading)] for i, image in enumerate(row_pictures)]
+                    + [
+                        read_video(clip, f"videos[{row}][{i}]", **sampling, **reading)
+                        for i, clip in enumerate(row_clips)
+                    ]
                 )
             self.check_media_counts(counts, [len(row_media) for row_media in media])
             data["pixel_values"] = self.pack_media(media, **merged["images_kwargs"])
@@ -245,19 +262,26 @@ class FlamingoProcessor(ChatProcessorMixin):
 
 
 def _is_image(item) -> bool:
-    return not isinstance(item, (list, tuple))
+    """Anything but a list, or an array of several pictures."""
+    return not isinstance(item, (list, tuple)) and not (is_array(item) and item.ndim > 3)
 
 
 def _is_video(item) -> bool:
-    """A path, an array of frames, or a list of frames (not of paths: those are several videos)."""
+    """
+    An encoded video, an array of frames, or a list of frames: of PIL images or arrays of one picture. A list of
+    anything else is one of videos.
+    """
     if isinstance(item, (list, tuple)):
-        return len(item) > 0 and not any(isinstance(frame, (str, Path, list, tuple)) for frame in item)
-    return True
+        return len(item) > 0 and all(
+            isinstance(frame, Image.Image) or (is_array(frame) and frame.ndim < 4) for frame in item
+        )
+    return not (is_array(item) and item.ndim > 4)
 
 
 def deal_out(media, counts: list[int] | None, kind: str, is_medium) -> list[list]:
     """
-    One list of media per text, from one medium, a flat list (dealt out by `counts`), or lists already per text.
+    One list of media per text, from one medium, a flat list (dealt out by `counts`), or per text a list, one medium
+    or None.
 
     Args:
         media: what the user gave, or None.
@@ -270,8 +294,7 @@ def deal_out(media, counts: list[int] | None, kind: str, is_medium) -> list[list
     """
     if media is None:
         return []
-    if is_medium(media):
-        media = [media]
+    media = [media] if is_medium(media) else list(media)
     if all(item is not None and is_medium(item) for item in media):
         counts = [len(media)] if counts is None else counts
         if sum(counts) != len(media):
@@ -283,42 +306,7 @@ def deal_out(media, counts: list[int] | None, kind: str, is_medium) -> list[list
         return [[next(remaining) for _ in range(count)] for count in counts]
     if counts is not None and len(media) != len(counts):
         raise ValueError(f"{len(media)} lists of {kind} were given for {len(counts)} text(s); pass one list per text.")
-    return [list(row or []) for row in media]
-
-
-def read_image(image, name: str) -> Image.Image:
-    """
-    A PIL image in RGB from anything transformers reads: a PIL image, an array or tensor, a path, URL or base64 text.
-
-    Raises:
-        ValueError: naming `name`, if it cannot be read or decoded.
-    """
-    try:
-        if isinstance(image, Path):
-            image = str(image)
-        # transformers would take a mistyped path for base64, which has no dots
-        if isinstance(image, str) and "." in image and "://" not in image and not Path(image).is_file():
-            raise ValueError("there is no such file")
-        if isinstance(image, (str, Image.Image)):
-            return load_image(image).convert("RGB")
-        array = to_numpy_array(image)
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[-1] not in (1, 3):
-            array = array.transpose(1, 2, 0)  # channels last
-        if array.dtype.kind == "f":
-            array = (array * 255).round()
-        return Image.fromarray(array.squeeze().astype("uint8")).convert("RGB")
-    except (OSError, ValueError, TypeError, SyntaxError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
-
-
-def _read_video(video, name: str, num_frames: int) -> list[Image.Image]:
-    """Frames in RGB of a path (decoded at `num_frames` evenly spaced ones) or of frames given as they are."""
-    if isinstance(video, (str, Path)):
-        try:
-            video, _ = load_video(str(video), num_frames=num_frames, backend="pyav")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name} cannot be read as a video: {error}") from error
-    return [read_image(frame, f"{name}, frame {i}") for i, frame in enumerate(video)]
+    return [[] if row is None else [row] if is_medium(row) else list(row) for row in media]
 
 
 __all__ = ["FlamingoProcessor"]

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from transformers import FuyuImageProcessorPil
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import PILImageResampling, SizeDict, load_image
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImagesKwargs
+
+from ...pictures import read_image
 
 
 # beyond this an image shrinks to a line; 2023 failed on most of them in the middle of Pillow
@@ -28,20 +29,23 @@ class OtterHDImagesKwargs(FuyuImagesKwargs, total=False):
         lost, bicubic: what OtterHD's training did with 448, 512 and 768 squares).
     max_pixels (`int`, *optional*):
         Shrink images that have more pixels than this, keeping the aspect ratio.
+    legacy_pictures (`bool`, *optional*, defaults to `False`):
+        Read images as the code of 2023 did, without orientation and with transparency dropped.
     """
 
     resolution: int | tuple[int, int] | list[int] | None
     max_pixels: int | None
+    legacy_pictures: bool
 
 
 class OtterHDImageProcessor(FuyuImageProcessorPil):
     r"""
     Turns images into flattened patches.
 
-    An image is converted to RGB, resized by `resolution` and `max_pixels` if given, shrunk with bilinear filtering to
-    fit into `size` (never enlarged), padded on the right and at the bottom to whole patches with the pixel value
-    `padding_value` *before* normalisation (almost black, as in 2023), rescaled and normalised to about -1 .. 1, and
-    cut into patches, row by row.
+    An image is read as `otter_hf.pictures` says, resized by `resolution` and `max_pixels` if given, shrunk with
+    bilinear filtering to fit into `size` (never enlarged), padded on the right and at the bottom to whole patches with
+    the pixel value `padding_value` *before* normalisation (almost black, as in 2023), rescaled and normalised to about
+    -1 .. 1, and cut into patches, row by row.
 
     Calling it returns a `BatchFeature` with, for the I images in the order given (nested lists are flattened):
 
@@ -63,6 +67,7 @@ class OtterHDImageProcessor(FuyuImageProcessorPil):
     do_convert_rgb = True
     resolution = None
     max_pixels = None
+    legacy_pictures = False
     valid_kwargs = OtterHDImagesKwargs
     model_input_names = ["pixel_values"]
 
@@ -79,38 +84,31 @@ class OtterHDImageProcessor(FuyuImageProcessorPil):
         images = self._prepare_images_structure(images)
         return [self.process_image(image, index, **kwargs) for index, image in enumerate(images)]
 
-    def process_image(self, image, index: int = 0, do_convert_rgb: bool | None = True, **kwargs) -> Image.Image:
-        """Image `index` of a call (Pillow image, array, tensor, path, URL or base64) as a Pillow image in RGB."""
-        shape = getattr(image, "shape", None) or getattr(image, "size", (1, 1))
-        if not isinstance(image, str) and 0 in tuple(shape):
-            raise ValueError(f"Image {index} has no pixels (size {tuple(shape)}): remove it or give a real image.")
-        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else math.inf
-        try:
-            if isinstance(image, str):
-                image = load_image(image)
-            elif isinstance(image, torch.Tensor):
-                image = image.cpu()
-            if getattr(image, "ndim", 0) == 2:
-                image = image[..., None]  # grey, without an axis for its channel
-            image = to_pil_image(image)
-            width, height = image.size
-            if width * height > limit:
-                raise Image.DecompressionBombError(f"{width} x {height} pixels are more than the limit of {limit}")
-            if do_convert_rgb:
-                image = image.convert("RGB")
-        except Image.DecompressionBombError as error:
-            raise ValueError(
-                f"Image {index} is too large ({error}): shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS."
-            ) from error
-        except Exception as error:
-            # Pillow's plugins raise nearly anything on damaged files
-            raise ValueError(f"Image {index} cannot be read ({error}): replace or remove it.") from error
-        if image.mode != "RGB":
-            raise ValueError(f"Image {index} has mode {image.mode}, not RGB: set do_convert_rgb=True.")
+    def process_image(
+        self,
+        image,
+        index: int = 0,
+        do_convert_rgb: bool | None = True,
+        do_rescale: bool | None = None,
+        input_data_format: str | None = None,
+        legacy_pictures: bool = False,
+        **kwargs,
+    ) -> Image.Image:
+        """Image `index` of a call, whatever `otter_hf.pictures` reads, as a Pillow image in RGB."""
+        name = f"Image {index}"
+        if not do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
+            raise ValueError(f"{name} has mode {image.mode}, not RGB: set do_convert_rgb=True.")
+        image = read_image(
+            image,
+            name,
+            legacy=legacy_pictures,
+            rescaled=do_rescale is False,
+            input_data_format=input_data_format,
+        )
+        width, height = image.size
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(
-                f"Image {index} of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide: "
-                "crop it."
+                f"{name} of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide: crop it."
             )
         return image
 
@@ -227,8 +225,8 @@ class OtterHDImageProcessor(FuyuImageProcessorPil):
     ) -> np.ndarray:
         """The float32 value of each of the 256 levels of each channel, `(3, 256)`; a look-up is exact and fast."""
         levels = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[:, None]  # (3, 1, 256)
-        if do_rescale:
-            levels = self.rescale(levels, rescale_factor)
+        # pixels are 0 to 255 here; do_rescale=False says that the images were given as 0 to 1
+        levels = self.rescale(levels, rescale_factor if do_rescale else 1 / 255)
         if do_normalize:
             levels = self.normalize(levels, image_mean, image_std)
         return levels[:, 0].astype(np.float32)

@@ -141,7 +141,8 @@ class OtterHDProcessor(ChatProcessorMixin):
 
         Args:
             images: an image, a list with one image per text (or any number of images for one text), or a list of lists
-                with the images of each text, which may be empty. Pillow images, arrays, tensors, paths or URLs.
+                with the images of each text, which may be empty or None. What an image may be, and how its numbers,
+                axes, transparency and orientation are read, is in `otter_hf.pictures`.
             text: the prompt of each row; `None` with images is an empty prompt per image. `|SPEAKER|` in it is the
                 place of an image; escape it in the words of a user with `escape_reserved_tokens`. Locations are
                 written `<box>y1, x1, y2, x2</box>` and `<point>x, y</point>` in pixels of the image as given (the last
@@ -336,12 +337,11 @@ class OtterHDProcessor(ChatProcessorMixin):
         texts = [text] if isinstance(text, str) else text
         if images is None:
             return list(texts), [[] for _ in texts]
-        is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-        images = list(images) if is_batch else [images]
+        images = list(images) if _is_list(images) else [images]
         if texts is None:
             texts = [""] * len(images)
-        if any(isinstance(entry, (list, tuple)) for entry in images):
-            rows = [list(entry) if isinstance(entry, (list, tuple)) else [entry] for entry in images]
+        if any(entry is None or _is_list(entry) for entry in images):
+            rows = [[] if entry is None else list(entry) if _is_list(entry) else [entry] for entry in images]
         elif len(texts) == 1:
             rows = [images]
         elif len(texts) == len(images):
@@ -493,6 +493,11 @@ class OtterHDProcessor(ChatProcessorMixin):
                         ids = ids[:position] + written + ids[end + 1 :]
                 position += 1
         return ids
+
+
+def _is_list(images) -> bool:
+    """Whether it holds several images: a list, or an array `(N, H, W, C)`."""
+    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) > 3
 
 
 def _cut_text(tokens: list[tuple[int, int, int]], excess: int, max_length: int) -> list[tuple[int, int, int]]:

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ...data.images import decode_image, image_bytes
 from ...data.parquet_writer import write_images
+from ...pictures import read_image
 from .base import Converter, LeftOut, Source
 
 
@@ -251,7 +252,7 @@ def encode_picture(picture: bytes | Path | Image.Image, size: int | None) -> byt
         except OSError as error:
             raise LeftOut("damaged", str(error)) from None
     else:
-        decoded = data.convert("RGB")
+        decoded = read_image(data)
     if size is None:
         return image_bytes(data)
     if decoded.size != (size, size):

@@ -1,0 +1,411 @@
+"""The one reader of films: encoded films and given frames become PIL images in RGB (single pictures: `pictures`).
+
+* **Given as** bytes, a binary file, a path, a `http(s)` URL, a `data:` URI or base64 text of an encoded film; or as
+  its frames: a list of pictures, or an array or tensor `(F, H, W, C)` or `(F, C, H, W)`, by the rules of `pictures`.
+* **Containers**: those of `CONTAINERS`, with the codecs of `CODECS`, decoded with FFmpeg (PyAV); GIF, WebP and other
+  pictures with Pillow. A film is read from its own bytes alone: what names other files or addresses (playlists,
+  references) is not followed.
+* **Which frames**: of an encoded film 16 that are evenly spaced in time, the first one included, or `num_frames` of
+  them; `fps=` takes one every `1 / fps` seconds; `do_sample_frames=False` takes all. At a constant rate frame `i` of
+  `n` is the one of index `i * total // n`; at a variable rate the one that is shown at that time, again if it is shown
+  for long. A film with fewer frames than asked for gives all it has. Frames that are given are taken as they are,
+  unless `num_frames` is. Nothing relies on a number of frames or a duration in the header.
+* **Orientation** stored in the film (telephones) is applied, as OpenCV and decord do.
+* **Memory**: only frames that are wanted are kept and converted, and how many pixels they may have together is
+  limited (`FilmLimits`). Each frame's size is checked before it is decoded.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from itertools import pairwise
+from numbers import Integral, Real
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from .pictures import (
+    TURNS,
+    ImageError,
+    ImageTooLarge,
+    array_range,
+    check_size,
+    is_array,
+    open_source,
+    read_image,
+    to_numpy,
+)
+
+
+DEFAULT_NUM_FRAMES = 16
+# FFmpeg's names of demuxers; none of them opens anything but the bytes it is given
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
+# and of decoders
+CODECS = frozenset(
+    "h264 hevc vvc vp8 vp9 libvpx libvpx-vp9 libdav1d av1 mpeg4 mpeg2video mpeg1video mjpeg h263 flv wmv1 wmv2 wmv3 "
+    "vc1 theora prores dnxhd ffv1 huffyuv ffvhuff utvideo rawvideo png dvvideo vp6 vp6f msmpeg4 msmpeg4v2 msmpeg4v1 "
+    "svq3 cinepak".split()
+)
+_PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")
+# milliseconds of a frame that states none, as browsers show it
+_FRAME_DURATION = 100
+
+
+@dataclass(frozen=True)
+class FilmLimits:
+    """
+    What a film may take.
+
+    Args:
+        frame_pixels: of one frame; default: as `pictures`.
+        film_pixels: of all its frames, wanted or not, which bound the time that decoding takes; None for any number.
+        kept_pixels: of all wanted frames together, shrunk.
+        max_side: longer sides are shrunk to it; None keeps all frames as they are.
+    """
+
+    frame_pixels: int | None = None
+    film_pixels: int | None = None
+    kept_pixels: int = 1_000_000_000
+    max_side: int | None = None
+
+
+class Frame(NamedTuple):
+    """A decoded frame: when it is shown, in seconds from the first one, and what makes an image of it."""
+
+    time: Fraction
+    image: Callable[[], Image.Image]
+
+
+def check_sampling(num_frames: int | None, fps: float | None, do_sample_frames: bool | None) -> None:
+    """Raise ValueError for numbers that mean nothing, and for options that contradict each other."""
+    if num_frames is not None and (
+        isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames < 1
+    ):
+        raise ValueError(f"num_frames must be a whole number of at least 1, got {num_frames!r}.")
+    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, Real) or not 0 < fps < math.inf):
+        raise ValueError(f"fps must be a number above 0, got {fps!r}.")
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"num_frames={num_frames} and fps={fps} were given: choose one.")
+    if do_sample_frames is False and (num_frames is not None or fps is not None):
+        given = f"num_frames={num_frames}" if fps is None else f"fps={fps}"
+        raise ValueError(f"do_sample_frames=False takes all frames, but {given} was given: choose one.")
+
+
+def read_video(
+    video,
+    name: str = "video",
+    *,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    do_sample_frames: bool | None = None,
+    limits: FilmLimits = FilmLimits(),
+    **image_options,
+) -> list[Image.Image]:
+    """
+    The frames of a film in RGB, by the rules of this module.
+
+    Args:
+        video: see the module.
+        name: what to call it in an error.
+        num_frames, fps, do_sample_frames: which frames, see the module.
+        limits: what it may take.
+        image_options: for `pictures.read_image`, where the frames are given.
+
+    Raises:
+        ImageError: a ValueError of one sentence that names it, if it cannot be read or exceeds the limits.
+        ValueError: for sampling options that mean nothing.
+    """
+    check_sampling(num_frames, fps, do_sample_frames)
+    if is_array(video) or isinstance(video, (list, tuple, Image.Image)):
+        return _given_frames(video, name, num_frames, fps, image_options)
+    with open_film(video, name, limits) as film:
+        targets = film.targets(num_frames or DEFAULT_NUM_FRAMES, fps, do_sample_frames is not False)
+        wanted = len(film) if targets is None else len(targets)
+        shrunk = min(1.0, (limits.max_side or math.inf) / max(film.width, film.height))
+        if wanted * film.width * film.height * shrunk**2 > limits.kept_pixels:
+            raise ImageTooLarge(
+                f"{name} is too large: {wanted} frames of {film.width} x {film.height} are more than "
+                f"{limits.kept_pixels} pixels; ask for fewer frames (num_frames, fps)."
+            )
+        return [_shrunk(frame.image(), limits.max_side) for frame in film.pick(targets)]
+
+
+def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:
+    if max_side is not None:
+        image.thumbnail((max_side, max_side))
+    return image
+
+
+def _given_frames(video, name: str, num_frames: int | None, fps: float | None, image_options: dict) -> list:
+    if fps is not None:
+        raise ImageError(f"{name} cannot be read as a video: fps={fps} needs times, and frames alone have none.")
+    if is_array(video):
+        video = to_numpy(video, name)
+        if video.ndim != 4:
+            raise ImageError(
+                f"{name} cannot be read as a video: its shape is {tuple(video.shape)}; give (F, H, W, C) or "
+                "(F, C, H, W)."
+            )
+    elif isinstance(video, Image.Image):
+        raise ImageError(f"{name} cannot be read as a video: it is one picture; give a list of frames.")
+    if not len(video):
+        raise ImageError(f"{name} cannot be read as a video: it has no frames.")
+    frames = list(video)
+    # whether numbers are 0 to 1 shows in all frames together
+    if all(map(is_array, frames)) and len({str(frame.dtype) for frame in frames}) == 1:
+        lows, highs = zip(*(array_range(frame, name) for frame in frames), strict=True)
+        image_options["number_range"] = (min(lows), max(highs))
+    if num_frames is not None and num_frames < len(frames):
+        frames = [frames[i * len(frames) // num_frames] for i in range(num_frames)]
+    return [read_image(frame, f"{name}, frame {i}", **image_options) for i, frame in enumerate(frames)]
+
+
+def open_film(source, name: str = "video", limits: FilmLimits = FilmLimits()) -> "Film":
+    """
+    An encoded film, to be used in a `with` block.
+
+    Raises:
+        ImageError: if it is none, has no frames, or more pixels than the limits.
+    """
+    file = open_source(source, name, "a video")
+    try:
+        film = _PillowFilm if _is_picture(file) else _FFmpegFilm
+        return film(file, name, limits)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _is_picture(file) -> bool:
+    try:
+        with Image.open(file, formats=_PICTURES):
+            return True
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # damaged: its reader will say so
+        return True
+    finally:
+        file.seek(0)
+
+
+class Film:
+    """
+    An encoded film: `len(film)` frames of `width` x `height`, as stored.
+
+    Attributes:
+        ticks: when each frame is shown, ascending, in `time_base` seconds.
+        end: when the last one is over, in the same.
+    """
+
+    time_base: Fraction
+    width: int
+    height: int
+    ticks: list[int]
+    end: int
+
+    def __init__(self, file, name: str, limits: FilmLimits):
+        self.file, self.name, self.limits = file, name, limits
+        try:
+            self._scan()
+        except ImageError:
+            raise
+        except Exception as error:  # neither PyAV's nor Pillow's errors have a common parent but Exception
+            raise self.unreadable(error) from error
+        if not self.ticks:
+            raise self.unreadable("it has no frames")
+        pixels = len(self) * self.width * self.height
+        if limits.film_pixels is not None and pixels > limits.film_pixels:
+            raise ImageTooLarge(
+                f"{name} is too large: {len(self)} frames of {self.width} x {self.height} are more than "
+                f"{limits.film_pixels} pixels; send a shorter or smaller one."
+            )
+
+    def __len__(self) -> int:
+        return len(self.ticks)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.file.close()
+
+    def unreadable(self, reason) -> ImageError:
+        return ImageError(f"{self.name} cannot be read as a video: {str(reason).rstrip('.')}.")
+
+    def _scan(self) -> None:
+        """Sets the attributes, without decoding."""
+        raise NotImplementedError
+
+    def _frames(self) -> Iterator[tuple[int, Callable[[], Image.Image]]]:
+        """The ticks of each frame in order, and what makes an upright image of it in RGB."""
+        raise NotImplementedError
+
+    def frames(self) -> Iterator[Frame]:
+        """All frames in order; only those whose `image` is called are converted."""
+        try:
+            for ticks, image in self._frames():
+                yield Frame((ticks - self.ticks[0]) * self.time_base, image)
+        except (ImageError, GeneratorExit):
+            raise
+        except Exception as error:
+            raise self.unreadable(error) from error
+
+    def targets(self, num_frames: int, fps: float | None, sample: bool) -> list[Fraction] | None:
+        """The times of the frames to take, in seconds from the first; None for all there are."""
+        duration = (self.end - self.ticks[0]) * self.time_base
+        if fps is not None:
+            step = 1 / Fraction(fps)
+            num_frames = max(1, math.ceil((duration - self._rounding()) / step))
+        else:
+            step = duration / num_frames
+        if not sample or num_frames >= len(self):
+            return None
+        return [i * step for i in range(num_frames)]
+
+    def _rounding(self) -> Fraction:
+        """How far times may be off, in seconds: containers that count milliseconds round them."""
+        coarse = self.end - self.ticks[0] <= 8 * len(self)
+        return 0 * self.time_base if coarse else 2 * self.time_base
+
+    def pick(self, targets: Sequence[Fraction] | None) -> Iterator[Frame]:
+        """The frames shown at the given times, which ascend; None for all."""
+        if targets is None:
+            yield from self.frames()
+            return
+        rounding, waiting, shown = self._rounding(), list(reversed(targets)), None
+        for frame in self.frames():
+            while waiting and shown is not None and frame.time > waiting[-1] + rounding:
+                waiting.pop()
+                yield shown
+            if not waiting:
+                return
+            shown = frame
+        if shown is not None:
+            yield from [shown] * len(waiting)
+
+
+class _PillowFilm(Film):
+    """GIF, WebP, animated PNG; a still picture is a film of one frame."""
+
+    time_base = Fraction(1, 1000)
+
+    def _scan(self):
+        self.ticks, self.end = [], 0
+        with Image.open(self.file, formats=_PICTURES) as image:
+            self.width, self.height = image.size
+            check_size(*image.size, self.name, self.limits.frame_pixels)
+            for number in range(getattr(image, "n_frames", 1)):
+                image.seek(number)
+                self.ticks.append(self.end)
+                self.end += round(image.info.get("duration") or _FRAME_DURATION)
+
+    def _frames(self):
+        self.file.seek(0)
+        with Image.open(self.file, formats=_PICTURES) as image:
+            for number, ticks in enumerate(self.ticks):
+                image.seek(number)
+                image.load()
+                # a copy: the next frame changes the image
+                yield ticks, partial(read_image, image.copy(), self.name)
+
+
+class _FFmpegFilm(Film):
+    """What PyAV decodes."""
+
+    def _scan(self):
+        with self._open() as container:
+            stream = self._stream(container)
+            self.width, self.height, self.time_base = stream.width, stream.height, stream.time_base
+            check_size(self.width, self.height, self.name, self.limits.frame_pixels)
+            # frames behind the end of an edit list are in the file and not shown
+            packets = [(p.pts, p.duration) for p in container.demux(stream) if p.size and not p.is_discard]
+        if any(pts is None for pts, _ in packets):
+            packets = [(index, 1) for index in range(len(packets))]
+            self.time_base = 1 / Fraction(stream.guessed_rate or stream.average_rate or 25)
+        packets.sort(key=lambda packet: packet[0])
+        self.ticks = [pts for pts, _ in packets]
+        gaps = [later - earlier for earlier, later in pairwise(self.ticks)]
+        last = (packets[-1][1] if packets else None) or (sum(gaps) // len(gaps) if gaps else 1)
+        self.end = self.ticks[-1] + max(last, 1) if packets else 0
+
+    def _frames(self):
+        self.file.seek(0)
+        with self._open() as container:
+            stream = self._stream(container)
+            # a stream may change its size on the way
+            limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+            limit = self.limits.frame_pixels or limit
+            if limit is not None:
+                stream.codec_context.options = {"max_pixels": str(limit)}
+            for index, frame in enumerate(container.decode(stream)):
+                check_size(frame.width, frame.height, self.name, self.limits.frame_pixels)
+                known = self.ticks[min(index, len(self) - 1)]
+                yield known if frame.pts is None else frame.pts, partial(_upright, frame)
+
+    def _open(self):
+        import av
+
+        # a file object, so that no name is taken for an address; and nothing else may be opened
+        options = {
+            "format_whitelist": ",".join(CONTAINERS),
+            "protocol_whitelist": "none",
+            "codec_whitelist": ",".join(sorted(CODECS)),
+        }
+        try:
+            return av.open(_Nameless(self.file), container_options=options, metadata_errors="ignore")
+        except av.error.ArgumentError as error:  # what FFmpeg says of a demuxer that is not on the list
+            raise self.unreadable(f"it is none of the containers {', '.join(CONTAINERS)}") from error
+
+    def _stream(self, container):
+        import av
+
+        cover = av.stream.Disposition.attached_pic
+        stream = next((s for s in container.streams.video if not s.disposition & cover), None)
+        if stream is None:
+            sound = "sound only" if container.streams.audio else "no video stream"
+            raise self.unreadable(f"it has {sound}")
+        codec = stream.codec_context.codec.name if stream.codec_context else None
+        if codec not in CODECS:
+            raise self.unreadable(f"its codec {codec or 'of an unknown kind'} is none of those that are decoded here")
+        return stream
+
+
+class _Nameless:
+    """A file without its name, by which FFmpeg would guess a container."""
+
+    def __init__(self, file):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _upright(frame) -> Image.Image:
+    """A frame of PyAV in RGB, turned as its display matrix says."""
+    image = frame.to_image()
+    turn = TURNS.get(_orientation(frame))
+    return image if turn is None else image.transpose(turn)
+
+
+def _orientation(frame) -> int:
+    """The EXIF number of a frame's display matrix; 1, upright, where it has none or turns by no quarter."""
+    matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return 1
+    import numpy as np
+
+    # x' = a x + c y, y' = b x + d y, with y downwards
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5] / 65536
+    size = max(abs(a), abs(b)) or 1.0
+    return _EXIF_NUMBERS.get(tuple(round(float(number / size), 1) for number in (a, b, c, d)), 1)
+
+
+_EXIF_NUMBERS = {
+    (1, 0, 0, 1): 1,
+    (-1, 0, 0, 1): 2,
+    (-1, 0, 0, -1): 3,
+    (1, 0, 0, -1): 4,
+    (0, 1, 1, 0): 5,
+    (0, 1, -1, 0): 6,
+    (0, -1, -1, 0): 7,
+    (0, -1, 1, 0): 8,
+}
