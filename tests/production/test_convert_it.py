@@ -81,6 +81,7 @@ def make_source(name, folder):
     elif name == "SD":
         save_picture(folder / "12.png")
         save_picture(folder / "12_2.jpeg")
+        save_picture(folder / "12_diff.jpg")
     elif name == "CGD":
         save_picture(folder / "000000000009.jpg")
         save_picture(folder / "some.name.png")

@@ -65,7 +65,18 @@ class Endpoint:
             message["content"] = "I would rather talk about the weather."
         if temper == "in JSON that breaks off":
             message["content"] = '[{"question": "Q1?", "answer": "A1"}, {"question": "Q2?", "ans'
-        finish = "length" if temper == "at length" else "stop"
+        if temper == "in parts":
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if temper == "empty":
+            message["content"] = " "
+        if temper == "no content at length":
+            message |= {"content": None, "reasoning_content": "long thoughts"}
+        if temper == "only a thought":
+            message["content"] = "<think>Question: A draft?"
+        if temper == "with a thought":
+            message["content"] = f"<think>Question: A draft?\nAnswer: Wrong.\n</think>\n{message['content']}"
+        finish = "length" if temper in ("at length", "no content at length", "only a thought") else "stop"
+        finish = "content_filter" if temper == "filtered" else finish
         body = {
             "id": "x",
             "object": "chat.completion",
@@ -128,7 +139,13 @@ def test_what_is_sent(serve, annotations, monkeypatch):
         ("broken connection", TransientError, "connection failed"),
         (400, RejectedError, "HTTP 400"),
         (422, RejectedError, "HTTP 422"),
+        (403, RejectedError, "HTTP 403"),
+        ("empty", RejectedError, "^empty reply$"),
+        ("no content at length", RejectedError, "empty reply at the limit of tokens"),
+        ("only a thought", RejectedError, "empty reply at the limit of tokens"),
+        ("filtered", RejectedError, "stopped by a content filter"),
         (401, EndpointError, "refuses all requests: HTTP 401"),
+        (402, EndpointError, "refuses all requests: HTTP 402"),
         (404, EndpointError, "refuses all requests: HTTP 404"),
         ("no credit", EndpointError, "refuses all requests: HTTP 429: pay first"),
     ],
@@ -269,6 +286,45 @@ def test_a_cold_start(serve, annotations, tmp_path, capsys):
         assert main(["syphus", "run", "change.SpotTheDifference", *source, *real]) == 0
     assert len(SyphusRun(tmp_path / "real").prompt.in_context) == 2
     assert "2 examples in" in capsys.readouterr().out
+
+
+def test_replies_without_answer_cost_and_can_be_asked_again(serve, annotations, capsys):
+    tempers = {"1": ["empty"], "2": ["filtered"], "3": [403], "4": ["in parts"], "5": ["with a thought"]}
+    with serve(Endpoint(tempers)) as url:
+        run = make_run(annotations, f"{url}/v1", 6)
+        summary = run.ask(run.client(), concurrency=1)
+        assert (summary.replies, summary.failed, summary.pending) == (3, 3, 0)
+        assert set(summary.reasons) == {"empty reply", "stopped by a content filter", "HTTP 403: this is 403"}
+        # what the endpoint charged for counts, as in a call of its own
+        assert (summary.prompt_tokens, summary.completion_tokens) == (500, 100)
+        assert SyphusRun(run.folder).summary().prompt_tokens == 500
+        assert run.ask(run.client()).replies == 3  # what was given up is left alone
+        assert run.ask(run.client(), retry_failed=True).replies == 6
+    assert main(["syphus", "build", str(run.folder), "--output", str(annotations.parent / "made")]) == 0
+    records = json.loads((annotations.parent / "made" / "SD_instructions.json").read_text())["data"].values()
+    assert [record["instruction"] for record in records] == [f"Q of {number}?" for number in range(6)]
+
+
+def test_results_of_a_batch_without_answer(annotations, tmp_path):
+    from otter_hf.production.syphus.batch import read_batch_results, write_batch_files
+
+    run = make_run(annotations, None, 3)
+    (path,) = write_batch_files(run)
+    ids = [json.loads(line)["custom_id"] for line in path.read_text().splitlines()]
+    usage = {"prompt_tokens": 100, "completion_tokens": 20}
+    choices = [
+        {"finish_reason": "stop", "message": {"content": "Question: a?\nAnswer: b."}},
+        {"finish_reason": "length", "message": {"content": None, "reasoning_content": "long"}},
+        {"finish_reason": "content_filter", "message": {"content": "Question: c?"}},
+    ]
+    results = [
+        {"custom_id": id, "response": {"status_code": 200, "body": {"choices": [choice], "usage": usage}}}
+        for id, choice in zip(ids, choices, strict=True)
+    ]
+    (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, results)))
+    summary, new = read_batch_results(run, [tmp_path / "results.jsonl"])
+    assert (summary.replies, summary.failed, new, summary.prompt_tokens) == (1, 2, 3, 300)
+    assert set(summary.reasons) == {"empty reply at the limit of tokens", "stopped by a content filter"}
 
 
 def test_an_unfinished_run_has_a_status_of_its_own(serve, annotations, capsys):

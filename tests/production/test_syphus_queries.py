@@ -101,6 +101,58 @@ EXPECTED = {
 }
 
 
+def test_spot_the_difference_as_published(tmp_path, caplog):
+    """Ids that come twice with other sentences, and pairs without any."""
+    rows = [
+        {"img_id": "12", "sentences": ["The car is gone.", "A man came."]},
+        {"img_id": "13", "sentences": []},
+        {"img_id": "12", "sentences": ["A man came.", "It rains."]},
+        {"img_id": "14", "sentences": [" "]},
+    ]
+    path = write_annotations(tmp_path / "a.json", "change.SpotTheDifference", rows)
+    queries = list(find_dataset("change.SpotTheDifference").read(path))
+    assert queries == [Query("12", "The car is gone.\nA man came.\nIt rains.", prefix="00012")]
+    assert "2 pairs of" in caplog.text and "have no sentence" in caplog.text
+
+
+def test_scanrefer_as_published(tmp_path):
+    rows = [
+        {"scene_id": "scene0000_00", "object_id": "3", "ann_id": "0", "description": "A bed.", "token": ["a"]},
+        {"scene_id": "scene0001_00", "object_id": "1", "ann_id": "0", "description": "A sink.", "token": ["a"]},
+        {"scene_id": "scene0000_00", "object_id": "3", "ann_id": "1", "description": "A wide bed.", "token": ["a"]},
+    ]
+    path = write_annotations(tmp_path / "a.json", "3d.SceneNavigation", rows)
+    queries = {query.id: query for query in find_dataset("3d.SceneNavigation").read(path)}
+    assert sorted(queries) == ["scene0000_00", "scene0001_00"]
+    assert sorted(queries["scene0000_00"].text.split("\n")) == ["A bed.", "A wide bed."]
+
+
+def test_ego4d_as_published(tmp_path):
+    def narration(time, text):
+        return {"timestamp_sec": time, "timestamp_frame": int(30 * time), "narration_text": text}
+
+    told = [narration(9.0, "#C C sits"), narration(3.2, "#C C opens a door"), narration(7.6, "#C C stops")]
+    summaries = [{"start_sec": 0.0, "end_sec": 8.0, "summary_text": "s"}, {"start_sec": 8.0, "end_sec": 20.0}]
+    video = {"narration_pass_1": {"narrations": told, "summaries": summaries}, "status": "complete"}
+    whole = {
+        "narration_pass_1": {"narrations": told[:1]},
+        "narration_pass_2": {"narrations": []},
+        "status": "complete",
+    }
+    content = {"version": "v1", "date": "x", "videos": {"vid": video, "other": whole}}
+    path = write_annotations(tmp_path / "narration.json", "fpv.EGO4D", content)
+    assert list(find_dataset("fpv.EGO4D").read(path)) == [
+        Query(
+            "vid_clip000000",
+            "timestamp: 3\ndescription: #C C opens a door\ntimestamp: 8\ndescription: #C C stops",
+            prefix="vid",
+            seconds=(3, 8),
+        ),
+        Query("vid_clip000001", "timestamp: 9\ndescription: #C C sits", prefix="vid", seconds=(9, 9)),
+        Query("other_clip000000", "timestamp: 9\ndescription: #C C sits", prefix="other", seconds=(9, 9)),
+    ]
+
+
 def write_annotations(path, name, content=None):
     content = ANNOTATIONS[name] if content is None else content
     # TVC comes with a record per line

@@ -36,6 +36,7 @@ JSON_PAIRS = [{"question": "Q1?", "answer": "A1"}, {"Question": "Q2?", "Answer":
         ("1.\nQuestion: Q1?\nAnswer: A1\n2.\nQuestion: Q2?\nAnswer: A2", [("Q1?", "A1"), ("Q2?", "A2")]),
         ("Question：什么？\nAnswer：一只狗。", [("什么？", "一只狗。")]),
         (json.dumps(JSON_PAIRS), [("Q1?", "A1"), ("Q2?", "A2: b")]),
+        ("Here are the pairs:\n\n" + json.dumps(JSON_PAIRS, indent=1), [("Q1?", "A1"), ("Q2?", "A2: b")]),
         ("```json\n" + json.dumps({"pairs": JSON_PAIRS}, indent=2) + "\n```", [("Q1?", "A1"), ("Q2?", "A2: b")]),
     ],
 )

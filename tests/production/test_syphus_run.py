@@ -330,13 +330,13 @@ def test_batches_by_command(make_run, tmp_path, capsys):
         (["change.SpotTheDifference", "--base-url", "localhost:8000"], "base_url must begin with http:// or https://"),
         (["change.SpotTheDifference", "--max-cost", "1"], "max_cost=1.0 needs prompt_price and completion_price"),
         (["change.SpotTheDifference", "--max-tokens", "-1"], "max_tokens must not be negative, got -1"),
-        (["change.SpotTheDifference", "--annotations", "twice.json"], "two records '0': ids must be unique"),
+        (["video.DenseCaptions", "--annotations", "twice.json"], "two records 'v': ids must be unique"),
     ],
 )
 def test_mistakes_end_in_one_sentence(make_run, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
-    row = {"img_id": 0, "sentences": []}
-    (tmp_path / "twice.json").write_text(json.dumps([row, row]))
+    row = json.dumps({"timestamps": [], "sentences": []})
+    (tmp_path / "twice.json").write_text(f'{{"v": {row}, "v": {row}}}')
     given = ["--annotations", "sd.json"] if "--annotations" not in arguments else []
     assert main(["syphus", "run", *arguments, *given, "--model", "m", "--output", "bad", "--batch-files"]) == 2
     error = capsys.readouterr().err

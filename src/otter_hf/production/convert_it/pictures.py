@@ -55,7 +55,10 @@ class CocoGeneralDifference(_OneFile):
 
 
 class SpotTheDifference(Converter):
-    """Pairs `<id>.ext` and `<id>_2.ext`, as `<id of 5 digits>_1` and `_2`; both have to be there."""
+    """Pairs `<id>.ext` and `<id>_2.ext`, as `<id of 5 digits>_1` and `_2`; both have to be there.
+
+    The set as it is published also has `<id>_diff.jpg`, the marked difference, which is no picture of the pair.
+    """
 
     short_name, original_name = "SD", "change.SpotTheDifference"
     expects = "a folder with pairs of pictures <id>.png and <id>_2.png"
@@ -64,6 +67,8 @@ class SpotTheDifference(Converter):
         pairs: dict[str, list[Path | None]] = {}
         for path in _pictures(self.image_path):
             id, second = stem(path.name), 0
+            if id.endswith("_diff"):
+                continue
             if id.endswith("_2"):
                 id, second = id.removesuffix("_2"), 1
             pair = pairs.setdefault(id.zfill(5), [None, None])

@@ -7,10 +7,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from .client import TransientError, read_completion, request_options
+from .client import RejectedError, TransientError, read_completion, request_options
 from .journal import Journal
 from .queries import Query
-from .run import Budget, RunSummary, SyphusRun, reply_fields
+from .run import Budget, RunSummary, SyphusRun, charged, reply_fields
 
 
 # OpenAI's limits for one file
@@ -134,7 +134,10 @@ def _take(result: dict[str, Any], query: Query, run: SyphusRun, journal: Journal
         if status != 200:
             raise TransientError(f"HTTP {status}: {_message(result.get('error') or body)}")
         reply = read_completion(body)
-    except TransientError as error:
+    except (TransientError, RejectedError) as error:
+        spent = charged(error, run.messages(query), budget)
+        if spent:
+            journal.append("error", query.id, reason=str(error), durable=False, **spent)
         journal.append("failed", query.id, reason=str(error), durable=False)
         return
     # the file with the results is still there after a crash

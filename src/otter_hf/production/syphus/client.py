@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...thinking import strip_thinking
+
 
 # The original's; a null in the options leaves one out, for endpoints that refuse it.
 DEFAULT_OPTIONS: Mapping[str, Any] = {"temperature": 0.7, "max_tokens": 3200, "top_p": 0.95}
@@ -29,7 +31,11 @@ class TransientError(Exception):
 
 
 class RejectedError(Exception):
-    """The endpoint refuses this one request, and would again."""
+    """The endpoint refuses this one request, and would again; `reply` is what it charged for all the same."""
+
+    def __init__(self, reason: str, reply: "ChatReply | None" = None):
+        super().__init__(reason)
+        self.reply = reply
 
 
 class EndpointError(OSError):
@@ -79,8 +85,9 @@ class ChatClient:
 
         Raises:
             TransientError: at 408, 409, 429, 5xx, timeouts, broken connections, and bodies that are no completion.
-            RejectedError: at other 4xx, which concern this request.
-            EndpointError: at 401, 403, 404 and exhausted credit, which concern all.
+            RejectedError: at other 4xx, which concern this request (moderation is 403 or 400), and for replies that
+                hold no answer: empty, cut off within a thought, or taken by a content filter.
+            EndpointError: at 401, 402, 404 and exhausted credit, which concern all.
         """
         openai = self._openai
         try:
@@ -95,7 +102,9 @@ class ChatClient:
             raise TransientError(f"connection failed ({error.__cause__ or error})") from None
         except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
             raise TransientError(f"the body is no chat completion ({str(error)[:80]})") from None
-        return read_completion(completion.model_dump() if hasattr(completion, "model_dump") else completion)
+        return read_completion(
+            completion.model_dump(warnings=False) if hasattr(completion, "model_dump") else completion
+        )
 
 
 def check_address(base_url: str | None) -> None:
@@ -111,23 +120,41 @@ def request_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def read_completion(body: Any) -> ChatReply:
-    """The reply in the decoded body of a chat completion, `TransientError` if it is none."""
+    """The reply in the decoded body of a chat completion.
+
+    Raises:
+        TransientError: if it is none.
+        RejectedError: if it holds no answer.
+    """
     try:
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
-        text = message.get("content") or message.get("refusal") or ""
+        text = _content(message.get("content")) or message.get("refusal") or ""
         if not isinstance(text, str):
             raise TypeError("content")
         tokens = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError):
         raise TransientError(f"the body is no chat completion: {str(body)[:80]}") from None
-    return ChatReply(text, choice.get("finish_reason"), *(n if isinstance(n, int) else None for n in tokens))
+    reply = ChatReply(text, choice.get("finish_reason"), *(n if isinstance(n, int) else None for n in tokens))
+    if reply.finish_reason == "content_filter":
+        raise RejectedError("stopped by a content filter", reply)
+    if not strip_thinking(text):
+        cut = " at the limit of tokens" if reply.finish_reason == "length" else ""
+        raise RejectedError(f"empty reply{cut}", reply)
+    return reply
+
+
+def _content(content: Any) -> Any:
+    """The text of a message whose content may be a list of parts, as some endpoints write it."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
 
 
 def _status_error(error) -> Exception:
     told = error.body.get("message") if isinstance(error.body, dict) else None
     status, reason = error.status_code, f"HTTP {error.status_code}: {_first_line(str(told or error.message))}"
-    if status in (401, 403, 404) or error.code == "insufficient_quota":
+    if status in (401, 402, 404) or error.code == "insufficient_quota":
         return EndpointError(f"The endpoint refuses all requests: {reason}.")
     if status in (408, 409, 429) or status >= 500:
         try:

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...thinking import strip_thinking
+
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +21,7 @@ class Journal:
     * `sent`: a request goes out.
     * `batch`: requests for all of `ids` are in the batch file that `id` names.
     * `reply`: its reply, with text, token counts and cost. On disk before the next is asked for.
-    * `error`: an attempt failed, with the reason.
+    * `error`: an attempt failed, with the reason, and token counts and cost where it was charged for.
     * `failed`: the query was given up, with the reason.
 
     A line that a kill cut off is passed over, and removed on opening for writing. All threads of one process may
@@ -106,6 +108,8 @@ class Journal:
         self.counts[kind] += 1
         if kind == "reply":
             self.replies[id] = start
+        if "prompt_tokens" in event:
+            self.counts["charged"] += 1
             self.prompt_tokens += event["prompt_tokens"]
             self.completion_tokens += event["completion_tokens"]
             self.cost += event["cost"]
@@ -117,9 +121,10 @@ class Journal:
         return id in self.replies or (not retry_failed and (id in self.failed or id in self.in_batch))
 
     def reply(self, id: str) -> dict[str, Any] | None:
-        """The `reply` event of a query, None if it has none."""
+        """The `reply` event of a query, its text without thoughts, which the file keeps; None if it has none."""
         if id not in self.replies:
             return None
         with self._lock:
             self._file.seek(self.replies[id])
-            return json.loads(self._file.readline())
+            event = json.loads(self._file.readline())
+        return {**event, "text": strip_thinking(event["text"])}

@@ -49,7 +49,7 @@ class AnnotationError(ValueError):
     """An annotation is not what it should be; the message names the file and the record."""
 
 
-def _read(rows: Iterator[tuple[str, Any]], path: Path, build: Callable[[str, Any], Query]) -> Iterator[Query]:
+def _read(rows: Iterator[tuple[str, Any]], path: Path, build: Callable[[str, Any], Any]) -> Iterator[Any]:
     for id, row in rows:
         try:
             yield build(id, row)
@@ -63,13 +63,25 @@ def _numbered(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def read_spot_the_difference(path: Path) -> Iterator[Query]:
-    """Spot-the-Diff, https://huggingface.co/papers/1808.10584: a list of `{"img_id", "sentences": [text]}`."""
+    """Spot-the-Diff, https://huggingface.co/papers/1808.10584: a list of `{"img_id", "sentences": [text]}`.
 
-    def build(_: str, row: dict) -> Query:
-        id = str(row["img_id"])
-        return Query(id, "\n".join(_texts(row["sentences"])), prefix=id.zfill(5))
+    545 of the published ids come twice, with the sentences of another person: they are one query with all of them.
+    Pairs without any sentence (47 of the published ones) are left out, and a warning counts them.
+    """
+    sentences: dict[str, list[str]] = {}
 
-    return _read(_numbered(path), path, build)
+    def collect(_: str, row: dict) -> None:
+        own = sentences.setdefault(str(row["img_id"]), [])
+        own.extend(text for text in _texts(row["sentences"]) if text.strip() and text not in own)
+
+    for _ in _read(_numbered(path), path, collect):
+        pass
+    empty = sum(not texts for texts in sentences.values())
+    if empty:
+        logger.warning(f"{empty} pairs of {path} have no sentence: left out.")
+    for id, texts in sentences.items():
+        if texts:
+            yield Query(id, "\n".join(texts), prefix=id.zfill(5))
 
 
 def read_coco_spot_the_difference(path: Path) -> Iterator[Query]:
@@ -133,23 +145,41 @@ def read_visual_storytelling(path: Path) -> Iterator[Query]:
 
 
 def read_scene_navigation(path: Path) -> Iterator[Query]:
-    """ScanRefer-like descriptions of ScanNet scenes: `{scene: {"description": [[_, text]]}}`; at most 50 are drawn."""
+    """Descriptions of ScanNet scenes, of which at most 50 are drawn for each.
+
+    `{scene: {"description": [[_, text]]}}` of 2023, or ScanRefer (https://huggingface.co/papers/1912.08830) as it is
+    published: a list of `{"scene_id", "description", ...}`. Other scans of a room, `scene0000_01`, are scenes of their
+    own; convert-it has pictures of the first.
+    """
 
     def build(id: str, row: dict) -> Query:
         texts = [_text(item[1]) for item in row["description"]]
         chosen = random.Random(id).sample(texts, min(_LARGEST_SCENE, len(texts)))
         return Query(id, "\n".join(chosen))
 
-    return _read(iter_json_object(path), path, build)
+    with open(path, encoding="utf-8-sig") as file:
+        is_published = file.read(64).lstrip().startswith("[")
+    if not is_published:
+        return _read(iter_json_object(path), path, build)
+    scenes: dict[str, dict] = {}
+
+    def collect(_: str, row: dict) -> None:
+        scene = scenes.setdefault(str(row["scene_id"]), {"description": []})
+        scene["description"].append([row.get("object_id"), _text(row["description"])])
+
+    for _ in _read(_numbered(path), path, collect):
+        pass
+    return _read(iter(scenes.items()), path, build)
 
 
 def read_ego4d(path: Path) -> Iterator[Query]:
-    """Ego4D narrations: `{video: {"clips": [{"narrations": [{"time", "text", "object_description"}]}]}}`.
+    """Ego4D narrations: `{video: {"clips": [{"narrations": [{"time", "text", "object_description"}]}]}}`, or
+    `narration.json` as Ego4D publishes it, whose summaries say where its clips are.
 
     A query per clip that has narrations; its pictures are the seconds of the video from the first narration to the
     last.
     """
-    for video, content in iter_json_object(path):
+    for video, content in _ego4d_videos(path):
         seen: set[int] = set()
 
         def build(id: str, clip: dict, video: str = video, seen: set[int] = seen) -> Query:
@@ -174,6 +204,36 @@ def read_ego4d(path: Path) -> Iterator[Query]:
         # many have none
         told = ((id, clip) for id, clip in numbered if not isinstance(clip, dict) or clip.get("narrations"))
         yield from _read(told, path, build)
+
+
+def _ego4d_videos(path: Path) -> Iterator[tuple[str, Any]]:
+    with open(path, encoding="utf-8-sig") as file:
+        first = re.search(r'"(videos|clips|narrations)"\s*:', file.read(1 << 16))
+    if first is None or first[1] != "videos":
+        yield from iter_json_object(path)
+        return
+    for video, content in iter_json_object(path, "videos"):
+        try:
+            yield video, {"clips": list(_published_clips(content))}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AnnotationError(
+                f"Video {video!r} of {path} is malformed ({type(error).__name__}: {error})."
+            ) from None
+
+
+def _published_clips(content: dict) -> Iterator[dict]:
+    """The clips of a video of narration.json: what one of its annotators told within each of his summaries."""
+    for annotator in ("narration_pass_1", "narration_pass_2"):
+        told = content.get(annotator) or {}
+        narrations = [
+            {"time": float(narration["timestamp_sec"]), "text": _text(narration["narration_text"])}
+            for narration in told.get("narrations") or []
+            if narration.get("timestamp_sec") is not None
+        ]
+        narrations.sort(key=lambda narration: narration["time"])
+        spans = [(float(part["start_sec"]), float(part["end_sec"])) for part in told.get("summaries") or []]
+        for start, end in sorted(spans) or [(-math.inf, math.inf)]:
+            yield {"narrations": [narration for narration in narrations if start <= narration["time"] < end]}
 
 
 # Instructions of the FunQA annotations (https://huggingface.co/papers/2306.14899); the apostrophe of "video's" is

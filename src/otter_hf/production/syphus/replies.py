@@ -41,11 +41,14 @@ def parse_pairs(reply: str, query: Query | None = None) -> ParsedReply:
     """Reads `Question: ...` and `Answer: ...`, or JSON with such keys.
 
     Markers may be numbered, bold, in any case, or just `Q:` and `A:`; a text goes on until the next marker, over
-    colons, line breaks and empty lines. In JSON, complete objects are read even if the reply breaks off.
+    colons, line breaks and empty lines. In JSON, which may have a preface, complete objects are read even if the reply
+    breaks off.
     """
     if _is_json(reply):
         return _pairs_of_objects(reply)
     fields = _fields(reply, ("question", "answer")) or _fields(reply, ("q", "a"))
+    if not fields and "{" in reply:
+        return _pairs_of_objects(reply)
     return _pair_up(fields, reply, ("question", "q"))
 
 

@@ -72,9 +72,8 @@ class Budget:
 
     def exhausted(self, journal: Journal, under_way: int) -> str | None:
         """The limit that one more request would pass, None if there is none."""
-        replies = max(1, journal.counts["reply"])
         # one more, and those whose tokens are not known yet
-        share = (under_way + 1) / replies if journal.counts["reply"] else 0
+        share = (under_way + 1) / journal.counts["charged"] if journal.counts["charged"] else 0
         tokens = journal.prompt_tokens + journal.completion_tokens
         spent = {
             "max_requests": (self.max_requests, journal.counts["sent"] + 1),
@@ -374,7 +373,9 @@ class _Asking:
             self.journal.append("reply", id, attempt=attempt, seconds=round(time.monotonic() - started, 3), **fields)
             self._failures = 0
         except (TransientError, RejectedError, EndpointError) as error:
-            self.journal.append("error", id, reason=str(error), attempt=attempt)
+            self.journal.append(
+                "error", id, reason=str(error), attempt=attempt, **charged(error, messages, self.budget)
+            )
             raise
         finally:
             with self._lock:
@@ -418,6 +419,14 @@ def reply_fields(reply: ChatReply, messages: list[dict[str, str]], budget: Budge
         "cost": budget.cost(prompt, completion),
         **({"estimated": True} if estimated else {}),
     }
+
+
+def charged(error: Exception, messages: list[dict[str, str]], budget: Budget) -> dict[str, Any]:
+    """What the journal keeps of a reply that holds no answer: its tokens count, its text does not."""
+    reply = getattr(error, "reply", None)
+    if reply is None:
+        return {}
+    return {key: value for key, value in reply_fields(reply, messages, budget).items() if key != "text"}
 
 
 def _tokens(text: str) -> int:
