@@ -114,6 +114,8 @@ def _load_config(raw: dict, processor: OtterHDProcessor, report: ConversionRepor
     config.image_token_id = processor.image_token_id
     config.bos_token_id = config.eos_token_id = processor.end_of_text_id
     config.text_config.bos_token_id = config.text_config.eos_token_id = processor.end_of_text_id
+    if len(processor.tokenizer) < config.text_config.vocab_size:
+        config.tokenizer_vocab_size = len(processor.tokenizer)
     config.architectures = [OtterHDForConditionalGeneration.__name__]
     return config
 

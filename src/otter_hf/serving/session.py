@@ -69,7 +69,6 @@ class ChatSession:
         reuse = self.reuse_cache and generation.get("num_beams", 1) == 1
         if reuse:
             self._keep_common_prefix(inputs["input_ids"], all_media)
-            self._drop_known_patches(inputs)
             generation["past_key_values"] = self._cache
         cache, self._cache = self._cache, None  # what an interrupted answer leaves in it is unknown
         output = self.model.generate(
@@ -104,15 +103,6 @@ class ChatSession:
                 pass
         self._forget_cache()
         self._cache = DynamicCache(config=self.model.config.get_text_config())
-
-    def _drop_known_patches(self, inputs) -> None:
-        """OtterHD's patches have no row axis by which `generate` could tell new ones from those in the cache."""
-        if isinstance(self.model, OtterHDForConditionalGeneration) and "pixel_values" in inputs:
-            new_ids = inputs["input_ids"][:, self._cache.get_seq_length() :]
-            num_new = int((new_ids == self.model.config.image_token_id).sum())
-            patches = inputs.pop("pixel_values")  # (N, patch width)
-            if num_new:
-                inputs["pixel_values"] = patches[-num_new:]
 
 
 def _message(role: str, text: str, media: list[dict] = ()) -> dict:

@@ -3,9 +3,10 @@
 import functools
 
 import torch
-from transformers.generation import GenerationConfig, GenerationMixin, LogitsProcessor
+from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
+from ..generation import ImageTextGenerationMixin
 from ..media_attention import batch_first_media
 from ..media_cache import with_media
 
@@ -32,20 +33,7 @@ def accept_legacy_arguments(method):
     return wrapper
 
 
-class ExcludeTokens(LogitsProcessor):
-    """
-    Never choose the tokens `token_ids (K,)`. transformers' `SuppressTokensLogitsProcessor` does the same by comparing
-    the whole vocabulary with them in every step.
-    """
-
-    def __init__(self, token_ids: torch.Tensor):
-        self.token_ids = token_ids
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        return scores.index_fill(1, self.token_ids, -torch.inf)  # (B, vocab)
-
-
-class FlamingoGenerationMixin(GenerationMixin):
+class FlamingoGenerationMixin(ImageTextGenerationMixin):
     """What generation with images needs beyond [`~transformers.GenerationMixin`]."""
 
     @accept_legacy_arguments
@@ -124,17 +112,6 @@ class FlamingoGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if model_kwargs.get("past_key_values") is not None:
             with_media(model_kwargs["past_key_values"])
-
-    def _get_logits_processor(self, *args, device=None, **kwargs):
-        processors = super()._get_logits_processor(*args, device=device, **kwargs)
-        # `<image>` is a place to put an image, not a word: generated, it would ask for an image that does not exist
-        excluded = [] if self.config.image_token_id is None else [self.config.image_token_id]
-        # rows that only round the embedding up to a multiple were never trained, and no tokenizer can read their ids
-        if self.config.tokenizer_vocab_size is not None:
-            excluded.extend(range(self.config.tokenizer_vocab_size, self.config.text_config.vocab_size))
-        if excluded:
-            processors.insert(0, ExcludeTokens(torch.tensor(excluded, device=device)))
-        return processors
 
     def adjust_generation_fn(self, *args, **kwargs):
         """As in the parent class."""

@@ -52,7 +52,11 @@ class OtterHDConfig(FuyuConfig):
         num_channels (`int`, defaults to 3): colour channels of a patch.
         image_token_id (`int`, defaults to 71011): id of `|SPEAKER|`, which stands for one image patch.
         text_config (`PersimmonConfig` or `dict`, *optional*): the decoder; defaults to Persimmon-8B.
+        tokenizer_vocab_size (`int`, *optional*): size of the tokenizer, where the embedding has more rows; `generate`
+            never chooses these.
     """
+
+    tokenizer_vocab_size: int | None = None
 
     # TRL asks any class that transformers does not export for its map of remote code: there is none
     auto_map = {}

@@ -42,6 +42,7 @@ from ..offloading import index_tied_weights
 from ..quantization import keep_stored_weights
 from ..varlen_attention import varlen_sdpa_attention_forward
 from .configuration_otterhd import OtterHDConfig
+from .generation_otterhd import OtterHDGenerationMixin
 
 
 def packed_boundaries(position_ids: torch.Tensor) -> FlashAttentionKwargs:
@@ -338,7 +339,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
         return (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
 
 
-class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
+class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, OtterHDGenerationMixin, FuyuForCausalLM):
     """
     OtterHD with its language modeling head.
 
@@ -423,6 +424,13 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
             attentions=outputs.attentions,
         )
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As in the parent class; the rows asked for are then those of the tokenizer."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if new_num_tokens is not None and self.config.tokenizer_vocab_size is not None:
+            self.config.tokenizer_vocab_size = new_num_tokens
+        return embeddings
+
     def _flatten_image_patches(self, image_patches, input_ids: torch.LongTensor) -> torch.FloatTensor:
         """`pixel_values` from the image inputs of 2023; checks the count of each row."""
         if isinstance(image_patches, torch.Tensor):
@@ -438,38 +446,6 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, FuyuForCausalLM):
                     "each row the patches of its own images."
                 )
         return torch.cat(rows)
-
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
-    ):
-        """Repeats each row `expand_size` times; patches have no row axis, so they are regrouped by their tokens."""
-        if model_kwargs.get("image_patches") is not None:
-            model_kwargs["pixel_values"] = self._flatten_image_patches(model_kwargs.pop("image_patches"), input_ids)
-        model_kwargs.pop("image_patches_indices", None)
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None and expand_size > 1:
-            pixel_values = pixel_values.reshape(-1, pixel_values.shape[-1])  # (N, patch width)
-            counts = self._image_token_counts(input_ids, model_kwargs.get("inputs_embeds"))
-            if sum(counts) != len(pixel_values):
-                raise ValueError(
-                    f"The prompts hold {sum(counts)} image tokens but pixel_values {len(pixel_values)} patches: pass "
-                    "input_ids and pixel_values of one processor call."
-                )
-            pixel_values = torch.cat([row for row in pixel_values.split(counts) for _ in range(expand_size)])
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixel_values is not None:
-            model_kwargs["pixel_values"] = pixel_values
-        return input_ids, model_kwargs
-
-    def _image_token_counts(self, input_ids, inputs_embeds) -> list[int]:
-        """Number of image tokens of each row."""
-        if inputs_embeds is None:
-            return (input_ids == self.config.image_token_id).sum(dim=1).tolist()
-        image_token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        is_patch = (inputs_embeds == self.get_input_embeddings()(image_token)).all(dim=-1)  # (B, L)
-        return is_patch.sum(dim=1).tolist()
 
 
 class _FirstRevisionName(WeightRenaming):
