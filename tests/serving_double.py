@@ -64,8 +64,14 @@ class Server:
         )
 
     def model_of(self, name=None):
+        return self._load(name)[0]
+
+    def processor_of(self, name=None):
+        return self._load(name)[1]
+
+    def _load(self, name):
         name = self.models.process_model_name(name or self.models.names[0])
-        return self.models.load_model_and_processor(name)[0]
+        return self.models.load_model_and_processor(name)
 
     def stop(self) -> bool:
         return self.server.stop()

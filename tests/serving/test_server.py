@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from PIL import Image
 from serving_double import image_url, png, slow_down, video_url, wait_until
 from serving_files import write_video
@@ -93,6 +94,57 @@ def test_sampling_and_generation_settings(folders, serve, pictures):
     assert streamed(server.ask("what?", image, max_tokens=12, extra_body=beams, stream=True)) == whole
 
 
+def test_biases_and_penalties(shared_server, pictures):
+    image = image_url(pictures[0])
+    tokenizer = shared_server.processor_of().tokenizer
+    plain = said(shared_server.ask("what?", image, max_tokens=12))
+    # what a client sends although it asks for nothing
+    nothing = {"n": 1, "tool_choice": "none", "modalities": ["text"], "logit_bias": {}, "seed": 2**33 + 1}
+    nothing |= {
+        "presence_penalty": 0,
+        "response_format": {"type": "text"},
+        "extra_body": {"parallel_tool_calls": True},
+    }
+    assert said(shared_server.ask("what?", image, max_tokens=12, **nothing)) == plain
+    token = tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    forced = said(shared_server.ask("what?", image, max_tokens=4, logit_bias={str(token): 100}))
+    assert forced == "aaaa"
+    for name in ("frequency_penalty", "presence_penalty"):
+        less = said(shared_server.ask("what?", image, max_tokens=12, logit_bias={str(token): 100}, **{name: 2}))
+        assert less == "a" * 12, "a bias of 100 outweighs a penalty of 2"
+
+
+def test_penalties_are_openais():
+    from otter_hf.serving.chat_completions import RepeatPenalty
+
+    ids, scores = torch.tensor([[3, 3, 1, 2, 2]]), torch.zeros(1, 4)
+    penalised = RepeatPenalty(prompt_length=2, frequency=0.5, presence=0.25)(ids, scores)
+    assert penalised.tolist() == [[0, -0.75, -1.25, 0]]
+
+
+def test_a_browser_asks_before_it_sends(folders, serve):
+    preflight = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    allowed, closed = serve(folders["otter"], allow_origins=("http://localhost:3000",)), serve(folders["otter"])
+    url = f"{allowed.url}/v1/chat/completions"
+    answer = httpx.options(url, headers=preflight)
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == preflight["Origin"]
+    assert httpx.options(url, headers={**preflight, "Origin": "http://a.b"}).status_code == 400
+    assert httpx.options(f"{closed.url}/v1/chat/completions", headers=preflight).status_code == 400
+    assert httpx.options(url).headers["allow"] == "GET, POST, OPTIONS"
+
+
+def test_order_of_parts_is_kept(folders, serve, pictures):
+    server = serve(folders["otter"])
+    seen = []
+    server.model_of().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    parts = [{"type": "text", "text": "first:"}, image_url(pictures[0]), {"type": "text", "text": "second:"}]
+    server.ask("?", *parts, image_url(pictures[1]), max_tokens=1)
+    prompt = server.processor_of().decode(seen[0][0])
+    assert prompt == "<s>User: first:<image>second:<image>? GPT:<answer>"
+
+
 def test_stop_strings_and_lengths(folders, serve, pictures):
     server = serve(folders["otter"])
     image = image_url(pictures[0])
@@ -179,7 +231,32 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
         ({"max_tokens": 0}, 400, "max_tokens must be a whole number of 1 or more"),
         ({"max_tokens": True}, 400, "max_tokens must be a whole number"),
         ({"n": 2}, 400, "n is 2"),
-        ({"tools": [{"type": "function"}]}, 400, "tools is not supported"),
+        ({"n": 0}, 400, "n is 0"),
+        (
+            {"tools": [{"type": "function"}]},
+            400,
+            "tools is [{'type': 'function'}], which this server does",
+        ),
+        ({"tool_choice": "required"}, 400, "tool_choice is 'required'"),
+        ({"modalities": ["text", "audio"]}, 400, "modalities is ['text', 'audio']"),
+        ({"reasoning_effort": "high"}, 400, "reasoning_effort is 'high'"),
+        ({"response_format": {"type": "json_object"}}, 400, "response_format is"),
+        ({"store": True}, 400, "store is True"),
+        ({"stream_options": {"include_all": True}}, 400, "stream_options must be an object with include_usage"),
+        ({"presence_penalty": 99}, 400, "presence_penalty must be a number from -2 to 2, not 99"),
+        ({"frequency_penalty": "a"}, 400, "frequency_penalty must be a number"),
+        ({"seed": 2**63}, 400, "seed must be a whole number from"),
+        ({"logit_bias": [5]}, 400, "logit_bias must be an object"),
+        ({"logit_bias": {"five": 1}}, 400, "logit_bias has the key 'five'"),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias[5] must be a number from -100 to 100"),
+        ({"logit_bias": {"99999999": 1}}, 400, "logit_bias has the token id 99999999"),
+        ({"messages": [{"role": "user", "content": "a", "name": "Bob"}]}, 400, "messages[0] has 'name'"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}, 400, "of the type text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": "b"}]}]},
+            400,
+            "messages[0].content[0] is of the type text and has 'image_url'",
+        ),
         ({"stop": [""]}, 400, "stop must hold texts"),
         ({"stop": 5}, 400, "stop must be a text"),
         ({"generation_config": '{"max_new_tokens": 100000}'}, 400, "generation_config must be a JSON object with"),
@@ -187,7 +264,7 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
         ({"generation_config": "{"}, 400, "generation_config is not JSON"),
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "chat_template_kwargs may hold"),
         ({"chat_template_kwargs": {"num_frames": -1}}, 400, "num_frames must be"),
-        ({"logit_bias": {"5": "x"}}, 400, ""),
+        ({"logit_bias": {"5": "x"}}, 400, "logit_bias[5] must be a number"),
         ({"unknown": 1}, 422, "Unexpected fields"),
         ({"model": 5}, 400, "model must be a name"),
     ],

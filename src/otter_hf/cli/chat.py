@@ -97,7 +97,8 @@ def generation_options(arguments: argparse.Namespace) -> dict:
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and talk until the prompts, or the user's patience, end."""
     # heavy imports wait until someone chats
-    from transformers import TextStreamer, set_seed
+    import torch
+    from transformers import TextStreamer
 
     from ..serving.batch import answer_all, read_questions, write_log
     from ..serving.loading import check_name, load
@@ -112,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     session = ChatSession(model, processor)
     options = generation_options(arguments)
     if arguments.seed is not None:
-        set_seed(arguments.seed)
+        torch.manual_seed(arguments.seed)
 
     if entries is not None:
         answered = answer_all(session, entries, arguments.num_frames, **options)

@@ -54,6 +54,13 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--slots", type=int, default=2, help="requests prepared or answered at a time (default: 2)")
     limits.add_argument("--queue", type=int, default=32, help="requests that may wait, then 429 (default: 32)")
     limits.add_argument("--shutdown-timeout", type=int, default=30, help="seconds to finish answers in (default: 30)")
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin ask from a browser, e.g. http://localhost:3000, or *; repeatable",
+    )
     urls = parser.add_argument_group("addresses of pictures in requests")
     urls.add_argument("--no-fetch", action="store_true", help="read data: only, fetch no http(s) address")
     urls.add_argument("--allow-private-addresses", action="store_true", help="fetch from this machine and network too")
@@ -101,6 +108,7 @@ def settings_from(arguments: argparse.Namespace):
     return ServerSettings(
         api_key=os.environ.get(API_KEY_VARIABLE) or None,
         body_bytes=body_bytes,
+        allow_origins=tuple(arguments.allow_origin),
         media=MediaLimits(
             image_pixels=arguments.max_image_pixels,
             video_pixels=arguments.max_video_pixels,

@@ -6,6 +6,7 @@ import json
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -42,6 +43,13 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
         return await read_json(request, settings.body_bytes)
 
     app = FastAPI(title="otter-hf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    # answers a browser's preflight in any case, and lets no origin in by default
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.allow_origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+    )
     locked = [Depends(authorize)]
 
     @app.post("/v1/chat/completions", dependencies=locked)
@@ -74,6 +82,10 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     async def get_metrics() -> PlainTextResponse:
         running, admitted = chat.gate.running, chat.gate.admitted
         return PlainTextResponse(metrics.render(otter_running=running, otter_waiting=admitted - running))
+
+    @app.options("/{path:path}")
+    async def options(path: str) -> Response:
+        return Response(status_code=204, headers={"Allow": "GET, POST, OPTIONS"})
 
     @app.get("/health")
     async def health() -> dict:

@@ -17,7 +17,7 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage
-from transformers import StoppingCriteria, StoppingCriteriaList, set_seed
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import DirectStreamer, GenerationState
 from transformers.utils import logging
@@ -79,6 +79,24 @@ class StopWhenCancelled(StoppingCriteria):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         return torch.full((input_ids.shape[0],), self.cancelled.is_set(), device=input_ids.device)
+
+
+class RepeatPenalty(LogitsProcessor):
+    """
+    OpenAI's penalties: from a token's logit its number in the answer so far times `frequency`, and `presence` if it is
+    there at all.
+
+    Args:
+        prompt_length: tokens in front of the answer.
+    """
+
+    def __init__(self, prompt_length: int, frequency: float, presence: float):
+        self.prompt_length, self.frequency, self.presence = prompt_length, frequency, presence
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        answer = input_ids[:, self.prompt_length :]
+        counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
+        return scores - self.frequency * counts - self.presence * (counts > 0)  # (B, V)
 
 
 class ChatCompletions(ChatCompletionHandler):
@@ -218,6 +236,11 @@ class ChatCompletions(ChatCompletionHandler):
         config = self._build_generation_config(job.body, model.generation_config)
         for setting, value in options.generation.items():
             setattr(config, setting, value)
+        if options.logit_bias:
+            size = model.config.get_text_config().vocab_size
+            if max(options.logit_bias) >= size:
+                raise ValueError(f"logit_bias has the token id {max(options.logit_bias)}, but the model has {size}.")
+            config.sequence_bias = {(token,): value for token, value in options.logit_bias.items()}
         if job.body.get("temperature") is not None:
             config.do_sample = job.body["temperature"] > 0
         if not config.do_sample:
@@ -228,7 +251,8 @@ class ChatCompletions(ChatCompletionHandler):
 
     def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
         # the seed is set where and when generation starts, and stop strings are found in the text
-        body = {name: value for name, value in body.items() if name not in ("generation_config", "seed", "stop")}
+        own = ("generation_config", "seed", "stop", "logit_bias", "frequency_penalty")
+        body = {name: value for name, value in body.items() if name not in own}
         return super()._build_generation_config(body, copy.deepcopy(model_generation_config), use_cb=use_cb)
 
     async def _generate(self, job: Job, model, processor, inputs, config) -> None:
@@ -236,17 +260,21 @@ class ChatCompletions(ChatCompletionHandler):
         if config.num_beams in (None, 1):
             streamer = DirectStreamer(processor.tokenizer._tokenizer, asyncio.get_running_loop(), job.items)
 
+        length = inputs["input_ids"].shape[1]
+        frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
+        penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
+
         def generate() -> torch.LongTensor:
             if job.body.get("seed") is not None:
-                set_seed(job.body["seed"])
+                torch.manual_seed(job.body["seed"])
             return model.generate(
                 **inputs,
                 generation_config=config,
                 streamer=streamer,
+                logits_processor=LogitsProcessorList(penalties),
                 stopping_criteria=StoppingCriteriaList([StopWhenCancelled(job.cancelled)]),
             )
 
-        length = inputs["input_ids"].shape[1]
         manager = self.generation_state.get_manager(job.body["model"])
         sequences = await manager.async_submit(generate)  # (1, L + L_new)
         new = sequences[0, length:]

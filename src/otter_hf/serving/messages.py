@@ -46,6 +46,10 @@ class MessageReader:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ValueError(f"{name}.role must be one of {', '.join(ROLES)}.")
         role, content = ROLES[message["role"]], message.get("content")
+        for key, value in message.items():
+            # clients send the empty fields of an answer back
+            if key not in ("role", "content") and value:
+                raise ValueError(f"{name} has {key!r}, which this server does not read; leave it out.")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -57,11 +61,20 @@ class MessageReader:
 
     def _read_part(self, part, name: str) -> dict:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("text", "image_url", "video_url"):
+            for key in part.keys() - {"type", kind}:
+                raise ValueError(f"{name} is of the type {kind} and has {key!r}, which it may not; leave it out.")
         if kind == "text" and isinstance(part.get("text"), str):
             return {"type": "text", "text": part["text"]}
         if kind not in ("image_url", "video_url"):
             raise ValueError(f"{name} must be of the type text (with a text), image_url or video_url.")
         url = part.get(kind)
+        if isinstance(url, dict):
+            # every model reads pictures in its own size, whatever the detail
+            for key in url.keys() - {"url", "detail"}:
+                raise ValueError(f"{name}.{kind} has {key!r}, which it may not; leave it out.")
+            if url.get("detail") not in (None, "auto", "low", "high"):
+                raise ValueError(f"{name}.{kind}.detail must be auto, low or high, not {url['detail']!r:.80}.")
         url = url.get("url") if isinstance(url, dict) else url
         if not isinstance(url, str):
             raise ValueError(f'{name}.{kind} must be {{"url": "..."}}.')

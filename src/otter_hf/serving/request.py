@@ -5,15 +5,33 @@ from dataclasses import dataclass
 from numbers import Real
 
 
-# the OpenAI API has them, this server does not; left out silently they would give an answer nobody asked for
-UNSUPPORTED = ("tools", "functions", "response_format", "audio", "logprobs", "top_logprobs", "prediction")
+# The OpenAI API has them, this server does not; left out silently they would give an answer nobody asked for. With
+# each the values that ask for nothing, beside null, false and empty ones.
+UNSUPPORTED = {
+    "tools": (),
+    "functions": (),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "logprobs": (),
+    "top_logprobs": (0,),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "web_search_options": (),
+    "service_tier": ("auto", "default"),
+    "store": (),
+    "n": (1,),
+}
 RANGES = {
     "temperature": (0, 2),
     "top_p": (0, 1),
-    "frequency_penalty": (-0.5, 2),
+    "frequency_penalty": (-2, 2),
+    "presence_penalty": (-2, 2),
     "max_tokens": (1, None),
     "max_completion_tokens": (1, None),
-    "seed": (0, 2**63 - 1),
+    "seed": (-(2**63), 2**63 - 1),
 }
 WHOLE = ("max_tokens", "max_completion_tokens", "seed")
 # of transformers' generation_config, which a request may carry as JSON: name -> type, smallest, largest
@@ -36,6 +54,7 @@ class Options:
     stops: list[str]
     num_frames: int | None
     generation: dict
+    logit_bias: dict[int, float]
 
 
 def check_request(body) -> Options:
@@ -45,11 +64,11 @@ def check_request(body) -> Options:
     Raises:
         ValueError: naming the field, its value and what it may be.
     """
-    for name in UNSUPPORTED:
-        if body.get(name) not in (None, False, [], {"type": "text"}):
-            raise ValueError(f"{name} is not supported by this server; leave it out.")
-    if body.get("n") not in (None, 1):
-        raise ValueError(f"n is {body['n']!r}, but this server gives one answer per request; leave it out.")
+    for name, harmless in UNSUPPORTED.items():
+        value = body.get(name)
+        asks_nothing = value is None or value is False or value in ([], {})
+        if not asks_nothing and (isinstance(value, bool) or value not in harmless):
+            raise ValueError(f"{name} is {value!r:.80}, which this server does not support; leave it out.")
     if body.get("model") is not None and not isinstance(body["model"], str):
         raise ValueError("model must be a name.")
     for name, (low, high) in RANGES.items():
@@ -57,7 +76,32 @@ def check_request(body) -> Options:
             _check_number(name, body[name], int if name in WHOLE else float, low, high)
     if not isinstance(body.get("stream") or False, bool):
         raise ValueError(f"stream must be true or false, not {body['stream']!r}.")
-    return Options(_stops(body.get("stop")), _num_frames(body.get("chat_template_kwargs")), _generation(body))
+    _check_stream_options(body.get("stream_options"))
+    return Options(
+        _stops(body.get("stop")),
+        _num_frames(body.get("chat_template_kwargs")),
+        _generation(body),
+        _logit_bias(body.get("logit_bias")),
+    )
+
+
+def _check_stream_options(options) -> None:
+    # the numbers of tokens come with the last piece in any case
+    known = ("include_usage", "include_obfuscation")
+    if options and (not isinstance(options, dict) or not set(options) <= set(known)):
+        raise ValueError(f"stream_options must be an object with {' and '.join(known)}, not {options!r:.80}.")
+
+
+def _logit_bias(bias) -> dict[int, float]:
+    if not isinstance(bias, (dict, type(None))):
+        raise ValueError(f"logit_bias must be an object of token ids and numbers, not {bias!r:.80}.")
+    biases = {}
+    for token, value in (bias or {}).items():
+        if not token.isdecimal() or not token.isascii():
+            raise ValueError(f"logit_bias has the key {token!r:.80}; its keys must be token ids, as digits.")
+        _check_number(f"logit_bias[{token}]", value, float, -100, 100)
+        biases[int(token)] = float(value)
+    return biases
 
 
 def _stops(stop) -> list[str]:

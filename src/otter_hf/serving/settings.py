@@ -20,6 +20,7 @@ class ServerSettings:
         request_seconds: from a request to the end of its answer, waiting included.
         slots: requests prepared or answered at a time; a model generates for one of them.
         queue: requests that may wait; one more is answered with status 429.
+        allow_origins: web pages of these origins (`http://localhost:3000`, or `*` for all) may ask from a browser.
         num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`).
 
     Raises:
@@ -35,6 +36,7 @@ class ServerSettings:
     slots: int = 2
     queue: int = 32
     num_frames: int = 16
+    allow_origins: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("body_bytes", "new_tokens", "request_seconds", "slots", "num_frames"):
