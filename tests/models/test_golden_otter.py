@@ -27,6 +27,11 @@ CASES = [
 ]
 
 
+# Beside 1e-4: processors without AVX-512 add up in another order, 1.16e-4 away at a logit of 3.2; the stored logits of
+# that case are 2.5e-4 from those in float64.
+RTOL = 1e-5
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request, golden, tmp_path_factory):
     folder = golden / "otter" / request.param
@@ -58,15 +63,15 @@ def test_forward_and_loss(case):
     mask = tensors["attention_mask"]
     with torch.no_grad():
         output = model(**inputs, attention_mask=mask, labels=tensors["labels"])
-    torch.testing.assert_close(output.logits[mask == 1], tensors["logits"][mask == 1], atol=atol, rtol=0)
-    torch.testing.assert_close(output.loss.item(), facts["loss"], atol=atol / 10, rtol=0)
+    torch.testing.assert_close(output.logits[mask == 1], tensors["logits"][mask == 1], atol=atol, rtol=RTOL)
+    torch.testing.assert_close(output.loss.item(), facts["loss"], atol=atol / 10, rtol=RTOL)
     # Fused kernels round in another order. The LoRA case is 1.01e-4 away with them, and its stored logits themselves
     # are 2.5e-4 from those in float64.
     for attention, slack in (("sdpa", 1.2), ("eager", 1)):
         model.set_attn_implementation(attention)
         with torch.no_grad():
             logits = model(**inputs, attention_mask=mask).logits
-        torch.testing.assert_close(logits[mask == 1], tensors["logits"][mask == 1], atol=slack * atol, rtol=0)
+        torch.testing.assert_close(logits[mask == 1], tensors["logits"][mask == 1], atol=slack * atol, rtol=RTOL)
 
 
 def test_text_that_sees_the_image_behind_it(case):
@@ -89,7 +94,7 @@ def test_text_that_sees_the_image_behind_it(case):
             media_index=media_index,
         ).logits
     expected = tensors["logits_attend_previous_false"]
-    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], atol=atol, rtol=0)
+    torch.testing.assert_close(logits[mask == 1], expected[mask == 1], atol=atol, rtol=RTOL)
 
 
 def test_left_padding(case):
@@ -102,7 +107,7 @@ def test_left_padding(case):
     expected = tensors["logits_left"][mask == 1]
     if ignores_mask(model):
         expected = tensors["logits"][tensors["attention_mask"] == 1]
-    torch.testing.assert_close(logits[mask == 1], expected, atol=atol, rtol=0)
+    torch.testing.assert_close(logits[mask == 1], expected, atol=atol, rtol=RTOL)
 
 
 def test_gradients(case):
