@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from otter_hf import FlamingoProcessor, OtterHDImageProcessor, OtterHDProcessor, OtterProcessor
+from otter_hf.data.collator import OtterCollator
 from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import decode_image
 from otter_hf.data.parquet_writer import write_images
@@ -133,6 +134,14 @@ def from_path(data, tmp_path):
     return tmp_path / "picture"
 
 
+def from_collator(data, tmp_path, processors):
+    """A sample that a program made itself, with the picture as it opened it."""
+    media = [[Image.open(io.BytesIO(data))]]
+    sample = {"id": "a", "turns": [("q", "a")], "media_per_turn": [1], "media": media, "task_description": None}
+    batch = OtterCollator(processors[OtterProcessor])([sample])
+    return (batch["pixel_values"][0, 0, 0].permute(1, 2, 0) * 255).round().numpy().astype(np.uint8)
+
+
 def from_pretraining(data, tmp_path, processors):
     pairs = ImageTextPairs(mirror=0)
     encoder = TextEncoder(processors[OtterProcessor].tokenizer)
@@ -154,6 +163,7 @@ ENTRY_POINTS = {
     "chat": lambda data, tmp_path, processors: open_image(str(from_path(data, tmp_path)), "x"),
     "server": from_server,
     "training": from_store,
+    "collator": from_collator,
     "pretraining": from_pretraining,
     "evaluation": lambda data, tmp_path, processors: benchmark_images({"image": {"bytes": data, "path": None}})[0],
     "convert-it": lambda data, tmp_path, processors: Image.open(io.BytesIO(encode_picture(data, SIDE))),

@@ -215,12 +215,7 @@ class Film:
             raise self.unreadable(error) from error
         if not self.ticks:
             raise self.unreadable("it has no frames")
-        pixels = len(self) * self.width * self.height
-        if limits.film_pixels is not None and pixels > limits.film_pixels:
-            raise ImageTooLarge(
-                f"{name} is too large: {len(self)} frames of {self.width} x {self.height} are more than "
-                f"{limits.film_pixels} pixels; send a shorter or smaller one."
-            )
+        self._check_pixels(len(self))
 
     def __len__(self) -> int:
         return len(self.ticks)
@@ -231,11 +226,19 @@ class Film:
     def __exit__(self, *exception):
         self.file.close()
 
+    def _check_pixels(self, num_frames: int) -> None:
+        limit = self.limits.film_pixels
+        if limit is not None and num_frames * self.width * self.height > limit:
+            raise ImageTooLarge(
+                f"{self.name} is too large: {num_frames} frames of {self.width} x {self.height} are more than {limit} "
+                "pixels; send a shorter or smaller one."
+            )
+
     def unreadable(self, reason) -> ImageError:
         return ImageError(f"{self.name} cannot be read as a video: {str(reason).rstrip('.')}.")
 
     def _scan(self) -> None:
-        """Sets the attributes, without decoding."""
+        """Sets the attributes."""
         raise NotImplementedError
 
     def _frames(self) -> Iterator[tuple[int, Callable[[], Image.Image]]]:
@@ -296,8 +299,12 @@ class _PillowFilm(Film):
         with Image.open(self.file, formats=_PICTURES) as image:
             self.width, self.height = image.size
             check_size(*image.size, self.name, self.limits.frame_pixels)
-            for number in range(getattr(image, "n_frames", 1)):
+            num_frames = getattr(image, "n_frames", 1)
+            self._check_pixels(num_frames)
+            for number in range(num_frames):
                 image.seek(number)
+                if image.format == "WEBP":  # whose durations come with the pixels
+                    image.load()
                 self.ticks.append(self.end)
                 self.end += round(image.info.get("duration") or _FRAME_DURATION)
 

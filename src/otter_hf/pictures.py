@@ -261,8 +261,10 @@ def _advice(max_pixels: float | None) -> str:
 
 
 def _to_rgb(image: Image.Image, name: str, legacy: bool, max_pixels: int | None) -> Image.Image:
-    """A PIL image in RGB, a copy without metadata, so that nothing is applied a second time."""
+    """A PIL image in RGB without metadata, so that nothing is applied a second time; itself if it is that already."""
     check_size(*image.size, name, max_pixels)
+    if type(image) is Image.Image and image.mode == "RGB" and not image.info:
+        return image
     try:
         image.load()
         turn = None if legacy else TURNS.get(orientation(image))

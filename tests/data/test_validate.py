@@ -97,6 +97,9 @@ def test_turned_and_deep_pictures_are_noted(tmp_path, dataset):
     report = check_mixture(mixture(tmp_path))
     assert report.ok(strict=True)
     assert rules(report, "note")["turned or deep image"].ids == ["red", "blue"]
+    write(tmp_path / "X.json", {"red": turned, "blue": encoded(Image.new("I;16", (8, 4), 4000))})
+    report = check_mixture(mixture(tmp_path))
+    assert rules(report, "warning")["dark image"].ids == ["blue"] and not report.ok(strict=True)
 
 
 def changed(**change):

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 from transformers.utils import logging
 
+from ..pictures import ImageError, read_image
 from .prompts import RESERVED_TOKENS, get_format, render
 from .samples import Sample, SampleError, drop_oldest_turn
 
@@ -169,7 +171,7 @@ class OtterCollator:
         )
         if self.removed_tokens:
             batch = self._remove(batch)
-        media = [sample["media"] for sample, _ in rows]
+        media = [_read_media(sample) for sample, _ in rows]
         if self.packing:
             batch, media = self._pack(batch), [[medium for of_sample in media for medium in of_sample]]
         batch["pixel_values"] = self.processor.pack_media(media)
@@ -266,6 +268,14 @@ class OtterCollator:
             "max_length_q": int(lengths.max()),
             "max_length_k": int(lengths.max()),
         }
+
+
+def _read_media(sample: Sample) -> list[list[Image.Image]]:
+    """The frames of each medium by the rules of `otter_hf.pictures`; those that image stores give are that already."""
+    try:
+        return [[read_image(frame, "an image") for frame in medium] for medium in sample["media"]]
+    except ImageError as error:
+        raise SampleError(f"Sample {sample['id']!r}: {error}", reason="bad image") from error
 
 
 def _check_media(sample: Sample):

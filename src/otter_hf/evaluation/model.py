@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..models.quantization import quantization_config
+from ..pictures import read_image
 
 
 # what generation_kwargs of lmms-eval's tasks may hold and `generate` understands
@@ -218,7 +219,7 @@ def _idefics_prompt(messages: list[dict], processor) -> list:
         pieces.append(("" if not pieces else "\n") + name)
         content = message["content"]
         content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        pieces += [part["image"] if part["type"] == "image" else part["text"] for part in content]
+        pieces += [read_image(part["image"]) if part["type"] == "image" else part["text"] for part in content]
         pieces.append(end)
     pieces.append("\nAssistant:")
     joined = []
