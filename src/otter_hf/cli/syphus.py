@@ -53,6 +53,17 @@ def _run(commands) -> None:
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="of these, part K of N, counted from 0")
     parser.add_argument("--random-sample", type=int, metavar="SEED", help="shuffle the queries before slicing")
     parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
+    parser.add_argument(
+        "--with-pictures", nargs="+", metavar="PATH", help="show the pictures of these image stores too"
+    )
+    parser.add_argument("--image-prefix", help="what image ids begin with (default: such as DC_IMG_)")
+    parser.add_argument("--max-pictures", type=int, help="of a query, at even distances (default: 8)")
+    parser.add_argument("--picture-size", type=int, help="longer side in pixels, at most (default: 512)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="ask each pair again, without and with its pictures, within the same budget; needs --with-pictures",
+    )
     _asking_arguments(parser)
 
 
@@ -75,8 +86,22 @@ def run_new(args) -> int:
         end=args.slice_end,
         shard=_shard(args.shard),
         shuffle_seed=args.random_sample,
+        pictures=_picture_options(args),
+        verify=args.verify,
     )
     return _write_batches(run, False) if args.batch_files else _ask(run, args, budget, False)
+
+
+def _picture_options(args):
+    from ..production.syphus import PictureOptions
+
+    options = {"prefix": args.image_prefix, "max_pictures": args.max_pictures, "size": args.picture_size}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not args.with_pictures:
+        if given or args.verify:
+            raise ValueError("--verify, --image-prefix, --max-pictures and --picture-size need --with-pictures.")
+        return None
+    return PictureOptions(args.with_pictures, **given)
 
 
 def _resume(commands) -> None:
@@ -116,6 +141,7 @@ def _build(commands) -> None:
         "--forbid", action="append", metavar="REGEX", help="in place of the forbidden words; repeat it"
     )
     parser.add_argument("--keep-repeated", action="store_true", help="keep pairs that are the same")
+    parser.add_argument("--agreement", type=float, help="of verified answers: share of words (default: 0.5)")
     parser.add_argument("--instructions", metavar="PATH", help="original of a translation (default: the annotations)")
     parser.add_argument("--train-config", metavar="PATH", help="train config of the original of a translation")
     parser.add_argument("--languages", nargs="+", help="of a translation (default: zh es ja de fr ko ar)")
@@ -129,7 +155,7 @@ def run_build(args) -> None:
 
     runs = [SyphusRun(folder) for folder in args.runs]
     are_translations = runs[0].dataset.parse is None
-    others = ("image_prefix", "forbid", "keep_repeated") if are_translations else _OF_TRANSLATIONS
+    others = ("image_prefix", "forbid", "keep_repeated", "agreement") if are_translations else _OF_TRANSLATIONS
     for name in others:
         if getattr(args, name):
             option, kind = name.replace("_", "-"), runs[0].settings["dataset"]
@@ -158,6 +184,7 @@ def run_build(args) -> None:
         rules=rules,
         image_prefix=args.image_prefix,
         cache_dir=args.cache_dir,
+        **({} if args.agreement is None else {"agreement": args.agreement}),
     )
     print(f"{report.records:,} records of {report.replies:,} replies to {report.queries:,} queries")
     for reason, count in report.left_out.items():
@@ -181,19 +208,33 @@ def run_cold_start(args) -> None:
 
 
 def _ask(run, args, budget, retry_failed: bool) -> int:
+    from ..production.syphus import make_verification, verifications
+
     try:
         client = run.client(args.base_url, timeout=args.timeout)
     except ImportError as error:
         raise ValueError(error) from None
-    summary = run.ask(
-        client,
-        budget,
-        concurrency=args.concurrency,
-        max_attempts=args.max_attempts,
-        first_pause=args.first_pause,
-        retry_failed=retry_failed,
-    )
-    return _print_summary(summary)
+    how = {
+        "concurrency": args.concurrency,
+        "max_attempts": args.max_attempts,
+        "first_pause": args.first_pause,
+        "retry_failed": retry_failed,
+    }
+    summary = run.ask(client, budget, **how)
+    status = _print_summary(summary)
+    if not run.settings.get("verify"):
+        return status
+    if summary.pending:
+        print("pairs are verified when all queries are answered: go on with `otter-hf syphus resume`")
+        return status
+    make_verification(run)
+    budget = budget.behind(summary)
+    for verification in verifications(run):
+        summary = verification.ask(client, budget, **how)
+        budget = budget.behind(summary)
+        print(f"verification {verification.folder.name}:")
+        status = max(status, _print_summary(summary))
+    return status
 
 
 def _write_batches(run, retry_failed: bool) -> int:

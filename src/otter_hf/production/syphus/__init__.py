@@ -8,10 +8,12 @@ from .build import BuildReport, build_dataset
 from .client import ChatClient, ChatReply
 from .datasets import DATASETS, SyphusDataset, find_dataset
 from .filters import FilterRules
+from .pictures import PictureOptions
 from .prompts import Prompt, load_prompt
 from .queries import Query
 from .run import Budget, RunSummary, SyphusRun
 from .translate import LANGUAGES, build_translations
+from .verify import make_verification, verifications
 
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "ChatClient",
     "ChatReply",
     "FilterRules",
+    "PictureOptions",
     "Prompt",
     "Query",
     "RunSummary",
@@ -31,4 +34,6 @@ __all__ = [
     "build_translations",
     "find_dataset",
     "load_prompt",
+    "make_verification",
+    "verifications",
 ]

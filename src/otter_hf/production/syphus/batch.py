@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,12 @@ def _pending(run: SyphusRun, journal: Journal, retry_failed: bool) -> Iterator[t
     options = request_options(run.settings["options"])
     for number, query in enumerate(run.queries()):
         if not journal.is_settled(query.id, retry_failed):
-            body = {"model": run.settings["model"], "messages": run.messages(query), **options}
+            try:
+                messages = run.messages(query)
+            except RejectedError as error:
+                journal.append("failed", query.id, reason=str(error))
+                continue
+            body = {"model": run.settings["model"], "messages": messages, **options}
             request = {"custom_id": custom_id(number, query.id), "method": "POST", "url": "/v1/chat/completions"}
             yield (
                 query.id,
@@ -135,13 +141,13 @@ def _take(result: dict[str, Any], query: Query, run: SyphusRun, journal: Journal
             raise TransientError(f"HTTP {status}: {_message(result.get('error') or body)}")
         reply = read_completion(body)
     except (TransientError, RejectedError) as error:
-        spent = charged(error, run.messages(query), budget)
+        spent = charged(error, partial(run.messages, query), budget)
         if spent:
             journal.append("error", query.id, reason=str(error), durable=False, **spent)
         journal.append("failed", query.id, reason=str(error), durable=False)
         return
     # the file with the results is still there after a crash
-    journal.append("reply", query.id, durable=False, **reply_fields(reply, run.messages(query), budget))
+    journal.append("reply", query.id, durable=False, **reply_fields(reply, partial(run.messages, query), budget))
 
 
 def _message(error: Any) -> str:

@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,9 +12,11 @@ from typing import Any, TextIO
 from ...data.formats import MimicitFiles, make_train_config, write_mimicit
 from ...data.image_store import ImageStore
 from .filters import FilterRules
+from .pictures import PictureFinder
 from .queries import Query
-from .replies import Invalid, Pair, ParsedReply
+from .replies import Pair, ParsedReply
 from .run import SyphusRun
+from .verify import AGREEMENT, Verdicts, drop_cut_pair
 
 
 @dataclass
@@ -42,6 +42,7 @@ def build_dataset(
     *,
     rules: FilterRules | None = None,
     image_prefix: str | None = None,
+    agreement: float = AGREEMENT,
     cache_dir: str | Path | None = None,
 ) -> BuildReport:
     """Writes the replies of runs over one kind of annotations, such as all shards of it, as a MIMIC-IT dataset.
@@ -55,6 +56,7 @@ def build_dataset(
         images_path: image store, whose ids begin with `image_prefix`; none for a dataset without pictures.
         rules: which pairs are used, default: `FilterRules()`.
         image_prefix: default: `<short name of the kind>_IMG_`.
+        agreement: of runs that are verified, see `agrees`.
         cache_dir: as for `ImageStore`.
 
     Raises:
@@ -68,11 +70,11 @@ def build_dataset(
         raise ValueError(f"Runs of {kind.name} are built by build_translations.")
     name = name or kind.short_name
     store = ImageStore(images_path, cache_dir) if images_path else None
-    finder = None if store is None else _PictureFinder(store, image_prefix or f"{kind.short_name}_IMG_", kind)
+    finder = None if store is None else PictureFinder(store, image_prefix or f"{kind.short_name}_IMG_", kind)
     report = BuildReport(MimicitFiles(Path()), Path(folder, f"{name}_invalid.jsonl"))
     Path(folder).mkdir(parents=True, exist_ok=True)
     with InvalidFile(report.invalid_path) as invalid:
-        builder = _Builder(name, rules or FilterRules(), finder, invalid, report)
+        builder = _Builder(name, rules or FilterRules(), finder, invalid, report, agreement)
         train_config: dict[str, list[str]] = {}
         records = builder.records(runs, train_config)
         meta = {"version": "0.0.1", "time": date.today().isoformat(), "source": f"syphus {kind.name}"}
@@ -114,56 +116,24 @@ def write_report(path: Path, report: Any) -> None:
     os.replace(incomplete, path)
 
 
-class _PictureFinder:
-    """The image ids of a query."""
-
-    def __init__(self, store: ImageStore, prefix: str, kind):
-        self.prefix = prefix
-        self.suffix = re.compile(kind.picture_suffix)
-        self.ids = sorted(store)
-
-    def example(self) -> str:
-        """What is looked for, and what there is."""
-        return f" Image ids must begin with {self.prefix!r} (image_prefix); the store has {self.ids[:1]} and so on."
-
-    def find(self, query: Query) -> list[str]:
-        if query.pictures is not None:
-            wanted = (self.prefix + picture for picture in query.pictures)
-            return [id for id in wanted if self._has(id)]
-        start = self.prefix + (query.prefix or query.id)
-        found = []
-        for position in range(bisect_left(self.ids, start), len(self.ids)):
-            id = self.ids[position]
-            if not id.startswith(start):
-                break
-            # a video a_b is not a frame of the video a
-            if self.suffix.fullmatch(id, len(start)) and self._is_in_time(id, query):
-                found.append(id)
-        return sorted(found, key=_numbers_as_numbers)
-
-    def _has(self, id: str) -> bool:
-        position = bisect_left(self.ids, id)
-        return position < len(self.ids) and self.ids[position] == id
-
-    def _is_in_time(self, id: str, query: Query) -> bool:
-        return query.seconds is None or query.seconds[0] <= int(id.rsplit("_", 1)[1]) <= query.seconds[1]
-
-
-def _numbers_as_numbers(id: str) -> list:
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", id)]
-
-
 class _Builder:
     def __init__(
-        self, name: str, rules: FilterRules, finder: _PictureFinder | None, invalid: InvalidFile, report: BuildReport
+        self,
+        name: str,
+        rules: FilterRules,
+        finder: PictureFinder | None,
+        invalid: InvalidFile,
+        report: BuildReport,
+        agreement: float,
     ):
-        self.name, self.rules, self.finder = name, rules, finder
+        self.name, self.rules, self.finder, self.agreement = name, rules, finder, agreement
         self.invalid, self.report = invalid, report
 
     def records(self, runs: Iterable[SyphusRun], train_config: dict) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields the records, and fills the train config on the way."""
         seen: set[str] = set()
         for run in runs:
+            verdicts = Verdicts(run, self.agreement) if run.settings.get("verify") else None
             with run.journal() as journal:
                 for query in run.queries():
                     if query.id in seen:
@@ -177,7 +147,8 @@ class _Builder:
                         self.invalid.add(query.id, "", text, "not answered")
                         continue
                     self.report.replies += 1
-                    pairs = self._usable(query, reply, run.dataset.parse(reply["text"], query))
+                    parsed = run.dataset.parse(reply["text"], query)
+                    pairs = self._usable(query, reply, parsed, verdicts)
                     yield from self._records_of(query, pairs, train_config)
         if not self.report.records:
             ids = "" if self.finder is None else self.finder.example()
@@ -185,12 +156,10 @@ class _Builder:
                 f"Nothing of {self.report.queries} queries can be used; left out: {dict(self.invalid.counts)}.{ids}"
             )
 
-    def _usable(self, query: Query, reply: dict[str, Any], parsed: ParsedReply) -> list[Pair]:
-        cut = reply["finish_reason"] == "length" and parsed.pairs
-        # a pair with something behind it is whole
-        if cut and reply["text"].rstrip().endswith(parsed.pairs[-1].answer):
-            last = parsed.pairs.pop()
-            parsed.invalid.append(Invalid(f"{last.question}\n{last.answer}", "cut off at the limit of tokens"))
+    def _usable(
+        self, query: Query, reply: dict[str, Any], parsed: ParsedReply, verdicts: Verdicts | None
+    ) -> list[Pair]:
+        drop_cut_pair(reply, parsed)
         for text, reason in parsed.invalid:
             self.invalid.add(query.id, text, reason)
         seen: set[str] = set()
@@ -199,6 +168,8 @@ class _Builder:
             reason = self.rules.reason_to_drop(pair, seen)
             if pair.conversation in ended:
                 reason = reason or "behind a round that is left out"
+            if reason is None and verdicts is not None:
+                reason = verdicts.reason_to_drop(query, pair)
             if reason is None:
                 usable.append(pair)
                 continue

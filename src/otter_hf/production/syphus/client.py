@@ -80,7 +80,7 @@ class ChatClient:
         api_key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self._client = openai.OpenAI(base_url=base_url, api_key=api_key, timeout=timeout, max_retries=0)
 
-    def complete(self, messages: Sequence[Mapping[str, str]]) -> ChatReply:
+    def complete(self, messages: Sequence[Mapping[str, Any]]) -> ChatReply:
         """The answer to a chat.
 
         Raises:

@@ -64,8 +64,14 @@ DATASETS: dict[str, SyphusDataset] = {
 }
 
 
+# what `verify` asks; no kind of annotations
+VERIFICATION = SyphusDataset("verify.Pairs", "", "verify_pairs", queries.read_pairs, None)
+
+
 def find_dataset(name: str) -> SyphusDataset:
     """The kind of annotations of that name, `ValueError` if there is none."""
+    if name == VERIFICATION.name:
+        return VERIFICATION
     if name not in DATASETS:
         raise ValueError(f"There is no dataset {name!r}; there are {', '.join(DATASETS)}.")
     return DATASETS[name]

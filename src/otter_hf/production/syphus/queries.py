@@ -294,6 +294,15 @@ def read_translation(path: Path) -> Iterator[Query]:
     return _read(iter_json_object(path, "data"), path, build)
 
 
+def read_pairs(path: Path) -> Iterator[Query]:
+    """Lines `{"id", "question", "pictures"}` of pairs to be verified: each is asked with its pictures and without."""
+
+    def build(_: str, row: dict) -> Query:
+        return Query(row["id"], _text(row["question"]), pictures=tuple(_texts(row["pictures"])))
+
+    return _read(_numbered(path), path, build)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected a text, got {repr(value)[:60]}")

@@ -5,10 +5,10 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,16 @@ from .client import (
 )
 from .datasets import SyphusDataset, find_dataset
 from .journal import Journal
+from .pictures import PictureOptions, QueryPictures
 from .prompts import Prompt, load_prompt, parse_prompt
 from .queries import Query
 
 
 logger = logging.get_logger(__name__)
 
+# estimates for endpoints that do not count
 _BYTES_PER_TOKEN = 4
+_TOKENS_OF_PICTURE = 1000
 _LONGEST_PAUSE = 300.0
 _FAILURES_IN_A_ROW = 20
 
@@ -65,6 +68,19 @@ class Budget:
                 raise ValueError(f"{name} must not be negative, got {value}.")
         if self.max_cost is not None and not (self.prompt_price or self.completion_price):
             raise ValueError(f"max_cost={self.max_cost} needs prompt_price and completion_price.")
+
+    def behind(self, summary: "RunSummary") -> "Budget":
+        """What a run leaves of it for another one."""
+
+        def left(limit, spent):
+            return None if limit is None else max(0, limit - spent)
+
+        return replace(
+            self,
+            max_requests=left(self.max_requests, summary.requests),
+            max_tokens=left(self.max_tokens, summary.prompt_tokens + summary.completion_tokens),
+            max_cost=left(self.max_cost, summary.cost),
+        )
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """What so many tokens cost."""
@@ -124,6 +140,8 @@ class SyphusRun:
         self.settings = json.loads(path.read_text(encoding="utf-8"))
         self.dataset: SyphusDataset = find_dataset(self.settings["dataset"])
         self.prompt: Prompt = parse_prompt(self.settings["prompt"], str(path))
+        shown = self.settings.get("pictures")
+        self.pictures = None if shown is None else QueryPictures(PictureOptions(**shown), self.dataset)
 
     @classmethod
     def create(
@@ -140,6 +158,8 @@ class SyphusRun:
         end: int | None = None,
         shard: tuple[int, int] = (0, 1),
         shuffle_seed: int | None = None,
+        pictures: PictureOptions | None = None,
+        verify: bool = False,
     ) -> "SyphusRun":
         """Makes a run of annotations.
 
@@ -150,6 +170,8 @@ class SyphusRun:
             start, end: take the queries from here to there, as a slice.
             shard: `(k, n)`: of what remains, the k-th of n equal parts, counted from 0; all n together are complete.
             shuffle_seed: shuffle the queries before that.
+            pictures: show the endpoint the pictures of each query; by default it is told of them in words alone.
+            verify: whether pairs are only used when they are verified, see `verify`; needs `pictures`.
 
         Raises:
             FileExistsError: if there is a run in the folder.
@@ -163,6 +185,10 @@ class SyphusRun:
             raise FileNotFoundError(f"The annotations {annotations} do not exist.")
         check_address(base_url)
         request_options(options)
+        if verify and (pictures is None or kind.parse is None):
+            raise ValueError(f"verify needs pictures, and a kind of annotations that has them; got {dataset}.")
+        if pictures is not None:
+            QueryPictures(pictures, kind)  # what cannot be opened is an error now
         queries = _select(kind.read(Path(annotations)), start, end, shard, shuffle_seed)
         folder.mkdir(parents=True, exist_ok=True)
         if not _write_queries(folder / "queries.jsonl", queries):
@@ -175,6 +201,8 @@ class SyphusRun:
             "options": dict(options or {}),
             "selection": {"start": start, "end": end, "shard": list(shard), "shuffle_seed": shuffle_seed},
             "prompt": prompt.to_json(),
+            "pictures": None if pictures is None else pictures.to_json(),
+            "verify": verify,
         }
         (folder / "journal.jsonl").touch()
         # the run is there when this file is
@@ -190,9 +218,17 @@ class SyphusRun:
                     row[key] = None if row[key] is None else tuple(row[key])
                 yield Query(**row)
 
-    def messages(self, query: Query) -> list[dict[str, str]]:
-        """The chat that asks a query."""
-        return self.prompt.messages(query.id, query.text)
+    def messages(self, query: Query) -> list[dict[str, Any]]:
+        """The chat that asks a query, its pictures in front of its text.
+
+        Raises:
+            RejectedError: if pictures are to be shown, and there are none of this query.
+        """
+        messages: list[dict[str, Any]] = self.prompt.messages(query.id, query.text)
+        parts = [] if self.pictures is None else self.pictures.parts(query)
+        if parts:
+            messages[-1]["content"] = [*parts, {"type": "text", "text": messages[-1]["content"]}]
+        return messages
 
     def client(self, base_url: str | None = None, api_key: str | None = None, timeout: float = 120) -> ChatClient:
         """A client of the run's model and options."""
@@ -342,7 +378,11 @@ class _Asking:
             raise
 
     def _ask(self, query: Query) -> None:
-        messages, pause = self.syphus.messages(query), self.first_pause
+        try:
+            messages, pause = self.syphus.messages(query), self.first_pause
+        except RejectedError as error:
+            self.journal.append("failed", query.id, reason=str(error))  # nothing was asked
+            return
         for attempt in range(1, self.max_attempts + 1):
             self._stop.wait(max(0.0, self._not_before - time.monotonic()))
             if not self._begin(query.id):
@@ -365,16 +405,16 @@ class _Asking:
                 return
         self._give_up(query.id, reason)
 
-    def _attempt(self, id: str, messages: list[dict[str, str]], attempt: int) -> None:
+    def _attempt(self, id: str, messages: list[dict[str, Any]], attempt: int) -> None:
         started = time.monotonic()
         try:
             reply = self.client.complete(messages)
-            fields = reply_fields(reply, messages, self.budget)
+            fields = reply_fields(reply, lambda: messages, self.budget)
             self.journal.append("reply", id, attempt=attempt, seconds=round(time.monotonic() - started, 3), **fields)
             self._failures = 0
         except (TransientError, RejectedError, EndpointError) as error:
             self.journal.append(
-                "error", id, reason=str(error), attempt=attempt, **charged(error, messages, self.budget)
+                "error", id, reason=str(error), attempt=attempt, **charged(error, lambda: messages, self.budget)
             )
             raise
         finally:
@@ -404,12 +444,15 @@ class _Asking:
                 raise EndpointError(f"{self._failures} queries in a row failed, the last with: {reason}.")
 
 
-def reply_fields(reply: ChatReply, messages: list[dict[str, str]], budget: Budget) -> dict[str, Any]:
-    """What the journal keeps of a reply; tokens that the endpoint does not count are estimated from the texts."""
+def reply_fields(reply: ChatReply, ask: Callable[[], list[dict[str, Any]]], budget: Budget) -> dict[str, Any]:
+    """What the journal keeps of a reply; tokens that the endpoint does not count are estimated from what `ask` gives.
+
+    The estimate is 4 bytes of text for a token, and 1,000 tokens for a picture.
+    """
     prompt, completion = reply.prompt_tokens, reply.completion_tokens
     estimated = prompt is None or completion is None
     if estimated:
-        prompt = sum(_tokens(message["content"]) for message in messages)
+        prompt = sum(_tokens(message["content"]) for message in ask())
         completion = _tokens(reply.text)
     return {
         "text": reply.text,
@@ -421,16 +464,18 @@ def reply_fields(reply: ChatReply, messages: list[dict[str, str]], budget: Budge
     }
 
 
-def charged(error: Exception, messages: list[dict[str, str]], budget: Budget) -> dict[str, Any]:
+def charged(error: Exception, ask: Callable[[], list[dict[str, Any]]], budget: Budget) -> dict[str, Any]:
     """What the journal keeps of a reply that holds no answer: its tokens count, its text does not."""
     reply = getattr(error, "reply", None)
     if reply is None:
         return {}
-    return {key: value for key, value in reply_fields(reply, messages, budget).items() if key != "text"}
+    return {key: value for key, value in reply_fields(reply, ask, budget).items() if key != "text"}
 
 
-def _tokens(text: str) -> int:
-    return -(-len(text.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
+def _tokens(content: str | list[dict[str, Any]]) -> int:
+    if isinstance(content, list):
+        return sum(_tokens(part["text"]) if part["type"] == "text" else _TOKENS_OF_PICTURE for part in content)
+    return -(-len(content.encode("utf-8", "replace")) // _BYTES_PER_TOKEN)
 
 
 def _select(
