@@ -212,6 +212,47 @@ def test_laion_files_that_do_not_belong_together(tmp_path):
         laion_to_tar(tmp_path / "out", tmp_path / "out2")
 
 
+def test_obelics_to_tar(tmp_path, tiny_processor, capsys):
+    """Rows as they are published, pictures as img2dataset writes them; one was not downloaded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"images": ["u1", None, "gone", None, "u2"], "texts": [None, "A.", None, "B.", None], "metadata": "[]"},
+        {"images": [None, "gone"], "texts": ["C.", None], "metadata": "[]"},
+        {"images": [None, "u3", "u1"], "texts": ["D.", None, None], "metadata": "[]"},
+    ]
+    (tmp_path / "obelics").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "obelics" / "train-0.parquet")
+    (tmp_path / "images").mkdir()
+    with tarfile.open(tmp_path / "images" / "00000.tar", "w") as tar:
+        for number in (1, 2, 3):
+            add(tar, f"{number:09d}.jpg", padded(picture(number), 11_000))
+            add(tar, f"{number:09d}.json", json.dumps({"url": f"u{number}", "status": "success"}).encode())
+        add(tar, "000000004.json", json.dumps({"url": "gone", "status": "failed_to_download"}).encode())
+    command = ["data", "obelics-to-tar", str(tmp_path / "obelics"), "--image-shards", str(tmp_path / "images")]
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "2 samples with 4 pictures" in out and "left out: 2 (picture that was not downloaded)" in out
+    assert "left out: 1 (document without pictures)" in out
+    documents = [json.loads(parts["json"]) for parts in read_all(tmp_path / "out")]
+    places = [[info["matched_text_index"] for info in document["image_info"]] for document in documents]
+    assert ([document["text_list"] for document in documents], places) == (
+        [["A.", "B.", ""], ["D.", ""]],
+        [[0, 2], [1, 1]],
+    )
+    options = {"keep_single": 1}
+    sets = [PretrainingSet("obelics", "interleaved", tmp_path / "out", batch_size=2, options=options)]
+    stream = PretrainingStream(sets, tiny_processor)
+    batch = next(stream.track(stream.dataloader()))["obelics"]
+    texts = tiny_processor.tokenizer.batch_decode(batch["input_ids"])
+    assert any("<image>A. B.<|endofchunk|><image>" in text for text in texts)
+    assert any("D.<image><image><|endofchunk|>" in text for text in texts)
+    pq.write_table(pa.Table.from_pylist([{"a": 1}]), tmp_path / "obelics" / "train-0.parquet")
+    assert main([*command, "--output", str(tmp_path / "other")]) == 2
+    assert "has no column images or texts" in capsys.readouterr().err
+
+
 def test_commands(tmp_path, capsys):
     write_mmc4(tmp_path)
     arguments = ["--doc-shards", f"{tmp_path}/docs_shard_{{0..1}}_v2.jsonl"]

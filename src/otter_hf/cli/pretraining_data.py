@@ -1,4 +1,4 @@
-"""`otter-hf data mmc4-to-tar` and `laion-to-tar`: published pretraining data to WebDataset shards."""
+"""`otter-hf data mmc4-to-tar`, `laion-to-tar` and `obelics-to-tar`: published data to WebDataset shards."""
 
 
 def add_parser(commands) -> None:
@@ -27,9 +27,18 @@ def add_parser(commands) -> None:
     )
     laion.add_argument("folder", help="with *image*.tsv and *text*.tsv")
     laion.set_defaults(func=run_laion)
-    for parser in (mmc4, laion):
+    obelics = commands.add_parser(
+        "obelics-to-tar",
+        help="OBELICS documents and pictures to shards",
+        description="OBELICS documents and their pictures, as img2dataset downloads them, to WebDataset shards. A run "
+        "that was stopped goes on where it ended.",
+    )
+    obelics.add_argument("files", nargs="+", help="parquet files of OBELICS, or folders of them")
+    obelics.add_argument("--image-shards", required=True, nargs="+", metavar="PATH", help="what img2dataset wrote")
+    obelics.set_defaults(func=run_obelics)
+    for parser in (mmc4, laion, obelics):
         parser.add_argument("--output", required=True, metavar="FOLDER", help="for the shards")
-        parser.add_argument("--max-samples", type=int, help="of a shard (default: mmc4 30,000, laion 500,000)")
+        parser.add_argument("--max-samples", type=int, help="of a shard (default: laion 500,000, else 30,000)")
         parser.add_argument("--num-proc", type=int, default=1, help="files converted at a time (default: 1)")
 
 
@@ -45,6 +54,13 @@ def run_laion(args) -> None:
     from ..data.pretraining.converters import laion_to_tar
 
     _report(laion_to_tar(args.folder, args.output, **_options(args)), args.output)
+
+
+def run_obelics(args) -> None:
+    """As `run_mmc4`."""
+    from ..data.pretraining.obelics import obelics_to_tar
+
+    _report(obelics_to_tar(args.files, args.image_shards, args.output, **_options(args)), args.output)
 
 
 def _options(args) -> dict:

@@ -94,7 +94,7 @@ def mmc4_to_tar(
             "there: check the folders and the numbers."
         )
     convert = partial(_convert_mmc4_shard, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    return _convert_all(convert, jobs, Path(output), num_proc) + ConversionCounts(left_out=left_out)
+    return convert_all(convert, jobs, Path(output), num_proc) + ConversionCounts(left_out=left_out)
 
 
 def _absent_file(docs: dict[tuple, str], tars: dict[tuple, str], key: tuple) -> str:
@@ -134,10 +134,11 @@ def laion_to_tar(
         raise ValueError(f"{folder} has no *image*.tsv in it.")
     pairs = [(path, path.with_name(path.name.replace("image", "text"))) for path in pictures]
     convert = partial(_convert_laion_pair, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    return _convert_all(convert, pairs, Path(output), num_proc)
+    return convert_all(convert, pairs, Path(output), num_proc)
 
 
-def _convert_all(convert, jobs: Sequence[tuple], output: Path, num_proc: int) -> ConversionCounts:
+def convert_all(convert, jobs: Sequence[tuple], output: Path, num_proc: int) -> ConversionCounts:
+    """Runs `convert(job)`, which gives counts and sizes of shards, for the jobs that are not written down as done."""
     for job in jobs:
         for path in job:
             if not os.path.isfile(path):
@@ -146,7 +147,7 @@ def _convert_all(convert, jobs: Sequence[tuple], output: Path, num_proc: int) ->
     done = output / "sizes.json"
     known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
     # a job is written down when all of its shards are there
-    jobs = [job for job in jobs if not any(name.startswith(f"{_stem(job[0])}.") for name in known)]
+    jobs = [job for job in jobs if not any(name.startswith(f"{stem(job[0])}.") for name in known)]
     total = ConversionCounts()
 
     def finish(results: Iterator[tuple[ConversionCounts, dict[str, int]]]) -> None:
@@ -163,7 +164,8 @@ def _convert_all(convert, jobs: Sequence[tuple], output: Path, num_proc: int) ->
     return total
 
 
-def _stem(path: str | Path) -> str:
+def stem(path: str | Path) -> str:
+    """The name of a file up to its first dot, which names the shards made of it."""
     return Path(path).name.split(".")[0]
 
 
@@ -173,7 +175,7 @@ def _convert_mmc4_shard(job: tuple[str, str], output: Path, max_samples: int, ma
     with (
         _open_tar(tar_path) as tar,
         _open_lines(docs) as lines,
-        ShardWriter(output, f"{_stem(docs)}.%03d.tar", max_samples, max_bytes) as writer,
+        ShardWriter(output, f"{stem(docs)}.%03d.tar", max_samples, max_bytes) as writer,
     ):
         members = _members(tar, tar_path)
         for number, line in enumerate(lines):
@@ -193,7 +195,7 @@ def _convert_mmc4_shard(job: tuple[str, str], output: Path, max_samples: int, ma
                 continue
             document = {**document, "image_info": kept, **_similarities(document, members)}
             data = json.dumps(document, ensure_ascii=False).encode("utf-8")
-            writer.write(f"{_stem(docs)}_{number:07d}", {"json": data})
+            writer.write(f"{stem(docs)}_{number:07d}", {"json": data})
             counts.samples += 1
             counts.images += len(kept)
     return counts, writer.sizes
@@ -250,7 +252,7 @@ def _convert_laion_pair(job: tuple[Path, Path], output: Path, max_samples: int, 
     with (
         open(job[0], encoding="utf-8") as pictures,
         open(job[1], encoding="utf-8") as captions,
-        ShardWriter(output, f"{_stem(job[0])}.%03d.tar", max_samples, max_bytes) as writer,
+        ShardWriter(output, f"{stem(job[0])}.%03d.tar", max_samples, max_bytes) as writer,
     ):
         number = 0
         while True:
@@ -267,7 +269,7 @@ def _convert_laion_pair(job: tuple[Path, Path], output: Path, max_samples: int, 
             if isinstance(parts, str):
                 counts.left_out[parts] += 1
                 continue
-            writer.write(f"{_stem(job[0])}_{number - 1:09d}", parts)
+            writer.write(f"{stem(job[0])}_{number - 1:09d}", parts)
             counts.samples += 1
             counts.images += 1
     return counts, writer.sizes
