@@ -50,6 +50,21 @@ def test_reused_cache_gives_the_same_answers_for_less(chatter, pictures):
     assert work[1][0] < work[0][0] and work[1][1] < work[0][1]
 
 
+def test_media_stand_where_the_question_says(processor, model, pictures):
+    session = ChatSession(model, processor)
+    media = [image_part(picture) for picture in pictures[:2]]
+    session.add_example("is <image> red?", "yes", media[:1])
+    session.ask("<image> like <image>?", media, max_new_tokens=1)
+    prompt = processor.apply_chat_template(session.messages[:3], add_generation_prompt=True)
+    assert prompt.replace(" ", "").startswith("User:is<image>red?") and "<image>User:  like <image>?" in prompt
+    before = list(session.messages)
+    with pytest.raises(ValueError, match="has 1 <image> for 2 pictures"):
+        session.ask("<image>?", media)
+    assert session.messages == before
+    # without media it is a word
+    session.ask("what is an <image> tag?", max_new_tokens=1)
+
+
 def test_only_new_tokens_and_pictures_are_read(model, processor, pictures):
     session = ChatSession(model, processor)
     session.ask("what is it?", [image_part(pictures[0])], max_new_tokens=4)
@@ -119,7 +134,7 @@ def test_video_and_pictures_together(chatter, pictures, tmp_path):
         {"role": "user", "content": [image_part(pictures[0]), video_part(frames), {"type": "text", "text": "what?"}]}
     ]
     kinds = [part["type"] for part in fit_media(messages, processor)[0]["content"]]
-    expected = ["video"] * 2 if model.config.model_type == "otter" else ["image"] * 4
+    expected = ["image", "video"] if model.config.model_type == "otter" else ["image"] * 4
     assert kinds == [*expected, "text"]
     session = ChatSession(model, processor)
     answers = [session.ask("what?", messages[0]["content"][:2], max_new_tokens=5), session.ask("x", max_new_tokens=5)]

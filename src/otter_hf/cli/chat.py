@@ -32,7 +32,13 @@ def add_parser(subparsers):
         metavar=("IMAGE", "QUESTION", "ANSWER"),
         help="a worked example in front of the conversation; repeat it for more",
     )
-    media.add_argument("--prompt", action="append", default=[], help="ask this and end; repeat it for several turns")
+    media.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        help="ask this and end; repeat it for several turns. With an <image> for each picture these stand there, else "
+        "in front",
+    )
     batch = parser.add_argument_group("many questions")
     batch.add_argument(
         "--yaml-file",

@@ -51,8 +51,12 @@ class ChatProcessorMixin(ProcessorMixin):
             if value and name not in template:
                 raise ValueError(f"{name} were given, but the chat template has no place for them; leave them out.")
         with_media = tokenize and not (processor_kwargs or {}).get("images")
+        conversation = read_conversations(conversation, template, with_media)
+        if with_media:
+            batched = isinstance(conversation[0], list)
+            conversation = [self._fit_media(c) for c in conversation] if batched else self._fit_media(conversation)
         return super().apply_chat_template(
-            read_conversations(conversation, template, with_media),
+            conversation,
             chat_template=chat_template,
             tools=tools,
             documents=documents,
@@ -60,6 +64,10 @@ class ChatProcessorMixin(ProcessorMixin):
             processor_kwargs=processor_kwargs,
             **kwargs,
         )
+
+    def _fit_media(self, messages: list[dict]) -> list[dict]:
+        """The messages of a conversation with pictures and films as the processor can tell their order."""
+        return messages
 
     def _merge_kwargs(
         self, ModelProcessorKwargs: type[ProcessingKwargs] | None = None, tokenizer_init_kwargs=None, **kwargs

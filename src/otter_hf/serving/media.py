@@ -89,20 +89,14 @@ def video_part(frames: list[Image.Image]) -> dict:
 
 def fit_media(messages: Sequence[dict], processor) -> list[dict]:
     """
-    The messages with pictures and videos as `processor` takes them.
-
-    A Flamingo tells pictures from videos by their frames only, so beside a video a picture becomes one of one frame.
-    Others take the frames of a video as pictures, one after the other.
+    The messages with videos as `processor` takes them: those of other families than Flamingo's take the frames of a
+    video as pictures, one after the other.
     """
-    takes_videos = isinstance(processor, FlamingoProcessor)
-    any_video = any(part["type"] == "video" for message in messages for part in message["content"])
+    if isinstance(processor, FlamingoProcessor):
+        return list(messages)
 
     def fit(part: dict) -> list[dict]:
-        if takes_videos and any_video and part["type"] == "image":
-            return [video_part([part["image"]])]
-        if not takes_videos and part["type"] == "video":
-            return [image_part(frame) for frame in part["video"]]
-        return [part]
+        return [image_part(frame) for frame in part["video"]] if part["type"] == "video" else [part]
 
     return [
         {"role": message["role"], "content": [fitted for part in message["content"] for fitted in fit(part)]}

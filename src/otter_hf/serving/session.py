@@ -5,6 +5,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
+from ..data.prompts import IMAGE_TOKEN
 from ..models.flamingo import FlamingoForConditionalGeneration
 from ..models.otterhd import OtterHDForConditionalGeneration
 from .media import fit_media
@@ -38,7 +39,7 @@ class ChatSession:
         self._forget_cache()
 
     def add_example(self, question: str, answer: str, media: list[dict] = ()) -> None:
-        """A worked example for the model to follow; `media` are parts as `image_part` and `video_part` make them."""
+        """A worked example for the model to follow; for `question` and `media` see `ask`."""
         self.messages += [_message("user", question, media), _message("assistant", answer)]
 
     @torch.inference_mode()
@@ -47,15 +48,15 @@ class ChatSession:
         The answer to a question about the conversation so far.
 
         Args:
-            question: what the user says.
+            question: what the user says. If it holds an `<image>` for each of the media, they stand there.
             media: pictures and videos in front of it, as `image_part` and `video_part` make them.
             streamer: receives the tokens as they come; not with beam search.
             generation: for `generate`: `max_new_tokens`, `num_beams`, `stop_strings` and the like. An answer ends
                 before a stop string.
 
         Raises:
-            ValueError: if the processor or `generate` refuses the input. The conversation is then as it was, as it is
-                after any other interruption.
+            ValueError: if `<image>` and media differ in number, or the processor or `generate` refuses the input. The
+                conversation is then as it was, as it is after any other interruption.
         """
         messages = [*self.messages, _message("user", question, media)]
         inputs = self.processor.apply_chat_template(
@@ -106,4 +107,15 @@ class ChatSession:
 
 
 def _message(role: str, text: str, media: list[dict] = ()) -> dict:
-    return {"role": role, "content": [*media, {"type": "text", "text": text}]}
+    texts = text.split(IMAGE_TOKEN)
+    if not media or len(texts) == 1:
+        return {"role": role, "content": [*media, {"type": "text", "text": text}]}
+    if len(texts) - 1 != len(media):
+        raise ValueError(
+            f"The message has {len(texts) - 1} {IMAGE_TOKEN} for {len(media)} pictures and videos; write one for "
+            "each, or none to have them in front."
+        )
+    content = [{"type": "text", "text": texts[0]}]
+    for part, words in zip(media, texts[1:], strict=True):
+        content += [part, {"type": "text", "text": words}]
+    return {"role": role, "content": content}

@@ -178,6 +178,29 @@ class FlamingoProcessor(ChatProcessorMixin):
             self.check_media_counts(counts, [0] * len(counts))
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _fit_media(self, messages: list[dict]) -> list[dict]:
+        """Beside a film a picture becomes one of one frame: the processor is given all pictures, then all films."""
+        parts = [
+            part for message in messages if isinstance(message.get("content"), list) for part in message["content"]
+        ]
+        if not any(part["type"] == "video" for part in parts):
+            return messages
+
+        def fit(part: dict, name: str) -> dict:
+            if part["type"] != "image":
+                return part
+            (image,) = (part[key] for key in part if key != "type")
+            if isinstance(image, (str, Path)):
+                image = read_image(image, name)  # a list of paths would be several films
+            return {"type": "video", "video": [image]}
+
+        return [
+            {**message, "content": [fit(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]}
+            if isinstance(content := message.get("content"), list)
+            else message
+            for i, message in enumerate(messages)
+        ]
+
     def _check_cut(self, texts: list[str], kept: list[list[int]], text_kwargs: dict) -> None:
         """Raise ValueError for the first text of which truncation left too little in `kept`."""
         limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length

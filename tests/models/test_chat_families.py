@@ -1,0 +1,265 @@
+"""What a user of any family relies on in messages, prompts and generation: Otter, Flamingo and OtterHD alike."""
+
+import otter_tiny
+import otterhd_tiny
+import pytest
+import torch
+from PIL import Image
+from transformers import DynamicCache, ImageTextToTextPipeline
+
+from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
+from otter_hf.data.collator import OtterCollator
+from otter_hf.data.collator_otterhd import OtterHDCollator
+from otter_hf.data.prompts import chat_template
+
+
+RED, BLUE = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
+IMAGE = {"otter": "<image>", "flamingo": "<image>", "otterhd": "|SPEAKER|"}
+
+
+def make(name):
+    if name == "otterhd":
+        processor = otterhd_tiny.tiny_processor()
+        return processor, otterhd_tiny.tiny_model(processor, max_position_embeddings=2048)
+    if name == "flamingo":
+        processor = otter_tiny.tiny_processor(FlamingoProcessor)
+        processor.chat_template = chat_template("plain")
+        return processor, otter_tiny.tiny_model(processor, FlamingoForConditionalGeneration)
+    processor = otter_tiny.tiny_processor()
+    return processor, otter_tiny.tiny_model(processor)
+
+
+@pytest.fixture(scope="module", params=IMAGE)
+def family(request):
+    return request.param, *make(request.param)
+
+
+def user(*parts):
+    kinds = {str: "text", Image.Image: "image", list: "video"}
+    parts = [part if isinstance(part, dict) else {"type": (k := kinds[type(part)]), k: part} for part in parts]
+    return {"role": "user", "content": parts}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def inputs_of(processor, messages, add_generation_prompt=True, **options):
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        **options,
+    )
+
+
+def greedy(model, inputs, **options):
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+
+
+def test_pictures_stand_where_a_message_puts_them(family):
+    name, processor, _ = family
+    batch = inputs_of(processor, [user("one", RED, "two", BLUE, "three"), assistant("a"), user(RED, "four")])
+    text = processor.decode(batch["input_ids"][0]).replace("|NEWLINE|", "").replace(" ", "")
+    while IMAGE[name] * 2 in text:  # OtterHD has a token for each patch
+        text = text.replace(IMAGE[name] * 2, IMAGE[name])
+    places = [text.index(word) for word in ("one", "two", "three", "four")]
+    assert places == sorted(places)
+    assert [text[start:end].count(IMAGE[name]) for start, end in zip(places, [*places[1:], None], strict=True)] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+    first = inputs_of(processor, [user(RED, "one", BLUE)])["pixel_values"]
+    other = inputs_of(processor, [user(BLUE, "one", RED)])["pixel_values"]
+    assert not torch.equal(first, other)
+
+
+def test_pictures_and_films_keep_their_order():
+    for name in ("otter", "flamingo"):
+        processor, _ = make(name)
+        film = [RED, BLUE]
+        mixed = inputs_of(processor, [user(RED, "a", film, "b", BLUE, "c")])["pixel_values"]
+        frames = [[RED], film, [BLUE]]
+        told = processor(text="<image>a<image>b<image>c", videos=[frames], return_tensors="pt")["pixel_values"]
+        assert torch.equal(mixed, told)
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "message"),
+    [
+        ([user({"type": "input_text", "text": "a"})], {}, r"messages\[0\].content\[0\] is of the type 'input_text'"),
+        ([user({"type": "input_image", "image_url": "a.png"})], {}, "type 'input_image'; use text, image"),
+        ([user({"type": "audio", "audio": "a.wav"}, "a")], {}, "type 'audio'"),
+        ([user({"type": "image"}, "a")], {}, "type image and has 0 of image, url, path, base64"),
+        ([user({"type": "image", "image": None}, "a")], {}, "has 0 of image"),
+        ([user({"type": "image", "image": RED, "url": "a.png"})], {}, "has 2 of image"),
+        ([user({"type": "text", "text": "a", "image": RED})], {}, "type text and has 'image'"),
+        ([user({"type": "text"})], {}, "has no text"),
+        ([user("a"), assistant("b") | {"thinking": "c"}], {}, r"messages\[1\] has 'thinking'"),
+        ([{"role": "user", "content": ["a"]}], {}, "must be a part"),
+        ([], {}, "must be a list of messages"),
+        ([user("a")], {"processor_kwargs": {"paddin": True}}, "no option paddin .*did you mean padding"),
+        ([user("a")], {"processor_kwargs": {"text_kwargs": {"max_lenght": 9}}}, "text_kwargs.max_lenght .*max_length"),
+        ([user("a")], {"processor_kwargs": {"is_split_into_words": True}}, "does not support is_split_into_words"),
+        ([user(RED, "a")], {"processor_kwargs": {"sampling_rate": 16000}}, "no option sampling_rate"),
+    ],
+)
+def test_what_is_not_understood_is_refused(family, messages, options, message):
+    with pytest.raises(ValueError, match=message):
+        inputs_of(family[1], messages, **options)
+
+
+def test_tools_are_refused_by_every_template(family):
+    _, processor, _ = family
+    for template in (None, "{% for message in messages %}{{ message['content'] }}{% endfor %}"):
+        with pytest.raises(Exception, match="tools"):
+            processor.apply_chat_template([user("a")], chat_template=template, tools=[{"type": "function"}])
+
+
+def test_numbers_of_pictures_and_places_are_compared(family):
+    name, processor, _ = family
+    one, two = IMAGE[name] + "a", IMAGE[name] + "a" + IMAGE[name]
+    for text, images in ((one, None), (two, [RED]), (one, [[RED, BLUE]]), ([one, two], [[RED, BLUE], [RED]])):
+        with pytest.raises(ValueError, match="image"):
+            processor(text=text, images=images)
+    if name != "otterhd":  # there pictures without a place stand in front
+        with pytest.raises(ValueError, match="0 <image> token"):
+            processor(text="a", images=[RED])
+
+
+def test_pictures_of_other_forms_and_empty_fields_are_taken(family, tmp_path):
+    _, processor, _ = family
+    RED.save(tmp_path / "red.png")
+    path = str(tmp_path / "red.png")
+    expected = inputs_of(processor, [user(RED, "a")])
+    for part in (
+        {"type": "image", "image": RED, "text": None},  # as datasets fills up what a part has not
+        {"type": "image", "path": path},
+        {"type": "image_url", "image_url": {"url": path, "detail": "auto"}},
+    ):
+        given = inputs_of(processor, [user(part, "a") | {"tool_calls": None}])
+        assert given.keys() == expected.keys() and all(torch.equal(given[key], expected[key]) for key in given)
+
+
+def test_answers_are_marked(family):
+    name, processor, _ = family
+    messages = [user(RED, "q"), assistant("one"), user("r", BLUE), assistant("two")]
+    batch = inputs_of(
+        processor,
+        [messages, messages[:2]],
+        add_generation_prompt=False,
+        return_assistant_tokens_mask=True,
+        processor_kwargs={"padding": True},
+    )
+    marked = [processor.decode(row[mask.bool()]) for row, mask in zip(*batch_masks(batch), strict=True)]
+    end = {"otter": "<|endofchunk|>", "flamingo": "<|endofchunk|>", "otterhd": ""}[name]
+    last = "|ENDOFTEXT|" if name == "otterhd" else ""
+    assert [text.replace(" ", "") for text in marked] == [f"one{end}two{end}{last}", f"one{end}{last}"]
+
+
+def batch_masks(batch):
+    return batch["input_ids"], batch["assistant_masks"]
+
+
+@pytest.mark.parametrize("name", ["otter", "otterhd"])
+def test_marks_are_the_labels_of_training(name):
+    processor, _ = make(name)
+    collate = OtterHDCollator(processor) if name == "otterhd" else OtterCollator(processor, format="spaced")
+    sample = {"id": "s", "turns": [("q", "one"), ("rs", "two")], "media": [[RED], [BLUE]], "media_per_turn": [1, 1]}
+    trained = collate([{**sample, "media_places": [[0], [1]]}])
+    messages = [user(RED, "q"), assistant("one"), user("r", BLUE, "s"), assistant("two")]
+    batch = inputs_of(processor, messages, add_generation_prompt=False, return_assistant_tokens_mask=True)
+    ids, masks = batch_masks(batch)
+    length = ids.shape[1]
+    assert torch.equal(trained["input_ids"][:, :length], ids)  # Otter's </s> comes behind the template's text
+    assert torch.equal(trained["labels"][:, :length] != -100, masks.bool())
+
+
+def test_prompts_are_not_cut_before_their_answer(family):
+    name, processor, _ = family
+    place, images = IMAGE[name], [RED]
+    reply = {"otter": " GPT:<answer>", "flamingo": "", "otterhd": " Assistant:\x04"}[name]
+    full = len(processor(text=f"{place}ab{reply}", images=images)["input_ids"][0])
+    cut = {"truncation": True, "max_length": full - 1}
+    if reply:
+        with pytest.raises(ValueError, match="cut"):
+            processor(text=f"{place}ab{reply}", images=images, **cut)
+        # what stands behind the answer's beginning may go
+        shorter = processor(text=f"{place}ab{reply}cd", images=images, truncation=True, max_length=full)
+        assert len(shorter["input_ids"][0]) == full
+    with pytest.raises(ValueError, match="cut|more than max_length"):
+        processor(text=f"ab{place}", images=images, truncation=True, max_length=2)
+    whole = processor(text=f"{place}ab{reply}", images=images, truncation=True, max_length=full)
+    assert len(whole["input_ids"][0]) == full
+
+
+def test_lengths_are_padded_to_a_multiple(family):
+    _, processor, _ = family
+    messages = [[user(RED, "a")], [user(BLUE, "a longer one")]]
+    batch = inputs_of(processor, messages, processor_kwargs={"padding": True, "pad_to_multiple_of": 16})
+    assert batch["input_ids"].shape[1] % 16 == 0 and not batch["attention_mask"][:, 0].any()
+    assert batch["attention_mask"][:, -1].all()
+
+
+def test_pipeline_in_batches_answers_as_one_by_one(family):
+    _, processor, model = family
+    pipeline = ImageTextToTextPipeline(model=model, processor=processor, device="cpu")
+    chats = [[user(RED, "a")], [user(BLUE, "what is it then, if I may ask?")]]
+    options = {"generate_kwargs": {"max_new_tokens": 5, "do_sample": False}, "return_full_text": False}
+    single, batched = (
+        [answer[0]["generated_text"] for answer in pipeline(chats, batch_size=size, **options)] for size in (1, 2)
+    )
+    assert single == batched and len(set(single)) == 2
+
+
+def test_an_assistant_changes_nothing(family):
+    _, processor, model = family
+    inputs = inputs_of(processor, [user(RED, "a", BLUE, "b")])
+    assert torch.equal(greedy(model, inputs, assistant_model=model), greedy(model, inputs))
+
+
+def test_a_second_turn_goes_on_with_the_cache(family):
+    _, processor, model = family
+    first = inputs_of(processor, [user(RED, "what?")])
+    cache = DynamicCache(config=model.config.get_text_config())
+    told = greedy(model, first, past_key_values=cache)
+    for image, given in ((None, "all"), (BLUE, "all"), (BLUE, "new")):
+        second = inputs_of(processor, [user(*([] if image is None else [image]), "why?")])
+        add = second["input_ids"][:, 1 if processor.tokenizer.bos_token_id == second["input_ids"][0, 0] else 0 :]
+        ids = torch.cat([told, add], dim=1)
+        pictures, new = first["pixel_values"], second.get("pixel_values")
+        whole = pictures if new is None else torch.cat([pictures, new], dim=1 if pictures.ndim > 2 else 0)
+        expected = greedy(model, {"input_ids": ids, "pixel_values": whole})
+        cache.crop(first["input_ids"].shape[1] - cache.get_seq_length())
+        pixel_values = whole if given == "all" else new
+        assert torch.equal(
+            greedy(model, {"input_ids": ids, "pixel_values": pixel_values}, past_key_values=cache), expected
+        )
+
+
+def test_the_last_answer_is_read(family):
+    name, processor, _ = family
+    messages = [user(RED, "q"), assistant("one"), user(BLUE, "r"), assistant("two")]
+    ids = inputs_of(processor, messages, add_generation_prompt=False)["input_ids"]
+    # a Flamingo marks no answer: all behind the last picture is read
+    assert processor.post_process_image_text_to_text(ids) == ["rtwo" if name == "flamingo" else "two"]
+
+
+def test_tokens_that_do_not_exist_are_not_generated(family):
+    name, processor, model = family
+    inputs = inputs_of(processor, [user(RED, "a")])
+    usual = greedy(model, inputs)[0, inputs["input_ids"].shape[1] :]
+    size = int(usual.max())
+    model.config.tokenizer_vocab_size = size
+    try:
+        new = greedy(model, inputs)[0, inputs["input_ids"].shape[1] :]
+        assert new.max() < size and model.config.image_token_id not in new
+        bias = {(model.config.image_token_id,): 1000.0, (0,): 500.0}
+        forced = greedy(model, inputs, sequence_bias=bias)[0, inputs["input_ids"].shape[1] :]
+        assert forced.tolist() == [0] * len(forced)
+    finally:
+        model.config.tokenizer_vocab_size = None
