@@ -69,7 +69,7 @@ def test_batch_holds_text_labels_and_pictures(tiny_processor, by_colour):
             sample([("Moves?", "no")], [[by_colour["green"]] * 3], id="D", task_description="Look."),
         ]
     )
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "pixel_values", "pixel_attention_mask"}
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     assert ids.dtype == labels.dtype == torch.int64 and ids.shape == mask.shape == labels.shape
     assert [text_of(tiny_processor, row, keep) for row, keep in zip(ids, mask, strict=True)] == [
@@ -88,6 +88,7 @@ def test_batch_holds_text_labels_and_pictures(tiny_processor, by_colour):
     assert (mask.diff(dim=1) <= 0).all()
     pixels = batch["pixel_values"]
     assert pixels.shape[:4] == (4, 2, 3, 3)
+    assert batch["pixel_attention_mask"].sum(-1).tolist() == [[1, 0], [1, 1], [0, 0], [3, 0]]
     assert pixels[0, 0, 0, :, 0, 0].tolist() == [1, 0, 0]
     assert pixels[1, :, 0, :, 0, 0].tolist() == [[0, 0, 1], [1, 0, 0]]
     assert pixels[2].abs().sum() == 0

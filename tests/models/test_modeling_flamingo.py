@@ -121,7 +121,7 @@ def test_inputs_embeds(model):
 
 
 def test_wrong_input_gets_one_clear_sentence(model):
-    with pytest.raises(ValueError, match="row 1 refers to 2 new media, but pixel_values holds 1 per row; pass one"):
+    with pytest.raises(ValueError, match="row 1 refers to 2 new media, but pixel_values holds 1 for it; pass one"):
         model(input_ids=torch.cat([row(1), row(1, 5)]), pixel_values=images(2, 1))
     with pytest.raises(ValueError, match="row 0 refers to 1 new media, but pixel_values holds 0"):
         model(input_ids=row(1))

@@ -210,15 +210,15 @@ def test_a_chat_goes_on_with_new_images(model, only_new, kind):
     pixels = images(2, 3)
     ids, done = torch.zeros(2, 0, dtype=torch.long), [0, 0]
     for turn, new in turns:
+        done_before, done = done, [a + b for a, b in zip(done, new, strict=True)]
         ids = torch.cat([ids, turn], dim=1)
         if only_new:
             given = torch.zeros(2, max(new), *pixels.shape[2:]) if max(new) else None
             for i in range(2):
                 if new[i]:
-                    given[i, : new[i]] = pixels[i, done[i] : done[i] + new[i]]
+                    given[i, : new[i]] = pixels[i, done_before[i] : done[i]]
         else:
-            given = pixels
-        done = [a + b for a, b in zip(done, new, strict=True)]
+            given = pixels[:, : max(done)]
         tokens = generate(model, ids, given, 3, past_key_values=cache, disable_compile=True)
         assert torch.equal(tokens, greedy_truth(model, ids, pixels, 3))
         ids = torch.cat([ids, tokens], dim=1)

@@ -24,8 +24,9 @@ def answer(text):
 def test_ragged_batch_is_padded_left_and_zero_filled(processor, pictures):
     prompts = ["<image>User: a GPT:<answer>", "<image><image>User: longer GPT:<answer>", "User: none GPT:<answer>"]
     batch = processor(text=prompts, images=[[pictures[0]], [pictures[1], pictures[2]], []], return_tensors="pt")
-    assert set(batch) == {"input_ids", "attention_mask", "pixel_values"}
+    assert set(batch) == {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"}
     assert batch["pixel_values"].shape == (3, 2, 1, 3, 28, 28)
+    assert batch["pixel_attention_mask"].tolist() == [[[1], [0]], [[1], [1]], [[0], [0]]]
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [1, 2, 0]
     # the last token of every row is the end of its prompt: padding is in front
     assert batch["input_ids"][:, -1].tolist() == [processor.answer_token_id] * 3

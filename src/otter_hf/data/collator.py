@@ -98,11 +98,12 @@ class OtterCollator:
             latter a model only learns to stop at EOS, behind the last turn.
 
     Returns, when called, a dict of
-        `input_ids` `(B, L)` int64, `labels` `(B, L)` int64 with -100 where nothing is learned, and `pixel_values`
-        `(B, T, F, C, H, W)` float, zero-padded over media `T` and frames `F`. Padded: `attention_mask` `(B, L)` int64.
-        Packed, with B = 1: `position_ids` `(1, L)` int64, which restart with each sample, `media_index` `(1, L)`
-        int64, the 1-based medium of the row that each token sees, and for variable-length attention kernels
-        `cu_seq_lens_q` and `cu_seq_lens_k` `(samples + 1,)` int32, `max_length_q` and `max_length_k` (int).
+        `input_ids` `(B, L)` int64, `labels` `(B, L)` int64 with -100 where nothing is learned, `pixel_values`
+        `(B, T, F, C, H, W)` float, zero-padded over media `T` and frames `F`, and `pixel_attention_mask` `(B, T, F)`
+        int64, 1 for frames, 0 for padding. Padded: `attention_mask` `(B, L)` int64. Packed, with B = 1: `position_ids`
+        `(1, L)` int64, which restart with each sample, `media_index` `(1, L)` int64, the 1-based medium of the row
+        that each token sees, and for variable-length attention kernels `cu_seq_lens_q` and `cu_seq_lens_k`
+        `(samples + 1,)` int32, `max_length_q` and `max_length_k` (int).
 
     Raises:
         SampleError: naming the sample, if its media do not match its placeholders or it is too long.
@@ -174,8 +175,7 @@ class OtterCollator:
         media = [_read_media(sample) for sample, _ in rows]
         if self.packing:
             batch, media = self._pack(batch), [[medium for of_sample in media for medium in of_sample]]
-        batch["pixel_values"] = self.processor.pack_media(media)
-        return batch
+        return batch | self.processor.pack_media(media)
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
         texts = [

@@ -89,8 +89,8 @@ class _IdeficsMedia:
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.answer_token_id = tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)
 
-    def pack_media(self, media: list[list[list[Image.Image]]]) -> torch.Tensor:
-        """One picture per medium, `(B, T, C, H, W)`, with at least one slot, as the model needs."""
+    def pack_media(self, media: list[list[list[Image.Image]]]) -> dict[str, torch.Tensor]:
+        """`pixel_values` of one picture per medium, `(B, T, C, H, W)`, with at least one slot, as the model needs."""
         pictures = [frame for of_row in media for (frame,) in of_row]
         # without any picture, the shape is that of a blank one
         pixels = self.image_processor(pictures or [Image.new("RGB", (1, 1))], return_tensors="pt")
@@ -98,4 +98,4 @@ class _IdeficsMedia:
         rows = [[next(pixels) for _ in of_row] for of_row in media]
         blank = torch.zeros_like(next(row[0] for row in rows if row) if pictures else next(pixels))
         slots = max(1, *map(len, rows))
-        return torch.stack([torch.stack(row + [blank] * (slots - len(row))) for row in rows])
+        return {"pixel_values": torch.stack([torch.stack(row + [blank] * (slots - len(row))) for row in rows])}

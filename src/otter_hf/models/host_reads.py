@@ -16,19 +16,23 @@ def reads_are_free(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def known_on_host(batch: dict, image_token_id: int | None, ignore_index: int = -100) -> dict[str, int | list[int]]:
+def known_on_host(batch: dict, image_token_id: int | None, ignore_index: int = -100) -> dict[str, int | list]:
     """
     The arguments of `forward` that spare a model reading its batch, counted while the batch is still on the CPU.
 
     Args:
-        batch: `input_ids (B, L)` int64, and where there are, `labels (B, L)` and `media_index (B, L)`.
+        batch: `input_ids (B, L)` int64, and where there are, `labels (B, L)`, `media_index (B, L)` and
+            `pixel_attention_mask (B, T, F)`.
         image_token_id: of the model's configuration.
 
     Returns:
-        `label_count`, the labels of the batch that count in a causal loss, and `media_counts`, for each row the media
-        its tokens refer to (OtterHD: its image tokens); each where the batch has what it is counted from.
+        `label_count`, the labels of the batch that count in a causal loss, `media_counts`, for each row the media its
+        tokens refer to (OtterHD: its image tokens), and `frame_counts`, for each row the frames of its media; each
+        where the batch has what it is counted from.
     """
     known = {}
+    if "pixel_attention_mask" in batch:
+        known["frame_counts"] = batch["pixel_attention_mask"].sum(dim=2).tolist()
     if "labels" in batch:
         known["label_count"] = int((batch["labels"][:, 1:] != ignore_index).sum())
     if "media_index" in batch:

@@ -206,6 +206,7 @@ class TrainingReport(TrainerCallback):
         places = supervised.nonzero().flatten().tolist()
         start = max(place for place in places if place - 1 not in places)
         prompt = batch["input_ids"][:, :start].to(self.trainer.args.device)
+        media = {name: tensor.to(prompt.device) for name, tensor in batch.items() if name.startswith("pixel_")}
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()
@@ -213,7 +214,7 @@ class TrainingReport(TrainerCallback):
             output = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                pixel_values=batch["pixel_values"].to(prompt.device),
+                **media,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
             )

@@ -33,8 +33,9 @@ def count_batch(batch: dict) -> dict[str, int]:
     counts["labels"] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     pixels = batch.get("pixel_values")
     if pixels is not None and pixels.ndim == 6:
-        counts["media"] = pixels.shape[0] * pixels.shape[1]
-        counts["pixels"] = pixels.shape[0] * pixels.shape[1] * pixels.shape[2]
+        frames = batch.get("pixel_attention_mask", torch.ones(pixels.shape[:3]))  # (B, T, F)
+        counts["media"] = int(frames.any(dim=2).sum())
+        counts["pixels"] = int(frames.sum())
     return counts
 
 

@@ -57,7 +57,8 @@ class PretrainingCollator:
         processor: of the model.
 
     Returns, when called, a dict of `input_ids`, `attention_mask` and `labels` `(B, L)` int64, padded on the right, and
-    `pixel_values` `(B, T, 1, C, H, W)` float, zero where a row has fewer images.
+    `pixel_values` `(B, T, 1, C, H, W)` float, zero where a row has fewer images, as is `pixel_attention_mask`
+    `(B, T, 1)` int64.
     """
 
     processor: "FlamingoProcessor"
@@ -86,5 +87,5 @@ class PretrainingCollator:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "pixel_values": self.processor.pack_media([[[image] for image in sample.images] for sample in samples]),
+            **self.processor.pack_media([[[image] for image in sample.images] for sample in samples]),
         }

@@ -9,6 +9,7 @@ from transformers.utils import logging
 from ..generation import ImageTextGenerationMixin
 from ..media_attention import batch_first_media
 from ..media_cache import with_media
+from .media_flamingo import check_frame_mask
 
 
 logger = logging.get_logger(__name__)
@@ -37,15 +38,54 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
     """What generation with images needs beyond [`~transformers.GenerationMixin`]."""
 
     @accept_legacy_arguments
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs=None, *args, **kwargs):
         """
-        As in the parent class, with `pixel_values (B, T, F, C, H, W)` and, optionally, `media_index (B, L)` of the
-        prompt; a generated token sees what the last token of the prompt sees.
+        As in the parent class, with `pixel_values (B, T, F, C, H, W)`, `pixel_attention_mask (B, T, F)` and,
+        optionally, `media_index (B, L)` of the prompt; a generated token sees what the last token of the prompt sees.
 
         A chat continued on `past_key_values` may pass the images of the whole conversation, as a processor makes them,
         or only the new ones.
+
+        Raises:
+            ValueError: for media without an `<image>`, as where a prompt was cut, if no `media_index` says who sees
+                them. What `pixel_attention_mask` leaves out is padding. Without it, the media of a row that has fewer
+                `<image>` than others are, and in a call without any mask, as in 2023, all behind those referred to.
         """
-        return super().generate(*args, **kwargs)
+        if kwargs.get("pixel_values") is not None and kwargs.get("media_index") is None:
+            self._refuse_surplus_media(inputs, **kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def _refuse_surplus_media(
+        self,
+        inputs,
+        pixel_values,
+        pixel_attention_mask=None,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        past_key_values=None,
+        **kwargs,
+    ) -> None:
+        input_ids = inputs if input_ids is None else input_ids
+        is_media = self.model._find_media_tokens(input_ids, inputs_embeds)
+        total = is_media.sum(dim=1)  # (B,)
+        seen = getattr(past_key_values, "media_seen", None)
+        new = total if seen is None else total - seen.to(total.device)
+        pixel_values = batch_first_media(pixel_values, len(total))
+        num_media = pixel_values.shape[1]
+        if pixel_attention_mask is not None:
+            given = check_frame_mask(pixel_attention_mask, pixel_values).any(dim=2).sum(dim=1).to(total.device)  # (B,)
+            wrong = (given > total) | ((given > new) & (given < total))
+        else:
+            wanted = total if num_media >= total.max() else new
+            is_used = pixel_values[:, int(wanted.max()) :].any() and (attention_mask is not None or not wanted.any())
+            given, wrong = torch.full_like(total, num_media), torch.full_like(total, bool(is_used)).bool()
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"pixel_values holds {int(given[row])} media for row {row} of the prompt, which has {int(new[row])} "
+                "new `<image>`; pass one for each (was the prompt cut?), or say with media_index who sees them."
+            )
 
     def prepare_inputs_for_generation(
         self,
@@ -56,24 +96,28 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         media_index=None,
         pixel_values=None,
         is_first_iteration=False,
+        pixel_attention_mask=None,
         **kwargs,
     ):
-        """As in the parent class; see `generate` for `media_index` and `pixel_values`."""
+        """As in the parent class; see `generate` for `media_index`, `pixel_values` and `pixel_attention_mask`."""
         if is_first_iteration and pixel_values is not None and past_key_values is not None:
-            pixel_values = self._new_media(input_ids, pixel_values, past_key_values)
+            pixel_values, pixel_attention_mask = self._new_media(
+                input_ids, pixel_values, pixel_attention_mask, past_key_values
+            )
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         # the assistant of assisted decoding gets no first iteration, which is when images are passed on
         # (a static cache counts its tokens in a tensor, which no step shall read)
         if pixel_values is not None and getattr(past_key_values, "media_index", self) is None:
-            inputs["pixel_values"] = pixel_values
+            inputs |= {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
         if media_index is not None:
             # candidates of assisted decoding are not in it yet
             missing = max(0, input_ids.shape[1] - media_index.shape[1])
@@ -82,21 +126,30 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
             inputs["media_index"] = media_index[:, -tokens.shape[1] :]
         return inputs
 
-    def _new_media(self, input_ids, pixel_values, past_key_values) -> torch.Tensor | None:
-        """The media in `pixel_values` that a cache does not hold yet, aligned to the left; see `generate`."""
+    def _new_media(self, input_ids, pixel_values, pixel_attention_mask, past_key_values):
+        """The media that a cache does not hold yet and their mask, aligned to the left; see `generate`."""
         seen = getattr(past_key_values, "media_seen", None)
         if seen is None:
-            return pixel_values
+            return pixel_values, pixel_attention_mask
         pixel_values = batch_first_media(pixel_values, input_ids.shape[0])
-        total = (input_ids == self.config.image_token_id).sum(dim=1)
-        if pixel_values.shape[1] < int(total.max()):
-            return pixel_values  # only the new ones
-        place = torch.arange(pixel_values.shape[1], device=seen.device) + seen[:, None]  # (B, T)
-        rows = torch.arange(place.shape[0], device=seen.device)[:, None]
-        num_new = int((total - seen).max())
+        num_media = pixel_values.shape[1]
+        total = (input_ids == self.config.image_token_id).sum(dim=1)  # (B,)
+        if pixel_attention_mask is None:
+            whole = num_media >= int(total.max())
+        else:
+            whole = bool((pixel_attention_mask.bool().any(dim=2).sum(dim=1) == total).all())
+        if not whole:
+            return pixel_values, pixel_attention_mask  # only the new ones
+        new = total - seen
+        num_new = int(new.max())
         if num_new <= 0:
-            return None
-        return pixel_values[rows, place[:, :num_new].clamp(max=pixel_values.shape[1] - 1)]
+            return None, None
+        place = torch.arange(num_new, device=seen.device)  # (T_new,)
+        rows = torch.arange(len(total), device=seen.device)[:, None]
+        source = (place + seen[:, None]).clamp(max=num_media - 1)  # (B, T_new)
+        if pixel_attention_mask is not None:
+            pixel_attention_mask = pixel_attention_mask[rows, source] * (place < new[:, None])[..., None]
+        return pixel_values[rows, source], pixel_attention_mask
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(

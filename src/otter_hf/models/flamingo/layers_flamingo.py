@@ -1,9 +1,12 @@
 """
 The layers of Flamingo: perceiver resampler, gated cross-attention, and the wrapper around a decoder layer.
 
-Shape legend: N media or blocks of text tokens, c tokens of a block, T media of a row, F frames of one medium, v vision
-tokens of one frame, n latents of one medium, D vision width, H heads, d head width.
+Shape legend: N media or blocks of text tokens, c tokens of a block, T media of a row, F frames of one medium, S frames
+of all media, v vision tokens of one frame, n latents of one medium, D vision width, H heads, d head width.
 """
+
+import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
-from ..host_reads import reads_are_free
+from ..host_reads import numbers_on, reads_are_free
 from ..media_attention import MediaBlocks, MediaSegments, make_media_blocks, make_media_segments
 from ..media_cache import MediaCacheMixin
 from ..mixed_dtypes import in_dtype_of
@@ -25,8 +28,13 @@ _TORCH_ATTENTION = ("sdpa", "varlen_sdpa", "flex_attention")
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """`(N, H, c, d)` queries over `(N, H, n, d)` keys and values -> `(N, c, H, d)`, weights `(N, H, c, n)`."""
+    """
+    `(N, H, c, d)` queries over `(N, H, n, d)` keys and values -> `(N, c, H, d)`, weights `(N, H, c, n)`.
+    `attention_mask`: `(N, 1, 1, n)` bool or None.
+    """
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
     weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -61,7 +69,7 @@ def make_media_groups(
 
 
 class CrossAttention(nn.Module):
-    """Bias-free multi-head attention of queries over the keys and values of one source, without any mask."""
+    """Bias-free multi-head attention of queries over the keys and values of one source."""
 
     is_causal = False
     num_key_value_groups = 1
@@ -77,20 +85,22 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Linear(inner_dim, query_dim, bias=False)
 
     def attend(
-        self, query: torch.Tensor, key_value: torch.Tensor, **flash_kwargs
+        self, query: torch.Tensor, key_value: torch.Tensor, attention_mask: torch.Tensor | None = None, **flash_kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `query (N, c, H*d)`, `key_value (N, n, 2*H*d)` -> `(N, c, H*d)` and, by eager attention only, the weights
-        `(N, H, c, n)`. `flash_kwargs`: as for transformers' flash attention, `cu_seq_lens_q` and so on.
+        `(N, H, c, n)`. `attention_mask (N, 1, 1, n)`: bool, False hides a key; None where there is nothing to hide.
+        `flash_kwargs`: as for transformers' flash attention, `cu_seq_lens_q` and so on.
         """
         states = (query, *key_value.chunk(2, dim=-1))
         query, key, value = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in states)  # (N, H, ., d)
         implementation = self.config._attn_implementation
-        if implementation in _TORCH_ATTENTION:
+        # flash attention knows no mask but that of padding on the left
+        if implementation in _TORCH_ATTENTION or (attention_mask is not None and implementation != "eager"):
             implementation = "varlen_sdpa"
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
-            self, query, key, value, None, scaling=self.scaling, dropout=0.0, is_causal=False, **flash_kwargs
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, is_causal=False, **flash_kwargs
         )
         return output.flatten(2), weights
 
@@ -117,13 +127,50 @@ class PerceiverBlock(GradientCheckpointingLayer, CrossAttention):
         self.norm_latents = nn.LayerNorm(dim)
         self.feed_forward = FeedForward(dim, config.perceiver_ff_mult)
 
-    def forward(self, latents: torch.Tensor, media: torch.Tensor) -> torch.Tensor:
-        """`latents (N, n, D)`, `media (N, F*v, D)` -> `(N, n, D)`."""
+    def forward(
+        self,
+        latents: torch.Tensor,
+        media: torch.Tensor,
+        groups: Sequence[tuple[int, int]],
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        `latents (N, n, D)` -> `(N, n, D)`.
+
+        Args:
+            media: `(S*v, D)`, the tokens of all media, one behind the other.
+            groups: how many media have how many tokens, in order: one attention call for each pair, which needs no
+                mask. All layers run once whatever the groups, as sharded training wants of every rank.
+            attention_mask: `(N, 1, 1, F*v + n)` bool, for a single group.
+        """
         normed = self.norm_latents(latents)
-        source = torch.cat([self.norm_media(media), normed], dim=1)  # (N, F*v + n, D)
-        attended, _ = self.attend(self.to_q(normed), self.to_kv(source))
-        latents = latents + self.to_out(attended)
+        sizes = [size for size, _ in groups]
+        sources = [
+            torch.cat([of_group.unflatten(0, (size, -1)), own], dim=1)  # (size, tokens + n, D)
+            for of_group, own, size in zip(
+                _split(self.norm_media(media), [size * tokens for size, tokens in groups]),
+                _split(normed, sizes),
+                sizes,
+                strict=True,
+            )
+        ]
+        key_value = self.to_kv(_join([source.flatten(0, 1) for source in sources]))  # (S*v + N*n, 2*H*d)
+        key_values = _split(key_value, [len(source) * source.shape[1] for source in sources])
+        attended = [
+            self.attend(query, of_group.unflatten(0, (size, -1)), attention_mask)[0]  # (size, n, H*d)
+            for query, of_group, size in zip(_split(self.to_q(normed), sizes), key_values, sizes, strict=True)
+        ]
+        latents = latents + self.to_out(_join(attended))
         return latents + self.feed_forward(latents)
+
+
+def _split(states: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
+    return (states,) if len(sizes) == 1 else states.split(sizes)
+
+
+def _join(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """As `torch.cat`, which would copy a part that is alone."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class PerceiverResampler(nn.Module):
@@ -142,26 +189,53 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList([PerceiverBlock(config) for _ in range(config.perceiver_depth)])
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        features: torch.Tensor,
+        frame_counts: Sequence[int] | None = None,
+        frame_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
-        `features (N, F, v, D)` -> `(N, n, D)`.
+        Features of N media -> `(N, n, D)`.
+
+        Args:
+            features: `(N, F, v, D)`; or, with `frame_counts`, `(S, v, D)`.
+            frame_counts: the number of frames of each of the N media, whose S frames follow each other in `features`.
+                Media of one length should be next to each other: each run of them is one attention call.
+            frame_mask: `(N, F)` bool, True for frames that are there; the others cost as much and change nothing. Its
+                shapes depend on no value, as a compiled graph needs.
 
         Raises:
             ValueError: for more frames than the model has frame embeddings.
         """
         features = in_dtype_of(self.latents, features)
+        attention_mask = None
+        if frame_counts is None:
+            num_media, longest, num_tokens = features.shape[:3]
+            groups = [(num_media, longest * num_tokens)]
+            if frame_mask is not None:
+                of_token = frame_mask.repeat_interleave(num_tokens, dim=1)  # (N, F*v)
+                attention_mask = nn.functional.pad(of_token, (0, len(self.latents)), value=True)[:, None, None]
+        else:
+            num_media, longest, num_tokens = len(frame_counts), max(frame_counts), features.shape[1]
+            groups = [(len([*run]), count * num_tokens) for count, run in itertools.groupby(frame_counts)]
         if self.frame_embs is not None:
-            num_frames, max_num_frames = features.shape[1], self.frame_embs.shape[0]
-            if num_frames > max_num_frames:
+            max_num_frames = self.frame_embs.shape[0]
+            if longest > max_num_frames:
                 raise ValueError(
-                    f"pixel_values has {num_frames} frames per medium, but the model has embeddings for "
+                    f"pixel_values has {longest} frames per medium, but the model has embeddings for "
                     f"{max_num_frames} (config.max_num_frames); sample at most {max_num_frames} frames."
                 )
-            features = features + self.frame_embs[:num_frames, None]
-        media = features.flatten(1, 2)  # (N, F*v, D)
-        latents = self.latents.expand(media.shape[0], -1, -1)
+            place = slice(longest)
+            if frame_mask is not None:
+                place = (frame_mask.cumsum(dim=1) - 1).clamp(min=0)  # (N, F)
+            elif frame_counts is not None:
+                place = numbers_on(features.device, [i for count in frame_counts for i in range(count)])
+            features = features + self.frame_embs[place].unsqueeze(-2)
+        media = features.reshape(-1, features.shape[-1])  # (S*v, D)
+        latents = self.latents.expand(num_media, -1, -1)
         for layer in self.layers:
-            latents = layer(latents, media)
+            latents = layer(latents, media, groups, attention_mask)
         return self.norm(latents)
 
 

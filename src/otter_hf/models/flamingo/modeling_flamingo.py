@@ -24,10 +24,9 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..decoding_masks import mask_without_reading
-from ..host_reads import numbers_on
 from ..legacy import name_lora_layers
 from ..lm_loss import scale_logits, supervised_loss
-from ..media_attention import batch_first_media, running_media_index
+from ..media_attention import running_media_index
 from ..media_cache import MediaDynamicCache, with_media
 from ..mixed_dtypes import in_dtype_of
 from ..offloading import index_tied_weights
@@ -36,6 +35,7 @@ from .configuration_flamingo import FlamingoConfig
 from .decoders_flamingo import get_decoder_layers, make_language_model, reset_adapters
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
 from .layers_flamingo import PerceiverResampler, make_media_groups
+from .media_flamingo import FlamingoMediaMixin
 
 
 # parameters of a tower that do not reach `last_hidden_state`: frozen, or DDP would wait for their gradients for ever
@@ -177,7 +177,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
-class FlamingoModel(FlamingoPreTrainedModel):
+class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
     """
     The model without a language-modelling head.
 
@@ -223,40 +223,6 @@ class FlamingoModel(FlamingoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
-        """
-        Encode media, each by itself.
-
-        The vision tower's last hidden state feeds the resampler, without its final norm and class token, as in the
-        2023 code (open_clip up to 2.22).
-
-        Args:
-            pixel_values: `(N, F, C, H, W)`, or `(N, C, H, W)` for images.
-            kwargs: handed to the vision tower.
-
-        Returns:
-            the vision tower's output, with `last_hidden_state` of the N*F frames; `pooler_output` is `(N, n, D)`, the
-            latents that text attends to.
-        """
-        if pixel_values.ndim == 4:
-            pixel_values = pixel_values[:, None]
-        num_media = pixel_values.shape[0]
-        outputs = self.vision_tower(pixel_values.flatten(0, 1).to(self.vision_tower.dtype), return_dict=True, **kwargs)
-        features = outputs.last_hidden_state
-        if features.ndim == 4:
-            features = features.flatten(2).transpose(1, 2)  # (N*F, D, h, w) -> (N*F, v, D)
-        elif self.config.vision_feature_select_strategy == "default":
-            features = features[:, 1:]
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.perceiver(features.unflatten(0, (num_media, -1))),
-            hidden_states=outputs.hidden_states,
-            attentions=getattr(outputs, "attentions", None),  # convolutional towers have none
-        )
-
     def _find_media_tokens(self, input_ids, inputs_embeds) -> torch.Tensor:
         """`(B, L)` bool, True at `<image>`; given only embeddings, where they equal that of `<image>`."""
         image_token_id = self.config.image_token_id
@@ -268,55 +234,14 @@ class FlamingoModel(FlamingoPreTrainedModel):
         token = torch.full((), image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _encode_referenced(self, pixel_values: torch.Tensor, num_referenced: list[int] | None) -> torch.Tensor:
-        """
-        `pixel_values (B, T, F, C, H, W)` -> `(B, T, n, D)`; of row `b` only the first `num_referenced[b]` media are
-        encoded, the rest are zeros. None (while compiling, when nothing can be read back) encodes all.
-        """
-        batch_size, num_media = pixel_values.shape[:2]
-        if num_referenced is None or sum(num_referenced) == batch_size * num_media:
-            latents = self.get_image_features(pixel_values.flatten(0, 1), return_dict=True).pooler_output
-            return latents.unflatten(0, (batch_size, num_media))
-        # at least one medium is always encoded: in distributed training every rank must run the same modules
-        places = [(row, i) for row, count in enumerate(num_referenced) for i in range(count)] or [(0, 0)]
-        rows, columns = numbers_on(pixel_values.device, places).unbind(1)
-        latents = self.get_image_features(pixel_values[rows, columns], return_dict=True).pooler_output
-        states = latents.new_zeros(batch_size, num_media, *latents.shape[1:])
-        return states.index_put((rows, columns), latents)
-
-    def _check_media(self, media_index, seen, pixel_values, media_counts: list[int] | None = None) -> list[int]:
-        """
-        How many of its media in `pixel_values` each row refers to, which is read from the device unless `media_counts`
-        says it. Raises ValueError where they are too few.
-        """
-        referenced = media_counts
-        # replicas of one process get a part of the rows, but all of the numbers
-        if seen is not None or referenced is None or len(referenced) != media_index.shape[0]:
-            referenced = media_index.amax(dim=1) if seen is None else (media_index.amax(dim=1) - seen).clamp(min=0)
-            referenced = referenced.tolist()
-        num_media = 0 if pixel_values is None else pixel_values.shape[1]
-        row = max(range(len(referenced)), key=referenced.__getitem__)
-        if referenced[row] > num_media:
-            raise ValueError(
-                f"input_ids row {row} refers to {referenced[row]} new media, but pixel_values holds {num_media} per "
-                "row; pass one image per `<image>` token."
-            )
-        return referenced
+    def _is_decoding_step(self, seen: torch.Tensor | None, length: int) -> bool:
+        return (
+            seen is not None and length == 1 and self.device.type in ("cpu", "cuda") and not is_torchdynamo_compiling()
+        )
 
     def _compute_dtype(self) -> torch.dtype:
         device_type = self.device.type
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.dtype
-
-    def _blank_media(self, media_index: torch.Tensor) -> torch.Tensor:
-        """
-        One black medium per row that no token sees. A training step without any image runs the same modules as the
-        others all the same, with gradients of 0: ranks of a distributed run would wait for each other for ever.
-        """
-        config = self.config.vision_config
-        size = getattr(config, "image_size", 224)  # convolutional towers take any
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        shape = (media_index.shape[0], 1, 1, config.num_channels, height, width)
-        return torch.zeros(shape, device=media_index.device)
 
     @can_return_tuple
     @accept_legacy_arguments
@@ -332,13 +257,16 @@ class FlamingoModel(FlamingoPreTrainedModel):
         media_index: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         media_counts: list[int] | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        frame_counts: list[list[int]] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoModelOutputWithPast:
         """
         Args:
             input_ids: `(B, L)`.
             pixel_values: `(B, T, F, C, H, W)`, also `(B, T, C, H, W)` and `(B, C, H, W)`; medium `i` of a row
-                belongs to its `i`-th `<image>` in `input_ids`. Rows with fewer media are padded, with anything finite.
+                belongs to its `i`-th `<image>` in `input_ids`. Rows with fewer media and media with fewer frames are
+                padded at the end, with anything finite.
             attention_mask: `(B, L)`, 1 for tokens, 0 for padding (left or right).
             position_ids: `(B, L)`.
             past_key_values: a cache from an earlier call; it holds the images seen so far, and `pixel_values` then
@@ -347,11 +275,15 @@ class FlamingoModel(FlamingoPreTrainedModel):
             media_index: `(B, L)` int64, the 1-based medium each token sees, 0 for none. By default the last `<image>`
                 at or before the token.
             use_cache: whether to return a cache; `config.use_cache` by default.
-            media_counts: how many media the tokens of each row refer to, if there is no cache; see `known_on_host`.
+            pixel_attention_mask: `(B, T, F)`, 1 for frames, 0 for padding; by default all are frames. Padding is
+                neither encoded nor seen (a compiled graph encodes it, and hides it then).
+            media_counts, frame_counts: how many media the tokens of each row refer to, if there is no cache, and how
+                many frames each medium has in the mask; see `known_on_host`.
             kwargs: handed to the text model.
 
         Raises:
-            ValueError: if media and `<image>` tokens do not fit together, or not exactly one of `input_ids` and
+            ValueError: if media and `<image>` tokens do not fit together (without `pixel_attention_mask` media behind
+                those that a row refers to are taken for padding), or not exactly one of `input_ids` and
                 `inputs_embeds` is given.
             RuntimeError: for a single `<image>` on top of a cache without `pixel_values`; on CUDA by a device-side
                 assertion, as decoding steps are not waited for.
@@ -372,23 +304,25 @@ class FlamingoModel(FlamingoPreTrainedModel):
                 f"media_index has shape {tuple(media_index.shape)}; expected {tuple(shape)}, one number per token."
             )
 
-        if pixel_values is not None:
-            pixel_values = batch_first_media(pixel_values, media_index.shape[0])
-        elif self.training and seen is None:
-            pixel_values = self._blank_media(media_index)
-        referenced = None
-        if is_torchdynamo_compiling():
-            pass  # nothing can be read
-        elif pixel_values is None and seen is not None and shape[1] == 1 and self.device.type in ("cpu", "cuda"):
-            # a decoding step: the device looks for itself, and nobody waits for it (others cannot)
+        if pixel_values is None and self._is_decoding_step(seen, shape[1]):
+            # the device looks for itself, and nobody waits for it (others cannot)
             torch._assert_async(
                 (media_index.amax(dim=1) <= cache.num_media).all(),
                 "input_ids holds an image token on top of a cache, but no pixel_values; pass one image per `<image>`.",
             )
+            vision_states = None
         else:
-            referenced = self._check_media(media_index, seen, pixel_values, media_counts)
-        vision_states = None if pixel_values is None else self._encode_referenced(pixel_values, referenced)
-        num_media = (0 if cache is None else cache.num_media) + (0 if pixel_values is None else pixel_values.shape[1])
+            vision_states = self._encode_media(
+                pixel_values,
+                pixel_attention_mask,
+                media_index if seen is None else (media_index - seen[:, None]).clamp(min=0),  # (B, L)
+                explicit=not in_order,
+                blank=self.training and seen is None,
+                known=None if seen is not None else (media_counts, frame_counts),
+            )
+        num_media = 0 if cache is None else cache.num_media
+        if vision_states is not None:
+            num_media += vision_states.shape[1]
 
         # the text model does not see the outer configuration, only arguments
         for name in ("output_attentions", "output_hidden_states"):
@@ -449,10 +383,13 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
         self.lm_head = new_embeddings
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """See [`FlamingoModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, pixel_attention_mask, **kwargs)
 
     @can_return_tuple
     @accept_legacy_arguments
@@ -470,6 +407,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         label_count: int | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoCausalLMOutputWithPast:
         """
@@ -501,6 +439,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
             inputs_embeds=inputs_embeds,
             media_index=media_index,
             use_cache=use_cache,
+            pixel_attention_mask=pixel_attention_mask,
             **kwargs,
         )
         if skip_logits is None:

@@ -21,8 +21,9 @@ class FlamingoProcessor(ChatProcessorMixin):
     A tokenizer that knows `<image>` and `<|endofchunk|>`, and an image processor.
 
     Every `<image>` in a text stands for one medium: an image, or a video given as frames. The output holds
-    `input_ids (B, L)`, `attention_mask (B, L)` and `pixel_values (B, T, F, C, H, W)`, where T is the largest number of
-    media of a text and F the largest number of frames of a medium; rows with fewer are padded with zeros.
+    `input_ids (B, L)`, `attention_mask (B, L)`, `pixel_values (B, T, F, C, H, W)`, where T is the largest number of
+    media of a text and F the largest number of frames of a medium, and `pixel_attention_mask (B, T, F)`; what has
+    fewer is padded with zeros, and the mask is 0 there. Without it a model takes zeros for black frames.
 
     Args:
         image_processor: any image processor returning `pixel_values` of one size.
@@ -173,7 +174,7 @@ class FlamingoProcessor(ChatProcessorMixin):
                     ]
                 )
             self.check_media_counts(counts, [len(row_media) for row_media in media])
-            data["pixel_values"] = self.pack_media(media, **merged["images_kwargs"])
+            data |= self.pack_media(media, **merged["images_kwargs"])
         elif counts is not None:
             self.check_media_counts(counts, [0] * len(counts))
         return BatchFeature(data, tensor_type=return_tensors)
@@ -231,7 +232,7 @@ class FlamingoProcessor(ChatProcessorMixin):
                     f"exactly one per {self.image_token}, in their order."
                 )
 
-    def pack_media(self, media: list[list[list[Image.Image]]], **images_kwargs) -> torch.Tensor:
+    def pack_media(self, media: list[list[list[Image.Image]]], **images_kwargs) -> dict[str, torch.Tensor]:
         """
         Preprocess nested media and lay them out batch first.
 
@@ -240,9 +241,10 @@ class FlamingoProcessor(ChatProcessorMixin):
             images_kwargs: for the image processor.
 
         Returns:
-            `pixel_values (B, T, F, C, H, W)` float32, zero where a row has fewer media or a medium fewer frames. With
-            no medium at all it is one zero image per row: in distributed training every rank must run the same
-            modules, and the model encodes but never shows an image that no token refers to.
+            `pixel_values (B, T, F, C, H, W)` float32, zero where a row has fewer media or a medium fewer frames, and
+            `pixel_attention_mask (B, T, F)` int64, 1 for frames, 0 for padding. With no medium at all it is one zero
+            image per row: in distributed training every rank must run the same modules, and the model encodes but
+            never shows an image that no token refers to.
         """
         frames = [frame for row in media for medium in row for frame in medium]
         shape = (len(media), max(map(len, media), default=0), max((len(m) for row in media for m in row), default=0))
@@ -251,12 +253,14 @@ class FlamingoProcessor(ChatProcessorMixin):
         images_kwargs["return_tensors"] = "pt"
         pixels = self.image_processor(images=frames, **images_kwargs)["pixel_values"]  # (N, C, H, W)
         packed = pixels.new_zeros(*shape, *pixels.shape[1:])
+        mask = torch.zeros(shape, dtype=torch.int64)  # (B, T, F)
         next_frame = iter(pixels)
         for i, row in enumerate(media):
             for j, medium in enumerate(row):
+                mask[i, j, : len(medium)] = 1
                 for k in range(len(medium)):
                     packed[i, j, k] = next(next_frame)
-        return packed
+        return {"pixel_values": packed, "pixel_attention_mask": mask}
 
     def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs) -> list[str]:
         """
@@ -281,7 +285,7 @@ class FlamingoProcessor(ChatProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values"]
+        return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"]
 
 
 def _is_image(item) -> bool:
