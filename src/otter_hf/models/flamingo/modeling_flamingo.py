@@ -241,7 +241,10 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
 
     def _compute_dtype(self) -> torch.dtype:
         device_type = self.device.type
-        return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else self.dtype
+        # weights that are offloaded are on the meta device, which knows no autocast
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
+        return self.dtype
 
     @can_return_tuple
     @accept_legacy_arguments
