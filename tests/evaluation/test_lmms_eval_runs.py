@@ -11,6 +11,7 @@ import yaml
 from benchmark_rows import endpoint, run_two_processes, write_parquet
 
 from otter_hf.cli import main
+from otter_hf.evaluation import run
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
@@ -362,6 +363,17 @@ def test_what_cannot_be_run_is_one_sentence(dataset, message, otter_folder, data
     assert main(["eval", str(path)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and "sk-secret" not in error
+
+
+def test_a_filelock_that_lmms_eval_cannot_use_is_named(otter_folder, data, tmp_path, capsys, no_key, monkeypatch):
+    """filelock 4 has no `filelock._api`, which lmms-eval 0.7.3 imports when a run starts."""
+    find = run.find_spec
+    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "filelock._api" else find(name))
+    dataset = {"name": "pope", "data_path": data("pope")}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"models": [str(otter_folder)], "datasets": [dataset], "output": str(tmp_path)}))
+    assert main(["eval", str(path)]) == 2
+    assert "pip install 'filelock<4'" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_missing_column_is_named(otter_folder, tmp_path, capsys, no_key):

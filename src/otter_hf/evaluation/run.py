@@ -4,6 +4,8 @@ import gc
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -212,10 +214,13 @@ def _file_name(name: str) -> str:
 
 
 def _require_lmms_eval() -> None:
+    install = "pip install -c constraints.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
     try:
         import lmms_eval.evaluator  # noqa: F401
     except ImportError as error:
+        raise ValueError(f"otter-hf eval needs lmms-eval ({error}): {install}") from error
+    # lmms-eval 0.7.3 imports it when a run starts, and would end in a traceback
+    if find_spec("filelock._api") is None:
         raise ValueError(
-            f"otter-hf eval needs lmms-eval ({error}): pip install 'otter-hf[eval]' && pip install --no-deps "
-            "lmms-eval==0.7.3"
-        ) from error
+            f"lmms-eval does not work with filelock {version('filelock')}: pip install 'filelock<4' (3.32.7 was tried)."
+        )
