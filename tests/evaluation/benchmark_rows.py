@@ -189,6 +189,6 @@ def endpoint(reply):
 def run_two_processes(config: Path) -> None:
     """`otter-hf eval` by two processes on the CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "HF_HOME": str(config.parent / "home"), "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "HF_HOME": str(config.parent / "home"), "CUDA_VISIBLE_DEVICES": ""}
     command += ["-m", "otter_hf.cli", "eval", str(config)]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=900)

@@ -44,7 +44,8 @@ def test_the_form_of_2023(load):
     assert idefics.batch_size == 8
     assert gpt4v.path is None and gpt4v.model == "gpt-4-vision-preview"
     magnifierbench, mmvet = config.datasets
-    assert magnifierbench.prompts == {"prompt": "Answer."} and magnifierbench.limit == 5
+    # debug meant to save the replies, which are saved anyway
+    assert magnifierbench.prompts == {"prompt": "Answer."} and magnifierbench.limit is None
     assert mmvet.judge == "gpt-4-0613" and mmvet.options == {"num_run": 5}
     assert str(config.output) == "logs/evaluation"
 
@@ -58,7 +59,7 @@ def test_the_plain_form(load):
           - {endpoint: "http://localhost:8000/v1", model: served}
         datasets: [mme, {name: coco, train: a.parquet, test: b.parquet, shots: [0, 4]}, textvqa_val]
         limit: 100
-        judge: {model: gpt-5, max_retries: 1}
+        judge: {model: gpt-5, max_retries: 1, options: {reasoning_effort: low}}
         """
     )
     first, mine, served = config.models
@@ -69,7 +70,7 @@ def test_the_plain_form(load):
     assert mme.tasks == ("otter_mme",) and mme.limit == 100 and mme.judge == "gpt-5"
     assert coco.fewshot["shots"] == [0, 4] and coco.fewshot["num_samples"] == 100
     assert builtin.tasks == ("textvqa_val",)
-    assert config.judge_retries == 1
+    assert config.judge_retries == 1 and config.judge_options == {"reasoning_effort": "low"}
 
 
 MODELS = {"models": ["a/b"]}
@@ -89,6 +90,11 @@ MODELS = {"models": ["a/b"]}
         ({**MODELS, "datasets": ["mme", "mme"]}, "Two datasets are called 'mme'"),
         ({**MODELS, "datasets": [{"name": "coco", "train": "x"}]}, "needs `test`"),
         ({**MODELS, "datasets": [{"name": "textvqa_val", "data_path": "x"}]}, "whose `data_path` is fixed"),
+        ({**MODELS, "datasets": [{"name": "seedbench", "likelihood": "max"}]}, "use mean or sum"),
+        (
+            {**MODELS, "datasets": [{"name": "vqav2", "train": "a", "test": "b", "normaliser": "x"}]},
+            "official or evalai",
+        ),
         ({"models": [{"name": "unheard_of"}], "datasets": ["mme"]}, "needs a `path`"),
         ({"models": [{"name": "video_chat"}], "datasets": ["mme"]}, "not part of this package"),
         ({"models": [{"endpoint": "http://x"}], "datasets": ["mme"]}, "needs `model`"),

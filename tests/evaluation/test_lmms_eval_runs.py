@@ -239,11 +239,11 @@ def test_the_yaml_of_2023(otter_folder, otterhd_folder, evaluate, data, no_key, 
     }
     results = evaluate(config)
     assert list(results) == ["otter_image", "otterhd"]
-    # no key: no free form; the row with two pictures is left out; debug takes five rows
+    # no key: no free form; the row with two pictures is left out; debug leaves none out
     assert "freeform_accuracy" not in results["otterhd"]["magnifierbench"]
     assert results["otterhd"]["magnifierbench"]["questions"] == 3
     lines = (tmp_path / "out" / "otterhd" / "otter_pope.samples.jsonl").read_text().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 12
     first = (tmp_path / "out" / "otterhd" / "otter_magnifierbench.samples.jsonl").read_text().splitlines()[0]
     assert json.loads(first)["prompt"].startswith("Answer with the letter. What is animal 0?")
 

@@ -11,6 +11,7 @@ from otter_hf.evaluation.scoring import (
     mmvet,
     pope,
     ranking,
+    replies,
     scienceqa,
     seedbench,
     vqa,
@@ -130,7 +131,19 @@ def test_mme_leaves_out_an_image_that_a_limit_cut():
         ("There is not a dog", "no"),
         ("I see. No dog", "yes"),  # only the first sentence counts
         ("Nothing here", "yes"),  # the official rule looks for whole words
-        ("", "yes"),
+        ("No!", "no"),
+        ("**No**", "no"),
+        ('"NO"', "no"),
+        ("No\n\nThe picture shows a cat", "no"),
+        ("No—none", "no"),
+        ("1. ", "yes"),
+        ("<think>There is no dog? Yes there is.</think>Yes", "yes"),
+        ("so no.</think>\n\nNo", "no"),
+        ("", "other"),
+        ("<think>no", "other"),
+        ("[LMMS_EVAL_REQUEST_FAILED after 5 retries] no", "other"),
+        ("I'm sorry, I can't assist with that.", "other"),
+        ("I cannot see a dog", "yes"),  # no refusal; the official rule
     ],
 )
 def test_pope_reads_by_the_official_rule(reply, answer):
@@ -149,6 +162,35 @@ def test_pope_figures():
     assert score["recall"] == pytest.approx(200 / 3) and score["f1"] == pytest.approx(400 / 7)
     assert score["yes_ratio"] == pytest.approx(400 / 6) and score["gold_yes_ratio"] == 50.0
     assert score["random/f1"] == 80.0 and score["popular/f1"] == 0.0 and score["mean_f1"] == 40.0
+
+
+def test_ten_failed_requests_are_no_half():
+    failed = pope.parse_answer("[LMMS_EVAL_REQUEST_FAILED after 5 retries] Connection error.")
+    records = [{"prediction": failed, "answer": a, "category": "random"} for a in ["yes"] * 5 + ["no"] * 5]
+    score = pope.score(records)
+    assert score["accuracy"] == score["f1"] == score["yes_ratio"] == 0.0 and score["unparsed"] == 10
+
+
+def test_what_is_no_answer_is_counted_by_its_reason():
+    said = [
+        "yes",
+        "",
+        "<think>hm",
+        "[LMMS_EVAL_REQUEST_FAILED after 5] x",
+        "I'm unable to answer this.",
+        (1.0, True, 2),
+    ]
+    assert replies.count_fates(said) == {"failed_requests": 1, "empty_replies": 2, "refusals": 1}
+    for refusal in ("Sorry, I can't help with images of people yet.", "As an AI model, I cannot identify people."):
+        assert replies.fate(refusal) == "refused"
+    for answer in (
+        "I can't see any dog",
+        "Sorry, no.",
+        "Unfortunately, B is wrong; A",
+        "I cannot tell them apart: yes",
+    ):
+        assert replies.fate(answer) in ("answered", "refused")
+    assert replies.fate("I can't see any dog") == replies.fate("Sorry, no.") == "answered"
 
 
 def test_mmbench_counts_a_question_only_if_every_turn_is_right():
@@ -234,8 +276,21 @@ def test_mmvet_averages_over_rows_runs_and_capabilities():
     assert score["capabilities/rec"] == 25.0 and score["capabilities/math_rec"] == 50.0
 
 
-def test_mmvet_prompt_puts_spaces_around_and():
-    assert mmvet.grading_prompt("T\n", "q", "2<AND>3", "r") == "T\nq | 2 <AND> 3 | r | "
+def test_mmvet_prompt_is_its_own_code_s():
+    assert mmvet.grading_prompt("T\n", "q", "2<AND>3", "<think>x</think>r") == "T\n\nq | 2 <AND> 3 | r | "
+    assert mmvet.parse_grade("<think>0.1?</think>0.5 or so") == 0.5
+
+
+def test_magnifierbench_asks_its_judge_what_2023_asked():
+    system, user = magnifierbench.judge_messages("What is it?", "<think>cat</think>A dog", "dog")
+    assert system["content"] == (
+        "You are a helpful AI assistant. Your task is to judge whether the model response is correct to answer the "
+        "given question or not."
+    )
+    assert user["content"] == (
+        "Question: What is it?\nModel Response: A dog\nGround Truth: dog\nWill the model response be considered "
+        "correct? You should only answer yes or no."
+    )
 
 
 CHOICE = {"question_type": "multi_choice", "answer_type": "text", "choices": ["long", "short"], "precision": None}
@@ -264,12 +319,27 @@ def test_mathvista_extracts_what_needs_no_judge():
     assert mathvista.extract_directly("short", CHOICE) == "short"
     assert mathvista.extract_directly("2", WHOLE) == "2" and mathvista.extract_directly("1.5", NUMBER) == "1.5"
     assert mathvista.extract_directly("about 2", WHOLE) is None
+    for reply in ("B", "(B)", "b.", "(B) short", "short.", "<think>A?</think>B"):
+        assert mathvista.extract_directly(reply, CHOICE) == "short"
+    assert mathvista.extract_directly("B, as it ends early", CHOICE) is None  # the judge's to read
+    assert mathvista.choice_in_prose("B, as it ends early", CHOICE) == "short"
+    for reply in ("3.", "3.0", "3", " 3 "):
+        assert mathvista.extract_directly(reply, WHOLE) == "3"
+    assert mathvista.extract_directly("1,234", WHOLE) == "1234"
+    assert mathvista.extract_directly("3.7", WHOLE) is None
     assert mathvista.extract_directly('The answer is "2".', WHOLE, quick=True) == "2"
 
 
 def test_mathvista_query_and_scores():
-    query = mathvista.build_query({**CHOICE, "question": "Which?", "unit": "cm"})
-    assert query.splitlines()[1:] == ["Question: Which? (Unit: cm)", "Choices:", "(A) long", "(B) short", "Solution:"]
+    row = {**CHOICE, "question": "Which?", "unit": "cm"}
+    hint = "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end."
+    lines = ["Question: Which? (Unit: cm)", "Choices:", "(A) long", "(B) short"]
+    # as query.json of the data has it; build_query.py has another order
+    assert mathvista.build_query(row) == "\n".join([hint, *lines])
+    assert mathvista.build_query(row, "solution") == "\n".join([*lines, hint, "Solution:"])
+    assert mathvista.build_query({**row, "query": "as published\n"}) == "as published\n"
+    with pytest.raises(ValueError, match="shot_type must be solution"):
+        mathvista.build_query(row, "code")
     with pytest.raises(ValueError, match="answer_type 'date'"):
         mathvista.build_query({**NUMBER, "answer_type": "date", "question": "When?"})
     records = [
@@ -284,6 +354,8 @@ def test_mathvista_query_and_scores():
         "skills/a": 50.0,
         "skills/b": 100.0,
     }
+    hidden = [{**record, "answer": ""} for record in records]  # the test split
+    assert mathvista.score(hidden) == {"extraction_failures": 1, "questions": 2}
 
 
 @pytest.mark.parametrize(("agreeing", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
@@ -297,6 +369,14 @@ def test_vqa_answers_are_normalised_as_the_official_code_does():
     normalise = vqa.answer_normaliser()
     assert vqa.accuracy("The two dogs!", ["2 dogs"] * 10, normalise) == 1.0
     assert vqa.clean_reply("dog, cat Question") == "dog"
+    assert vqa.clean_reply("<think>A dog, or</think>cat") == "cat"
+    assert vqa.clean_reply("[LMMS_EVAL_REQUEST_FAILED after 5] x") == ""
+    # the authors' code and the challenge server's differ in commas
+    assert normalise("red,blue") == "red blue" and vqa.answer_normaliser("evalai")("red,blue") == "redblue"
+    assert normalise("1,000") == "1000"
+    assert vqa.accuracy("", [""] * 10, normalise) == 0.0
+    with pytest.raises(ValueError, match="official, evalai"):
+        vqa.answer_normaliser("other")
 
 
 def test_cider_is_largest_for_the_references_and_says_its_tokenizer(monkeypatch):
@@ -312,6 +392,35 @@ def test_cider_is_largest_for_the_references_and_says_its_tokenizer(monkeypatch)
     same = score("A dog runs in the park.", "two red cars")
     assert same["tokenizer"] == "python" and same["images"] == 2
     assert same["cider"] > score("a dog in the park", "two cars")["cider"] > score("xyz", "abc")["cider"] == 0.0
+
+
+@pytest.mark.parametrize("tokenizer", ["PTB", "python"])
+def test_an_odd_character_in_a_caption_shifts_no_other(tokenizer, monkeypatch):
+    """The Java tokenizer takes captions by the line, and these all end one."""
+    import shutil
+
+    pytest.importorskip("pycocoevalcap")
+    if tokenizer == "python":
+        monkeypatch.setattr("shutil.which", lambda name: None)
+    elif shutil.which("java") is None:
+        pytest.skip("java is not installed")
+    texts = ["a dog runs in the park", "two red cars on a road", "a cat on the mat", "a man rides a horse"]
+
+    def score(odd: str) -> dict:
+        return captions.score(
+            [
+                {
+                    "id": i,
+                    "caption": text.replace(" ", odd, 1),
+                    "references": [f"{text} today", text.replace(" ", odd)],
+                }
+                for i, text in enumerate(texts)
+            ]
+        )
+
+    clean = score(" ")
+    assert clean["tokenizer"] == tokenizer and clean["cider"] > 100
+    assert score("\r\f\u2028\x85\x0b\n\x00") == clean
 
 
 def test_our_tokenizer_agrees_with_the_official_one_where_java_is():
@@ -338,5 +447,6 @@ def test_ranking_and_the_area_under_the_curve():
     rows = [([-1.0, -5.0], 0), ([-1.0, -1.5], 1), ([-4.0, -3.0], 1), ([-2.0, -1.8], 0)]
     score = ranking.score_binary([{"log_likelihoods": pair, "label": label} for pair, label in rows])
     assert score == {"roc_auc": 75.0, "accuracy": 50.0, "questions": 4}
+    assert (ranking.likelihood(-6.0, 3, "sum"), ranking.likelihood(-6.0, 3, "mean")) == (-6.0, -2.0)
     many = ranking.score([{"log_likelihoods": [-3.0, -1.0, -2.0], "label": 2}])
     assert many == {"top1_accuracy": 0.0, "top5_accuracy": 100.0, "questions": 1}

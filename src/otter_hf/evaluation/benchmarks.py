@@ -8,14 +8,15 @@ import ast
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from transformers.utils import logging
 
 from ..pictures import read_image
 from .judge import Judge, lmms_eval_constant
-from .scoring import magnifierbench, mathvista, mmbench, mme, mmvet, pope, scienceqa, seedbench
+from .scoring import magnifierbench, mathvista, mmbench, mme, mmvet, pope, ranking, scienceqa, seedbench
 from .scoring.choices import parse_choice
+from .scoring.replies import fate, is_answered, read_reply
 
 
 logger = logging.get_logger(__name__)
@@ -34,12 +35,16 @@ class Options:
         legacy_parse: read MagnifierBench's letters as the 2023 code did.
         num_run: times MM-Vet's judge grades each reply.
         quick_extract: MathVista: take what stands in `The answer is ".."`.
+        shot_type: MathVista: the form its question was asked in, see [`~otter_hf.evaluation.scoring.mathvista`].
+        likelihood: SEED-Bench: rank options by `mean` or `sum` of their tokens' losses, over what the task says.
     """
 
     judge: Judge | None = None
     legacy_parse: bool = False
     num_run: int = 1
     quick_extract: bool = False
+    shot_type: str | None = None
+    likelihood: str | None = None
 
 
 @lru_cache(maxsize=1)
@@ -101,9 +106,10 @@ def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Op
     """What the judge says about the reply."""
     asked, choices = magnifierbench.split_instruction(row["instruction"])
     truth = choices[row["answer"].strip()]
-    said = _require(options.judge, "MagnifierBench in free form").ask(
-        magnifierbench.judge_messages(asked, replies[0], truth)
-    )
+    judge = _require(options.judge, "MagnifierBench in free form")
+    if fate(replies[0]) in ("failed", "empty"):
+        return {"id": _id(row), "truth": truth, "judge": None, "verdict": "no"}
+    said = judge.ask(magnifierbench.judge_messages(asked, replies[0], truth))
     verdict = "failed" if said is None else magnifierbench.parse_verdict(said)
     return {"id": _id(row), "truth": truth, "judge": said, "verdict": verdict}
 
@@ -153,7 +159,7 @@ def mmbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
         "category": row.get("category"),
         "prediction": parse_choice(replies[0], mmbench.options_of(row)),
         "answer": row.get("answer"),
-        "row": {**table_row, "prediction": replies[0]},
+        "row": {**table_row, "prediction": "" if fate(replies[0]) == "failed" else read_reply(replies[0])},
     }
 
 
@@ -212,10 +218,13 @@ def seedbench_target(row: Mapping) -> int:
     return "ABCD".index(row["answer"])
 
 
-def seedbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
+def seedbench_record(row: Mapping, replies: list, options: Options, likelihood: str = "mean") -> dict:
     """The option of the smallest loss."""
-    # lmms-eval hands numbers on as text
-    losses = [ast.literal_eval(reply)[0] if isinstance(reply, str) else reply[0] for reply in replies]
+    # lmms-eval hands tuples on as text
+    scored = [ast.literal_eval(reply) if isinstance(reply, str) else reply for reply in replies]
+    losses = [
+        ranking.likelihood(loss * tokens, tokens, options.likelihood or likelihood) for loss, _, tokens in scored
+    ]
     return {
         "question_id": row.get("question_id"),
         "losses": losses,
@@ -231,25 +240,27 @@ def seedbench_record(row: Mapping, replies: list[str], options: Options) -> dict
 def mmvet_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """The judge's grades."""
     judge = _require(options.judge, "MM-Vet")
-    table = lmms_eval_constant("tasks.mmvet.utils", "MM_VET_PROMPT")
+    # the copy in lmms-eval 0.7.3 has lost an empty line and a word to a search and replace
+    table = lmms_eval_constant("tasks.mmvet.utils", "MM_VET_PROMPT").replace("\ngpt_query_prompt |", "\n\nQuestion |")
     prompt = mmvet.grading_prompt(table, question(row), row["answer"], replies[0])
     capabilities = row["capability"]
     if isinstance(capabilities, str):
         capabilities = [name.strip() for name in capabilities.split(",")]
-    grades = [_grade(judge, prompt, run) for run in range(options.num_run)]
+    unanswered = fate(replies[0]) in ("failed", "empty")
+    grades = [0.0 if unanswered else _grade(judge, prompt, run) for run in range(options.num_run)]
     return {"id": _id(row), "capabilities": list(capabilities), "grades": grades}
 
 
 def _grade(judge: Judge, prompt: str, run: int) -> float | None:
-    """As MM-Vet does: ask again, warmer and more plainly, when the reply is no grade."""
-    for attempt in range(5):
-        said = judge.ask([{"role": "user", "content": prompt}], temperature=0.5 * attempt, max_tokens=3, run=run)
+    """As MM-Vet does: ask again more plainly, then warmer, when the reply is no grade."""
+    for temperature in (None, 0.0, 0.5, 1.0, 1.5):
+        plain = "" if temperature is None else "\nPredict the correctness of the answer (digit): "
+        messages = [{"role": "user", "content": prompt + plain}]
+        said = judge.ask(messages, temperature=temperature or 0.0, max_tokens=3, run=run)
         if said is None:
             return None
         if (grade := mmvet.parse_grade(said)) is not None:
             return grade
-        if attempt == 0:
-            prompt += "\nPredict the correctness of the answer (digit): "
     return None
 
 
@@ -257,17 +268,21 @@ def _grade(judge: Judge, prompt: str, run: int) -> float | None:
 
 
 def mathvista_question(row: Mapping, prompts: Mapping | None = None) -> str:
-    """MathVista's query."""
-    return mathvista.build_query(row)
+    """MathVista's query, in the form `shot_type` where there is one."""
+    return mathvista.build_query(row, (prompts or {}).get("shot_type"))
 
 
 def mathvista_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """The extracted and normalised answer."""
     extraction = mathvista.extract_directly(replies[0], row, options.quick_extract)
-    if not extraction and replies[0].strip() and options.judge:
-        examples = lmms_eval_constant("tasks.mathvista.mathvista_evals", "DEMO_PROMPT")
-        prompt = mathvista.extraction_prompt(examples, mathvista.build_query(row), replies[0])
-        extraction = options.judge.ask([{"role": "user", "content": prompt}])
+    if not extraction and is_answered(replies[0]):
+        if options.judge:
+            examples = lmms_eval_constant("tasks.mathvista.mathvista_evals", "DEMO_PROMPT")
+            query = mathvista.build_query(row, options.shot_type)
+            prompt = mathvista.extraction_prompt(examples, query, replies[0])
+            extraction = options.judge.ask([{"role": "user", "content": prompt}])
+        else:
+            extraction = mathvista.choice_in_prose(replies[0], row)
     metadata = row.get("metadata") or {}
     metadata = ast.literal_eval(metadata) if isinstance(metadata, str) else metadata
     kinds = {kind: row[kind] for kind in ("question_type", "answer_type")}
@@ -276,7 +291,7 @@ def mathvista_record(row: Mapping, replies: list[str], options: Options) -> dict
         "id": _id(row),
         "extraction": extraction,
         "prediction": mathvista.normalise(extraction, row) if extraction else None,
-        "answer": row["answer"],
+        "answer": row.get("answer"),
         "failed": not extraction,
         "kinds": kinds,
     }
@@ -307,9 +322,27 @@ BENCHMARKS = {
     "otter_mmbench": Benchmark(mmbench_record, mmbench.score, ("circular_accuracy",)),
     "otter_scienceqa": Benchmark(scienceqa_record, scienceqa.score, ("accuracy", "image_accuracy")),
     "otter_seedbench_ppl": Benchmark(seedbench_record, seedbench.score, ("accuracy",)),
-    "otter_seedbench_ppl_official": Benchmark(seedbench_record, seedbench.score, ("accuracy",)),
+    "otter_seedbench_ppl_official": Benchmark(
+        partial(seedbench_record, likelihood="sum"), seedbench.score, ("accuracy",)
+    ),
     "otter_mmvet": Benchmark(mmvet_record, mmvet.score, ("total",)),
     "otter_mathvista": Benchmark(mathvista_record, mathvista.score, ("accuracy",)),
+}
+
+
+# what a benchmark's rows must have; several names of one thing are joined by "or"
+_PICTURE, _QUESTION = "image or images", "question or instruction"
+_SEED = (_QUESTION, "choice_a", "choice_b", "choice_c", "choice_d", "answer", _PICTURE)
+COLUMNS = {
+    "magnifierbench": ("instruction", "answer", "images"),
+    "mme": (_QUESTION, "answer", "category or image_ids", _PICTURE),
+    "pope": (_QUESTION, "answer", "category", _PICTURE),
+    "mmbench": ("index", "question", "A", "B", _PICTURE),
+    "scienceqa": ("question", "choices", "answer", "image"),
+    "seedbench": _SEED,
+    "seedbench_official": _SEED,
+    "mmvet": (_QUESTION, "answer", "capability", _PICTURE),
+    "mathvista": ("question", "question_type", "answer_type", "image or images or decoded_image"),
 }
 
 
@@ -340,5 +373,6 @@ pope_results, pope_accuracy, pope_f1, pope_yes_ratio = _functions("otter_pope")
 mmbench_results, mmbench_circular_accuracy = _functions("otter_mmbench")
 scienceqa_results, scienceqa_accuracy, scienceqa_image_accuracy = _functions("otter_scienceqa")
 seedbench_results, seedbench_accuracy = _functions("otter_seedbench_ppl")
+seedbench_official_results, _ = _functions("otter_seedbench_ppl_official")
 mmvet_results, mmvet_total = _functions("otter_mmvet")
 mathvista_results, mathvista_accuracy = _functions("otter_mathvista")

@@ -9,6 +9,8 @@ import yaml
 from transformers.utils import logging
 
 from .benchmarks import DEFAULT_JUDGE
+from .scoring.ranking import LIKELIHOODS
+from .scoring.vqa import NORMALISERS
 
 
 logger = logging.get_logger(__name__)
@@ -30,12 +32,16 @@ FEWSHOT = ("coco", "flickr30k", "vqav2", "ok_vqa", "vizwiz", "textvqa", "imagene
 # model keys of 2023 -> default checkpoint and how it generated; Idefics sampled, ours decodes greedily
 _KEYS_OF_2023: dict[str, tuple[str | None, dict[str, Any]]] = {
     "otter_image": ("luodian/OTTER-Image-MPT7B", {"max_new_tokens": 512, "num_beams": 3, "no_repeat_ngram_size": 3}),
+    "otter_video": (
+        "luodian/OTTER-Video-LLaMA7B-DenseCaption",
+        {"max_new_tokens": 512, "num_beams": 3, "no_repeat_ngram_size": 3},
+    ),
     "otterhd": ("Otter-AI/OtterHD-8B", {"max_new_tokens": 256}),
     "fuyu": ("adept/fuyu-8b", {"max_new_tokens": 256}),
     "idefics": ("HuggingFaceM4/idefics-9b-instruct", {"max_new_tokens": 768}),
     "flamingo": (None, {}),
 }
-_DROPPED_MODELS = ("video_chat", "video_chatgpt", "llama_adapter", "mplug_owl", "frozen_bilm", "otter_video")
+_DROPPED_MODELS = ("video_chat", "video_chatgpt", "llama_adapter", "mplug_owl", "frozen_bilm")
 # Fuyu, unlike OtterHD, was asked without roles
 _FUYU_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] if part['type'] == 'text' %}"
@@ -47,10 +53,12 @@ _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "chat_template
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
 _MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
 _UNUSED_DATASET_KEYS = {"default_output_path", "version", "batch_size", "batch", "decimail_places", "cache_dir"}
-_DATASET_KEYS = {"name", "data_path", "split", "limit", "prompt", "sys_prompt", "gpt_model", "num_run", "debug"}
-_DATASET_KEYS |= {"quick_extract", "legacy_parse"}
+_UNUSED_DATASET_KEYS |= {"debug"}
+_PROMPT_KEYS = ("prompt", "sys_prompt", "shot_type")
+_READING_KEYS = ("num_run", "quick_extract", "legacy_parse", "shot_type", "likelihood")
+_DATASET_KEYS = {"name", "data_path", "image_dir", "split", "limit", "gpt_model", *_PROMPT_KEYS, *_READING_KEYS}
 _FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
-_FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit"}
+_FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit", "likelihood", "normaliser"}
 _TOP_KEYS = {"models", "datasets", "output", "limit", "judge"}
 
 
@@ -73,6 +81,7 @@ class DatasetSpec:
     name: str
     tasks: tuple[str, ...] = ()
     data_path: str | None = None
+    image_dir: str | None = None
     split: str | None = None
     limit: int | None = None
     prompts: dict[str, str] = field(default_factory=dict)
@@ -89,6 +98,7 @@ class EvalConfig:
     datasets: list[DatasetSpec]
     output: Path = Path("logs/evaluation")
     judge_retries: int = 5
+    judge_options: dict[str, Any] = field(default_factory=dict)
 
 
 def load_config(path: str | Path) -> EvalConfig:
@@ -112,7 +122,7 @@ def load_config(path: str | Path) -> EvalConfig:
             raise ValueError(f"{path}: `{name}` must be a list of at least one, got {raw.get(name)!r}.")
     judge = raw.get("judge") or {}
     judge = {"model": judge} if isinstance(judge, str) else judge
-    _check_keys(judge, {"model", "max_retries"}, "`judge`")
+    _check_keys(judge, {"model", "max_retries", "options"}, "`judge`")
     output = Path(raw.get("output", "logs/evaluation"))
     config = EvalConfig(
         models=[_read_model(entry) for entry in raw["models"]],
@@ -120,6 +130,7 @@ def load_config(path: str | Path) -> EvalConfig:
         # 2023 wrote a text file
         output=output.with_suffix("") if output.suffix == ".txt" else output,
         judge_retries=int(judge.get("max_retries", 5)),
+        judge_options=dict(judge.get("options") or {}),
     )
     for kind, specs in (("model", config.models), ("dataset", config.datasets)):
         names = [spec.name for spec in specs]
@@ -177,27 +188,37 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
         for key in ("train", "test"):
             if key not in entry:
                 raise ValueError(f"The few-shot dataset {name!r} needs `{key}`: a file or Hub id.")
+        for key, known in (("likelihood", LIKELIHOODS), ("normaliser", NORMALISERS)):
+            if entry.get(key, known[0]) not in known:
+                raise ValueError(f"The dataset {name!r} has {key} {entry[key]!r}; use {' or '.join(known)}.")
         settings = {key: value for key, value in entry.items() if key not in ("name", "limit")}
         settings.setdefault("num_samples", entry.get("limit", limit))
         return DatasetSpec(name, fewshot=settings)
     _check_keys(entry, _DATASET_KEYS | _UNUSED_DATASET_KEYS, f"the dataset {name!r}")
     if unused := sorted(_UNUSED_DATASET_KEYS & entry.keys()):
-        logger.warning(f"Dataset {name!r}: {', '.join(unused)} has no effect any more; all results go to `output`.")
-    if name not in TASKS and (fixed := sorted(entry.keys() - {"name", "limit", "debug"} - _UNUSED_DATASET_KEYS)):
+        logger.warning(
+            f"Dataset {name!r}: {', '.join(unused)} has no effect any more; all results and replies go to `output`."
+        )
+    if name not in TASKS and (fixed := sorted(entry.keys() - {"name", "limit"} - _UNUSED_DATASET_KEYS)):
         raise ValueError(
             f"The dataset {name!r} is a task of lmms-eval, whose `{fixed[0]}` is fixed; for other data write a task "
             "(docs/evaluation.md)."
         )
-    limit = entry.get("limit", 5 if entry.get("debug") else limit)
+    if entry.get("likelihood", "mean") not in LIKELIHOODS:
+        raise ValueError(
+            f"The dataset {name!r} has likelihood {entry['likelihood']!r}; use {' or '.join(LIKELIHOODS)}."
+        )
+    limit = entry.get("limit", limit)
     return DatasetSpec(
         name,
         tasks=TASKS.get(name, (name,)),
         data_path=entry.get("data_path"),
+        image_dir=entry.get("image_dir"),
         split=entry.get("split"),
         limit=None if limit is None else int(limit),
-        prompts={key: entry[key] for key in ("prompt", "sys_prompt") if key in entry},
+        prompts={key: entry[key] for key in _PROMPT_KEYS if key in entry},
         judge=entry.get("gpt_model") or judge or DEFAULT_JUDGE,
-        options={key: entry[key] for key in ("num_run", "quick_extract", "legacy_parse") if key in entry},
+        options={key: entry[key] for key in _READING_KEYS if key in entry},
     )
 
 

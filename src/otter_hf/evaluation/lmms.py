@@ -12,12 +12,12 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from transformers.utils import logging
 
+from ..thinking import strip_thinking
+from .benchmarks import BENCHMARKS
+from .config import FEWSHOT
 from .model import ConversationModel, load_processor
 from .replies import ReplyLog
-
-
-# lmms-eval's endpoints write their failures where a reply should be
-FAILED_REQUEST = "[LMMS_EVAL_REQUEST_FAILED"
+from .scoring.replies import FAILED_REQUEST
 
 
 class ResumableModel(lmms):
@@ -59,7 +59,13 @@ class ResumableModel(lmms):
         """The answer to each request."""
         size = int(self.batch_size)
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        return self.answer(batches, lambda request: [self.messages(request), request.args[2]], self._generate_until)
+        replies = self.answer(batches, lambda request: [self.messages(request), request.args[2]], self._generate_until)
+        # our own scores leave thoughts out when they read, and their logs show them; other tasks know of none
+        ours = BENCHMARKS.keys() | set(FEWSHOT)
+        return [
+            reply if request.args[4] in ours else strip_thinking(reply)
+            for request, reply in zip(requests, replies, strict=True)
+        ]
 
     def messages(self, request: Instance) -> list[dict]:
         """The conversation of a request, as transformers writes it."""
@@ -102,10 +108,10 @@ class TransformersModel(ResumableModel):
         """The model's processor."""
         return load_processor(self._loading.get("processor") or self._loading["path"])
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool, int]]:
         """
-        Mean loss per token and whether greedy decoding would give the candidate. lmms-eval 0.7.3 takes the *smallest*
-        number for the answer, whatever its name says.
+        Mean loss per token, whether greedy decoding would give the candidate, and the number of tokens. lmms-eval
+        0.7.3 takes the *smallest* number for the answer, whatever its name says.
         """
         # all candidates of a question together: its pictures are then read once
         questions = []
@@ -114,7 +120,7 @@ class TransformersModel(ResumableModel):
             candidates = [request.args[1].lstrip() for request in group]
             questions.append((partial(self._conversation, group[0]), candidates))
         scored = self.rank_candidates(questions)
-        return [(-total / count, greedy) for scores in scored for total, count, greedy in scores]
+        return [(-total / count, greedy, count) for scores in scored for total, count, greedy in scores]
 
     def rank_candidates(
         self, questions: list[tuple[Callable[[], list[dict]], list[str]]], chat_template: str | None = None

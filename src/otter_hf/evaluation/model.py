@@ -10,6 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from ..models.quantization import quantization_config
 from ..pictures import read_image
+from ..thinking import thinking_length
 
 
 # what generation_kwargs of lmms-eval's tasks may hold and `generate` understands
@@ -112,7 +113,7 @@ class ConversationModel:
 
         Args:
             conversations: B of them.
-            until: an answer ends before the first of these.
+            until: an answer ends before the first of these that stands behind its thoughts.
             chat_template: in place of the model's.
             generation: `max_new_tokens`, `num_beams`, `do_sample`, `temperature` and the like; greedy by default. What
                 `self.generation` says goes before it; what is unknown to `generate` (lmms-eval's tasks hold such) is
@@ -123,9 +124,11 @@ class ConversationModel:
         new = output[:, inputs["input_ids"].shape[1] :]  # (B, L_new)
         answers = []
         for answer in self.processor.post_process_image_text_to_text(new):
+            head = thinking_length(answer)
+            rest = answer[head:]
             for stop in until:
-                answer = answer.split(stop)[0]
-            answers.append(answer.strip())
+                rest = rest.split(stop)[0]
+            answers.append((answer[:head] + rest).strip())
         return answers
 
     @torch.inference_mode()

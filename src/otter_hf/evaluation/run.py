@@ -1,6 +1,8 @@
 """Every model on every benchmark, by lmms-eval."""
 
 import gc
+import hashlib
+import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -10,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers.utils import logging
 
-from .benchmarks import BENCHMARKS, Options, results_function
+from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
 from .config import DatasetSpec, EvalConfig, ModelSpec
 from .judge import Judge
+from .published import read_published, write_table
 from .replies import ReplyLog
 from .report import table, write_json, write_samples, write_text
 from .scoring import mmbench
+from .scoring.replies import count_fates, fate
 
 
 logger = logging.get_logger(__name__)
@@ -40,6 +45,8 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
         ValueError: for data, models or settings that do not fit, before anything is asked where possible.
     """
     _require_lmms_eval()
+    # without an accelerator, processes of torchrun meet on the CPU; accelerate would take each for the only one
+    PartialState(cpu=not torch.accelerator.is_available())
     for dataset in config.datasets:
         _check_dataset(dataset)
     results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -53,7 +60,7 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
                 figures = run_fewshot(lm, dataset, folder)
             else:
-                figures = run_benchmark(lm, dataset, folder, config.judge_retries)
+                figures = run_benchmark(lm, dataset, folder, config)
             results[spec.name][dataset.name] = figures
             if lm.rank == 0:
                 write_json(config.output / "results.json", results)
@@ -81,16 +88,16 @@ def build_model(spec: ModelSpec, replies: Path):
     return Endpoint(model=spec.model, batch_size=spec.batch_size, timeout=120, replies=replies, **address)
 
 
-def run_benchmark(lm, dataset: DatasetSpec, folder: Path, judge_retries: int = 5) -> dict[str, Any]:
+def run_benchmark(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> dict[str, Any]:
     """The figures of one model on one benchmark; writes the samples, and MMBench's table for the server."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
     from tenacity import RetryError
 
-    options, tasks = _options(lm, dataset, folder, judge_retries)
+    options, tasks = _options(lm, dataset, folder, config)
     ours = all(task in BENCHMARKS for task in tasks)
     manager = TaskManager(include_path=[str(TASK_FOLDER)], include_defaults=not ours)
-    built = [_build_task(task, dataset, options) for task in tasks] if ours else list(tasks)
+    built = [_build_task(task, dataset, options, config.output / "data") for task in tasks] if ours else list(tasks)
     try:
         output = simple_evaluate(
             model=lm,
@@ -118,12 +125,12 @@ def run_benchmark(lm, dataset: DatasetSpec, folder: Path, judge_retries: int = 5
             figures |= {name: value for name, value in output["results"][task].items() if _is_figure(name, value)}
         logged = [_logged(sample, record) for sample, record in zip(samples, records, strict=True)]
         write_samples(folder / f"{task}.samples.jsonl", logged)
-        if failed := sum(_has_failed(reply) for sample in samples for reply in sample["filtered_resps"]):
-            figures["failed_requests"] = figures.get("failed_requests", 0) + failed
+        for name, count in count_fates(reply for sample in samples for reply in sample["filtered_resps"]).items():
+            figures[name] = figures.get(name, 0) + count
     return figures
 
 
-def _options(lm, dataset: DatasetSpec, folder: Path, judge_retries: int) -> tuple[Options, list[str]]:
+def _options(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> tuple[Options, list[str]]:
     """How replies are read, and the tasks that can be scored: without a judge, MagnifierBench has no free form."""
     if not os.environ.get("OPENAI_API_KEY"):
         left = [task for task in dataset.tasks if task not in _NEEDS_JUDGE]
@@ -131,11 +138,13 @@ def _options(lm, dataset: DatasetSpec, folder: Path, judge_retries: int) -> tupl
             logger.warning(f"{dataset.name}: no OPENAI_API_KEY, hence no judge; what needs one is left out.")
         return Options(**dataset.options), left
     log = ReplyLog(folder / "judge", lm.rank)
-    judge = Judge(dataset.judge, log, max_retries=judge_retries) if dataset.tasks[0] in BENCHMARKS else None
+    judge = None
+    if dataset.tasks[0] in BENCHMARKS:
+        judge = Judge(dataset.judge, log, max_retries=config.judge_retries, options=config.judge_options)
     return Options(judge=judge, **dataset.options), list(dataset.tasks)
 
 
-def _build_task(name: str, dataset: DatasetSpec, options: Options):
+def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path):
     from lmms_eval.api.task import ConfigurableMessagesTask
     from lmms_eval.utils import load_yaml_config
     from tenacity import RetryError
@@ -148,7 +157,9 @@ def _build_task(name: str, dataset: DatasetSpec, options: Options):
         config["test_split"] = dataset.split
     if dataset.data_path:
         config.pop("dataset_name", None)
-        config |= data_source(dataset.data_path, config["test_split"])
+        path = _in_our_columns(dataset, config["test_split"], tables)
+        config |= data_source(path, config["test_split"])
+        _check_columns(dataset, path, config)
     task_class = config.pop("class", ConfigurableMessagesTask)
     try:
         return task_class(config=config)
@@ -156,6 +167,42 @@ def _build_task(name: str, dataset: DatasetSpec, options: Options):
         raise ValueError(f"The data of {dataset.name!r} cannot be read: {error.last_attempt.exception()}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"The data of {dataset.name!r} lack a column or split: {error!r}.") from error
+
+
+def _in_our_columns(dataset: DatasetSpec, split: str, tables: Path) -> str:
+    """The path of the data; of a benchmark's own file, that of a table made from it."""
+    source = Path(dataset.data_path).expanduser()
+    if not source.exists():
+        return dataset.data_path
+    state = source.stat()
+    made_of = [str(source.resolve()), state.st_size, state.st_mtime_ns, split, dataset.image_dir]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    table = tables / f"{dataset.name}-{key}.parquet"
+    # one process writes, the others find it
+    with PartialState().main_process_first():
+        if not table.is_file():
+            rows = read_published(dataset.name, source, split, dataset.image_dir)
+            if rows is None:
+                return dataset.data_path
+            write_table(table, rows)
+    return str(table)
+
+
+def _check_columns(dataset: DatasetSpec, path: str, config: Mapping) -> None:
+    """A file that lacks a column is known by those it has, before lmms-eval tries it five times."""
+    if not Path(path).expanduser().is_file():
+        return
+    from datasets import load_dataset
+
+    split = config["test_split"]
+    there = load_dataset(config["dataset_path"], split=split, **config["dataset_kwargs"]).column_names
+    for column in COLUMNS[dataset.name]:
+        if not set(column.split(" or ")) & set(there):
+            needed = ", ".join(COLUMNS[dataset.name])
+            raise ValueError(
+                f"{dataset.data_path} has the columns {', '.join(there[:12])}, and no {column!r}: {dataset.name} "
+                f"needs {needed}, or the file as its authors publish it (docs/evaluation.md)."
+            )
 
 
 def data_source(path: str, split: str) -> dict[str, Any]:
@@ -178,7 +225,10 @@ def data_source(path: str, split: str) -> dict[str, Any]:
 def _check_dataset(dataset: DatasetSpec) -> None:
     if dataset.tasks and set(dataset.tasks) <= set(_NEEDS_JUDGE) and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(f"The dataset {dataset.name!r} needs a judge: set OPENAI_API_KEY in the environment.")
-    paths = [dataset.data_path] if dataset.fewshot is None else [dataset.fewshot["train"], dataset.fewshot["test"]]
+    paths = [dataset.data_path]
+    if dataset.fewshot is not None:
+        sources = [dataset.fewshot["train"], dataset.fewshot["test"]]
+        paths = [path for source in sources for path in (source.values() if isinstance(source, Mapping) else [source])]
     for path in filter(None, map(str, paths)):
         looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in _READERS
         if looks_local and not Path(path).expanduser().exists():
@@ -186,15 +236,12 @@ def _check_dataset(dataset: DatasetSpec) -> None:
 
 
 def _logged(sample: Mapping, record: Mapping) -> dict[str, Any]:
-    """A line of the sample log."""
+    """A line of the sample log; `fate` says why a reply is no answer."""
     prompt = sample["arguments"][0] if sample["arguments"] else None
-    return {"row": sample["doc_id"], "prompt": prompt, "replies": sample["filtered_resps"], **record}
-
-
-def _has_failed(reply) -> bool:
-    from .lmms import FAILED_REQUEST
-
-    return isinstance(reply, str) and reply.startswith(FAILED_REQUEST)
+    replies = sample["filtered_resps"]
+    fates = [fate(reply) for reply in replies if isinstance(reply, str)]
+    told = {"fate": fates[0]} if fates and fates[0] != "answered" else {}
+    return {"row": sample["doc_id"], "prompt": prompt, "replies": replies, **told, **record}
 
 
 def _is_figure(name: str, value) -> bool:
@@ -222,5 +269,6 @@ def _require_lmms_eval() -> None:
     # lmms-eval 0.7.3 imports it when a run starts, and would end in a traceback
     if find_spec("filelock._api") is None:
         raise ValueError(
-            f"lmms-eval does not work with filelock {version('filelock')}: pip install 'filelock<4' (3.32.7 was tried)."
+            f"lmms-eval 0.7.3 does not work with filelock {version('filelock')}, but with 3.32.7: "
+            "pip install 'filelock<4'"
         )

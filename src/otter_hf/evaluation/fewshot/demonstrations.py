@@ -1,7 +1,7 @@
 """Which training rows are shown before a question: at random, or those with the most similar pictures (RICES)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,17 +21,34 @@ def test_subset(num_samples: int | None, num_test: int, seed: int) -> list[int]:
     return sorted(random.Random(f"test set {seed}").sample(range(num_test), num_samples))
 
 
-def random_demonstrations(candidates: Sequence[int], shots: int, seed: int, test_row: int) -> list[int]:
+def random_demonstrations(
+    candidates: Sequence[int],
+    shots: int,
+    seed: int,
+    test_row: int,
+    is_test_row: Callable[[int], bool] = lambda number: False,
+) -> list[int]:
     """
     `shots` of `candidates`, drawn for this test row alone: the order in which rows are asked, and the process that
     asks them, change nothing.
 
+    Args:
+        candidates: numbers of training rows.
+        shots: how many to draw.
+        seed: of the trial.
+        test_row: number of the row that is asked.
+        is_test_row: whether a training row is the test row itself, which is then drawn again.
+
     Raises:
         ValueError: if there are fewer candidates than shots.
     """
-    if shots > len(candidates):
-        raise ValueError(f"{shots} shots need as many training rows, there are {len(candidates)}.")
-    return random.Random(f"demonstrations {seed} {test_row}").sample(list(candidates), shots)
+    left = list(candidates)
+    while shots <= len(left):
+        drawn = random.Random(f"demonstrations {seed} {test_row}").sample(left, shots)
+        if not (itself := {number for number in drawn if is_test_row(number)}):
+            return drawn
+        left = [number for number in left if number not in itself]
+    raise ValueError(f"{shots} shots need as many training rows, there are {len(left)}.")
 
 
 class RicesIndex:
@@ -47,19 +64,31 @@ class RicesIndex:
         self._train = torch.nn.functional.normalize(train, dim=-1)
         self._candidates = list(candidates)
 
-    def nearest(self, picture: torch.Tensor, shots: int) -> list[int]:
+    def nearest(
+        self, picture: torch.Tensor, shots: int, is_test_row: Callable[[int], bool] = lambda number: False
+    ) -> list[int]:
         """
         The `shots` training rows with the largest cosine to `picture (D,)`, the most similar last, next to the
         question.
 
+        Args:
+            picture: features of the test row's picture.
+            shots: how many.
+            is_test_row: whether a training row is the test row itself, which is then passed over.
+
         Raises:
             ValueError: if there are fewer rows than shots.
         """
-        if shots > len(self._candidates):
-            raise ValueError(f"{shots} shots need as many training rows, there are {len(self._candidates)}.")
         cosine = self._train @ torch.nn.functional.normalize(picture, dim=-1)  # (N,)
-        order = cosine.sort(descending=True, stable=True).indices[:shots].flip(0)
-        return [self._candidates[i] for i in order.tolist()]
+        found: list[int] = []
+        for i in cosine.sort(descending=True, stable=True).indices.tolist():
+            if len(found) == shots:
+                break
+            if not is_test_row(self._candidates[i]):
+                found.append(self._candidates[i])
+        if len(found) < shots:
+            raise ValueError(f"{shots} shots need as many training rows, there are {len(found)}.")
+        return found[::-1]
 
 
 def picture_features(rows, numbers: Sequence[int], encoder: str, cache: Path, batch_size: int = 64) -> torch.Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..benchmarks import images
+from ..published import read_published_fewshot
 from ..run import data_source
 
 
@@ -33,7 +34,7 @@ class Rows:
     Rows under our names; pictures are read when a row is, and the last ones are kept, as demonstrations come back.
 
     Args:
-        source: a file, a folder or a Hub id.
+        source: a file, a folder or a Hub id; also what [`~otter_hf.evaluation.published`] reads.
         split: of the data set.
         kind: of `NEEDED`.
         image_dir: folder of the pictures, where the rows hold file names.
@@ -45,19 +46,13 @@ class Rows:
 
     def __init__(
         self,
-        source: str,
+        source: str | Mapping[str, str],
         split: str,
         kind: str,
         image_dir: str | None = None,
         columns: Mapping[str, str] | None = None,
     ):
-        from datasets import load_dataset, load_from_disk
-
-        place = data_source(str(source), split)
-        if (place["dataset_kwargs"] or {}).get("load_from_disk"):
-            self._table = load_from_disk(place["dataset_path"])[split]
-        else:
-            self._table = load_dataset(place["dataset_path"], split=split, **(place["dataset_kwargs"] or {}))
+        self._table = _table(source, split, image_dir)
         self._image_dir = image_dir
         there = self._table.column_names
         chosen = {name: next((c for c in names if c in there), None) for name, names in _COLUMNS.items()}
@@ -68,6 +63,8 @@ class Rows:
                 f"`columns: {{{missing[0]}: NAME}}`."
             )
         self.fingerprint = self._table._fingerprint
+        texts = [column for name, column in self._columns.items() if name not in ("id", "image")]
+        self._texts = self._table.select_columns(texts)
         self._read = lru_cache(maxsize=1024)(self._read_row)
 
     def __len__(self) -> int:
@@ -79,6 +76,22 @@ class Rows:
         """
         return self._read(number)
 
+    def is_row_of(self, number: int, other: "Rows", other_number: int) -> bool:
+        """
+        Whether a row is one of another table: the same texts and the same pixels, whatever ids and files they have.
+        Pictures are read where the texts are the same.
+        """
+        mine, theirs = self._texts[number], other._texts[other_number]
+        if [mine[self._columns[name]] for name in self._shared(other)] != [
+            theirs[other._columns[name]] for name in self._shared(other)
+        ]:
+            return False
+        picture, other_picture = self[number]["image"], other[other_number]["image"]
+        return picture.size == other_picture.size and picture.tobytes() == other_picture.tobytes()
+
+    def _shared(self, other: "Rows") -> list[str]:
+        return [name for name in self._columns if name in other._columns and name not in ("id", "image")]
+
     def class_names(self) -> list[str] | None:
         """The names of the labels, where the data set holds them."""
         return getattr(self._table.features.get(self._columns.get("label")), "names", None)
@@ -86,13 +99,26 @@ class Rows:
     def _read_row(self, number: int) -> dict[str, Any]:
         raw = self._table[number]
         row = {name: raw[column] for name, column in self._columns.items()}
-        if isinstance(row["image"], str) and self._image_dir is not None:
+        if isinstance(row["image"], str) and self._image_dir is not None and not Path(row["image"]).is_absolute():
             row["image"] = str(Path(self._image_dir) / row["image"])
         row["image"] = images({"image": row["image"], "id": row.get("id", number)})[0]
         for name in ("answers", "captions"):
             if name in row:
                 row[name] = _texts(row[name])
         return {"id": number, **row, "number": number}
+
+
+def _table(source: str | Mapping, split: str, image_dir: str | None):
+    from datasets import Dataset, load_dataset, load_from_disk
+
+    if (rows := read_published_fewshot(source, split, image_dir)) is not None:
+        if not rows:
+            raise ValueError(f"{source} has no rows of the split {split!r}.")
+        return Dataset.from_list(rows)
+    place = data_source(str(source), split)
+    if (place["dataset_kwargs"] or {}).get("load_from_disk"):
+        return load_from_disk(place["dataset_path"])[split]
+    return load_dataset(place["dataset_path"], split=split, **(place["dataset_kwargs"] or {}))
 
 
 def _texts(cell) -> list[str]:

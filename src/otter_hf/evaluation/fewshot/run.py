@@ -1,19 +1,24 @@
 """The few-shot harness: shots x seeds of a data set, with the demonstrations in the conversation."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from transformers.utils import logging
 
 from ..config import DatasetSpec
 from ..report import write_samples
 from ..scoring import captions, ranking, vqa
+from ..scoring.replies import count_fates
 from .demonstrations import RicesIndex, picture_features, query_set, random_demonstrations, test_subset
 from .prompts import Prompts, prompts_for
 from .rows import Rows
 
+
+logger = logging.get_logger(__name__)
 
 KINDS = {
     "coco": "caption",
@@ -60,22 +65,26 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
     test = Rows(settings["test"], "test", **common)
     names = _class_names(settings, kind, train)
     style, template = prompts_for(lm, kind)
+    same: set[tuple[int, int]] = set()
     figures: dict[str, Any] = {}
     for shots in settings.get("shots", [0, 4, 8]):
-        trials = []
+        trials, unanswered = [], Counter()
         for seed in settings.get("seeds", [42]):
             rows = test_subset(settings.get("num_samples"), len(test), seed)
             mine = rows[lm.rank :: lm.world_size]
-            choose = _chooser(settings, train, test, rows, shots, seed, folder)
+            # Flamingo's "0 shots" are two demonstrations without their pictures
+            drawn = min(2, len(train) - 1) if shots == 0 and style.text_only_zero_shot else shots
+            choose = _chooser(settings, train, test, rows, drawn, seed, folder, same)
             shown = {row: choose(row) for row in mine}
             build = _conversation_builder(kind, style, train, test, shots, names)
-            replies = _ask(lm, dataset.name, kind, template, build, shown, names)
+            replies = _ask(lm, dataset.name, kind, template, build, shown, names, settings.get("likelihood", "mean"))
             records = _gather(lm, [_record(kind, test[row], shown[row], reply) for row, reply in replies.items()])
             if lm.rank == 0:
                 records.sort(key=lambda record: record["row"])
-                score = _score(kind, records)
+                score = _score(kind, records, settings.get("normaliser", "official"))
                 trials.append(score)
                 figures[f"{shots}-shot/seed {seed}"] = score[_METRICS[kind]]
+                unanswered.update(count_fates(record["reply"] for record in records if "reply" in record))
                 write_samples(folder / f"{dataset.name}.{shots}-shot.seed-{seed}.samples.jsonl", records)
         if lm.rank == 0:
             values = [trial[_METRICS[kind]] for trial in trials]
@@ -83,6 +92,13 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
             figures[f"{shots}-shot {_METRICS[kind]}"] = sum(values) / len(values) if known else None
             if "tokenizer" in trials[0]:
                 figures["tokenizer"] = trials[0]["tokenizer"]
+            for name, count in unanswered.items():
+                figures[name] = figures.get(name, 0) + count
+    if same:
+        logger.warning(
+            f"{dataset.name}: {len(same)} test rows are training rows, too; none is shown its own answer, another "
+            "demonstration takes its place."
+        )
     return figures
 
 
@@ -99,12 +115,24 @@ def _class_names(settings: dict, kind: str, train: Rows) -> list[str] | None:
     return list(names)
 
 
-def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, folder: Path) -> Callable:
-    """What chooses the demonstrations of a test row."""
+def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, folder: Path, same: set) -> Callable:
+    """What chooses the demonstrations of a test row; pairs of a test row and itself go into `same`."""
+
+    def itself(row: int) -> Callable[[int], bool]:
+        def is_test_row(number: int) -> bool:
+            if not train.is_row_of(number, test, row):
+                return False
+            same.add((row, number))
+            return True
+
+        return is_test_row
+
     way = settings.get("demonstrations", "random")
-    candidates = query_set(settings.get("query_set_size", 2048), len(train), seed)
+    # OpenFlamingo draws from a sample of the training set, but looks for similar pictures in all of it
+    size = settings.get("query_set_size", 2048 if way == "random" else len(train))
+    candidates = query_set(size, len(train), seed)
     if way == "random":
-        return lambda row: random_demonstrations(candidates, shots, seed, row)
+        return lambda row: random_demonstrations(candidates, shots, seed, row, itself(row))
     if way != "rices" or not settings.get("encoder"):
         raise ValueError(
             f"`demonstrations` must be random, or rices with an `encoder` (folder or Hub id of a vision encoder); got "
@@ -118,7 +146,7 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
             features[name] = picture_features(table, numbers, settings["encoder"], folder / "rices" / f"{stem}.pt")
     index = RicesIndex(features["train"], candidates)
     place = {row: i for i, row in enumerate(rows)}
-    return lambda row: index.nearest(features["test"][place[row]], shots)
+    return lambda row: index.nearest(features["test"][place[row]], shots, itself(row))
 
 
 def _conversation_builder(kind, style: Prompts, train: Rows, test: Rows, shots: int, names) -> Callable:
@@ -133,8 +161,7 @@ def _conversation_builder(kind, style: Prompts, train: Rows, test: Rows, shots: 
     def build(item: tuple[int, list[int]]) -> list[dict]:
         row, shown = item
         messages = []
-        # Flamingo's "0 shots" are two demonstrations without their pictures
-        for number in shown or (range(min(2, len(train))) if style.text_only_zero_shot else ()):
+        for number in shown:
             messages += turns(train[number], answered=True, with_picture=shots > 0)
         return messages + turns(test[row], answered=False)
 
@@ -148,7 +175,7 @@ def _truth(kind: str, row: dict, names: list[str] | None) -> str:
     return row["answers"][0] if kind == "vqa" else names[int(row["label"])]
 
 
-def _ask(lm, name: str, kind: str, template, build: Callable, shown: dict[int, list[int]], names) -> dict[int, Any]:
+def _ask(lm, name: str, kind: str, template, build: Callable, shown: dict, names, ranked_by: str) -> dict[int, Any]:
     items = list(shown.items())
     if kind in ("caption", "vqa"):
         from lmms_eval.api.instance import Instance
@@ -172,7 +199,8 @@ def _ask(lm, name: str, kind: str, template, build: Callable, shown: dict[int, l
         if not hasattr(lm, "rank_candidates"):
             raise ValueError(f"{name} ranks classes by their log-probabilities, which an endpoint does not give.")
         questions = [(lambda item=item: _with_pictures(build(item)), names) for item in items]
-        replies = [[total for total, _, _ in scores] for scores in lm.rank_candidates(questions, template)]
+        scored = lm.rank_candidates(questions, template)
+        replies = [[ranking.likelihood(total, count, ranked_by) for total, count, _ in scores] for scores in scored]
     return {row: reply for (row, _), reply in zip(items, replies, strict=True)}
 
 
@@ -192,11 +220,11 @@ def _record(kind: str, row: dict, shown: list[int], reply) -> dict[str, Any]:
     return {**record, "log_likelihoods": reply, "label": int(row["label"])}
 
 
-def _score(kind: str, records: list[dict]) -> dict[str, Any]:
+def _score(kind: str, records: list[dict], normaliser: str) -> dict[str, Any]:
     if kind == "caption":
         return captions.score([{**record, "id": record["row"]} for record in records])
     if kind == "vqa":
-        normalise = vqa.answer_normaliser()
+        normalise = vqa.answer_normaliser(normaliser)
         for record in records:
             record["accuracy"] = vqa.accuracy(record["answer"], record["answers"], normalise)
         return vqa.score(records)

@@ -1,8 +1,11 @@
-"""CIDEr (arXiv:1411.5726) of captions, by pycocoevalcap."""
+"""CIDEr (arXiv:1411.5726) of captions, by pycocoevalcap 1.2."""
 
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from unicodedata import category
+
+from .replies import fate, read_reply
 
 
 # what PTBTokenizer of the COCO caption evaluation drops; brackets it means to drop, but keeps under these names
@@ -17,9 +20,20 @@ def tokenize(caption: str) -> str:
     return " ".join(token for token in tokens if token not in _PUNCTUATION)
 
 
+def one_line(caption: str) -> str:
+    """
+    A caption with single spaces for control characters and white space of all kinds. The Java tokenizer takes captions
+    by the line: a carriage return, form feed or U+2028 in one would shift all those behind it.
+    """
+    caption = caption.encode("utf-8", "replace").decode("utf-8")  # halves of surrogate pairs
+    return " ".join("".join(" " if category(letter) == "Cc" else letter for letter in caption).split())
+
+
 def clean_reply(reply: str) -> str:
-    """The caption in a reply, as the 2023 suite cut it: up to `Output`, without double quotes."""
-    return reply.split("Output")[0].replace('"', "").strip()
+    """A reply's caption as the 2023 suite cut it: up to `Output`, without double quotes; "" of a failed request."""
+    if fate(reply) == "failed":
+        return ""
+    return read_reply(reply).split("Output")[0].replace('"', "").strip()
 
 
 def score(records: Sequence[Mapping]) -> dict[str, float | str]:
@@ -33,8 +47,8 @@ def score(records: Sequence[Mapping]) -> dict[str, float | str]:
     """
     from pycocoevalcap.cider.cider import Cider
 
-    references = {record["id"]: list(record["references"]) for record in records}
-    captions = {record["id"]: [record["caption"]] for record in records}
+    references = {record["id"]: [one_line(text) for text in record["references"]] for record in records}
+    captions = {record["id"]: [one_line(record["caption"])] for record in records}
     with_java = shutil.which("java") is not None
     if with_java:
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer

@@ -1,54 +1,202 @@
-"""Which option of a multiple-choice question a free reply names."""
+"""
+Which option of a multiple-choice question a free reply names.
+
+The grammar, first hit wins; letters of a question are those it has, and every rule is the same for all of them:
+
+1. nothing: a reply that is empty, failed or a refusal (see [`~otter_hf.evaluation.scoring.replies`]);
+2. the whole reply is a letter, however it is set: `B`, `b`, `(B)`, `B.`, `**B**`, `[B]`, `Option B`, `\\boxed{B}`;
+3. the whole reply is the text of an option: `AC` is the option "AC", not the letters A and C;
+4. a stated answer, of several the last: `the answer is B`, `Answer: (b)`, `I choose B`, `\\boxed{B}`;
+5. a letter the reply opens with: `B. a dog`, `(B) because ..`, `B, as ..`, `B because ..`, `b) a dog`; not `A and B`;
+6. a last line that is a letter;
+7. the only letter that stands by itself outside of the options' texts, and is not denied ("not B");
+8. the only option whose text is in the reply as whole words; of texts inside each other ("cat", "black cat") the
+   longer.
+
+Else `"other"`. "A" in front of a noun is an article, "I" in front of a verb a pronoun. VLMEvalKit's rules (`can_infer`
+of ms-vlmeval 0.0.20) leave more replies to a language model; where they decide, these decide alike, but for texts of
+options that hold the letter of another (docs/scores.md).
+"""
 
 import re
 from collections.abc import Mapping
 
+from .replies import is_answered, read_reply
+
 
 OTHER = "other"
 
-_STATED = r"(?i:answer\s*(?:is|:)?)\s*:?\s*\(?([{letters}])(?![A-Za-z'])"
-_LEADING = r"^\W*([{letters}])\s*(?:[.):,\]]|$)"
-# a capital letter of its own; an "A" in front of a word is an article
-_STANDALONE = r"(?<![A-Za-z'])([{letters}])(?![A-Za-z']|(?<=A)\s+(?!(?:and|or|because|as|is)\b)[A-Za-z])"
+# no noun begins with these: "A because .." is the letter
+_NO_NOUN = """
+a an the this that these those it its he she they we you there here i because as since for due given based if when
+where while whereas so then thus but and or nor not is was are were be been has have had do does did can could will
+would should must may might seems appears shows show refers represents matches describes depicts indicates means
+corresponds fits in on at of from with by to which who what according correct right wrong
+""".split()
+_STATED = (
+    r"(?:\b(?:answer|option|choice)(?:\s+(?:that|which)\s+\w+)?(?:\s+(?:is|are|was|would\s+be|should\s+be|must\s+be)"
+    r"(?:\s+(?:therefore|thus|hence|clearly|definitely|probably|most\s+likely))?\s*:?|\s*[:=])"
+    r"|\b(?:i|we|i'd|i'll)(?:\s+(?:would|will|should|must|think|believe|guess|say|it|it's|is))*"
+    r"\s+(?:choose|chose|pick|select|go\s+with|vote\s+for|say|think\s+it(?:'s|\s+is)))"
+    r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\b(?:\s+is)?\s*:?)?"
+)
+_DENIED = r"(?:not|n't|\binstead of|\brather than|\bneither|\bnor|\bunlike|\bexcept)\s+(?:\w+\s+)?"
+_WRONG = r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b"
+_AND = r"\s*(?:,|/|&|\band\b|\bor\b)\s*"
+# what stands around a letter: brackets, quotes, markdown, TeX
+_FRAME = r"""[\s"'`“”‘’*_#<>\[\](){}|$.:,;!?\-–—=/\\（）。，：；]*"""
+_OPENING = r"""[\s"'`“”‘’*_#<\[({|$（]*"""
+_CLOSING = r"""["'`”’*_>\])}|$]*"""
 
 
 def parse_choice(reply: str, options: Mapping[str, str]) -> str:
     """
-    The letter of the option a reply names, or `"other"`.
-
-    First hit wins: a stated answer ("the answer is B"), a letter the reply opens with ("B", "(B) a dog", "b."), the
-    only letter that stands by itself ("I choose B", but not the article of "A cat"), the only option whose text is in
-    the reply as whole words. Of texts inside each other ("cat", "black cat") the longer counts.
+    The letter of the option a reply names, or `"other"`, by the grammar of this module.
 
     Args:
-        reply: what the model wrote.
+        reply: what the model wrote; its thoughts are left out.
         options: letter -> text, capital letters.
     """
-    reply = reply.strip()
-    letters = "".join(options)
-    by_text = _only_mentioned(reply, options)
-    if stated := list(re.finditer(_STATED.format(letters=letters), reply)):
-        # "the answer is A cat": an article, if one option is a cat
-        article = stated[-1].group(1) == "A" and re.match(r"\s+[a-z]", reply[stated[-1].end() :])
-        return by_text if article and by_text != OTHER else stated[-1].group(1)
-    if len(reply) <= 2 and reply[:1].upper() in options:
-        return reply[0].upper()
-    if leading := re.match(_LEADING.format(letters=letters), reply):
-        return leading.group(1)
-    standing = set(re.findall(_STANDALONE.format(letters=letters), reply))
-    return standing.pop() if len(standing) == 1 else by_text
+    reply = read_reply(reply)
+    if not is_answered(reply):
+        return OTHER
+    reader = _Reader(options)
+    return reader.whole(reply) or reader.stated(reply) or reader.leading(reply) or reader.within(reply) or OTHER
 
 
-def _only_mentioned(reply: str, options: Mapping[str, str]) -> str:
-    named = {letter: text for letter, text in options.items() if _mentions(reply, text)}
-    longest = [
-        letter
-        for letter, text in named.items()
-        if not any(other != letter and _mentions(longer, text) for other, longer in named.items())
-    ]
-    return longest[0] if len(longest) == 1 else OTHER
+def parse_whole(reply: str, options: Mapping[str, str]) -> str:
+    """As [`parse_choice`], of replies that are a letter, a text or both and nothing else (rules 2 and 3)."""
+    reply = read_reply(reply)
+    reader = _Reader(options)
+    if not is_answered(reply):
+        return OTHER
+    if letter := reader.whole(reply):
+        return letter
+    head = re.match(rf"{_OPENING}({reader.any}){_CLOSING}[\s.:,)-]+", reply, re.IGNORECASE)
+    text = reader.whole(reply[head.end() :]) if head else None
+    return head[1].upper() if head and text == head[1].upper() else OTHER
+
+
+class _Reader:
+    """The rules for the options of one question; each returns a letter, or None where it does not decide."""
+
+    def __init__(self, options: Mapping[str, str]):
+        self.options = {letter: str(text) for letter, text in options.items()}
+        self.any = "|".join(map(re.escape, self.options))
+
+    def whole(self, reply: str) -> str | None:
+        """Rules 2 and 3."""
+        texts = {letter: _plain(text) for letter, text in self.options.items()}
+        for fold in (str, str.lower):
+            # a lower-case letter may be the text of an option
+            if letter := self._bare(reply, fold):
+                return letter
+            if same := [letter for letter, text in texts.items() if text and fold(text) == fold(_plain(reply))]:
+                return same[0] if len(same) == 1 else None
+        return None
+
+    def _bare(self, reply: str, fold=str.lower) -> str | None:
+        flags = re.IGNORECASE if fold is str.lower else re.NOFLAG
+        name = r"(?i:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:option|choice|letter|answer)\b)?"
+        boxed = r"(?:boxed\b|text\b)?"
+        found = re.fullmatch(rf"{_FRAME}{name}{_FRAME}{boxed}{_FRAME}({self.any}){_FRAME}", reply, flags)
+        return found and found[1].upper()
+
+    def stated(self, reply: str) -> str | None:
+        """Rule 4."""
+        boxed = r"\\boxed\s*\{\s*(?:\\text(?:bf)?\s*\{)?\s*"
+        found = None
+        for found in re.finditer(rf"(?i:{_STATED}|{boxed}){_OPENING}({self.any})(?![\w'’+])", reply):  # noqa: B007
+            pass
+        for lower in re.finditer(rf"(?i:{_STATED}){_OPENING}((?i:{self.any}))(?=[)\].:}}*]|\s*$)", reply):
+            found = lower if found is None or lower.start() > found.start() else found
+        if found is None or self._is_article(reply, found) or self._is_list(reply, found):
+            return None
+        return found[1].upper()
+
+    def leading(self, reply: str) -> str | None:
+        """Rules 5 and 6."""
+        items = rf"(?:^[\s*>-]*|\s)\(?({self.any})\)\s|^[\s*>-]*({self.any})(?:[.:]\s|\s*$)"
+        if len({found[1] or found[2] for found in re.finditer(items, reply, re.MULTILINE)}) > 1:
+            lines = reply.split("\n")
+            return None if all(map(self._bare, lines)) else self._bare(lines[-1])
+        name = r"(?:(?i:option|choice|letter)\s+)?"
+        mark = r"(?:\.(?![A-Za-z]\.|\d)|[):\],;}*–—。，：；）]|-(?=\s|$)|\s|$)"
+        found = re.match(rf"(?:(?i:both|either)\s)?{_OPENING}{name}{_OPENING}({self.any})(?={_CLOSING}{mark})", reply)
+        if found and self._is_list(reply, found):
+            return None
+        if found and not self._is_article(reply, found) and not re.match(_WRONG, reply[found.end() :]):
+            return found[1]
+        if found := re.match(rf"{_OPENING}((?i:{self.any}))(?=[)\]:]|\.(?![A-Za-z]\.)\s?|\*\*)", reply):
+            return found[1].upper()
+        return self._bare(reply.split("\n")[-1])
+
+    def within(self, reply: str) -> str | None:
+        """Rules 7 and 8."""
+        outside = reply
+        for text in sorted(map(_plain, self.options.values()), key=len, reverse=True):
+            if len(text) > 1:
+                outside = re.sub(_words(text), lambda found: "\0" * len(found[0]), outside, flags=re.IGNORECASE)
+        standing = set()
+        for found in re.finditer(
+            rf"(?<![A-Za-z0-9_'’&/.-])({self.any})(?![A-Za-z0-9_'’&/+]|\.\w|-\w|{_WRONG})", outside
+        ):
+            denied = re.search(rf"{_DENIED}{_OPENING}$", outside[: found.start()], re.IGNORECASE)
+            if not denied and not self._is_article(reply, found):
+                standing.add(found[1])
+        if not standing:
+            standing = {letter.upper() for letter in re.findall(rf"\(((?i:{self.any}))\)", outside)}
+        return standing.pop() if len(standing) == 1 else self._only_mentioned(reply)
+
+    def _is_list(self, reply: str, found: re.Match) -> bool:
+        """Whether another letter is named along with this one: "A and B", "(A)(B)", "A, B"."""
+        other = re.match(rf"{_CLOSING}{_AND}{_OPENING}({self.any})(?![A-Za-z0-9_])", reply[found.end(1) :])
+        if other is None:
+            other = re.match(rf"\)\s*\(({self.any})\)", reply[found.end(1) :])
+        if other is None or other[1] == found[1]:
+            return False
+        # "B, A is wrong"
+        return (
+            re.match(r"\W*(?:$|,|&|/|and\b|or\b|are\b|both\b|could\b)", reply[found.end(1) + other.end() :])
+            is not None
+        )
+
+    def _is_article(self, reply: str, found: re.Match) -> bool:
+        """Whether the letter is the "A" of "A cat" or the "I" of "I think"."""
+        after = re.match(r"\s+([A-Za-z]+)", reply[found.end(1) :])
+        if found[1] not in ("A", "I") or after is None:
+            return False
+        if found[1] == "I":
+            return after[1].islower()
+        text = reply[found.end(1) :].strip().lower()
+        named = (_without_article(_plain(option).lower()) for option in self.options.values())
+        begins = any(option and re.match(_words(option), text) for option in named)
+        return begins or (after[1].lower() not in _NO_NOUN and after[1].islower())
+
+    def _only_mentioned(self, reply: str) -> str | None:
+        texts = {letter: _plain(text) for letter, text in self.options.items()}
+        named = {letter: text for letter, text in texts.items() if text and _mentions(reply, text)}
+        longest = [
+            letter
+            for letter, text in named.items()
+            if not any(other != letter and _mentions(longer, text) for other, longer in named.items())
+        ]
+        return longest[0] if len(longest) == 1 else None
+
+
+def _plain(text: str) -> str:
+    """A text without quotes, markdown and punctuation around it."""
+    return re.sub(r"""^[\s"'`“”‘’*_]+|[\s"'`“”‘’*_.,;:!?]+$""", "", text)
+
+
+def _without_article(text: str) -> str:
+    return re.sub(r"^(?:an?|the)\s+", "", text)
+
+
+def _words(text: str) -> str:
+    # "1" is neither in "1.5" nor in "1,000"
+    return rf"(?<!\w)(?<!\d[.,]){re.escape(text)}(?!\w)(?![.,]\d)"
 
 
 def _mentions(reply: str, text: str) -> bool:
-    text = text.strip().rstrip(".,?").lower()
-    return bool(text) and re.search(rf"(?<!\w){re.escape(text)}(?!\w)", reply.lower()) is not None
+    return re.search(_words(text), reply, re.IGNORECASE) is not None

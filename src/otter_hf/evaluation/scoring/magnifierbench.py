@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from . import percent
 from .choices import OTHER, parse_choice
+from .replies import is_answered, read_reply
 
 
 LETTERS = "ABCD"
@@ -41,6 +42,9 @@ def parse_answer(reply: str, instruction: str, legacy: bool = False) -> str:
     """
     if not legacy:
         return parse_choice(reply, split_instruction(instruction)[1])
+    if not is_answered(reply):
+        return OTHER
+    reply = read_reply(reply)
     if stated := re.search(r"The answer is ([A-D])", reply):
         return stated.group(1)
     for letter in LETTERS:
@@ -54,23 +58,22 @@ def parse_answer(reply: str, instruction: str, legacy: bool = False) -> str:
 
 
 def judge_messages(question: str, reply: str, truth: str) -> list[dict[str, str]]:
-    """What the judge of the free-form half is asked: is `reply` right, yes or no?"""
+    """
+    What the judge of the free-form half is asked: is `reply` right, yes or no? To the byte the messages of the 2023
+    evaluation (Otter, 8e9fb8c, whose later commits ask the same).
+    """
+    task = "Your task is to judge whether the model response is correct to answer the given question or not."
+    lines = [f"Question: {question}", f"Model Response: {read_reply(reply)}", f"Ground Truth: {truth}"]
+    lines.append("Will the model response be considered correct? You should only answer yes or no.")
     return [
-        {
-            "role": "system",
-            "content": "You are a helpful assistant that judges whether the response to a question is correct.",
-        },
-        {
-            "role": "user",
-            "content": f"Question: {question}\nModel Response: {reply}\nGround Truth: {truth}\n"
-            'Would the model response be considered correct? Answer with "yes" or "no" only.',
-        },
+        {"role": "system", "content": f"You are a helpful AI assistant. {task}"},
+        {"role": "user", "content": "\n".join(lines)},
     ]
 
 
 def parse_verdict(reply: str) -> str:
     """`"yes"`, `"no"` or, for any other reply of a judge, `"invalid"`. The 2023 code did not know "Yes."."""
-    word = reply.strip().strip("\"'.,!").lower()
+    word = re.sub(r"^\W+|\W+$", "", read_reply(reply)).lower()
     return word if word in ("yes", "no") else "invalid"
 
 

@@ -5,6 +5,8 @@ import string
 from collections.abc import Mapping, Sequence
 
 from . import mean_by, percent
+from .choices import OTHER, parse_choice, parse_whole
+from .replies import is_answered, read_reply
 
 
 # what the metadata of a row are scored by
@@ -21,61 +23,96 @@ _HINTS = {
 }
 
 
-def build_query(row: Mapping) -> str:
+def build_query(row: Mapping, shot_type: str | None = None) -> str:
     """
-    The question as MathVista puts it (form "solution"): a hint on the form of the answer, the question, the choices.
+    The question as MathVista asks it, to the byte: the row's `query`, which the data have, else built as they are: a
+    hint on the form of the answer, the question, the choices.
+
+    Args:
+        row: with `question`, `question_type`, `answer_type`, `choices`, `unit`, `precision`.
+        shot_type: `"solution"` for what the authors' `build_query.py` makes without examples, which has another order
+            than the data: the hint behind the choices, then `Solution:`.
 
     Raises:
-        ValueError: for an answer type it does not know.
+        ValueError: for an answer type or `shot_type` it does not know.
     """
+    if shot_type not in (None, "solution"):
+        raise ValueError(f"shot_type must be solution, or left out for the query of the data; got {shot_type!r}.")
+    if shot_type is None and row.get("query"):
+        return row["query"]
     if row["question_type"] == "multi_choice":
         hint = "and provide the correct option letter, e.g., A, B, C, D, at the end."
     elif row["answer_type"] == "float":
-        hint = _HINTS["float1" if int(row["precision"] or 0) <= 1 else "float2"]
+        hint = _HINTS["float1" if int(row.get("precision") or 0) <= 1 else "float2"]
     elif row["answer_type"] in _HINTS:
         hint = _HINTS[row["answer_type"]]
     else:
         raise ValueError(f"Row {row.get('pid')!r} has the answer_type {row['answer_type']!r}; use {sorted(_HINTS)}.")
+    hint = f"Hint: Please answer the question {hint}"
     unit = f" (Unit: {row['unit']})" if row.get("unit") else ""
-    lines = [f"Hint: Please answer the question {hint}", f"Question: {row['question']}{unit}"]
+    lines = [f"Question: {row['question']}{unit}"]
     if row.get("choices"):
-        letters = string.ascii_uppercase
-        lines += ["Choices:", *(f"({letter}) {text}" for letter, text in zip(letters, row["choices"], strict=False))]
-    return "\n".join([*lines, "Solution:"])
+        lines += ["Choices:", *(f"({letter}) {text}" for letter, text in _options(row).items())]
+    return "\n".join([hint, *lines] if shot_type is None else [*lines, hint, "Solution:"])
+
+
+def _options(row: Mapping) -> dict[str, str]:
+    return dict(zip(string.ascii_uppercase, row["choices"], strict=False))
 
 
 def extract_directly(reply: str, row: Mapping, quick: bool = False) -> str | None:
     """
-    The answer, where no judge is needed to find it: an exact choice, a number; None otherwise.
+    The answer, where no judge is needed to find it: a choice or its letter, a number; None otherwise.
+
+    The authors' code takes choices to the letter and numbers that Python reads. This takes what is as plain, too: "B",
+    "(B) No", "No." for choices, "3.", "3.0" and "1,000" for numbers.
 
     Args:
         reply: what the model wrote.
         row: with `question_type`, `answer_type`, `choices`.
         quick: also take what stands in `The answer is "..".`.
     """
-    reply = reply.strip()
-    if row["question_type"] == "multi_choice" and reply in row["choices"]:
-        return reply
-    for answer_type, number in (("integer", int), ("float", float)):
-        if row["answer_type"] == answer_type:
-            try:
-                return str(number(reply))
-            except ValueError:
-                pass
+    if not is_answered(reply):
+        return None
+    reply = read_reply(reply)
+    if row["question_type"] == "multi_choice":
+        if reply in row["choices"]:
+            return reply
+        if (letter := parse_whole(reply, _options(row))) != OTHER:
+            return _options(row)[letter]
+    number = reply.rstrip(".").strip("$ ")
+    number = number.replace(",", "") if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", number) else number
+    try:
+        value = float(number)
+        if row["answer_type"] == "float":
+            return str(value)
+        if row["answer_type"] == "integer" and value.is_integer():
+            return str(int(value))
+    except ValueError:
+        pass
     if quick and (stated := re.search(r'The answer is "(.*)"\.', reply)):
         return stated.group(1)
     return None
 
 
+def choice_in_prose(reply: str, row: Mapping) -> str | None:
+    """The choice that a reply names somewhere, for runs without a judge; see `scoring.choices`."""
+    if row["question_type"] != "multi_choice" or (letter := parse_choice(reply, _options(row))) == OTHER:
+        return None
+    return _options(row)[letter]
+
+
 def extraction_prompt(examples: str, query: str, reply: str) -> str:
     """What the judge is asked: MathVista's examples, then this query and reply."""
-    return f"{examples.strip()}\n\n{query}\n\n{reply}\n\nExtracted answer: "
+    return f"{examples.strip()}\n\n{query}\n\n{read_reply(reply)}\n\nExtracted answer: "
 
 
 def normalise(extraction: str, row: Mapping) -> str | None:
     """The extracted answer as it is compared: a choice's text (the nearest one), a number of the row's precision."""
     if row["question_type"] == "multi_choice":
         extraction = extraction.strip()
+        if extraction in row["choices"] and len(extraction) > 1:
+            return extraction
         if letters := re.findall(r"\(([a-zA-Z])\)", extraction):
             extraction = letters[0].upper()
         if len(extraction) == 1 and extraction in string.ascii_uppercase[: len(row["choices"])]:
@@ -112,8 +149,10 @@ def score(records: Sequence[Mapping]) -> dict[str, float]:
 
     Returns:
         `accuracy`, `extraction_failures` (they count as wrong; the 2023 code let an empty extraction snap to the
-        shortest choice), `questions`, and `KIND/NAME`.
+        shortest choice), `questions`, and `KIND/NAME`; of the test split, whose answers are not public, no accuracy.
     """
+    if records and not any(str(record["answer"] or "").strip() for record in records):
+        return {"extraction_failures": sum(record["failed"] for record in records), "questions": len(records)}
     result = {
         "accuracy": percent(sum(map(_is_right, records)), len(records)),
         "extraction_failures": sum(record["failed"] for record in records),

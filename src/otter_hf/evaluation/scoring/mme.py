@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 
 from . import percent
+from .choices import OTHER
+from .replies import is_answered, read_reply
 
 
 PERCEPTION = (
@@ -29,11 +31,16 @@ def category_name(name: str) -> str:
 
 
 def parse_answer(reply: str) -> str:
-    """`"yes"`, `"no"` or `"other"`, by the official rule: the whole reply, or its first four characters."""
-    reply = reply.lower().strip().replace(".", "")
+    """
+    `"yes"`, `"no"` or `"other"`, by the official rule: the whole reply, or its first four characters, without thoughts
+    and full stops. What is no answer is other.
+    """
+    if not is_answered(reply):
+        return OTHER
+    reply = read_reply(reply).lower().strip(" \"'`*_").replace(".", "")
     if reply in ("yes", "no"):
         return reply
-    return next((word for word in ("yes", "no") if word in reply[:4]), "other")
+    return next((word for word in ("yes", "no") if word in reply[:4]), OTHER)
 
 
 def score(records: list[Mapping]) -> dict[str, float]:
@@ -61,7 +68,7 @@ def score(records: list[Mapping]) -> dict[str, float]:
     return {
         "perception": sum(points.get(category, 0.0) for category in PERCEPTION),
         "cognition": sum(points.get(category, 0.0) for category in COGNITION),
-        "unparsed": sum(record["prediction"] == "other" for record in records),
+        "unparsed": sum(record["prediction"] == OTHER for record in records),
         "incomplete_images": len(images) - len(complete),
         **{f"category/{category}": value for category, value in sorted(points.items())},
     }

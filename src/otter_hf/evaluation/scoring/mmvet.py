@@ -3,18 +3,22 @@
 from collections.abc import Mapping, Sequence
 
 from . import percent
+from .replies import read_reply
 
 
 def grading_prompt(table: str, question: str, truth: str, reply: str) -> str:
-    """MM-Vet's few-shot `table` with one more row, whose grade is left to the judge."""
+    """
+    What MM-Vet's own code asks its judge: the few-shot `table`, an empty line, and one more row, whose grade is left
+    to the judge.
+    """
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    return f"{table.rstrip()}\n" + " | ".join([question, truth, reply, ""])
+    return f"{table}\n" + " | ".join([question, truth, read_reply(reply), ""])
 
 
 def parse_grade(reply: str) -> float | None:
     """The grade a judge's reply opens with, from 0 to 1, or None."""
     try:
-        grade = float(reply.strip().split(" ")[0])
+        grade = float(read_reply(reply).split(" ")[0].strip())
     except ValueError:
         return None
     return grade if 0.0 <= grade <= 1.0 else None

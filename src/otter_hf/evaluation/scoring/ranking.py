@@ -7,8 +7,24 @@ import torch
 from . import percent
 
 
+# OpenFlamingo's own code divides by the number of tokens; the 2023 suite, and LAVIS for SEED-Bench, do not
+LIKELIHOODS = ("mean", "sum")
+
+
+def likelihood(total: float, tokens: int, kind: str) -> float:
+    """
+    What candidates are ranked by: their tokens' log-probabilities, summed up (`sum`) or on average (`mean`).
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in LIKELIHOODS:
+        raise ValueError(f"likelihood must be one of {', '.join(LIKELIHOODS)}, got {kind!r}.")
+    return total / tokens if kind == "mean" else total
+
+
 def probabilities(log_likelihoods: Sequence[float]) -> list[float]:
-    """Of candidates with these summed log-probabilities, the probability of each given that it is one of them."""
+    """Of candidates with these log-probabilities, the probability of each given that it is one of them."""
     return torch.tensor(log_likelihoods, dtype=torch.float64).softmax(dim=0).tolist()
 
 
