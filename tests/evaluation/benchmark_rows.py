@@ -7,6 +7,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from inspect import signature
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, List
@@ -151,7 +152,8 @@ def endpoint(reply):
     An OpenAI-compatible server on this machine.
 
     Args:
-        reply: text of the request's last message -> what to say, or a status to fail with.
+        reply: text of the request's last message -> what to say, or a status to fail with; of two arguments, with the
+            whole request -> status and what to say, or the body of a failure.
 
     Yields the address of its API, and the list of requests it got.
     """
@@ -164,11 +166,14 @@ def endpoint(reply):
             content = body["messages"][-1]["content"]
             if not isinstance(content, str):
                 content = "".join(part.get("text", "") for part in content)
-            said = reply(content)
-            failed = isinstance(said, int)
+            if len(signature(reply).parameters) == 2:
+                status, said = reply(content, body)
+            else:
+                said = reply(content)
+                status, said = (said, {"error": {"message": "no"}}) if isinstance(said, int) else (200, said)
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
-            data = json.dumps({"error": {"message": "no"}} if failed else {"id": "1", "choices": [choice]}).encode()
-            self.send_response(said if failed else 200)
+            data = json.dumps(said if status != 200 else {"id": "1", "choices": [choice]}).encode()
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

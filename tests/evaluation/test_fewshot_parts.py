@@ -33,6 +33,27 @@ def test_the_same_seed_draws_the_same_rows_in_any_order():
         random_demonstrations([1, 2], 4, 1, 0)
 
 
+def test_a_test_row_is_not_its_own_demonstration():
+    def itself(number):
+        return number in (1, 3)
+
+    for row in range(20):
+        assert set(random_demonstrations([1, 2, 3, 4], 2, 1, row, itself)) == {2, 4}
+    with pytest.raises(ValueError, match="3 shots need as many training rows, there are 2"):
+        random_demonstrations([1, 2, 3, 4], 3, 1, 0, itself)
+    index = RicesIndex(torch.eye(4), candidates=[1, 2, 3, 4])
+    assert index.nearest(torch.tensor([4.0, 3.0, 2.0, 1.0]), 2, itself) == [4, 2]
+
+
+def test_rows_are_the_same_by_words_and_pixels(tmp_path):
+    """Whatever ids and files they have: training and test set may overlap."""
+    rows = [{"question_id": 1, "image": RED, "question": "a?", "answers": ["x"]}]
+    rows += [{**rows[0], "image": BLUE}, {**rows[0], "question": "b?"}]
+    train = Rows(str(write_parquet(tmp_path / "train.parquet", rows)), "train", "vqa")
+    test = Rows(str(write_parquet(tmp_path / "test.parquet", [{**rows[0], "question_id": 9}])), "test", "vqa")
+    assert [train.is_row_of(number, test, 0) for number in range(3)] == [True, False, False]
+
+
 def test_rices_puts_the_most_similar_picture_next_to_the_question():
     train = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [-1.0, 0.0]])
     index = RicesIndex(train, candidates=[10, 11, 12, 13])

@@ -88,6 +88,19 @@ def test_answers_of_an_endpoint_with_the_most_similar_demonstrations(evaluate, t
         assert sample["answer"] == "red"
 
 
+def test_one_file_for_both_shows_no_row_its_answer(evaluate, tables, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with endpoint(lambda text: "<think>blue?</think>red" if "100" in text else "") as (address, _):
+        dataset = {"name": "vqav2", "train": tables["train"], "test": tables["train"], "shots": [4]}
+        model = {"name": "stub", "endpoint": address, "model": "stub"}
+        figures = evaluate([model], [dataset])["stub"]["vqav2"]
+    shown = samples(tmp_path, "vqav2.4-shot.seed-42")
+    assert len(shown) == 8 and all(sample["row"] not in sample["demonstrations"] for sample in shown)
+    # row 100 is red to eight of ten; seven replies are empty
+    assert figures["4-shot vqa_accuracy"] == 12.5 and figures["empty_replies"] == 7
+    assert "none is shown its own answer" in caplog.text
+
+
 def test_captions_by_seeds_are_the_same_again_and_say_their_tokenizer(otter_folder, evaluate, tables, tmp_path):
     pytest.importorskip("pycocoevalcap")
     dataset = {"name": "coco", **tables, "shots": [0, 2], "seeds": [1, 2], "num_samples": 4}

@@ -12,7 +12,8 @@ def add_parser(subparsers):
         description="Evaluate models on benchmarks as a YAML file says (docs/evaluation.md); that of the 2023 code "
         "works as it is. Keys are read from the environment: OPENAI_API_KEY, OPENAI_BASE_URL.",
     )
-    parser.add_argument("config", type=Path, help="YAML with models, datasets, output")
+    parser.add_argument("config", type=Path, nargs="?", help="YAML with models, datasets, output")
+    parser.add_argument("--config", "-c", type=Path, dest="config_of_2023", help="the same, as the 2023 code had it")
     parser.add_argument("--output", type=Path, default=None, help="folder for the results, over that of the file")
     parser.add_argument("--limit", type=int, default=None, help="rows per dataset, over those of the file")
     parser.add_argument("--verbose", action="store_true", help="show what lmms-eval has to say")
@@ -23,7 +24,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Evaluate and print the table."""
     from ..evaluation.config import load_config
 
-    config = load_config(arguments.config)
+    given = [path for path in (arguments.config, arguments.config_of_2023) if path is not None]
+    if len(given) != 1:
+        raise ValueError(f"otter-hf eval needs one configuration: a YAML file (docs/evaluation.md); got {len(given)}.")
+    config = load_config(given[0])
     if arguments.output is not None:
         config.output = arguments.output
     if arguments.limit is not None:
