@@ -166,6 +166,39 @@ def test_auto_starts_from_the_beginning_without_a_checkpoint(tmp_path):
         find_checkpoint(str(tmp_path), tmp_path)
 
 
+def test_going_on_compares(files, unbroken, caplog):
+    """What differs is named before any weight is loaded; a finished run is left alone; no other run's checkpoint."""
+    shutil.copytree(unbroken, files / "compared", ignore=shutil.ignore_patterns("checkpoint-[24]"))
+
+    def go_on(output="compared", **settings):
+        main(command(files, output, **SAVING | {"resume_from_checkpoint": "auto"} | settings))
+
+    before = (files / "compared" / "model.safetensors").stat().st_mtime_ns
+    caplog.set_level("INFO", "otter_hf")
+    go_on()
+    assert "has made its 6 steps: nothing is left to do" in caplog.text
+    assert (files / "compared" / "model.safetensors").stat().st_mtime_ns == before
+    for name, value in {
+        "learning_rate": 0.02,
+        "freeze": ["vision", "perceiver"],
+        "per_device_train_batch_size": 2,
+        "train_mixture": str(files / "eval.yaml"),
+        "max_length": 99,
+    }.items():
+        shown = {"per_device_train_batch_size": "samples_per_step", "train_mixture": "data"}.get(name, name)
+        with pytest.raises(ValueError, match=f"checkpoint-6 is of a run with other settings: .*{shown} was .* and is"):
+            go_on(**{name: value})
+    (files / "compared" / "checkpoint-6" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="has no optimizer, as with save_only_model"):
+        go_on()
+
+    # a run that was started anew there has made no checkpoint yet
+    record = json.loads((files / "compared" / "run.json").read_text())
+    (files / "compared" / "run.json").write_text(json.dumps(record | {"id": "another"}))
+    assert find_checkpoint("auto", files / "compared") is None
+    assert "Of another run, and left alone: checkpoint-6" in caplog.text
+
+
 def test_the_last_and_the_best_are_kept(files):
     settings = {"eval_mixture": str(files / "eval.yaml"), "eval_strategy": "steps", "eval_steps": 2}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "learning_rate": 0.3}

@@ -39,7 +39,10 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.func(arguments) or 0
     except (ValueError, OSError) as error:
         # those of the system begin with a number
-        sentence = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else error
+        sentence = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
+        if sentence.startswith("Caught ") and " in DataLoader worker process " in sentence:
+            # torch puts the worker's whole traceback into the message, of which the last line is the error
+            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
         print(f"otter-hf: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -90,7 +90,7 @@ class OtterCollator:
         on_overlong: what to do with a sample whose last turn alone is longer than `max_length`. `"error"` raises;
             `"truncate"` cuts the end of its answer and trains on the rest, and leaves it out of the batch if not even
             the start of its answer fits; `"skip"` leaves it out of the batch. A batch is never empty: when all of it
-            would be left out it is truncated instead, and an error if that leaves nothing to train on.
+            would be left out that is an error, for which our trainer takes other samples (`FillingCollator`).
         pad_to_multiple_of: pads the length of a padded batch to a multiple of this.
         packing: put the samples one behind the other into one row, without padding, or pad them on the right.
         remove_answer_token, remove_end_of_turn_token: delete these tokens, once they have told what is learned, as two
@@ -213,10 +213,17 @@ class OtterCollator:
                 f"Sample {sample['id']!r} has {len(self._prefix) + len(tokens) + len(self._suffix)} tokens after "
                 f"dropping its context, the limit is max_length={self.max_length}: raise the limit or set "
                 "on_overlong to 'truncate' or 'skip'.",
+                reason="overlong",
             )
         if self.on_overlong == "skip" and fitting:
             logger.warning(f"Left out {len(overlong)} samples longer than max_length, first {overlong[0][0]['id']!r}.")
             return fitting
+        if self.on_overlong == "skip":
+            raise SampleError(
+                f"Sample {overlong[0][0]['id']!r} and the rest of its batch are longer than max_length="
+                f"{self.max_length}: raise the limit or set on_overlong to 'truncate'.",
+                reason="overlong",
+            )
         keep = max(0, self.max_length - len(self._prefix) - len(self._suffix))
         truncated = [(sample, tokens if self._fits(tokens) else tokens[:keep]) for sample, tokens in rows]
         # a row that is cut before its answer starts has nothing to learn and may have lost <image> tokens
@@ -225,6 +232,7 @@ class OtterCollator:
             raise SampleError(
                 f"Sample {rows[0][0]['id']!r} and the rest of its batch are cut before their answers start: "
                 f"max_length={self.max_length} is too small for their instructions.",
+                reason="overlong",
             )
         ids = ", ".join(repr(sample["id"]) for sample, _ in overlong)
         logger.warning(f"Cut or left out samples longer than max_length={self.max_length}: {ids}.")

@@ -184,7 +184,9 @@ class OtterHDCollator:
         try:
             ids, starts = self.processor.encode(written[-1], grids, factors, add_answer_token=False, **limit)
         except ValueError as error:
-            raise SampleError(f"Sample {sample['id']!r}: {error}", reason="bad text") from error
+            raise SampleError(
+                f"Sample {sample['id']!r}: {error}", reason="overlong" if limit else "bad text"
+            ) from error
         return ids, starts, spans
 
     def _labels_of_2023(self, ids: list[int], complete: bool) -> tuple[list[int], list[int]]:

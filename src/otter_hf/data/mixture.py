@@ -1,5 +1,7 @@
 """The training YAML: which MIMIC-IT datasets to train on, in which of the four groups, and how much of each."""
 
+import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -284,6 +286,24 @@ class MimicitMixture(Dataset):
         """How many samples were skipped so far, by reason, in all data loader workers."""
         return self._skipped.totals()
 
+    def digest(self) -> list[list]:
+        """
+        What the data are, wherever they lie: of each dataset its group, name, number of samples and images, and a
+        hash of the text of some of its records.
+        """
+        datasets = []
+        for entry, table, rows, store in zip(self.entries, self._tables, self._rows, self._stores, strict=True):
+            some = [table[int(row)] for row in rows[:: max(1, len(rows) // 64)]]
+            texts = json.dumps([[one[key] for key in ("id", "instruction", "answer", "image_ids")] for one in some])
+            digest = hashlib.blake2b(texts.encode(), digest_size=8).hexdigest()
+            datasets.append([entry.task_group, entry.name, len(rows), len(store), digest])
+        return datasets
+
+    def skip(self, error: SampleError):
+        """Counts a sample that is left out, and tells the first of its kind."""
+        if self._skipped.add(error.reason) == 1:
+            logger.warning(f"{error} It is skipped, as are others like it ({error.reason}).")
+
     def set_epoch(self, epoch: int):
         """Tells the epoch that the choices made per sample depend on; the `Trainer` calls it."""
         self._epoch[0] = epoch
@@ -298,8 +318,7 @@ class MimicitMixture(Dataset):
             except SampleError as error:
                 if self.on_error == "raise":
                     raise
-                if self._skipped.add(error.reason) == 1:
-                    logger.warning(f"{error} It is skipped, as are others like it ({error.reason}).")
+                self.skip(error)
         raise SampleError(f"None of the {len(self)} samples of the mixture can be used.")
 
     def _build(self, index: int) -> Sample:
@@ -365,7 +384,10 @@ class SkipCounter:
     Increments of data loader workers are seen by the process that made it.
     """
 
-    reasons = ("missing image", "unreadable image", "no frames", "missing instruction", "missing answer", "unusable")
+    reasons = (
+        *("missing image", "unreadable image", "no frames", "missing instruction", "missing answer"),
+        *("overlong", "nothing to learn", "bad image", "bad text", "unusable"),
+    )
 
     def __init__(self):
         # a row for each worker, so that no two processes write one number

@@ -50,8 +50,10 @@ class Sample(_OptionalKeys):
 class SampleError(ValueError):
     """A sample that cannot be used. `reason` is a short name under which such samples are counted."""
 
-    # torch raises errors of data loader workers again with the message as only argument
+    # torch raises errors of data loader workers again with the message as only argument, behind a traceback
     def __init__(self, message: str, reason: str = "unusable"):
+        if message.startswith("Caught SampleError in DataLoader worker"):
+            message = message.rpartition("SampleError: ")[2].strip()
         super().__init__(message)
         self.reason = reason
 

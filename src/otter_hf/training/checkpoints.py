@@ -22,6 +22,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from .arguments import TrainingArguments
+from .run_record import RunRecord, read_run
+
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +40,8 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> str | 
     The checkpoint to go on from, or None to start from the beginning.
 
     Args:
-        resume: `auto` or true, for the last checkpoint in `output_dir` if there is one; the path of a checkpoint;
-            None or false.
+        resume: `auto` or true, for the last checkpoint in `output_dir` of the run that was started there last, if
+            there is one; the path of a checkpoint; None or false.
         output_dir: the output folder of the training.
 
     Raises:
@@ -54,11 +57,16 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> str | 
                 "name a checkpoint-N folder, or set it to auto for the last one of the output folder."
             )
         return str(resume)
-    steps = {}
+    steps, run, others = {}, read_run(output_dir), []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
         if number and (folder / TRAINER_STATE_NAME).is_file():
-            steps[int(number[1])] = folder
+            if run is None or getattr(read_run(folder), "id", None) == run.id:
+                steps[int(number[1])] = folder
+            else:
+                others.append(folder.name)
+    if others:
+        logger.warning(f"Of another run, and left alone: {', '.join(sorted(others))} in {output_dir}.")
     if not steps:
         logger.info(f"No checkpoint in {output_dir}: training starts from the beginning.")
         return None
@@ -67,11 +75,33 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> str | 
     return str(checkpoint)
 
 
+def resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord, str | None, bool]:
+    """
+    Where a run begins: the run, as that of the checkpoint; the checkpoint or None; and whether all is done already.
+
+    Raises:
+        ValueError: as `find_checkpoint` and `RunRecord.going_on_from`; for a run without any step.
+    """
+    if run.steps is not None and run.steps < 1:
+        raise ValueError(f"The run has {run.steps} steps, nothing would be trained: look at max_steps and the data.")
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    if checkpoint is not None:
+        run = run.going_on_from(checkpoint, new_data=training_args.ignore_data_skip)
+    asked = str(training_args.resume_from_checkpoint).lower() not in ("false", "no", "none", "")
+    is_complete = asked and run.is_complete(checkpoint, training_args.output_dir)
+    if is_complete:
+        logger.info(f"The run in {training_args.output_dir} has made its {run.steps} steps: nothing is left to do.")
+    return run, checkpoint, is_complete
+
+
 class CheckpointTrainer(Trainer):
     """
     A `Trainer` whose checkpoints are complete or absent, and which stops with one on SIGTERM.
 
     With `trainable_only` in its arguments, frozen weights are not written: see [`load_trainable`].
+
+    Args:
+        run: what is written as `run.json` into the output folder and each checkpoint; None for none.
 
     Attributes:
         stopped (`bool`): whether SIGTERM ended the training early.
@@ -80,8 +110,9 @@ class CheckpointTrainer(Trainer):
         ValueError: for `trainable_only` with FSDP or DeepSpeed, whose checkpoints hold all weights.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, run: RunRecord | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.run = run
         self.stopped = False
         self._staging: Path | None = None
         self._stop_on_sigterm = _StopOnSigterm(self)
@@ -97,6 +128,9 @@ class CheckpointTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As in the parent class; SIGTERM ends it after the step at hand."""
+        self.accelerator.wait_for_everyone()  # all have looked for a checkpoint
+        if self.run is not None and self.args.should_save:
+            self.run.write(self.args.output_dir)
         with self._stop_on_sigterm.listening():
             return super().train(*args, **kwargs)
 
@@ -121,6 +155,8 @@ class CheckpointTrainer(Trainer):
                 self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            if self.run is not None:
+                self.run.write(staged)
             self._discard(final)
             staged.rename(final)
             self._remove_old_checkpoints(run_dir)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from ..models.host_reads import numbers_on
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
-from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
+from .checkpoints import STOPPED_EXIT_CODE, resume
 from .freezing import freeze, train_only_rows
 from .run import _stop_generation_at
+from .run_record import RunRecord
 from .trainer import OtterTrainer
 
 
@@ -49,12 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pretrain(
     model_args: ModelArguments, data_args: PretrainingDataArguments, training_args: TrainingArguments
-) -> "PretrainingTrainer":
+) -> "PretrainingTrainer | None":
     """
     Pretrains, and leaves model, processor and `trainer_state.json` in the output folder.
 
     Returns:
-        The trainer, with its `model` and `state`.
+        The trainer, with its `model` and `state`; None where a run that is gone on with is complete.
     """
     for name in ("lora", "cache_vision_features"):
         if getattr(model_args, name):
@@ -72,6 +74,10 @@ def pretrain(
     # for the Trainer's messages and counts: its batch is one of each set
     training_args.per_device_train_batch_size = sum(one.batch_size for one in stream.sets)
     logger.info(_table(stream))
+    run = _run_record(model_args, data_args, training_args, stream)
+    run, checkpoint, is_complete = resume(run, training_args)
+    if is_complete:
+        return None
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
@@ -79,10 +85,10 @@ def pretrain(
     freeze(model, model_args.freeze)
     if model_args.train_embedding_rows:
         train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))
-    trainer = PretrainingTrainer(model=model, args=training_args, train_dataset=stream, processing_class=processor)
-    trainer.train(
-        resume_from_checkpoint=find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    trainer = PretrainingTrainer(
+        model=model, args=training_args, train_dataset=stream, processing_class=processor, run=run
     )
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
         raise SystemExit(STOPPED_EXIT_CODE)
     trainer.save_model()
@@ -90,6 +96,18 @@ def pretrain(
         trainer.save_state()
         logger.info(f"left out in this process: {stream.skipped or 'nothing'}")
     return trainer
+
+
+def _run_record(model_args, data_args, training_args, stream: PretrainingStream) -> RunRecord:
+    accumulated = training_args.gradient_accumulation_steps
+    steps = training_args.max_steps
+    if steps <= 0:
+        steps = math.ceil(max(1, math.ceil(len(stream) / accumulated)) * training_args.num_train_epochs)
+    sets = [
+        [one.name, one.kind, len(one.paths), sum(one.sizes), one.batch_size, one.loss_weight] for one in stream.sets
+    ]
+    samples = training_args.per_device_train_batch_size * accumulated * training_args.world_size
+    return RunRecord.of(model_args, data_args, training_args, data=sets, samples_per_step=samples, steps=steps)
 
 
 def _table(stream: PretrainingStream) -> str:

@@ -16,12 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from ..conversion.model_card import usage
 from .checkpoints import UNFINISHED, CheckpointTrainer
 from .report import REPORT_FILE, curves_svg, final_values
+from .run_record import RUN_FILE
 
 
 logger = logging.getLogger(__name__)
 
 # what a checkpoint holds beside the model: needed to go on with training, not to use it
 _STATE_FILES = [
+    RUN_FILE,
     "optimizer*",
     "scheduler.pt",
     "scaler.pt",

@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback
 
 from ..data.collator import IGNORE_INDEX
-from ..data.samples import Sample
+from ..data.samples import Sample, SampleError
 
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class TrainingReport(TrainerCallback):
 
     def __init__(self, trainer: Trainer, samples: Sequence[Sample] = (), max_new_tokens: int = 32):
         self.trainer = trainer
-        self.samples = list(samples)
+        self.samples = [sample for sample in samples if _can_be_asked(trainer, sample)]
         self.max_new_tokens = max_new_tokens
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -220,6 +220,15 @@ class TrainingReport(TrainerCallback):
             )
         model.train(training)
         return self.trainer.processing_class.post_process_image_text_to_text(output[:, start:])[0]
+
+
+def _can_be_asked(trainer: Trainer, sample: Sample) -> bool:
+    try:
+        trainer.data_collator([sample])
+    except SampleError as error:
+        logger.info(f"Not among the sample answers: {error}")
+        return False
+    return True
 
 
 def _curves(log_history: Sequence[Mapping]) -> dict[str, list[tuple[int, float]]]:

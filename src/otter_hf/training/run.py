@@ -21,7 +21,7 @@ from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
 from ..models.quantization import quantization_config
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from .checkpoints import STOPPED_EXIT_CODE, find_checkpoint
+from .checkpoints import STOPPED_EXIT_CODE, resume
 from .features import VisionFeatureCache
 from .freezing import freeze, train_only_rows
 from .kernels import choose_attention, use_liger_kernels
@@ -30,6 +30,7 @@ from .metrics import answer_accuracy, most_likely_tokens
 from .plan import make_plan, meta_model, sharding_of
 from .publish import given_arguments
 from .report import TrainingReport, plot_history, sample_evenly
+from .run_record import RunRecord
 from .trainer import OtterTrainer
 
 
@@ -71,7 +72,8 @@ def train(
             of their images, another order of their turns. See `MimicitMixture`.
 
     Returns:
-        The trainer, with its `model` and `state`; None after a `dry_run`, which ends with the plan.
+        The trainer, with its `model` and `state`; None after a `dry_run`, which ends with the plan, and where a run
+        that is gone on with is complete.
     """
     set_seed(training_args.seed)
     config = AutoConfig.from_pretrained(model_args.model_name_or_path)
@@ -105,6 +107,17 @@ def train(
     if training_args.dry_run:
         return None
 
+    run = RunRecord.of(
+        model_args,
+        data_args,
+        training_args,
+        data=train_dataset.digest(),
+        samples_per_step=plan.samples_per_step,
+        steps=plan.steps,
+    )
+    run, checkpoint, is_complete = resume(run, training_args)
+    if is_complete:
+        return None
     # last, because it takes longest: a mistake in the data shows before
     model = _load_model(model_args, data_args, training_args, processor, config, attention)
     trainer = OtterTrainer(
@@ -118,12 +131,13 @@ def train(
         preprocess_logits_for_metrics=most_likely_tokens,
         flops=plan.flops,
         recipe={**given_arguments(model_args), **given_arguments(data_args)},
+        run=run,
     )
     samples = sample_evenly(eval_dataset, training_args.report_samples)
     trainer.add_callback(TrainingReport(trainer, samples))
-    trainer.train(
-        resume_from_checkpoint=find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
-    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if train_dataset.skipped:
+        logger.warning(f"Left out in training: {train_dataset.skipped}.")
     if trainer.stopped:
         raise SystemExit(STOPPED_EXIT_CODE)
     if trainer.is_world_process_zero():

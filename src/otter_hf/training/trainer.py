@@ -1,6 +1,7 @@
 """The HF `Trainer` for MIMIC-IT mixtures."""
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,8 +10,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
 from ..data.collator import IGNORE_INDEX
-from ..data.mixture import GroupedSampler
-from ..data.samples import Sample
+from ..data.mixture import GroupedSampler, MimicitMixture
+from ..data.samples import Sample, SampleError
 from ..models.host_reads import accepts_known_numbers, known_on_host, reads_are_free
 from .flops import TrainingFlops, measure_peak_flops
 from .lora import refuse_tied_head
@@ -71,6 +72,15 @@ class OtterTrainer(PublishingTrainer):
         )
         return self._sampler
 
+    def _get_dataloader(self, dataset: Dataset, *args, **kwargs):
+        """As in the parent class, with a collator that finds other samples in `dataset` for unusable ones."""
+        naming = self.data_collator
+        self.data_collator = naming.on(dataset)
+        try:
+            return super()._get_dataloader(dataset, *args, **kwargs)
+        finally:
+            self.data_collator = naming
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As in the parent class, timed."""
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
@@ -130,6 +140,62 @@ class OtterTrainer(PublishingTrainer):
 _NAMES = ("sample_ids", "task_groups", "on_host")
 
 
+# reasons of errors that on_overlong decides about
+_OF_LENGTH = ("overlong", "nothing to learn")
+
+
+class FillingCollator:
+    """
+    A collator in which no sample ends a run that leaves out what it cannot use.
+
+    Where a batch is refused, and the mixture's `on_error` is `skip` (or for what is too long the collator's
+    `on_overlong` not `error`), its samples are tried one by one, and others of the same data take the place of those
+    that are unusable, always the same. They are counted in `MimicitMixture.skipped`.
+
+    Args:
+        collator: of a batch of samples.
+        dataset: a `MimicitMixture`.
+
+    Raises:
+        SampleError: as the collator, where nothing is to be left out, or if no sample of the data can be used.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Sample]], dict], dataset: MimicitMixture):
+        self.collator = collator
+        self.dataset = dataset
+
+    def __call__(self, samples: Sequence[Sample]) -> dict:
+        return self.fill(samples)[0]
+
+    def fill(self, samples: Sequence[Sample]) -> tuple[dict, list[Sample]]:
+        """The batch and its samples."""
+        try:
+            return self.collator(samples), list(samples)
+        except SampleError as error:
+            if not self._leaves_out(error):
+                raise
+        samples = [self._usable(sample) for sample in samples]
+        return self.collator(samples), samples
+
+    def _leaves_out(self, error: SampleError) -> bool:
+        if error.reason in _OF_LENGTH and getattr(self.collator, "on_overlong", "error") != "error":
+            return True
+        return getattr(self.dataset, "on_error", "raise") == "skip"
+
+    def _usable(self, sample: Sample) -> Sample:
+        start = zlib.crc32(sample["id"].encode())
+        for number in range(len(self.dataset) + 1):
+            candidate = self.dataset[(start + number) % len(self.dataset)] if number else sample
+            try:
+                self.collator([candidate])
+                return candidate
+            except SampleError as error:
+                if not self._leaves_out(error):
+                    raise
+                self.dataset.skip(error)
+        raise SampleError(f"None of the {len(self.dataset)} samples can be used: look at the reasons above.")
+
+
 class NamingCollator:
     """
     Adds to the batches of a collator who is in them, `sample_ids` and `task_groups`, lists of text, and as `on_host`
@@ -138,14 +204,25 @@ class NamingCollator:
 
     Args:
         image_token_id: of the model; None if it does not take these arguments.
+        dataset: where to find samples for unusable ones, see `FillingCollator`.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Sample]], dict], image_token_id: int | None = None):
+    def __init__(
+        self,
+        collator: Callable[[Sequence[Sample]], dict],
+        image_token_id: int | None = None,
+        dataset: Dataset | None = None,
+    ):
         self.collator = collator
         self.image_token_id = image_token_id
+        self.dataset = dataset
+
+    def on(self, dataset: Dataset) -> "NamingCollator":
+        """The same for samples of `dataset`."""
+        return NamingCollator(self.collator, self.image_token_id, dataset)
 
     def __call__(self, samples: Sequence[Sample]) -> dict:
-        batch = self.collator(samples)
+        batch, samples = FillingCollator(self.collator, self.dataset).fill(samples)
         return {
             **batch,
             **({"on_host": self.look(batch)} if "labels" in batch else {}),

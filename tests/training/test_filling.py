@@ -1,0 +1,96 @@
+"""One sample never ends a run that leaves out what it cannot use."""
+
+import otter_tiny
+import otterhd_tiny
+import pytest
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import IdeficsImageProcessorPil
+
+from otter_hf.data import IdeficsCollator, prepare_idefics_tokenizer
+from otter_hf.data.collator import OtterCollator
+from otter_hf.data.collator_otterhd import OtterHDCollator
+from otter_hf.data.mixture import SkipCounter
+from otter_hf.data.samples import SampleError
+from otter_hf.training.trainer import NamingCollator
+
+
+def otter(**options):
+    return OtterCollator(otter_tiny.tiny_processor(), **options)
+
+
+def otterhd(**options):
+    return OtterHDCollator(otterhd_tiny.tiny_processor(), **options)
+
+
+def idefics(**options):
+    tokenizer = prepare_idefics_tokenizer(otter_tiny.build_tokenizer())
+    return IdeficsCollator(tokenizer, IdeficsImageProcessorPil(image_size=28), **options)
+
+
+COLLATORS = {"otter": otter, "otterhd": otterhd, "idefics": idefics}
+
+
+class Data:
+    """Of a mixture what a collator needs; sample 0 asks too much, 1 has no picture to speak of."""
+
+    def __init__(self, on_error="raise", broken=()):
+        self.on_error, self.counter, self.broken = on_error, SkipCounter(), broken
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise SampleError(
+                f"Sample 'S{index}' needs image 'I', which cannot be decoded.", reason="unreadable image"
+            )
+        question = "what color? " * (200 if index == 0 else 1)
+        picture = [Image.new("RGB", (20, 24), "red")]
+        return {"id": f"S{index}", "turns": [(question, "red")], "media_per_turn": [1], "media": [picture]}
+
+    def skip(self, error):
+        self.counter.add(error.reason)
+
+
+@pytest.mark.parametrize("on_overlong", ["skip", "truncate"])
+@pytest.mark.parametrize("family", COLLATORS)
+def test_a_question_that_is_too_long_alone_in_its_batch(family, on_overlong):
+    data = Data()
+    collator = NamingCollator(COLLATORS[family](max_length=200, on_overlong=on_overlong), dataset=data)
+    batch = collator([data[0]])
+    assert batch["sample_ids"] in (["S1"], ["S2"], ["S3"])
+    assert (batch["labels"] != -100).any()
+    assert collator([data[0]])["sample_ids"] == batch["sample_ids"]  # always the same
+    assert sum(data.counter.totals().values()) == 2
+    assert collator([data[0], data[2]])["sample_ids"][1] == "S2"
+    with pytest.raises(SampleError, match="'S0'.* max_length=200"):
+        NamingCollator(COLLATORS[family](max_length=200), dataset=data)([data[0]])
+
+
+@pytest.mark.parametrize("family", COLLATORS)
+def test_a_picture_that_the_collator_refuses(family, monkeypatch):
+    """In a batch with others: these stay."""
+    collator = COLLATORS[family]()
+
+    class Picky:
+        on_overlong = "error"
+
+        def __call__(self, samples):
+            if any(sample["id"] == "S1" for sample in samples):
+                raise SampleError("Sample 'S1' has a picture of no pixels.", reason="bad image")
+            return collator(samples)
+
+    data = Data("skip")
+    names = NamingCollator(Picky(), dataset=data)([data[1], data[2]])["sample_ids"]
+    assert names[1] == "S2" and names[0] != "S1"
+    assert data.counter.totals() == {"bad image": 1}
+    with pytest.raises(SampleError, match="'S1' has a picture of no pixels"):
+        NamingCollator(Picky(), dataset=Data())([data[1], data[2]])
+
+
+def test_an_error_in_a_worker_is_one_sentence():
+    data = Data(broken=[0, 1, 2, 3])
+    with pytest.raises(SampleError) as raised:
+        next(iter(DataLoader(data, num_workers=1, collate_fn=list)))
+    assert str(raised.value) == "Sample 'S0' needs image 'I', which cannot be decoded."
