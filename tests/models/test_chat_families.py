@@ -16,6 +16,16 @@ from otter_hf.data.prompts import chat_template
 RED, BLUE = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
 IMAGE = {"otter": "<image>", "flamingo": "<image>", "otterhd": "|SPEAKER|"}
 
+OLD_TEMPLATE = """
+{%- for message in messages -%}
+    {{- 'User:' if message['role'] == 'user' else ' Assistant:\x04 ' -}}
+    {%- for part in message['content'] if part['type'] == 'text' -%}
+        {{- part['text'] -}}
+    {%- endfor -%}
+{%- endfor -%}
+{{- ' Assistant:\x04' -}}
+"""
+
 
 def make(name):
     if name == "otterhd":
@@ -118,6 +128,17 @@ def test_tools_are_refused_by_every_template(family):
     for template in (None, "{% for message in messages %}{{ message['content'] }}{% endfor %}"):
         with pytest.raises(Exception, match="tools"):
             processor.apply_chat_template([user("a")], chat_template=template, tools=[{"type": "function"}])
+
+
+def test_templates_of_older_folders_go_on():
+    """Those wrote no place for the pictures of an OtterHD, which then stand in front, and marked no answers."""
+    processor, _ = make("otterhd")
+    messages = [user(RED, BLUE, "a"), assistant("one"), user("b")]
+    expected = inputs_of(processor, messages)
+    old = {"chat_template": OLD_TEMPLATE}
+    assert torch.equal(inputs_of(processor, messages, **old)["input_ids"], expected["input_ids"])
+    with pytest.raises(ValueError, match="has 0 of image"):
+        inputs_of(processor, [user({"type": "image"}, "a")], **old)
 
 
 def test_numbers_of_pictures_and_places_are_compared(family):

@@ -140,3 +140,18 @@ def test_completion_rows_of_otterhd():
     assert rows[0][-1] == processor.end_of_text_id
     grid = processor(images=[image], text=whole)["image_grid_thw"]
     assert grid.tolist() == [[1, 3, 2]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_answers_are_trained_on(family, tmp_path):
+    """`assistant_only_loss` on rows with messages and pictures: the labels are the marked answers and their ends."""
+    processor = FAMILIES[family].tiny_processor()
+    model = FAMILIES[family].tiny_model(processor)
+    messages = [*user("what color?"), *assistant("red"), *user("sure?"), *assistant("yes")]
+    rows = Dataset.from_list([{"images": [Image.new("RGB", (20, 24))], "messages": messages}])
+    arguments = trl.SFTConfig(tmp_path, assistant_only_loss=True, max_length=None, use_cpu=True, report_to="none")
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=processor)
+    labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
+    end = {"otter": "<|endofchunk|>", "otterhd": ""}[family]
+    learned = processor.decode(labels[labels != -100]).replace(" ", "")
+    assert learned == f"red{end}yes{end}" + ("|ENDOFTEXT|" if family == "otterhd" else "")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
+from ..models.chat_processing import read_conversations
 from ..models.quantization import quantization_config
 from ..pictures import read_image
 from ..thinking import thinking_length
@@ -216,13 +217,18 @@ def _idefics_prompt(messages: list[dict], processor) -> list:
     """Texts and pictures as Idefics' processor wants them, in the form Idefics-instruct was trained on."""
     # the processor's own flag for this looks where transformers 5 keeps no added tokens
     end = "<end_of_utterance>" if "<end_of_utterance>" in processor.tokenizer.get_vocab() else ""
+    names = {"user": "User:", "assistant": "Assistant:"}
     pieces = []
-    for message in messages:
-        name = "User:" if message["role"] == "user" else "Assistant:"
-        pieces.append(("" if not pieces else "\n") + name)
+    for index, message in enumerate(read_conversations(messages, template="", with_media=True)):
+        if message["role"] not in names:
+            raise ValueError(f"messages[{index}] has the role {message['role']!r}; Idefics knows user and assistant.")
+        pieces.append(("" if not pieces else "\n") + names[message["role"]])
         content = message["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        pieces += [read_image(part["image"]) if part["type"] == "image" else part["text"] for part in content]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if part["type"] == "video":
+                raise ValueError(f"messages[{index}] has a video; Idefics sees pictures, give it the frames.")
+            (value,) = (part[key] for key in part if key != "type")
+            pieces.append(value if part["type"] == "text" else read_image(value))
         pieces.append(end)
     pieces.append("\nAssistant:")
     joined = []
