@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test slow evaluation quality style bench conformance clean
+.PHONY: demo test slow evaluation quality style bench gpu conformance clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -59,7 +59,11 @@ style: $(VENV)/.installed ## lint and format in place
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed ## every benchmark; results in benchmarks/results
-	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done
+
+gpu: $(VENV)/.installed ## equal numbers, speed, memory and waits on a CUDA card; results in benchmarks/results
+	@$(BIN)/python benchmarks/gpu.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
 
 clean:
 	rm -rf $(VENV) out
