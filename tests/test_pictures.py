@@ -2,6 +2,7 @@
 
 import base64
 import io
+import struct
 from random import Random
 
 import numpy as np
@@ -53,6 +54,15 @@ def palette():
     return image
 
 
+def big_endian_tiff(levels):
+    """Pillow's mode I;16B, which it reads and does not make of arrays."""
+    height, width = levels.shape
+    tags = [(256, width), (257, height), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags.append((279, levels.nbytes))
+    directory = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack(">2sHI", b"MM", 42, 8 + levels.nbytes) + levels.astype(">u2").tobytes() + directory + bytes(4)
+
+
 TURNED = {
     2: RGB[:, ::-1],
     3: RGB[::-1, ::-1],
@@ -69,6 +79,7 @@ FILES = {
     "grey": (encode(Image.fromarray(GREY)), GREY_RGB),
     "black and white": (encode(Image.fromarray(ALPHA).convert("1")), np.repeat(ALPHA[..., None], 3, -1)),
     "16-bit grey": (encode(Image.fromarray(GREY.astype(np.uint16) * 257)), GREY_RGB),
+    "big-endian 16-bit grey": (big_endian_tiff(GREY.astype(np.uint16) * 257), GREY_RGB),
     "float grey": (encode(Image.fromarray(GREY.astype(np.float32) / 255), "TIFF"), GREY_RGB),
     "rgba": (encode(Image.fromarray(np.dstack([RGB, ALPHA]))), ON_WHITE),
     "grey and alpha": (
@@ -214,6 +225,8 @@ REFUSED = {
     "a number": (3, "it is a int; give a PIL image"),
     "no file": ("gone.png", "there is no such file"),
     "no file, no base64": ("gone!", "it is no file, no address and no base64 text"),
+    "a folder": ("/", "it is no file, no address and no base64 text"),
+    "nothing": ("", "it is no file, no address and no base64 text"),
     "other scheme": ("ftp://x/y.png", "ftp:// addresses are not read"),
     "text file": (io.StringIO("x"), "open it in binary mode"),
     "no picture": (b"nonsense", "it is of no known kind"),

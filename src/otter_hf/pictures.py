@@ -174,7 +174,9 @@ def open_source(source, name: str, kind: str):
             return Path(source).open("rb")
         data = source.read() if hasattr(source, "read") else source
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise ValueError("its file holds text, not bytes; open it in binary mode")
+            if hasattr(source, "read"):
+                raise ValueError("its file holds text, not bytes; open it in binary mode")
+            raise ValueError(f"it is a {type(source).__name__}; give a path, a URL, encoded bytes or a binary file")
         return io.BytesIO(data)
     except (OSError, ValueError) as error:
         raise ImageError(f"{name} cannot be read as {kind}: {error}.") from error
@@ -197,7 +199,9 @@ def _text_bytes(text: str) -> bytes:
     if "." in text and not text.startswith("data:"):
         raise ValueError("there is no such file")
     try:
-        return decode_base64(text)
+        if not (data := decode_base64(text)) or (len(text) < 256 and Path(text).is_dir()):
+            raise ValueError
+        return data
     except ValueError:
         raise ValueError("it is no file, no address and no base64 text") from None
 
@@ -307,7 +311,9 @@ def lay_on_white(image: Image.Image) -> Image.Image:
 
 def is_dark_by_depth(image: Image.Image) -> bool:
     """Whether a picture uses less than a sixteenth of its 16 bits, so that it is nearly black once it is scaled."""
-    return image.mode.startswith("I;16") and 0 < image.getextrema()[1] < 4096
+    import numpy as np
+
+    return image.mode.startswith("I;16") and 0 < np.asarray(image).max() < 4096
 
 
 def _deep_to_rgb(image: Image.Image, name: str) -> Image.Image:
