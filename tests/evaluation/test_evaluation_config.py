@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from benchmark_rows import RED
 
 from otter_hf.evaluation.config import FEWSHOT, TASKS, load_config
 
@@ -48,6 +49,24 @@ def test_the_form_of_2023(load):
     assert magnifierbench.prompts == {"prompt": "Answer."} and magnifierbench.limit is None
     assert mmvet.judge == "gpt-4-0613" and mmvet.options == {"num_run": 5}
     assert str(config.output) == "logs/evaluation"
+
+
+def test_prompts_of_2023_to_the_byte(load):
+    """Under its name of 2023 OtterHD is asked with a space that its training did not have; by its path without."""
+    from otterhd_tiny import tiny_processor
+
+    hd, plain = load({"models": [{"name": "otterhd"}, {"name": "mine", "path": "a/b"}], "datasets": ["mme"]}).models
+    question = [{"type": "image", "image": RED}, {"type": "text", "text": "What?"}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "Red."}]}
+    messages = [{"role": "user", "content": question}, answer, {"role": "user", "content": question[1:]}]
+    processor = tiny_processor()
+    for model, expected in ((hd, "User: What? Assistant:\x04"), (plain, "User:What? Assistant:\x04")):
+        template = {key: value for key, value in model.options.items() if key == "chat_template"}
+        for asked, prompt in ((messages[:1], expected), (messages, f"{expected} Red.{expected}")):
+            inputs = processor.apply_chat_template(
+                [asked], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", **template
+            )
+            assert processor.tokenizer.decode(inputs["input_ids"][0]).endswith(f"<s> {prompt}")
 
 
 def test_the_plain_form(load):

@@ -47,6 +47,14 @@ _FUYU_TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] if part['type'] == 'text' %}"
     "{{ part['text'] }}{% endfor %}{% endfor %}\n\x04"
 )
+# the 2023 evaluation put a space behind "User:", which OtterHD was trained without
+_OTTERHD_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{% for part in message['content'] if part['type'] != 'text' %}|SPEAKER|{% endfor %}User: "
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %} Assistant:\x04"
+    "{% else %} {{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
+)
+_TEMPLATES_OF_2023 = {"fuyu": _FUYU_TEMPLATE, "otterhd": _OTTERHD_TEMPLATE}
 _DTYPES_OF_2023 = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "chat_template", "processor_kwargs", "generation")
@@ -173,8 +181,8 @@ def _read_model(entry) -> ModelSpec:
         options["dtype"] = _DTYPES_OF_2023.get(entry["load_bit"], entry["load_bit"])
     if "cuda_id" in entry:
         options["device"] = f"cuda:{entry['cuda_id']}"
-    if name == "fuyu" and "path" not in entry:
-        options.setdefault("chat_template", _FUYU_TEMPLATE)
+    if name in _TEMPLATES_OF_2023 and "path" not in entry:
+        options.setdefault("chat_template", _TEMPLATES_OF_2023[name])
     return ModelSpec(name or _short(path), path, batch_size=batch_size, options=options)
 
 
