@@ -1,8 +1,12 @@
 """Arguments of fine-tuning from YAML and flags; mistakes end in one sentence."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
-from otter_hf.training.arguments import parse_arguments
+from otter_hf.training.arguments import TrainingArguments, parse_arguments
+from otter_hf.training.run import _check_sizes
 
 
 FLAGS = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "out"]
@@ -71,3 +75,29 @@ def test_other_mistakes(tmp_path):
         parse_arguments([])
     with pytest.raises(ValueError, match="--colour"):
         parse_arguments([*FLAGS, "--use_cpu", "True", "--colour", "red"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        ("--report_to wandb", {}, "report_to: wandb cannot be used .*install it, or set report_to to none"),
+        ("--report_to wanbd", {}, "report_to: wanbd cannot be used"),
+        ("--metric_for_best_model eval_acuracy", {}, "'eval_acuracy' is not measured; did you mean 'answer_accuracy'"),
+        ("--report_to none", {"WORLD_SIZE": "2"}, "2 processes were started, .*set use_cpu to true"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(flags, environment, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(TrainingArguments, "world_size", 1)
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(f"--model_name_or_path base --train_mixture t.yaml --output_dir out {flags}".split())
+
+
+def test_too_few_samples_for_one_batch():
+    training_args = SimpleNamespace(per_device_train_batch_size=4, world_size=2, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match="the 7 samples are fewer than the 8 of one"):
+        _check_sizes([0] * 7, None, training_args)
+    with pytest.raises(ValueError, match="eval_mixture has no samples"):
+        _check_sizes([0] * 8, [], training_args)

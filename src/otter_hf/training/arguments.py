@@ -3,6 +3,7 @@
 import difflib
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import transformers
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.prompts import FORMATS, get_format
 from .freezing import PARAMETER_GROUPS
@@ -17,6 +19,9 @@ from .upstream import Option, translate
 
 
 logger = logging.getLogger(__name__)
+
+# what an evaluation gives
+METRICS = ("loss", "answer_accuracy", "runtime", "samples_per_second", "steps_per_second")
 
 
 @dataclass
@@ -185,6 +190,14 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.accelerator_config is None and self.dataloader_pin_memory:
             self.accelerator_config = {"non_blocking": True}  # batches come while the device computes
         super().__post_init__()
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > 1 and self.world_size == 1:
+            raise ValueError(
+                f"{started} processes were started, but each would train by itself, on the same samples and into the "
+                "same folder: set use_cpu to true to train on a CPU with torchrun, or start one process."
+            )
+        self._check_metric()
+        self._check_trackers()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the collator takes the samples' columns.")
         # the Trainer would compare each label with the token it is the label of, not with the next one
@@ -193,6 +206,24 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which transformers' Trainer applies to "
                 "unshifted labels for image-text models: leave it at 0."
             )
+
+    def _check_metric(self):
+        """A name that no evaluation gives would end the run at the first one."""
+        metric = self.metric_for_best_model
+        if metric is not None and metric.removeprefix("eval_") not in METRICS:
+            close = difflib.get_close_matches(metric.removeprefix("eval_"), METRICS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(METRICS)}."
+            raise ValueError(f"metric_for_best_model: {metric!r} is not measured; {hint}")
+
+    def _check_trackers(self):
+        for name in self.report_to:
+            try:
+                for callback in get_reporting_integration_callbacks([name]):
+                    callback()
+            except (ImportError, RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"report_to: {name} cannot be used ({error}): install it, or set report_to to none."
+                ) from None
 
 
 class _Parser(HfArgumentParser):

@@ -107,6 +107,7 @@ def train(
     if training_args.dry_run:
         return None
 
+    _check_sizes(train_dataset, eval_dataset, training_args)
     run = RunRecord.of(
         model_args,
         data_args,
@@ -177,6 +178,19 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
         raise ValueError(f"cache_vision_features is for Otter and Flamingo: {config.model_type} has no vision tower.")
     if data_args.packing and config.get_text_config().model_type == "opt":
         raise ValueError("packing needs a decoder that is told positions, which OPT is not: set packing to false.")
+
+
+def _check_sizes(train_dataset, eval_dataset, training_args: TrainingArguments) -> None:
+    """Nothing to train on or to measure is a mistake, not a run of no steps."""
+    for name, dataset in (("train_mixture", train_dataset), ("eval_mixture", eval_dataset)):
+        if dataset is not None and len(dataset) == 0:
+            raise ValueError(f"{name} has no samples: look at its files and num_samples.")
+    batch = training_args.per_device_train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and len(train_dataset) < batch:
+        raise ValueError(
+            f"dataloader_drop_last leaves out a last batch that is not full, and the {len(train_dataset)} samples are "
+            f"fewer than the {batch} of one: set it to false, or lower per_device_train_batch_size."
+        )
 
 
 def _load_model(
