@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test slow evaluation quality style bench gpu conformance clean
+.PHONY: demo test slow evaluation quality style bench gpu conformance parity-2023 clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ evaluation: $(VENV)/.evaluation ## the tests of `otter-hf eval`, which are skipp
 
 conformance: $(VENV)/.installed ## transformers' own model and processor tests on ours (downloads them)
 	PYTHON=$(CURDIR)/$(BIN)/python tests/conformance/run.sh -q
+
+parity-2023: $(VENV)/.installed ## the real code of 2023 and ours on the same folders; its environment is downloaded once
+	PYTHON=$(CURDIR)/$(BIN)/python tests/parity_2023/run.sh
 
 quality: $(VENV)/.installed ## lint
 	$(BIN)/ruff check .
