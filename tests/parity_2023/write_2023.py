@@ -273,6 +273,7 @@ def write_openflamingo(name, pictures, seed):
     # what its training loop saves
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     checkpoint = {key: value for key, value in model.state_dict().items() if key in trained or "embed" in key}
+    checkpoint = {key: value for key, value in checkpoint.items() if "vision_encoder" not in key}
     torch.save({"model_state_dict": checkpoint}, f"{name}/checkpoint.pt")
 
     def pixels_of(indices, frames):
