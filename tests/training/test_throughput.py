@@ -2,7 +2,9 @@
 
 import functools
 import json
+import sys
 import time
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,7 +14,14 @@ from otter_hf import OtterForConditionalGeneration
 from otter_hf.training.flops import TrainingFlops
 from otter_hf.training.run import main
 from otter_hf.training.throughput import Throughput, count_batch
-from otter_hf.training.trainer import NamingCollator
+from otter_hf.training.trainer import NamingCollator, OtterTrainer
+
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS / "models"), str(TESTS.parent / "benchmarks")]
+
+import flash_stand_in  # noqa: E402
+from _gpu_host import HostWaits  # noqa: E402
 
 
 FLOPS = TrainingFlops(per_token=10, per_label=1000, per_pixel=7, per_medium=5, per_square=1)
@@ -130,3 +139,27 @@ def test_measured_peak(ragged):
 
 def keep(sample, generator: Random):
     return sample
+
+
+def test_a_step_on_a_card_reads_once(fit, monkeypatch):
+    """Two batches are accumulated: nothing is read in them, and before the optimizer's step both losses together."""
+    flash_stand_in.pretend_cuda(monkeypatch)
+    monkeypatch.setattr("otter_hf.models.flamingo.media_flamingo.reads_are_free", lambda tensor: False, raising=False)
+    waits = {"training_step": [], "_get_grad_norm": []}
+
+    def watch(name):
+        original = getattr(OtterTrainer, name)
+
+        def watched(self, *args, **kwargs):
+            with HostWaits(ignore=("flash_stand_in.py",)) as counted:
+                result = original(self, *args, **kwargs)
+            waits[name].append(dict(counted.places))
+            return result
+
+        monkeypatch.setattr(OtterTrainer, name, watched)
+
+    for name in waits:
+        watch(name)
+    fit(max_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2, max_grad_norm=1.0)
+    assert waits["training_step"] == [{}] * 4
+    assert [sum(places.values()) for places in waits["_get_grad_norm"]] == [1, 1]
