@@ -14,7 +14,8 @@ from otter_tiny import build_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import FlamingoProcessor, OtterConfig, OtterForConditionalGeneration, OtterModel, OtterProcessor
-from otter_hf.models.legacy import name_lora_layers, read_token_table, upgrade_config_dict
+from otter_hf.models.legacy import name_lora_layers, upgrade_config_dict
+from otter_hf.models.legacy_tokens import read_token_table
 
 
 # what transformers 4.35 put into every nested configuration

@@ -80,12 +80,23 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer, for a repository of 2023 without one"
     )
+    add_reference_argument(parser)
     parser.add_argument("--chat-template", metavar="NAME", help="a Jinja file, or an instruction format by name")
+
+
+def add_reference_argument(parser: argparse.ArgumentParser) -> None:
+    """Which reading of a LLaMA tokenizer of 2023, see `otter_hf.models.legacy_tokens`."""
+    parser.add_argument(
+        "--tokenizer-reference",
+        metavar="VERSION",
+        help="for a LLaMA tokenizer of 2023: give the ids of transformers 4.28 (default), with which Otter was "
+        "trained, or of 4.35",
+    )
 
 
 def loading_options(arguments: argparse.Namespace) -> dict:
     """The keyword arguments of `otter_hf.serving.loading.load` among the parsed ones."""
-    names = ("dtype", "device_map", "load_in_4bit", "tokenizer", "chat_template")
+    names = ("dtype", "device_map", "load_in_4bit", "tokenizer", "tokenizer_reference", "chat_template")
     return {name: getattr(arguments, name) for name in names}
 
 

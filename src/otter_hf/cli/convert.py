@@ -20,6 +20,7 @@ from ..conversion import (
     plan_trainer_pt,
 )
 from ..conversion.job import DTYPES, finish_with_adapter, push_folder
+from .chat import add_reference_argument
 
 
 def add_parser(subparsers) -> None:
@@ -76,6 +77,7 @@ def _finish(job, args) -> ConversionReport:
 
 def _add_tokenizer(parser) -> None:
     parser.add_argument("--tokenizer", help="folder or repository of the tokenizer, where the source has none")
+    add_reference_argument(parser)
 
 
 def _openflamingo(parser) -> None:
@@ -98,6 +100,7 @@ def _openflamingo(parser) -> None:
                 args.tokenizer,
                 args.open_clip_head_dim,
                 args.open_clip_activation,
+                args.tokenizer_reference,
             ),
             args,
         ),
@@ -112,7 +115,10 @@ def _flamingo_to_otter(parser) -> None:
         "--answer-init", default="mean", help="'mean' of all rows (default), or a text whose mean row <answer> gets"
     )
     _add_output(
-        parser, lambda args: _finish(plan_flamingo_to_otter(args.source, args.tokenizer, args.answer_init), args)
+        parser,
+        lambda args: _finish(
+            plan_flamingo_to_otter(args.source, args.tokenizer, args.answer_init, args.tokenizer_reference), args
+        ),
     )
 
 
@@ -136,6 +142,7 @@ def _inject_lm(parser) -> None:
                 args.cross_attn_every_n_layers,
                 args.max_num_frames,
                 args.seed,
+                args.tokenizer_reference,
             ),
             args,
         ),
@@ -147,7 +154,12 @@ def _trainer_pt(parser) -> None:
     parser.add_argument("--checkpoint", required=True, help="final_weights.pt or checkpoint_*.pt")
     parser.add_argument("--base", required=True, help="folder or repository of the model that was trained")
     _add_tokenizer(parser)
-    _add_output(parser, lambda args: _finish(plan_trainer_pt(args.checkpoint, args.base, args.tokenizer), args))
+    _add_output(
+        parser,
+        lambda args: _finish(
+            plan_trainer_pt(args.checkpoint, args.base, args.tokenizer, args.tokenizer_reference), args
+        ),
+    )
 
 
 def _lora(parser) -> None:
@@ -160,8 +172,8 @@ def _lora(parser) -> None:
 
     def run(args):
         if not args.adapter:
-            return _finish(plan_lora(args.source, args.tokenizer), args)
-        job, adapter, adapter_config = lora_adapter(args.source, args.tokenizer)
+            return _finish(plan_lora(args.source, args.tokenizer, args.tokenizer_reference), args)
+        job, adapter, adapter_config = lora_adapter(args.source, args.tokenizer, args.tokenizer_reference)
         return finish_with_adapter(
             job,
             adapter,
@@ -195,7 +207,12 @@ def _dtype(parser) -> None:
     """any Flamingo or Otter folder -> today's names, in another dtype or the same"""
     parser.add_argument("--source", required=True, help="folder or repository, of 2023 or of today")
     _add_tokenizer(parser)
-    _add_output(parser, lambda args: _finish(plan_folder(args.source, args.tokenizer), args))
+    _add_output(
+        parser,
+        lambda args: _finish(
+            plan_folder(args.source, args.tokenizer, tokenizer_reference=args.tokenizer_reference), args
+        ),
+    )
 
 
 def _export_legacy(parser) -> None:
@@ -209,6 +226,7 @@ def _export_legacy(parser) -> None:
             args.source,
             args.output,
             tokenizer=args.tokenizer,
+            tokenizer_reference=args.tokenizer_reference,
             language_model_name=args.language_model_name,
             **_options(args),
         )

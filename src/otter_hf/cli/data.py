@@ -123,9 +123,10 @@ def _run_stats(args) -> None:
 def _tokenizer(name: str | None):
     if name is None:
         return None
-    from transformers import AutoTokenizer
+    from ..models.legacy import is_legacy_config, read_config
+    from ..models.legacy_tokens import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    return load_tokenizer(name, legacy=is_legacy_config(read_config(name)))
 
 
 def _to_parquet(commands) -> None:

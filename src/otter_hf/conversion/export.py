@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from .export_tokenizer import save_tokenizer_2023
 from .job import cast, most_common_dtype, open_flamingo_folder
 from .names import HEAD, base_class
 from .plan import plan_model
@@ -64,6 +65,7 @@ def export_legacy(
     output: str | Path,
     *,
     tokenizer: str | None = None,
+    tokenizer_reference: str | None = None,
     language_model_name: str | None = None,
     dtype: str | None = None,
     allow: bool = False,
@@ -81,7 +83,7 @@ def export_legacy(
         ConversionError: for a model that the 2023 code cannot express.
     """
     report = ConversionReport("export-legacy")
-    config, weights, processor = open_flamingo_folder(source, tokenizer)
+    config, weights, processor = open_flamingo_folder(source, tokenizer, tokenizer_reference)
     legacy_config = to_legacy_config(config, language_model_name)
     ours = plan_model(config, [weights], report)
     report.check(allow)
@@ -95,7 +97,7 @@ def export_legacy(
     with output_folder(output) as folder:
         report.files = write_safetensors(folder, renamed, max_shard_size)
         (folder / "config.json").write_text(json.dumps(legacy_config, indent=2) + "\n")
-        processor.tokenizer.save_pretrained(folder)
+        save_tokenizer_2023(processor.tokenizer, folder)
         report.save(folder)
     return report
 

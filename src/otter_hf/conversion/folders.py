@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..models.legacy import PAD_TOKEN, lora_scaling, merge_lora_pair, split_lora_key
+from ..models.legacy import lora_scaling, merge_lora_pair, split_lora_key
+from ..models.legacy_tokens import PAD_TOKEN
 from ..models.otter import OtterConfig, OtterProcessor
 from .job import Job, open_flamingo_folder, read_config, resolve_folder
 from .names import HEAD, rename_2023
@@ -15,23 +16,29 @@ from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
 
 
-def plan_folder(source: str | Path, tokenizer: str | None = None, conversion: str = "dtype") -> Job:
+def plan_folder(
+    source: str | Path,
+    tokenizer: str | None = None,
+    conversion: str = "dtype",
+    tokenizer_reference: str | None = None,
+) -> Job:
     """
     A Flamingo or Otter folder, of 2023 or of today -> the same model in today's names; used to change the dtype too.
 
     Args:
         source: folder or Hub repository.
         tokenizer: folder of its tokenizer, for repositories of 2023 without one.
+        tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
     """
     report = ConversionReport(conversion)
-    config, tensors, processor = open_flamingo_folder(source, tokenizer)
+    config, tensors, processor = open_flamingo_folder(source, tokenizer, tokenizer_reference)
     lora_config = read_config(resolve_folder(source)).get("lora_config")
     if lora_config:
         tensors = merge_lora_source(tensors, lora_config, report)
     return Job(config, plan_model(config, [tensors], report), processor, report, [str(source)])
 
 
-def plan_lora(source: str | Path, tokenizer: str | None = None) -> Job:
+def plan_lora(source: str | Path, tokenizer: str | None = None, tokenizer_reference: str | None = None) -> Job:
     """
     An Otter folder of 2023 that was saved with its LoRA factors, by any version of peft -> a merged model.
 
@@ -40,7 +47,7 @@ def plan_lora(source: str | Path, tokenizer: str | None = None) -> Job:
     """
     if not read_config(resolve_folder(source)).get("lora_config"):
         raise ConversionError(f"{source} has no lora_config in its config.json, so nothing to merge.")
-    return plan_folder(source, tokenizer, "lora")
+    return plan_folder(source, tokenizer, "lora", tokenizer_reference)
 
 
 def merge_lora_source(source: Source, lora_config: dict, report: ConversionReport) -> Source:
@@ -66,7 +73,9 @@ def merge_lora_source(source: Source, lora_config: dict, report: ConversionRepor
     return replace(source, tensors=merged)
 
 
-def lora_adapter(source: str | Path, tokenizer: str | None = None) -> tuple[Job, dict[str, LazyTensor], dict]:
+def lora_adapter(
+    source: str | Path, tokenizer: str | None = None, tokenizer_reference: str | None = None
+) -> tuple[Job, dict[str, LazyTensor], dict]:
     """
     An Otter folder of 2023 with LoRA factors -> the model without them, and the factors as a PEFT adapter.
 
@@ -78,7 +87,7 @@ def lora_adapter(source: str | Path, tokenizer: str | None = None) -> tuple[Job,
     lora_config = read_config(folder).get("lora_config")
     if not lora_config:
         raise ConversionError(f"{source} has no lora_config in its config.json, so no adapter.")
-    config, weights, processor = open_flamingo_folder(source, tokenizer)
+    config, weights, processor = open_flamingo_folder(source, tokenizer, tokenizer_reference)
     base, adapter, modules = {}, {}, set()
     for key, tensor in weights.tensors.items():
         name, part = split_lora_key(key)
@@ -108,7 +117,12 @@ def lora_adapter(source: str | Path, tokenizer: str | None = None) -> tuple[Job,
     return Job(config, tensors, processor, report, [str(source)]), adapter, adapter_config
 
 
-def plan_flamingo_to_otter(source: str | Path, tokenizer: str | None = None, answer_init: str = "mean") -> Job:
+def plan_flamingo_to_otter(
+    source: str | Path,
+    tokenizer: str | None = None,
+    answer_init: str = "mean",
+    tokenizer_reference: str | None = None,
+) -> Job:
     """
     A Flamingo -> an Otter: its tokenizer gets `<answer>`, and the embeddings a row for it where they lack one.
 
@@ -117,9 +131,10 @@ def plan_flamingo_to_otter(source: str | Path, tokenizer: str | None = None, ans
 
     Args:
         answer_init: `"mean"` (of all tokens), or a text whose tokens' mean row the new row starts from.
+        tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
     """
     report = ConversionReport("flamingo-to-otter")
-    flamingo, weights, processor = open_flamingo_folder(source, tokenizer)
+    flamingo, weights, processor = open_flamingo_folder(source, tokenizer, tokenizer_reference)
     if flamingo.model_type != "flamingo":
         raise ConversionError(f"{source} is a model of type {flamingo.model_type!r} already; expected a Flamingo.")
     old_size = len(processor.tokenizer)
@@ -168,7 +183,12 @@ def _new_rows(
     return new_rows
 
 
-def plan_trainer_pt(checkpoint: str | Path, base: str | Path, tokenizer: str | None = None) -> Job:
+def plan_trainer_pt(
+    checkpoint: str | Path,
+    base: str | Path,
+    tokenizer: str | None = None,
+    tokenizer_reference: str | None = None,
+) -> Job:
     """
     What the 2023 training scripts saved, on the model they started from.
 
@@ -176,9 +196,10 @@ def plan_trainer_pt(checkpoint: str | Path, base: str | Path, tokenizer: str | N
         checkpoint: `final_weights.pt` (trainable weights only) or `checkpoint_*.pt` (with the optimizer's state),
             flat or wrapped.
         base: folder or Hub repository of the model that was trained.
+        tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
     """
     report = ConversionReport("trainer-pt")
-    config, base_source, processor = open_flamingo_folder(base, tokenizer)
+    config, base_source, processor = open_flamingo_folder(base, tokenizer, tokenizer_reference)
     trained = Source(
         Path(checkpoint).name,
         open_checkpoint(checkpoint),

@@ -10,7 +10,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     CLIPImageProcessorPil,
     GenerationConfig,
     PreTrainedConfig,
@@ -18,7 +17,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..models.flamingo import FlamingoProcessor
-from ..models.legacy import SPECIAL_TOKENS, is_legacy_config, split_lora_key, upgrade_text_config
+from ..models.legacy import is_legacy_config, split_lora_key, upgrade_text_config
+from ..models.legacy_tokens import SPECIAL_TOKENS
+from ..models.legacy_tokens import load_tokenizer as load_any_tokenizer
 from ..models.otter import OtterProcessor
 from .model_card import conversion_card
 from .names import Rename, rename_2023
@@ -180,15 +181,15 @@ def load_text_config(folder: str | Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder)
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer of a folder. Raises ConversionError without one, naming the option to give another."""
-    # without these files transformers makes an empty tokenizer, and says nothing
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        raise ConversionError(f"{folder} holds no tokenizer; name a folder or repository with one by --tokenizer.")
+def load_tokenizer(folder: Path, *, legacy: bool, reference: str | None):
+    """
+    The tokenizer of a folder, see [`~models.legacy_tokens.load_tokenizer`]. Raises ConversionError without one, naming
+    the option to give another.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return load_any_tokenizer(folder, legacy=legacy, reference=reference)
     except (OSError, ValueError) as error:
-        raise ConversionError(f"The tokenizer in {folder} cannot be read: {error}") from error
+        raise ConversionError(f"{error} Name a folder or repository of a tokenizer by --tokenizer.") from error
 
 
 def make_processor(model_type: str, tokenizer, vision_config: PreTrainedConfig, vision_folder: Path | None = None):
@@ -215,12 +216,15 @@ def set_token_ids(config: PreTrainedConfig, tokenizer) -> None:
     config.eos_token_id = [tokenizer.eos_token_id, config.end_of_chunk_token_id]
 
 
-def open_flamingo_folder(name_or_path: str | Path, tokenizer: str | None = None):
+def open_flamingo_folder(
+    name_or_path: str | Path, tokenizer: str | None = None, tokenizer_reference: str | None = None
+):
     """
     A Flamingo or Otter folder, of 2023 or of today.
 
     Args:
         tokenizer: folder of a tokenizer, for a folder that has none.
+        tokenizer_reference: see [`FlamingoProcessor.from_pretrained`].
 
     Returns:
         the configuration, the source of its tensors under our names, and its processor. LoRA factors are left out;
@@ -235,8 +239,10 @@ def open_flamingo_folder(name_or_path: str | Path, tokenizer: str | None = None)
     legacy = is_legacy_config(raw)
     try:
         config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer)
-        processor = PROCESSORS[raw["model_type"]].from_pretrained(folder, tokenizer=tokenizer)
-    except OSError as error:
+        processor = PROCESSORS[raw["model_type"]].from_pretrained(
+            folder, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference
+        )
+    except (OSError, ValueError) as error:
         raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
     config.lora_config = None
     source = Source(

@@ -38,6 +38,7 @@ def plan_openflamingo(
     tokenizer: str | Path | None = None,
     open_clip_head_dim: int = 64,
     open_clip_activation: str = "quick_gelu",
+    tokenizer_reference: str | None = None,
 ) -> Job:
     """
     An OpenFlamingo checkpoint (Awadalla et al. 2023, https://huggingface.co/papers/2308.01390; v1 or v2) -> Flamingo.
@@ -52,6 +53,7 @@ def plan_openflamingo(
         vision_tower: the same of a CLIP (or its vision part), or a file of open_clip.
         tokenizer: folder or Hub repository, where the language model's has none.
         open_clip_head_dim, open_clip_activation: what an open_clip file does not tell; the defaults are OpenAI's.
+        tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
     """
     report = ConversionReport("openflamingo")
     trained = open_checkpoint(checkpoint)
@@ -65,7 +67,8 @@ def plan_openflamingo(
     vision_config, vision_source, vision_folder = open_vision_tower(
         vision_tower, open_clip_head_dim, open_clip_activation
     )
-    tokenizer = load_tokenizer(text_folder if tokenizer is None else resolve_folder(tokenizer))
+    tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
+    tokenizer = load_tokenizer(tokenizer_folder, legacy=True, reference=tokenizer_reference)
     processor = make_processor("flamingo", tokenizer, vision_config, vision_folder)
 
     embeddings = [tensor for key, tensor in trained.items() if key.endswith(_EMBEDDINGS)]
@@ -111,6 +114,7 @@ def plan_inject_lm(
     cross_attn_every_n_layers: int = 4,
     max_num_frames: int | None = None,
     seed: int = 0,
+    tokenizer_reference: str | None = None,
     **config_kwargs,
 ) -> Job:
     """
@@ -123,12 +127,15 @@ def plan_inject_lm(
         language_model, vision_tower, tokenizer: folders or Hub repositories.
         model_type: `"flamingo"` or `"otter"`.
         seed: of the new weights.
+        tokenizer_reference: for a LLaMA `tokenizer.model` without the tokenizer.json of today, see
+            [`FlamingoProcessor.from_pretrained`].
         config_kwargs: further fields of [`FlamingoConfig`].
     """
     report = ConversionReport("inject-lm")
     text_config, text_source, text_folder = open_language_model(language_model)
     vision_config, vision_source, vision_folder = open_vision_tower(vision_tower)
-    tokenizer = load_tokenizer(text_folder if tokenizer is None else resolve_folder(tokenizer))
+    tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
+    tokenizer = load_tokenizer(tokenizer_folder, legacy=False, reference=tokenizer_reference)
     processor = make_processor(model_type, tokenizer, vision_config, vision_folder)
     # a vocabulary that is already larger than its tokenizer has room for the new tokens
     text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))

@@ -6,28 +6,16 @@ works on JSON and on dictionaries of tensors; nothing reaches out for a reposito
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoTokenizer
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import cached_file, logging
 
+from .legacy_tokens import SPECIAL_TOKENS, TokenTable, read_token_table
 from .mpt import MOSAIC_GPT_RENAMES, OtterMptConfig
 
 
 logger = logging.get_logger(__name__)
-
-# token text -> field of the configuration, in the order in which the 2023 code added them to a base tokenizer
-SPECIAL_TOKENS = {
-    "<|endofchunk|>": "end_of_chunk_token_id",
-    "<image>": "image_token_id",
-    "<answer>": "answer_token_id",
-}
-PAD_TOKEN = "<PAD>"
-# arguments of `from_pretrained` that say where and as whom to look for a file of a repository
-HUB_ARGUMENTS = ("cache_dir", "revision", "token", "local_files_only", "subfolder")
 
 # Fields the 2023 configurations carry that say nothing about the model: training switches and bookkeeping, a flag that
 # was never read (`only_attend_previous`), and the random placement of `use_media_placement_augmentation`, which is a
@@ -67,15 +55,6 @@ _REFINED_WEB_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_h
 STALE_KEYS = re.compile(
     r"(rotary_emb\.inv_freq|embeddings\.position_ids|attention\.(bias|masked_bias)|attn\.attn_bias)$"
 )
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """Added tokens of a tokenizer (text -> id), its size (one more than its largest id), and the text of its eos."""
-
-    ids: Mapping[str, int]
-    size: int
-    eos_token: str | None = None
 
 
 def is_legacy_config(config_dict: dict) -> bool:
@@ -119,17 +98,18 @@ def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, toke
 
     if tokenizer is None and name_or_path is None:
         return config
+    num_rows = text_config.get("vocab_size")
     if tokenizer is None:
-        table = read_token_table(name_or_path, config.get("model_type"), **hub_kwargs)
+        table = read_token_table(name_or_path, config.get("model_type"), num_rows, **hub_kwargs)
     else:
-        table = read_token_table(tokenizer, config.get("model_type"))
+        table = read_token_table(tokenizer, config.get("model_type"), num_rows)
     if "<image>" not in table.ids:
         raise OSError(_missing_tokenizer_message(name_or_path, config_dict["text_config"], text_config["model_type"]))
     for token, field in SPECIAL_TOKENS.items():
         if config.get(field) is None:
             config[field] = table.ids.get(token)
     config["tokenizer_vocab_size"] = table.size
-    config["pad_token_id"] = table.ids.get(PAD_TOKEN, config["text_config"].get("pad_token_id"))
+    config["pad_token_id"] = table.ids.get(table.pad_token, config["text_config"].get("pad_token_id"))
     # an answer ends with its chunk; the 2023 code left that to its demo scripts, and models talked on for ever
     eos_token_id = config["text_config"].get("eos_token_id")
     eos_token_id = table.ids.get(table.eos_token) if eos_token_id is None else eos_token_id
@@ -186,75 +166,13 @@ def _missing_tokenizer_message(name_or_path, text_config: dict, model_type: str)
 
 
 def _explain_token_order(table: TokenTable, name_or_path) -> None:
-    answer, pad = table.ids.get("<answer>"), table.ids.get(PAD_TOKEN)
+    answer, pad = table.ids.get("<answer>"), table.ids.get("<PAD>")
     if answer is not None and pad is not None and pad < answer:
         logger.warning_once(
             f"The tokenizer of {name_or_path} has <PAD> at {pad} and <answer> at {answer}: <answer> was added to a "
             "Flamingo that had its <PAD> already. These ids are used as they are; Otter's own code of 2023 would have "
             "swapped the two and read the wrong rows."
         )
-
-
-def read_token_table(source, model_type: str | None = None, **hub_kwargs) -> TokenTable:
-    """
-    The token ids of a tokenizer.
-
-    Args:
-        source: a tokenizer; or a folder or Hub repository, of which only JSON files are read if they know `<image>`.
-            A base tokenizer is read as the 2023 code extended it: `<|endofchunk|>`, `<image>`, for Otter `<answer>`,
-            and `<PAD>` if it has no padding token, at the next free ids.
-        model_type: `"otter"` or `"flamingo"`, for a base tokenizer.
-        hub_kwargs: those of `HUB_ARGUMENTS` that belong to a folder or repository.
-
-    Returns:
-        an empty table if a folder or repository holds no tokenizer.
-    """
-    if isinstance(source, (str, Path)):
-        table = _read_tokenizer_files(str(source), **hub_kwargs)
-        if "<image>" in table.ids or not table.size:
-            return table
-        source = AutoTokenizer.from_pretrained(source, **hub_kwargs)
-    ids, size = dict(source.get_added_vocab()), len(source)
-    wanted = [token for token in SPECIAL_TOKENS if token != "<answer>" or model_type == "otter"]
-    if source.pad_token is None:
-        wanted.append(PAD_TOKEN)
-    for token in wanted:
-        known = source.get_vocab().get(token)
-        ids[token], size = (size, size + 1) if known is None else (known, size)
-    ids |= {token: source.convert_tokens_to_ids(token) for token in source.all_special_tokens}
-    return TokenTable(ids, max(size, *(token_id + 1 for token_id in ids.values())), source.eos_token)
-
-
-def _read_tokenizer_files(name_or_path: str, **hub_kwargs) -> TokenTable:
-    ids, size, eos_token = {}, 0, None
-    if Path(name_or_path).is_file():
-        name_or_path = str(Path(name_or_path).parent)
-    for filename in ("tokenizer.json", "tokenizer_config.json", "added_tokens.json"):
-        path = cached_file(
-            name_or_path,
-            filename,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-            **hub_kwargs,
-        )
-        if path is None:
-            continue
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if filename == "tokenizer.json":
-            vocabulary = content.get("model", {}).get("vocab") or {}
-            # Unigram models list their tokens, in the order of their ids
-            largest = max(vocabulary.values()) if isinstance(vocabulary, dict) and vocabulary else len(vocabulary) - 1
-            size = max(size, largest + 1)
-            ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
-        elif filename == "tokenizer_config.json":
-            entries = content.get("added_tokens_decoder") or {}
-            ids |= {entry["content"]: int(token_id) for token_id, entry in entries.items()}
-            eos_token = content.get("eos_token")
-            eos_token = eos_token.get("content") if isinstance(eos_token, dict) else eos_token
-        else:
-            ids |= content
-    return TokenTable(ids, max([size, *(token_id + 1 for token_id in ids.values())]), eos_token)
 
 
 def weight_renamings() -> list[WeightRenaming]:
@@ -340,8 +258,7 @@ def name_lora_layers(state_dict: dict, lora_config: dict) -> dict:
     return renamed
 
 
-def read_vision_image_size(name_or_path: str, **hub_kwargs) -> int:
-    """Image side in pixels of the vision tower, from the `config.json` of a folder or repository; 224 if unsaid."""
-    path = cached_file(name_or_path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-    config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    return (config.get("vision_config") or {}).get("image_size", 224)
+def read_config(name_or_path, **hub_kwargs) -> dict:
+    """The parsed `config.json` of a folder or repository; empty without one."""
+    path = cached_file(str(name_or_path), "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}

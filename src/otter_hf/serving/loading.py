@@ -16,10 +16,15 @@ from ..models.quantization import quantization_config
 
 
 def load(
-    name: str, *, tokenizer: str | None = None, chat_template: str | None = None, **options
+    name: str,
+    *,
+    tokenizer: str | None = None,
+    tokenizer_reference: str | None = None,
+    chat_template: str | None = None,
+    **options,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model and its processor; see `load_model` and `load_processor` for arguments and errors."""
-    processor = load_processor(name, tokenizer, chat_template)
+    processor = load_processor(name, tokenizer, chat_template, tokenizer_reference)
     return load_model(name, tokenizer=tokenizer, **options), processor
 
 
@@ -46,7 +51,7 @@ def load_model(
         OSError: if there is no such model.
     """
     path, revision = _locate(name)
-    loading = _tokenizer_option(path, revision, tokenizer)
+    loading = _tokenizer_options(path, revision, tokenizer=tokenizer)
     if load_in_4bit:
         loading["quantization_config"] = quantization_config()
     if device_map is None:
@@ -63,13 +68,19 @@ def load_model(
     return model
 
 
-def load_processor(name: str, tokenizer: str | None = None, chat_template: str | None = None) -> ProcessorMixin:
+def load_processor(
+    name: str,
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    tokenizer_reference: str | None = None,
+) -> ProcessorMixin:
     """
     The processor of a model, with a chat template.
 
     Args:
         name, tokenizer: as for `load_model`.
         chat_template: a Jinja file, or the name of an instruction format, in place of the processor's own template.
+        tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
 
     Raises:
         ValueError: if the processor has no chat template and none is given. A Flamingo without one is prompted as
@@ -77,7 +88,8 @@ def load_processor(name: str, tokenizer: str | None = None, chat_template: str |
         OSError: if there is no such processor or template.
     """
     path, revision = _locate(name)
-    processor = AutoProcessor.from_pretrained(path, revision=revision, **_tokenizer_option(path, revision, tokenizer))
+    options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
+    processor = AutoProcessor.from_pretrained(path, revision=revision, **options)
     if chat_template is not None:
         processor.chat_template = read_chat_template(chat_template)
     elif processor.chat_template is None and isinstance(processor, FlamingoProcessor):
@@ -103,14 +115,15 @@ def read_chat_template(source: str) -> str:
     return Path(source).read_text(encoding="utf-8")
 
 
-def _tokenizer_option(path: str, revision: str, tokenizer: str | None) -> dict:
-    """The keyword argument of `from_pretrained` for it, which not every family has."""
-    if tokenizer is None:
-        return {}
-    model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
-    if model_type not in (FlamingoConfig.model_type, OtterConfig.model_type):
-        raise ValueError(f"tokenizer {tokenizer} was given, but {path} is of type {model_type}, which has its own.")
-    return {"tokenizer": tokenizer}
+def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:
+    """The keyword arguments of `from_pretrained` that were given, which not every family has."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if options:
+        model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
+        if model_type not in (FlamingoConfig.model_type, OtterConfig.model_type):
+            given = " and ".join(f"{name} {value}" for name, value in options.items())
+            raise ValueError(f"{given} was given, but {path} is of type {model_type}, which has its own tokenizer.")
+    return options
 
 
 def _locate(name: str) -> tuple[str, str]:

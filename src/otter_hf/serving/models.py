@@ -18,7 +18,7 @@ class ServedModels(ModelManager):
     Args:
         names: folders or Hub ids. Clients call a model by the name given here. The first is loaded at once.
         model_timeout: seconds without a request after which a model is unloaded; -1 keeps it.
-        tokenizer, chat_template: see `load_processor`.
+        tokenizer, chat_template, tokenizer_reference: see `load_processor`.
         loading: further keyword arguments of `load_model`.
 
     Raises:
@@ -32,6 +32,7 @@ class ServedModels(ModelManager):
         model_timeout: int = -1,
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        tokenizer_reference: str | None = None,
         **loading,
     ):
         for name in names:
@@ -41,11 +42,12 @@ class ServedModels(ModelManager):
         self.created = int(time.time())
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.tokenizer_reference = tokenizer_reference
         self.loading = loading
         self.load_model_and_processor(self.process_model_name(self.names[0]))
 
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None):
-        return load_processor(model_id_and_revision, self.tokenizer, self.chat_template)
+        return load_processor(model_id_and_revision, self.tokenizer, self.chat_template, self.tokenizer_reference)
 
     def _load_model(self, model_id_and_revision: str, tqdm_class=None, progress_callback=None, gguf_file=None):
         return load_model(model_id_and_revision, tokenizer=self.tokenizer, **self.loading)

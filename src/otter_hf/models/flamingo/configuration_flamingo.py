@@ -4,7 +4,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ..legacy import HUB_ARGUMENTS, upgrade_config_dict
+from ..legacy import upgrade_config_dict
+from ..legacy_tokens import HUB_ARGUMENTS
 
 
 @strict

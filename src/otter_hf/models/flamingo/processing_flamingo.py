@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.utils import cached_file
@@ -13,7 +13,8 @@ from transformers.video_utils import VideoInput
 from ...films import check_sampling, read_video
 from ...pictures import is_array, read_image
 from ..chat_processing import ChatProcessorMixin
-from ..legacy import HUB_ARGUMENTS, read_vision_image_size
+from ..legacy import is_legacy_config, read_config
+from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
 
 
 class FlamingoProcessor(ChatProcessorMixin):
@@ -62,27 +63,46 @@ class FlamingoProcessor(ChatProcessorMixin):
         Add the special tokens a base tokenizer lacks, in the order of the 2023 code: `<|endofchunk|>`, `<image>`
         (Otter: `<answer>`), and `<PAD>` if it has no padding token. Returns the tokenizer.
         """
-        tokenizer.add_special_tokens(
-            {"additional_special_tokens": list(cls.special_tokens)}, replace_extra_special_tokens=False
-        )
-        if tokenizer.pad_token is None:
-            tokenizer.add_special_tokens({"pad_token": "<PAD>"})
-        return tokenizer
+        return add_special_tokens(tokenizer, cls.special_tokens)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *, tokenizer=None, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *, tokenizer=None, tokenizer_reference=None, **kwargs):
         """
-        As in the parent class.
+        As in the parent class. The tokenizer of a model of 2023 gives the ids of 2023, see `docs/conversion.md`.
 
         Args:
             tokenizer (*optional*): a tokenizer, or the folder or repository of one, in place of the repository's own;
                 many of 2023 have none. The special tokens it lacks are added.
+            tokenizer_reference (`str`, *optional*): for a LLaMA tokenizer of 2023, the version of transformers whose
+                ids it gives: `"4.28"` (default), with which Otter's models were trained, or `"4.35"`.
+
+        Raises:
+            OSError: if there is no tokenizer.
+            ValueError: if a `tokenizer_reference` is unknown, or given for a tokenizer that is not of 2023.
         """
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        config = read_config(pretrained_model_name_or_path, **hub_kwargs)
+        legacy, num_rows = is_legacy_config(config), None
+        if legacy:
+            num_rows = config["text_config"].get("vocab_size")
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+            tokenizer = load_tokenizer(tokenizer, legacy=legacy, reference=tokenizer_reference)
+        elif tokenizer is None and (legacy or tokenizer_reference is not None):
+            tokenizer = load_tokenizer(
+                pretrained_model_name_or_path, legacy=legacy, reference=tokenizer_reference, **hub_kwargs
+            )
+        elif tokenizer_reference is not None:
+            raise ValueError(
+                f"tokenizer_reference is {tokenizer_reference!r}, but tokenizer is a tokenizer already, which has its "
+                "ids: give its folder, or leave tokenizer_reference out."
+            )
         if tokenizer is not None:
-            kwargs["tokenizer"] = cls.prepare_tokenizer(tokenizer)
+            kwargs["tokenizer"] = add_special_tokens(tokenizer, cls.special_tokens, num_rows=num_rows)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, *args, tokenizer=None, **kwargs):
+        return super()._load_tokenizer_from_pretrained(*args, **kwargs) if tokenizer is None else tokenizer
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -94,13 +114,12 @@ class FlamingoProcessor(ChatProcessorMixin):
             for file in files
         ):
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        size = read_vision_image_size(pretrained_model_name_or_path, **hub_kwargs)
+        vision_config = read_config(pretrained_model_name_or_path, **hub_kwargs).get("vision_config") or {}
+        size = vision_config.get("image_size", 224)
         image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         )
-        tokenizer = kwargs.pop("tokenizer", None)
-        if tokenizer is None:
-            tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", pretrained_model_name_or_path, **kwargs)
         return [image_processor, tokenizer]
 
     def __call__(
