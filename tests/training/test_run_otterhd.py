@@ -144,6 +144,6 @@ def test_recipes(name, lora, quantized):
 
 
 def test_four_bits_without_bitsandbytes(monkeypatch):
-    monkeypatch.setattr("otter_hf.training.lora.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("otter_hf.models.quantization.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ValueError, match="load_in_4bit needs bitsandbytes"):
         quantization_config()
