@@ -13,16 +13,14 @@ from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-import otter_hf  # registers the models with the Auto classes
+import otter_hf  # noqa: F401  registers the models with the Auto classes
+from otter_hf.training.trl_rows import TRLCollator
 
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
     """Trains, and leaves model and processor in the output folder."""
     name = model_args.model_name_or_path
     processor = AutoProcessor.from_pretrained(name)
-    # TRL tokenises without special tokens, so the template writes the one in front; OtterHD's comes with the image
-    if processor.tokenizer.bos_token and not isinstance(processor, otter_hf.OtterHDProcessor):
-        processor.chat_template = "{{ bos_token }}" + processor.chat_template.removeprefix("{{ bos_token }}")
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
     peft_config = get_peft_config(model_args)
     reference = None if peft_config else AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
@@ -32,6 +30,8 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
         args=training_args,
         train_dataset=load_dataset(script_args.dataset_name)[script_args.dataset_train_split],
         processing_class=processor,
+        # TRL's own tokenises prompt and answer apart, which gives other tokens
+        data_collator=TRLCollator(processor, training_args.max_length),
         peft_config=peft_config,
     )
     trainer.train()

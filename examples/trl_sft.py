@@ -6,7 +6,8 @@ Supervised fine-tuning of Otter, Flamingo or OtterHD with TRL (https://huggingfa
         --max_length 1024 --per_device_train_batch_size 4 --learning_rate 1e-5
     accelerate launch examples/trl_sft.py ... --use_peft --lora_target_modules q_proj v_proj
 
-A row of the dataset has `images` (a list), `prompt` and `completion` (messages); completions alone are learned.
+A row of the dataset has `images` (a list), and `prompt` and `completion` (messages), of which completions alone are
+learned, or `messages`, of which all answers are.
 `otter-hf train` is the way for MIMIC-IT data: it packs, follows the 2023 formats and measures; this is the way to
 everything that TRL has.
 """
@@ -15,22 +16,22 @@ from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-import otter_hf  # registers the models with the Auto classes
+import otter_hf  # noqa: F401  registers the models with the Auto classes
+from otter_hf.training.trl_rows import TRLCollator
 
 
 def main(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
     """Trains, and leaves model and processor in the output folder."""
     name = model_args.model_name_or_path
     processor = AutoProcessor.from_pretrained(name)
-    # TRL tokenises without special tokens, so the template writes the one in front; OtterHD's comes with the image
-    if processor.tokenizer.bos_token and not isinstance(processor, otter_hf.OtterHDProcessor):
-        processor.chat_template = "{{ bos_token }}" + processor.chat_template.removeprefix("{{ bos_token }}")
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=model_args.dtype)
     trainer = SFTTrainer(
         model,
         args=training_args,
         train_dataset=load_dataset(script_args.dataset_name)[script_args.dataset_train_split],
         processing_class=processor,
+        # TRL's own tokenises prompt and answer apart, which gives other tokens
+        data_collator=TRLCollator(processor, training_args.max_length),
         peft_config=get_peft_config(model_args),
     )
     trainer.train()

@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
-from otter_hf import OtterHDProcessor
+from otter_hf import OtterProcessor
+from otter_hf.data import OtterCollator, OtterHDCollator
+from otter_hf.data.prompts import chat_template
 
 
 pytest.importorskip("trl", reason="TRL is not installed")
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
+
+from otter_hf.training.trl_rows import TRLCollator  # noqa: E402
 
 
 FAMILIES = {"otter": otter_tiny, "otterhd": otterhd_tiny}
@@ -121,25 +125,40 @@ def test_dpo_with_adapter(run):
     assert any(p.abs().max() > 0 for name, p in after.named_parameters() if "lora_B" in name)
 
 
-def test_completion_rows_of_otterhd():
-    """TRL tokenises prompt and answer apart: nothing may stand between them, and the answer ends the text."""
-    processor = otterhd_tiny.tiny_processor()
-    assert isinstance(processor, OtterHDProcessor)
-    messages = [*user("what color?"), *assistant("red")]
-    whole = processor.apply_chat_template(messages)
-    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True)
-    assert whole.startswith(prompt)
+@pytest.mark.parametrize("kind", ["otter_llama_image", "otter_mpt_image", "otterhd"])
+def test_the_tokens_of_our_trainer(kind, request):
+    """One conversation through TRL's collator, of which TRL's own makes other tokens, and through ours."""
     image = Image.new("RGB", (20, 24))
-    rows = [
-        processor(images=image, text=whole)["input_ids"][0].tolist(),
-        processor(images=image, text=prompt)["input_ids"][0].tolist()
-        + processor(text=whole[len(prompt) :], add_special_tokens=False)["input_ids"][0].tolist(),
-    ]
-    spaces = processor.tokenizer.convert_tokens_to_ids("▁")
-    assert [[token for token in row if token != spaces] for row in rows][0] == [t for t in rows[1] if t != spaces]
-    assert rows[0][-1] == processor.end_of_text_id
-    grid = processor(images=[image], text=whole)["image_grid_thw"]
-    assert grid.tolist() == [[1, 3, 2]]
+    turns = [("what color?", "It is red."), ("sure?", "yes")]
+    if kind == "otterhd":
+        processor = otterhd_tiny.tiny_processor()
+        ours = OtterHDCollator(processor, packing=False)
+    else:
+        processor = OtterProcessor.from_pretrained(request.getfixturevalue("golden") / "otter" / kind)
+        processor.chat_template = chat_template("simple")
+        ours = OtterCollator(processor, format="simple")
+    expected = ours([{"id": "a", "turns": turns, "media_per_turn": [1, 0], "media": [[image]]}])
+    first, second = ([*user(question), *assistant(answer)] for question, answer in turns)
+    collate = TRLCollator(processor)
+    batch = collate([{"images": [image], "messages": first + second}])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["labels"], expected["labels"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    # of a completion its answer alone
+    row = {"images": [image], "prompt": first + second[:1], "completion": second[1:]}
+    last = collate([row])
+    assert torch.equal(last["input_ids"], expected["input_ids"])
+    learned = (last["labels"] != -100).nonzero()[:, 1]
+    assert learned.tolist() == list(range(int(learned[0]), expected["labels"].shape[1]))
+    assert processor.decode(last["labels"][0, learned[0] :], skip_special_tokens=True).strip().startswith("yes")
+    pair = {"image": image, "prompt": row["prompt"], "chosen": second[1:], "rejected": assistant("no, not at all")}
+    preferences = collate([pair])
+    length = expected["input_ids"].shape[1]
+    assert torch.equal(preferences["input_ids"][:1, :length], expected["input_ids"])
+    assert torch.equal(preferences["completion_mask"][0].nonzero()[:, 0], learned)
+    assert preferences["completion_mask"][1].sum() > len(learned)
+    with pytest.raises(ValueError, match="needs messages, or prompt and completion"):
+        collate([{"image": image, "text": "a"}])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
