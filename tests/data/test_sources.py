@@ -105,6 +105,10 @@ def convert(tmp_path, name, rows, *options, lines=False):
     )
 
 
+def records(tmp_path):
+    return list(json.loads((tmp_path / "out" / "S_instructions.json").read_text())["data"].values())
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("lines", [False, True])
 def test_every_source_passes_the_validator(tmp_path, pictures, name, lines):
@@ -168,7 +172,7 @@ def test_token_limit(tmp_path, tiny_processor, capsys):
     "name, row, message",
     [
         ("llava", {"conversations": "x"}, "Record 0 of .* must be a list of messages"),
-        ("llava", {"conversations": talk("a", "b"), "image": 3}, "image must be a list, got 3"),
+        ("llava", {"conversations": talk("a", "b"), "image": 3}, "image must be a file name, got 3"),
         ("llava", {"conversations": talk("a", "b"), "image": [3]}, "image must be a file name"),
         ("svit", {"image_id": 1, "conversations": True}, "conversations must be a list, got True"),
         (
@@ -250,6 +254,10 @@ INVALID = {
     "two for one": ({"image": "1.jpg"}, talk("<image> and <image>?", "A dog.")),
     "one for two": ({"image": ["1.jpg", "2.png"]}, talk("<image>What?", "A dog.")),
     "in an answer": ({"image": "1.jpg"}, talk("Show it.", "<image>")),
+    "in a system message": (
+        {"image": "1.jpg"},
+        [{"from": "system", "value": "See <image>."}, *talk("What?", "A dog.")],
+    ),
     "weight": ({"weight": 0.5}, talk("What?", "A dog.")),
     "weight of a message": ({}, [*talk("What?"), {"from": "gpt", "value": "x", "weight": 0}]),
     "late system": ({}, [*talk("What?", "A dog."), {"from": "system", "value": "x"}, *talk("a", "b")]),
@@ -319,6 +327,47 @@ def test_llava_as_parquet(tmp_path, pictures, folder):
     conversations = list(read_llava(path, tmp_path))
     assert [[data for _, data in one.pictures] for one in conversations] == [[pictures["1"]], [pictures["2"]], []]
     assert conversations[0].pictures[0][0] == "1"
+
+
+def test_pictures_in_the_rows_need_no_folder_and_no_names_of_their_own(tmp_path, pictures, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    same = [{"bytes": pictures[name], "path": "image.png"} for name in ("1", "2", "1")]
+    pq.write_table(
+        pa.Table.from_pylist([{"image": one, "conversations": talk("<image>\nq", "a")} for one in same]),
+        tmp_path / "set.parquet",
+    )
+    arguments = ["data", "from-llava", str(tmp_path / "set.parquet"), "--output", str(tmp_path / "out"), "--name", "S"]
+    assert main(arguments) == 0
+    assert "3 conversations, 3 records, 2 pictures" in capsys.readouterr().out
+    shown = [record["image_ids"][0] for record in records(tmp_path)]
+    assert shown[0] == shown[2] == "S_IMG_image" and shown[1].startswith("S_IMG_image_")
+    pq.write_table(pa.table({"image": [pictures["1"]], "conversations": [talk("q", "a")]}), tmp_path / "raw.parquet")
+    (conversation,) = read_llava(tmp_path / "raw.parquet")
+    assert [data for _, data in conversation.pictures] == [pictures["1"]]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": "1.jpg"}, "conversations must be a list"),
+        ({"image": 7, "conversations": talk("q", "a")}, "image must be a file name, got 7"),
+        ({"image": ".", "conversations": talk("q", "a")}, "image must be a file name, got '.'"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "unknown speaker 'tool'"),
+    ],
+)
+def test_malformed_rows_can_be_skipped(tmp_path, pictures, row, message, capsys):
+    assert convert(tmp_path, "llava", [row, LLAVA[1]]) == 2
+    assert message in capsys.readouterr().err
+    assert convert(tmp_path, "llava", [row, LLAVA[1]], "--skip-invalid") == 0
+    assert "left out: 1 (malformed)" in capsys.readouterr().out
+
+
+def test_null_and_halves_of_surrogate_pairs(tmp_path):
+    rows = [{"instruction": "q \ud83d", "input": None, "output": "a", "history": None, "system": None}]
+    assert convert(tmp_path, "alpaca", rows) == 0
+    assert [(record["instruction"], record["answer"]) for record in records(tmp_path)] == [("q ?", "a")]
 
 
 def test_lines_are_those_of_the_file(tmp_path):

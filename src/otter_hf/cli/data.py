@@ -257,14 +257,18 @@ def _source(commands, name: str, title: str) -> None:
     parser = _command(commands, f"from-{name}", _run_source, f"{title} to MIMIC-IT files")
     parser.add_argument("input", help=f"file of {title}, JSON or JSON lines")
     if name in _IMAGE_SOURCES:
-        parser.add_argument("--images", required=True, metavar="FOLDER", help="folder of its pictures")
+        # parquet of LLaVA's form may hold them
+        needed = not name.startswith("llava")
+        parser.add_argument("--images", required=needed, metavar="FOLDER", help="folder of its pictures")
     parser.add_argument("--name", default=name.upper(), help=f"of the new dataset (default: {name.upper()})")
     parser.add_argument("--output", required=True, help="folder for the files")
     parser.add_argument("--max-tokens", type=int, help="leave out longer conversations; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
     parser.add_argument("--skip-missing", action="store_true", help="leave out conversations without their picture")
     parser.add_argument(
-        "--skip-invalid", action="store_true", help="leave out, and count, what a record cannot keep, such as films"
+        "--skip-invalid",
+        action="store_true",
+        help="leave out, and count, what a record cannot keep, such as films, and malformed rows",
     )
     parser.add_argument("--overwrite", action="store_true", help="write again what an earlier run has completed")
     parser.set_defaults(source=name)

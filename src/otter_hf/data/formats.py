@@ -316,7 +316,7 @@ def write_mimicit(
                     f"Record {id!r} has {other!r} as context, which is no record: add it or remove the id."
                 )
         if train_config is not None:
-            with open(temporary[files.train_config_path], "w", encoding="utf-8") as file:
+            with open(temporary[files.train_config_path], "w", encoding="utf-8", errors="replace") as file:
                 json.dump({id: list(context) for id, context in train_config.items()}, file, ensure_ascii=False)
         # instructions last: who finds them finds all that they refer to
         if new_images:
@@ -335,7 +335,8 @@ def _write_records(
 ) -> tuple[set[str], list[tuple[str, str]]]:
     """Writes the instructions file; returns the ids and the pairs `(id, related id)` that remain to be checked."""
     ids, related = set(), []
-    with open(path, "w", encoding="utf-8") as file:
+    # half a surrogate pair, which JSON can spell, becomes a question mark, as in reading
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
         file.write('{"meta": ' + json.dumps(meta, ensure_ascii=False) + ', "data": {')
         for id, record in records:
             for key in ("instruction", "answer"):

@@ -79,9 +79,9 @@ def write_conversations(
 
     Each turn is a record `<name>_<id>_<number>_CONV<turn>`, whose `rel_ins_ids` are the turns in front of it; the
     train config holds the last turns, with all in front of them as context. Pictures are kept byte by byte under
-    `<name>_IMG_<id>`, a second file with the id of another one under its name with suffix. Pictures that do not all
-    stand in front are marked in the text (`images_in_text`). The files appear when all are complete; a run that was
-    killed is simply run again, and goes on where it was among the pictures.
+    `<name>_IMG_<id>`, a second picture with the id of another one under its name with suffix, or with a hash if it is
+    no file. Pictures that do not all stand in front are marked in the text (`images_in_text`). The files appear when
+    all are complete; a run that was killed is simply run again, and goes on where it was among the pictures.
 
     Args:
         read: opens the source; called twice, for the pictures and for the records.
@@ -213,7 +213,8 @@ class _PictureNames:
 
     def add(self, id: str, picture: Path | bytes) -> tuple[str, bool]:
         """The image id of a picture, and whether it is new."""
-        candidates = [id, id + picture.suffix] if isinstance(picture, Path) and picture.suffix else [id]
+        other = picture.suffix if isinstance(picture, Path) else f"_{_digest(picture).hex()[:16]}"
+        candidates = [id, id + other] if other else [id]
         for candidate in candidates:
             image_id = f"{self.dataset}_IMG_{candidate}"
             if candidate not in self.first:
@@ -247,17 +248,18 @@ def read_conversations(
     Args:
         path: see `read_rows`.
         read: those of a row, given its place for messages, its number, and itself.
-        on_invalid: `"raise"`, or `"skip"` what raises `UnusableConversation`: it is yielded as `left_out`.
+        on_invalid: `"raise"`, or `"skip"` rows that no record can keep or that are malformed: they are yielded as
+            `left_out`.
     """
     if on_invalid not in ("raise", "skip"):
         raise ValueError(f"on_invalid must be 'raise' or 'skip', got {on_invalid!r}.")
     for number, (where, row) in enumerate(read_named_rows(path)):
         try:
             yield from read(where, number, row)
-        except UnusableConversation as error:
+        except ValueError as error:
             if on_invalid == "raise":
                 raise
-            yield Conversation(str(number), (), left_out=error.reason)
+            yield Conversation(str(number), (), left_out=getattr(error, "reason", "malformed"))
 
 
 def place_pictures(
@@ -374,7 +376,7 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def text_of(row: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
     """The text under a key; `ValueError` if there is none or it is no text."""
-    value = row.get(key, default)
+    value = default if row.get(key) is None else row[key]  # tables have null for what is not there
     if not isinstance(value, str):
         raise ValueError(f"{where}: {key} must be a text, got {repr(value)[:60]}.")
     return value
@@ -430,7 +432,9 @@ def read_messages(messages: Any, where: str) -> tuple[list[tuple[str, str]], str
         UnusableConversation: for a message with a weight other than 1, or a system message behind the first.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ValueError(f"{where}: the conversation must be a list of messages, got {repr(messages)[:60]}.")
+        raise ValueError(
+            f"{where}: conversations must be a list of messages from and value, got {repr(messages)[:60]}."
+        )
     runs: list[tuple[bool, str]] = []
     system, unused = [], []
     for message in messages:
@@ -460,5 +464,11 @@ def read_messages(messages: Any, where: str) -> tuple[list[tuple[str, str]], str
             runs.append((asks, text))
     if len(runs) % 2:
         unused.append("question without answer at the end")
+    if any(IMAGE_TOKEN in text for text in system):
+        raise UnusableConversation(
+            f"{where}: a system message holds {IMAGE_TOKEN}, but pictures are only given with questions; remove it, "
+            "or leave such conversations out (--skip-invalid).",
+            f"{IMAGE_TOKEN} in a system message",
+        )
     texts = [text for _, text in runs]
     return list(zip(texts[::2], texts[1::2], strict=False)), "\n".join(filter(None, system)) or None, unused

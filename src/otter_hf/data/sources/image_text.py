@@ -24,7 +24,9 @@ from .common import (
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-def read_llava(path: str | Path, image_folder: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
+def read_llava(
+    path: str | Path, image_folder: str | Path | None = None, on_invalid: str = "raise"
+) -> Iterator[Conversation]:
     """LLaVA-Instruct (https://huggingface.co/papers/2304.08485) and all that took over its format, as LLaVAR did.
 
     `{"id", "image", "conversations": [{"from": "human" | "gpt" | "system", "value"}], "system"}` in a JSON list, JSON
@@ -32,7 +34,7 @@ def read_llava(path: str | Path, image_folder: str | Path, on_invalid: str = "ra
     a list of these, one for each `<image>` in the texts. Where these stand is kept: one in front of the first
     question, or on a line behind it, is the record's picture as 2023 had it, all others are marked
     (`images_in_text`). Without any `<image>` the pictures stand in front. A picture's id is its file name without
-    suffix.
+    suffix. `image_folder` is not needed where the rows hold the pictures themselves.
     """
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
@@ -43,10 +45,8 @@ def read_llava(path: str | Path, image_folder: str | Path, on_invalid: str = "ra
             raise ValueError(f"{where} has both image and images: give its pictures under one of them.")
         key = "images" if row.get("images") else "image"
         images = row.get(key) or []
-        images = [images] if isinstance(images, (str, dict)) else images
-        if not isinstance(images, list):
-            raise ValueError(f"{where}: {key} must be a list, got {repr(images)[:60]}.")
-        pictures = [_picture(image, key, Path(image_folder), where) for image in images]
+        images = images if isinstance(images, list) else [images]
+        pictures = [_picture(image, key, image_folder, where) for image in images]
         turns, per_turn = place_pictures(turns, pictures, where, marked=True)
         if row.get("system"):
             system = "\n".join(filter(None, (text_of(row, "system", where), system)))
@@ -56,16 +56,18 @@ def read_llava(path: str | Path, image_folder: str | Path, on_invalid: str = "ra
     return read_conversations(path, read, on_invalid)
 
 
-def _picture(image: Any, key: str, folder: Path, where: str) -> tuple[str, Path | bytes]:
+def _picture(image: Any, key: str, folder: str | Path | None, where: str) -> tuple[str, Path | bytes]:
     """Id and file or bytes of a picture of LLaVA."""
-    if isinstance(image, str):
-        return str(Path(image).with_suffix("")), folder / image
+    image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
     data, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
+    name = str(Path(file).with_suffix("")) if isinstance(file, str) and Path(file).name else None
     if isinstance(data, bytes):
-        return (str(Path(file).with_suffix("")) if file else _hash(data)), data
-    if isinstance(file, str):
-        return str(Path(file).with_suffix("")), folder / file
-    raise ValueError(f"{where}: {key} must be a file name, got {repr(image)[:60]}.")
+        return name or _hash(data), data
+    if name is None:
+        raise ValueError(f"{where}: {key} must be a file name, got {repr(image if file is None else file)[:60]}.")
+    if folder is None:
+        raise ValueError(f"{where}: the picture {file!r} is a file; give the folder it is in (--images).")
+    return name, Path(folder, file)
 
 
 def _hash(data: bytes) -> str:
