@@ -136,6 +136,45 @@ def test_karpathys_split_and_coco_captions(tmp_path):
     assert Rows(str(dump(tmp_path / "captions.json", content)), "test", "caption")[0]["captions"] == ["y", "z"]
 
 
+def test_vizwiz_and_rows_without_what_the_form_has(tmp_path):
+    save(tmp_path, "val/VizWiz_val_00000001.jpg", "7.jpg")
+    row = {"image": "VizWiz_val_00000001.jpg", "question": "What?", "answers": [{"answer": "cat"}]}
+    assert Rows(str(dump(tmp_path / "val.json", [row])), "test", "vqa")[0]["answers"] == ["cat"]
+    with pytest.raises(ValueError, match="A row of .*v.json has no 'answers'"):
+        Rows(str(dump(tmp_path / "v.json", [{"image": row["image"], "question": "q"}])), "test", "vqa")
+    with pytest.raises(ValueError, match="A row of .*k.json has no 'split'"):
+        Rows(str(dump(tmp_path / "k.json", {"images": [{"filename": "7.jpg"}]})), "test", "caption")
+    image = {"filename": "7.jpg", "split": "train", "cocoid": 7, "sentences": [{"raw": "x"}]}
+    with pytest.raises(ValueError, match="has no rows of the split 'test'"):
+        Rows(str(dump(tmp_path / "k.json", {"images": [image]})), "test", "caption")
+    question = {"question_id": "1", "image_id": 7, "question": "What?"}  # the other file has the number
+    source = {
+        "questions": str(dump(tmp_path / "q.json", {"questions": [question]})),
+        "annotations": str(dump(tmp_path / "a.json", {"annotations": [{"question_id": 1, "answers": ["x"]}]})),
+    }
+    assert Rows(source, "test", "vqa")[0]["answers"] == ["x"]
+
+
+def test_lines_and_tables_that_are_broken_are_named(tmp_path):
+    save(tmp_path, "a.png")
+    row = json.dumps({"question_id": 1, "image": "a.png", "text": "Is\u2028there?", "label": "no"}, ensure_ascii=False)
+    path = tmp_path / "coco_pope_random.json"
+    path.write_text(f"\ufeff{row}\n\n{row}\n", encoding="utf-8")
+    assert [row["question"] for row in read_published("pope", path, "test")] == ["Is\u2028there?"] * 2
+    path.write_text(f"{row}\n\n{row[:-3]}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="coco_pope_random.json is neither JSON nor JSON lines: line 3"):
+        read_published("pope", path, "test")
+    path = tmp_path / "m.tsv"
+    for text, message in (
+        ("", "cannot be read as a table"),
+        ("index\tquestion\timage\n1\tq\t" + "!" * 40, "picture of row 1 of .* is no base64"),
+        ("index\tquestion\timage\nx\tq\t" + "A" * 40, "has the index 'x', which is no whole number"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"m.tsv {message}" if "picture" not in message else message):
+            read_published("mmbench", path, "test")
+
+
 def test_a_table_of_rows_is_read_by_its_benchmark(tmp_path):
     from datasets import load_dataset
 

@@ -10,16 +10,19 @@ The benchmarks' own files, as their authors publish them, in the columns that ou
 | SEED-Bench | `SEED-Bench.json` | by `data_id`; films are left out |
 | MM-Vet | `mm-vet.json`, {id: row} | by `imagename` |
 | VQAv2, OK-VQA, VizWiz, TextVQA | questions and annotations of the VQA challenge; TextVQA's `{"data": [..]}` | by id |
+| VizWiz | `val.json`, a list of image, question, answers | by name |
 | COCO, Flickr30k | Karpathy's `dataset_coco.json`, or COCO's captions (images, annotations) | by name |
 """
 
-import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
+
+from ..pictures import decode_base64
 
 
 logger = logging.get_logger(__name__)
@@ -91,15 +94,17 @@ def read_published(
 def _json(path: Path) -> Any:
     if path.suffix not in (".json", ".jsonl"):
         return None
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     try:
         return json.loads(text)
     except ValueError:
-        lines = [line for line in text.splitlines() if line.strip()]
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise ValueError(f"{path} is neither JSON nor JSON lines: {error}.") from error
+        rows = []
+        for number, line in enumerate(text.split("\n"), start=1):  # U+2028 may stand in a text
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"{path} is neither JSON nor JSON lines: line {number}: {error}.") from error
+        return rows
 
 
 def _keyed(path: Path, column: str) -> Mapping[str, dict] | None:
@@ -135,7 +140,11 @@ def _mmbench(path: Path, split: str, pictures: Pictures) -> list[dict] | None:
     import pandas as pd
 
     # pandas reads cells of any length; "None" and "NA" are texts of options
-    table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+    separator = "\t" if path.suffix == ".tsv" else ","
+    try:
+        table = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a table: {str(error).strip()}.") from error
     if not {"index", "question", "image"} <= set(table.columns):
         raise ValueError(
             f"{path} has the columns {', '.join(table.columns)}; MMBench has index, question, A, .., image."
@@ -152,9 +161,11 @@ def _mmbench(path: Path, split: str, pictures: Pictures) -> list[dict] | None:
             raise ValueError(f"Row {row['index']} of {path} has no picture: its image is {row['image']!r}.")
         try:
             # equal pictures are one object
-            row["image"] = decoded[cell] = decoded.get(cell) or base64.b64decode(cell)
+            row["image"] = decoded[cell] = decoded.get(cell) or decode_base64(cell)
         except ValueError as error:
             raise ValueError(f"The picture of row {row['index']} of {path} is no base64: {error}.") from error
+        if not str(row["index"]).isdecimal():
+            raise ValueError(f"{path} has the index {row['index']!r}, which is no whole number.")
         row["index"] = int(row["index"])
     return rows
 
@@ -251,8 +262,8 @@ def read_published_fewshot(
         image_dir: folder of the pictures, by default that of the file.
 
     Raises:
-        ValueError: for files of the challenge without their other half, questions without annotations, and pictures
-            that are not there.
+        ValueError: for files of the challenge without their other half, questions without annotations, rows without a
+            key that the form has, a split without rows, and pictures that are not there.
     """
     if isinstance(source, Mapping):
         if set(source) != {"questions", "annotations"}:
@@ -261,37 +272,49 @@ def read_published_fewshot(
         return list(_vqa_challenge(paths, Pictures(image_dir, paths["questions"])))
     path = Path(source).expanduser()
     content = _json(path) if path.is_file() else None
-    if not isinstance(content, Mapping):
+    if isinstance(content, list) and content and all(map(_is_vizwiz, content)):
+        read = _textvqa
+        content = [{"question_id": row["image"], "image_id": row["image"], **row} for row in content]
+    elif not isinstance(content, Mapping):
         return None
-    pictures = Pictures(image_dir, path)
-    if isinstance(content.get("images"), list):
-        return list(
-            _karpathy(content, split, pictures) if "annotations" not in content else _captions(content, pictures)
-        )
-    if isinstance(content.get("data"), list):
-        return list(_textvqa(content["data"], pictures))
-    if "questions" in content or "annotations" in content:
+    elif isinstance(content.get("images"), list):
+        read = _captions if "annotations" in content else partial(_karpathy, split=split)
+    elif isinstance(content.get("data"), list):
+        read, content = _textvqa, content["data"]
+    elif "questions" in content or "annotations" in content:
         raise ValueError(
             f"{path} is one half of the VQA challenge's files: give `{{questions: FILE, annotations: FILE}}`."
         )
-    return None
+    else:
+        return None
+    try:
+        rows = list(read(content, pictures=Pictures(image_dir, path)))
+    except KeyError as error:
+        raise ValueError(f"A row of {path} has no {error}.") from error
+    if not rows:
+        raise ValueError(f"{path} has no rows of the split {split!r}.")
+    return rows
+
+
+def _is_vizwiz(row: Any) -> bool:
+    return isinstance(row, Mapping) and "question" in row and str(row.get("image")).startswith("VizWiz_")
 
 
 def _vqa_challenge(paths: Mapping[str, Path], pictures: Pictures) -> Iterator[dict]:
     questions, annotations = (_json(paths[name]) for name in ("questions", "annotations"))
     subset = questions.get("data_subtype", "") if isinstance(questions, Mapping) else ""
     try:
-        answers = {row["question_id"]: row["answers"] for row in annotations["annotations"]}
+        answers = {str(row["question_id"]): row["answers"] for row in annotations["annotations"]}
         for row in questions["questions"]:
             id, image = row["question_id"], row["image_id"]
-            if id not in answers:
+            if str(id) not in answers:
                 raise ValueError(f"Question {id} of {paths['questions']} has no answers in {paths['annotations']}.")
             names = _names_of(row.get("image", image), subset)
             yield {
                 "question_id": id,
                 "image": pictures.find(names, id),
                 "question": row["question"],
-                "answers": [_answer(answer) for answer in answers[id]],
+                "answers": [_answer(answer) for answer in answers[str(id)]],
             }
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -323,7 +346,7 @@ def _textvqa(rows: list[dict], pictures: Pictures) -> Iterator[dict]:
         }
 
 
-def _karpathy(content: Mapping, split: str, pictures: Pictures) -> Iterator[dict]:
+def _karpathy(content: Mapping, pictures: Pictures, split: str) -> Iterator[dict]:
     wanted = ("train", "restval") if split == "train" else (split,)
     for row in content["images"]:
         if row["split"] in wanted:
