@@ -20,6 +20,8 @@ FORMS = [
         "It must be D.</think>\n{X}",
         "<think>hm</think><answer>{X}</answer>",
     ),
+    *("{X} best describes the picture", "{X} makes sense", "{X} most likely", "{X} only", "{X} clearly shows it"),
+    *("答案是{X}，因为图中有。", "选择{X}，因为图中有。", "正确答案是：{X}。"),
     *("{t}", "The {t}.", "It is a {t}.", "{X}, not {Y}", "{X} ... not a thing ({Y})", "{X}\n\nThe picture shows it."),
 ]
 QUESTIONS = [
@@ -56,6 +58,16 @@ ANIMALS = {"A": "dog", "B": "cat", "C": "black cat", "D": "blue"}
         ("1.5", {"A": "1", "B": "2"}, "other"),
         ("15", {"A": "1", "B": "5"}, "other"),
         ("1,000", {"A": "1", "B": "1,000"}, "B"),
+        ("-1", {"A": "1", "B": "2"}, "other"),
+        ("3-1", {"A": "1", "B": "2"}, "A"),
+        # texts without their article, denied, in Chinese; wide letters
+        ("Red dog", {"A": "a red dog", "B": "a cat"}, "A"),
+        ("There is a black cat.", {"A": "the dog", "B": "the black cat"}, "B"),
+        ("The answer is 2, not 1.", {"A": "1", "B": "2", "C": "3"}, "B"),
+        ("Yes, no doubt about it.", {"A": "Yes", "B": "No"}, "A"),
+        ("Yes, no doubt about it.", {"A": "Yes", "B": "No", "C": "Unknown"}, "other"),
+        ("图中是黑猫。", {"A": "红狗", "B": "黑猫"}, "B"),
+        ("Ｂ", ANIMALS, "B"),
         # articles, pronouns, abbreviations
         ("A man is standing", ANIMALS, "other"),
         ("A cat", ANIMALS, "B"),

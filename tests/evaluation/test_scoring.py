@@ -190,6 +190,13 @@ def test_what_is_no_answer_is_counted_by_its_reason():
         "I cannot tell them apart: yes",
     ):
         assert replies.fate(answer) in ("answered", "refused")
+    for answer in (
+        "I cannot identify any dog, so no.",
+        "I can't determine it; my best guess is B.",
+        "I can't say. No.",
+    ):
+        assert replies.fate(answer) == "answered"
+    assert replies.fate("I'm sorry, but I can't help with that, but A man is in it") == "refused"
     assert replies.fate("I can't see any dog") == replies.fate("Sorry, no.") == "answered"
 
 

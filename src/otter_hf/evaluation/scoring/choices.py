@@ -5,13 +5,13 @@ The grammar, first hit wins; letters of a question are those it has, and every r
 
 1. nothing: a reply that is empty, failed or a refusal (see [`~otter_hf.evaluation.scoring.replies`]);
 2. the whole reply is a letter, however it is set: `B`, `b`, `(B)`, `B.`, `**B**`, `[B]`, `Option B`, `\\boxed{B}`;
-3. the whole reply is the text of an option: `AC` is the option "AC", not the letters A and C;
+3. the whole reply is the text of an option, but for its article: `AC` is the option "AC", not the letters A and C;
 4. a stated answer, of several the last: `the answer is B`, `Answer: (b)`, `I choose B`, `\\boxed{B}`;
 5. a letter the reply opens with: `B. a dog`, `(B) because ..`, `B, as ..`, `B because ..`, `b) a dog`; not `A and B`;
 6. a last line that is a letter;
 7. the only letter that stands by itself outside of the options' texts, and is not denied ("not B");
-8. the only option whose text is in the reply as whole words; of texts inside each other ("cat", "black cat") the
-   longer.
+8. the only option whose text is in the reply as whole words, and, of several, not denied; of texts inside each other
+   ("cat", "black cat") the longer; of two options the one that the reply opens with ("Yes, no doubt").
 
 Else `"other"`. "A" in front of a noun is an article, "I" in front of a verb a pronoun. VLMEvalKit's rules (`can_infer`
 of ms-vlmeval 0.0.20) leave more replies to a language model; where they decide, these decide alike, but for texts of
@@ -31,7 +31,11 @@ _NO_NOUN = """
 a an the this that these those it its he she they we you there here i because as since for due given based if when
 where while whereas so then thus but and or nor not is was are were be been has have had do does did can could will
 would should must may might seems appears shows show refers represents matches describes depicts indicates means
-corresponds fits in on at of from with by to which who what according correct right wrong
+corresponds fits explains provides gives contains includes captures summarizes states says implies suggests reflects
+looks sounds makes works stands holds best better only alone obviously clearly definitely certainly probably likely
+surely most more however though although again under after before using considering judging looking per no yes
+please thanks without about accurately correctly exactly all just simply
+in on at of from with by to which who what according correct right wrong
 """.split()
 _STATED = (
     r"(?:\b(?:answer|option|choice)(?:\s+(?:that|which)\s+\w+)?(?:\s+(?:is|are|was|would\s+be|should\s+be|must\s+be)"
@@ -39,12 +43,15 @@ _STATED = (
     r"|\b(?:i|we|i'd|i'll)(?:\s+(?:would|will|should|must|think|believe|guess|say|it|it's|is))*"
     r"\s+(?:choose|chose|pick|select|go\s+with|vote\s+for|say|think\s+it(?:'s|\s+is)))"
     r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:option|choice|letter|answer)\b(?:\s+is)?\s*:?)?"
+    r"|(?:答案|选择|选项|应选|故选|因此选|所以选)(?:应该|应)?(?:是|为|选)?(?:选项)?\s*[:：]?"
 )
 _DENIED = r"(?:not|n't|\binstead of|\brather than|\bneither|\bnor|\bunlike|\bexcept)\s+(?:\w+\s+)?"
 _WRONG = r"\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b"
 _AND = r"\s*(?:,|/|&|\band\b|\bor\b)\s*"
 # what stands around a letter: brackets, quotes, markdown, TeX
 _FRAME = r"""[\s"'`“”‘’*_#<>\[\](){}|$.:,;!?\-–—=/\\（）。，：；]*"""
+# Chinese and Japanese keyboards write these letters
+_WIDE = {wide: wide - 0xFEE0 for start in (0xFF21, 0xFF41) for wide in range(start, start + 26)}
 _OPENING = r"""[\s"'`“”‘’*_#<\[({|$（]*"""
 _CLOSING = r"""["'`”’*_>\])}|$]*"""
 
@@ -57,7 +64,7 @@ def parse_choice(reply: str, options: Mapping[str, str]) -> str:
         reply: what the model wrote; its thoughts are left out.
         options: letter -> text, capital letters.
     """
-    reply = read_reply(reply)
+    reply = read_reply(reply).translate(_WIDE)
     if not is_answered(reply):
         return OTHER
     reader = _Reader(options)
@@ -66,7 +73,7 @@ def parse_choice(reply: str, options: Mapping[str, str]) -> str:
 
 def parse_whole(reply: str, options: Mapping[str, str]) -> str:
     """As [`parse_choice`], of replies that are a letter, a text or both and nothing else (rules 2 and 3)."""
-    reply = read_reply(reply)
+    reply = read_reply(reply).translate(_WIDE)
     reader = _Reader(options)
     if not is_answered(reply):
         return OTHER
@@ -87,7 +94,7 @@ class _Reader:
     def whole(self, reply: str) -> str | None:
         """Rules 2 and 3."""
         texts = {letter: _plain(text) for letter, text in self.options.items()}
-        for fold in (str, str.lower):
+        for fold in (str, str.lower, _without_article):
             # a lower-case letter may be the text of an option
             if letter := self._bare(reply, fold):
                 return letter
@@ -96,7 +103,7 @@ class _Reader:
         return None
 
     def _bare(self, reply: str, fold=str.lower) -> str | None:
-        flags = re.IGNORECASE if fold is str.lower else re.NOFLAG
+        flags = re.NOFLAG if fold is str else re.IGNORECASE
         name = r"(?i:(?:the\s+)?(?:correct\s+|final\s+|best\s+)?(?:option|choice|letter|answer)\b)?"
         boxed = r"(?:boxed\b|text\b)?"
         found = re.fullmatch(rf"{_FRAME}{name}{_FRAME}{boxed}{_FRAME}({self.any}){_FRAME}", reply, flags)
@@ -106,7 +113,7 @@ class _Reader:
         """Rule 4."""
         boxed = r"\\boxed\s*\{\s*(?:\\text(?:bf)?\s*\{)?\s*"
         found = None
-        for found in re.finditer(rf"(?i:{_STATED}|{boxed}){_OPENING}({self.any})(?![\w'’+])", reply):  # noqa: B007
+        for found in re.finditer(rf"(?i:{_STATED}|{boxed}){_OPENING}({self.any})(?![A-Za-z0-9_'’+])", reply):  # noqa: B007
             pass
         for lower in re.finditer(rf"(?i:{_STATED}){_OPENING}((?i:{self.any}))(?=[)\].:}}*]|\s*$)", reply):
             found = lower if found is None or lower.start() > found.start() else found
@@ -175,13 +182,26 @@ class _Reader:
 
     def _only_mentioned(self, reply: str) -> str | None:
         texts = {letter: _plain(text) for letter, text in self.options.items()}
-        named = {letter: text for letter, text in texts.items() if text and _mentions(reply, text)}
-        longest = [
+        opening = [
             letter
-            for letter, text in named.items()
-            if not any(other != letter and _mentions(longer, text) for other, longer in named.items())
+            for letter, text in texts.items()
+            if text and re.match(rf"{_OPENING}{_words(text)}{_CLOSING}\s*[,.;:!–—]", reply, re.IGNORECASE)
         ]
-        return longest[0] if len(longest) == 1 else None
+        if len(texts) == 2 and len(opening) == 1:
+            return opening[0]
+        for fold in (str, _without_article):
+            forms = {letter: fold(text) for letter, text in texts.items()}
+            named = {letter: text for letter, text in forms.items() if text and _mentions(reply, text)}
+            longest = [
+                letter
+                for letter, text in named.items()
+                if not any(other != letter and _mentions(longer, text) for other, longer in named.items())
+            ]
+            if len(longest) > 1:
+                longest = [letter for letter in longest if not _is_denied(reply, named[letter])]
+            if named:
+                return longest[0] if len(longest) == 1 else None
+        return None
 
 
 def _plain(text: str) -> str:
@@ -190,12 +210,19 @@ def _plain(text: str) -> str:
 
 
 def _without_article(text: str) -> str:
-    return re.sub(r"^(?:an?|the)\s+", "", text)
+    return re.sub(r"^(?:an?|the)\s+", "", text.lower())
 
 
 def _words(text: str) -> str:
-    # "1" is neither in "1.5" nor in "1,000"
-    return rf"(?<!\w)(?<!\d[.,]){re.escape(text)}(?!\w)(?![.,]\d)"
+    # "1" is neither in "1.5" nor in "1,000" nor in "-1"; Chinese has no spaces between words
+    signed = r"(?<!(?<!\w)[-−])" if text[:1].isdigit() else ""
+    before, behind = (r"(?<!\w)" if text[0] < "\u2e80" else ""), (r"(?!\w)" if text[-1] < "\u2e80" else "")
+    return rf"{before}(?<!\d[.,]){signed}{re.escape(text)}{behind}(?![.,]\d)"
+
+
+def _is_denied(reply: str, text: str) -> bool:
+    places = re.finditer(_words(text), reply, re.IGNORECASE)
+    return all(re.search(rf"{_DENIED}$", reply[: found.start()], re.IGNORECASE) for found in places)
 
 
 def _mentions(reply: str, text: str) -> bool:

@@ -19,6 +19,13 @@ _REFUSAL = re.compile(
         |continue|do\s+that|tell|say|see\s+(?:the|any|this|that)?\s*(?:image|picture|photo)|to)\b""",
     re.IGNORECASE | re.VERBOSE,
 )
+# what follows a refusal where it was none: "I cannot identify any dog, so no", "I can't tell; my best guess is B"
+_ANSWER = re.compile(
+    r"""\b(?:guess|answer|choose|pick|but|so|thus|therefore|however)\b\W*(?:\w+\W+){0,4}?
+        (?:(?i:yes|no)(?=\W*(?:$|[.,;!]))|\(?(?:[B-HJ-Z]|A)\b(?=\W*(?:$|[.,;!)])))
+    |[.!;]\s*(?i:yes|no)\b(?=\W*(?:$|[.,;!]))""",
+    re.VERBOSE,
+)
 
 
 def read_reply(reply: str) -> str:
@@ -29,7 +36,7 @@ def read_reply(reply: str) -> str:
 def fate(reply: str) -> str:
     """
     What became of a question: `"answered"`, `"failed"` (the endpoint gave no reply), `"empty"` (nothing is left behind
-    the thoughts, or there was nothing) or `"refused"` ("I'm sorry, but I can't help with that").
+    the thoughts, or there was nothing) or `"refused"` ("I'm sorry, but I can't help with that", and no answer behind).
 
     All but answers count as wrong in every score: as neither yes nor no, as no option, as no number. Captions and
     short answers are compared as they are, but those of failed requests, which count as empty ones.
@@ -39,7 +46,8 @@ def fate(reply: str) -> str:
     answer = read_reply(reply)
     if not answer:
         return "empty"
-    return "refused" if _REFUSAL.match(answer) else "answered"
+    refusal = _REFUSAL.match(answer)
+    return "refused" if refusal and not _ANSWER.search(answer, refusal.end()) else "answered"
 
 
 def is_answered(reply: str) -> bool:
