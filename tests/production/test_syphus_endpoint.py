@@ -17,7 +17,7 @@ from otter_hf.cli import main
 from otter_hf.data.mixture import MixtureEntry
 from otter_hf.data.validate import check_mixture
 from otter_hf.production.syphus import Budget, ChatClient, SyphusRun
-from otter_hf.production.syphus.client import EndpointError, RejectedError, TransientError
+from otter_hf.production.syphus.client import EndpointError, RejectedError, TransientError, read_completion
 
 
 pytestmark = pytest.mark.skipif(
@@ -337,3 +337,22 @@ def test_an_unfinished_run_has_a_status_of_its_own(serve, annotations, capsys):
     output = capsys.readouterr().out
     assert "2 of 40 queries answered, 0 failed, 0 in a batch, 38 to ask" in output
     assert "stopped: budget: max_requests=3" in output
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": ["a", {"type": "text", "text": "b"}, {"type": "text", "text": None}]}, "ab"),
+        ({"content": [{"type": "thinking", "thinking": "x"}, {"text": "b"}]}, "b"),
+        ({"content": None}, RejectedError),
+        (None, RejectedError),
+        ({"content": {"text": "b"}}, TransientError),
+    ],
+)
+def test_messages_as_endpoints_write_them(message, expected):
+    body = {"choices": [{"message": message, "finish_reason": "stop"}]}
+    if isinstance(expected, str):
+        assert read_completion(body).text == expected
+    else:
+        with pytest.raises(expected):
+            read_completion(body)

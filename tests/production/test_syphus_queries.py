@@ -131,11 +131,16 @@ def test_ego4d_as_published(tmp_path):
     def narration(time, text):
         return {"timestamp_sec": time, "timestamp_frame": int(30 * time), "narration_text": text}
 
-    told = [narration(9.0, "#C C sits"), narration(3.2, "#C C opens a door"), narration(7.6, "#C C stops")]
+    told = [
+        narration(20.5, "#C C is behind the last summary"),
+        narration(9.0, "#C C sits"),
+        narration(3.2, "#C C opens a door"),
+        narration(7.6, "#C C stops"),
+    ]
     summaries = [{"start_sec": 0.0, "end_sec": 8.0, "summary_text": "s"}, {"start_sec": 8.0, "end_sec": 20.0}]
     video = {"narration_pass_1": {"narrations": told, "summaries": summaries}, "status": "complete"}
     whole = {
-        "narration_pass_1": {"narrations": told[:1]},
+        "narration_pass_1": {"narrations": told[1:2]},
         "narration_pass_2": {"narrations": []},
         "status": "complete",
     }
@@ -148,7 +153,12 @@ def test_ego4d_as_published(tmp_path):
             prefix="vid",
             seconds=(3, 8),
         ),
-        Query("vid_clip000001", "timestamp: 9\ndescription: #C C sits", prefix="vid", seconds=(9, 9)),
+        Query(
+            "vid_clip000001",
+            "timestamp: 9\ndescription: #C C sits\ntimestamp: 20\ndescription: #C C is behind the last summary",
+            prefix="vid",
+            seconds=(9, 21),
+        ),
         Query("other_clip000000", "timestamp: 9\ndescription: #C C sits", prefix="other", seconds=(9, 9)),
     ]
 

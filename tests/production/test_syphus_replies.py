@@ -37,6 +37,12 @@ JSON_PAIRS = [{"question": "Q1?", "answer": "A1"}, {"Question": "Q2?", "Answer":
         ("Question：什么？\nAnswer：一只狗。", [("什么？", "一只狗。")]),
         (json.dumps(JSON_PAIRS), [("Q1?", "A1"), ("Q2?", "A2: b")]),
         ("Here are the pairs:\n\n" + json.dumps(JSON_PAIRS, indent=1), [("Q1?", "A1"), ("Q2?", "A2: b")]),
+        ('[{"question": "Q1?", "answer": "A1, ]",}, {"q": "Q2?", "a": 2},]', [("Q1?", "A1, ]"), ("Q2?", "2")]),
+        (
+            json.dumps({"tags": [], "easy": JSON_PAIRS[:1], "more": {"hard": JSON_PAIRS[1:]}}),
+            [("Q1?", "A1"), ("Q2?", "A2: b")],
+        ),
+        (json.dumps({**JSON_PAIRS[0], "boxes": [{"x": 1}]}), [("Q1?", "A1")]),
         ("```json\n" + json.dumps({"pairs": JSON_PAIRS}, indent=2) + "\n```", [("Q1?", "A1"), ("Q2?", "A2: b")]),
     ],
 )

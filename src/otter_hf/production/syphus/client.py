@@ -128,7 +128,7 @@ def read_completion(body: Any) -> ChatReply:
     """
     try:
         choice = body["choices"][0]
-        message, usage = choice["message"], body.get("usage") or {}
+        message, usage = choice["message"] or {}, body.get("usage") or {}
         text = _content(message.get("content")) or message.get("refusal") or ""
         if not isinstance(text, str):
             raise TypeError("content")
@@ -148,7 +148,8 @@ def _content(content: Any) -> Any:
     """The text of a message whose content may be a list of parts, as some endpoints write it."""
     if not isinstance(content, list):
         return content
-    return "".join(part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
+    parts = [{"text": part} if isinstance(part, str) else part for part in content]
+    return "".join(part["text"] or "" for part in parts if part.get("type", "text") in ("text", "output_text"))
 
 
 def _status_error(error) -> Exception:

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,8 @@ def _ego4d_videos(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _published_clips(content: dict) -> Iterator[dict]:
-    """The clips of a video of narration.json: what one of its annotators told within each of his summaries."""
+    """The clips of a video of narration.json: what one of its annotators told within each of his summaries; what
+    stands outside of all belongs to the one in front of it."""
     for annotator in ("narration_pass_1", "narration_pass_2"):
         told = content.get(annotator) or {}
         narrations = [
@@ -231,9 +233,11 @@ def _published_clips(content: dict) -> Iterator[dict]:
             if narration.get("timestamp_sec") is not None
         ]
         narrations.sort(key=lambda narration: narration["time"])
-        spans = [(float(part["start_sec"]), float(part["end_sec"])) for part in told.get("summaries") or []]
-        for start, end in sorted(spans) or [(-math.inf, math.inf)]:
-            yield {"narrations": [narration for narration in narrations if start <= narration["time"] < end]}
+        starts = sorted({float(part["start_sec"]) for part in told.get("summaries") or []})
+        clips: list[list[dict]] = [[] for _ in starts or [0]]
+        for narration in narrations:
+            clips[max(0, bisect_right(starts, narration["time"]) - 1)].append(narration)
+        yield from ({"narrations": clip} for clip in clips)
 
 
 # Instructions of the FunQA annotations (https://huggingface.co/papers/2306.14899); the apostrophe of "video's" is

@@ -212,22 +212,48 @@ def _pairs_of_objects(reply: str) -> ParsedReply:
         if item is None:
             parsed.invalid.append(Invalid(text, "it is no complete JSON object"))
             continue
-        lower = {str(key).lower(): value for key, value in item.items()}
-        pair = [lower.get("question", lower.get("instruction")), lower.get("answer", lower.get("response"))]
-        if all(isinstance(value, str) and value.strip() for value in pair):
-            parsed.pairs.append(Pair(pair[0].strip(), pair[1].strip()))
+        pair = [
+            str(value).strip() if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+            for value in _question_and_answer(item)
+        ]
+        if all(pair):
+            parsed.pairs.append(Pair(*pair))
         else:
             parsed.invalid.append(Invalid(text, "it has no question and answer"))
     return _or_nothing(parsed, reply, "there is no object in it")
 
 
+def _question_and_answer(item: dict[str, Any]) -> list[Any]:
+    lower = {str(key).lower(): value for key, value in item.items()}
+    names = (("question", "instruction", "q"), ("answer", "response", "a"))
+    return [next((lower[name] for name in same if name in lower), None) for same in names]
+
+
+def _parts(item: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects in an object that is no pair itself, however deep; it, if there are none."""
+    values = [] if any(value is not None for value in _question_and_answer(item)) else item.values()
+    lists = [value if isinstance(value, list) else [value] for value in values]
+    inner = [part for parts in lists for part in parts if isinstance(part, dict)]
+    if not inner:
+        yield item
+    for part in inner:
+        yield from _parts(part)
+
+
+def _without_last_commas(text: str) -> str:
+    """JSON without commas behind last members; strings are stepped over, so that what is in them stays."""
+    return re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', lambda found: found[1] or "", text, flags=re.DOTALL)
+
+
 def _objects(text: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
-    """The innermost lists' objects of a JSON text that may break off; None for what is no object."""
+    """The innermost objects of a JSON text that may break off; None for what is no object."""
+    text = _without_last_commas(text)
     decode = json.JSONDecoder(strict=False).raw_decode
     start = text.find("{")
     while start >= 0:
         try:
             item, end = decode(text, start)
+            parts = list(_parts(item))
         except (ValueError, RecursionError):
             # an object around a list that breaks off: its parts may be whole
             inner = text.find("{", start + 1)
@@ -235,11 +261,7 @@ def _objects(text: str) -> Iterator[tuple[str, dict[str, Any] | None]]:
                 yield text[start : inner if inner >= 0 else None], None
             start = inner
             continue
-        lists = [value for value in item.values() if isinstance(value, list)]
-        if lists and all(isinstance(part, dict) for part in lists[0]):
-            yield from ((json.dumps(part, ensure_ascii=False), part) for part in lists[0])
-        else:
-            yield text[start:end], item
+        yield from ((json.dumps(part, ensure_ascii=False), part) for part in parts)
         start = text.find("{", end)
 
 
@@ -253,10 +275,8 @@ def tolerant_json(reply: str) -> Any:
     start = text.find("{")
     if start < 0:
         raise ValueError("there is no JSON object in it")
-    # strings are stepped over, so that what is in them stays
-    mended = re.sub(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])', lambda found: found[1] or "", text[start:], flags=re.DOTALL)
     try:
-        return json.JSONDecoder(strict=False).raw_decode(mended)[0]
+        return json.JSONDecoder(strict=False).raw_decode(_without_last_commas(text[start:]))[0]
     except json.JSONDecodeError as error:
         raise ValueError(f"its JSON is broken ({error.msg})") from None
     except RecursionError:
