@@ -188,6 +188,6 @@ def test_bad_questions_are_named(text, message, folder, tmp_path, capsys):
 
 
 def test_4_bits_without_bitsandbytes_is_one_sentence(folder, capsys, monkeypatch):
-    monkeypatch.setattr("otter_hf.training.lora.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("otter_hf.models.quantization.is_bitsandbytes_available", lambda: False)
     assert main(["chat", str(folder), "--load-in-4bit"]) == 2
     assert "load_in_4bit needs bitsandbytes" in capsys.readouterr().err

@@ -157,13 +157,13 @@ def test_what_the_host_knows_changes_nothing_and_is_checked(family):
     known = known_on_host(inputs, image)
     assert (
         known
-        == ({"label_count": 17, "media_counts": [2, 1]}, {"label_count": 14, "media_counts": [3, 3]})[
+        == ({"target_count": 17, "media_counts": [2, 1]}, {"target_count": 14, "media_counts": [3, 3]})[
             family == "otterhd"
         ]
     )
     expected = model(**inputs).loss
     assert torch.equal(model(**inputs, **known).loss, expected)
     # replicas of one process have a part of the rows, and all of the numbers
-    assert torch.equal(model(**inputs, label_count=99, media_counts=[1]).loss, expected)
+    assert torch.equal(model(**inputs, target_count=99, media_counts=[1]).loss, expected)
     with pytest.raises(ValueError, match="pixel_values"):
         model(**inputs, media_counts=[4, 4])

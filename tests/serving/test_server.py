@@ -193,7 +193,7 @@ def huge_png() -> bytes:
     ("part", "message"),
     [
         (image_url(b"no picture"), "cannot be read as an image"),
-        (image_url(huge_png()), "8000x8000 pixels, more than 10000000"),
+        (image_url(huge_png()), "8000 x 8000 pixels are more than the limit of 10000000"),
         (video_url(b"no video"), "cannot be read as a video"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,????"}}, "cannot be read"),
         ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, "reads no such address"),
@@ -306,7 +306,7 @@ def test_many_pictures_are_refused_together(shared_server):
     # each within the limit of a picture, together too many pixels
     large = image_url(Image.new("1", (3000, 3000)))
     with pytest.raises(
-        openai.BadRequestError, match=r"more than a request may hold|more than \d+; send a smaller one"
+        openai.BadRequestError, match=r"more than a request may hold|more than the limit of \d+\); send a smaller one"
     ):
         shared_server.ask("what?", *[large] * 4)
 

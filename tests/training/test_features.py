@@ -90,7 +90,9 @@ def test_a_frozen_tower_builds_no_graph_and_stays_as_it_is(fit, ragged, monkeypa
 
     entering = []
     original = PerceiverResampler.forward
-    monkeypatch.setattr(PerceiverResampler, "forward", lambda self, x: (entering.append(x), original(self, x))[1])
+    monkeypatch.setattr(
+        PerceiverResampler, "forward", lambda self, x, **kw: (entering.append(x), original(self, x, **kw))[1]
+    )
     towers = []
     compute = OtterForConditionalGeneration.forward
     monkeypatch.setattr(
@@ -100,7 +102,8 @@ def test_a_frozen_tower_builds_no_graph_and_stays_as_it_is(fit, ragged, monkeypa
     )
     fit("checkpointed", freeze=["vision"], max_steps=1, activation_checkpointing=True)
     fit("plain", freeze=["vision"], max_steps=1)
-    assert not any(features.requires_grad for features in entering)
+    # reentrant checkpointing may ask a gradient of what enters the resampler, but none goes on into the tower
+    assert entering and all(features.grad_fn is None for features in entering)
     assert towers == [False, False]
     fit("trained", max_steps=1)
     assert entering[-1].requires_grad

@@ -13,7 +13,8 @@ def parse(*flags, base=BASE):
     return parse_arguments([*base, "--external_save_dir", "runs", *flags])
 
 
-def test_the_command_of_the_readme_of_2023(caplog):
+def test_the_command_of_the_readme_of_2023(caplog, monkeypatch):
+    monkeypatch.setattr("otter_hf.training.arguments.get_reporting_integration_callbacks", lambda names: [])
     flags = """--model_name otter --instruction_format simple --batch_size 8 --num_epochs 3 --report_to_wandb
         --wandb_entity lab --external_save_dir out/ --run_name Otter-MPT7B --wandb_project OTTER --workers 1
         --lr_scheduler cosine --learning_rate 2e-5 --warmup_steps_ratio 0.01 --save_hf_model --max_seq_len 1024

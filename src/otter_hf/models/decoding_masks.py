@@ -45,7 +45,9 @@ def mask_without_reading(
         return attention_mask
     if cu_seq_lens is not None and attention_mask is None and past_key_values is None:
         return torch.empty(0, 0, 0, 0, device=cu_seq_lens.device) if implementation == "varlen_sdpa" else None
-    if shape[1] != 1 or past_key_values is None or attention_mask is None or attention_mask.ndim != 2:
+    # `generate` hands over finished masks too, by kind of layer
+    is_padding_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+    if shape[1] != 1 or past_key_values is None or not is_padding_mask:
         return attention_mask
     return create_causal_mask(
         config=config,

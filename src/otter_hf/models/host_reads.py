@@ -26,7 +26,7 @@ def known_on_host(batch: dict, image_token_id: int | None, ignore_index: int = -
         image_token_id: of the model's configuration.
 
     Returns:
-        `label_count`, the labels of the batch that count in a causal loss, `media_counts`, for each row the media its
+        `target_count`, the labels of the batch that count in a causal loss, `media_counts`, for each row the media its
         tokens refer to (OtterHD: its image tokens), and `frame_counts`, for each row the frames of its media; each
         where the batch has what it is counted from.
     """
@@ -34,7 +34,7 @@ def known_on_host(batch: dict, image_token_id: int | None, ignore_index: int = -
     if "pixel_attention_mask" in batch:
         known["frame_counts"] = batch["pixel_attention_mask"].sum(dim=2).tolist()
     if "labels" in batch:
-        known["label_count"] = int((batch["labels"][:, 1:] != ignore_index).sum())
+        known["target_count"] = int((batch["labels"][:, 1:] != ignore_index).sum())
     if "media_index" in batch:
         known["media_counts"] = batch["media_index"].amax(dim=1).tolist()
     elif "input_ids" in batch and image_token_id is not None:
@@ -62,4 +62,4 @@ def positions_with_labels(targets: torch.Tensor, count: int | None, ignore_index
 
 def accepts_known_numbers(model: nn.Module) -> bool:
     """Whether `forward` of the model takes what `known_on_host` returns."""
-    return "label_count" in inspect.signature(model.forward).parameters
+    return "target_count" in inspect.signature(model.forward).parameters

@@ -17,12 +17,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
+
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 
 logger = logging.get_logger(__name__)
@@ -228,8 +232,10 @@ def _change_reference(tokenizer: PreTrainedTokenizerFast, reference: str) -> Pre
     return tokenizer
 
 
-def _read_sentencepiece(path: str) -> SentencePieceProcessor | None:
+def _read_sentencepiece(path: str) -> "SentencePieceProcessor | None":
     """A SentencePiece model with pieces for all bytes, as LLaMA's; None for another kind of file or model."""
+    from sentencepiece import SentencePieceProcessor
+
     try:
         pieces = SentencePieceProcessor(model_file=path)
     except (OSError, RuntimeError):
@@ -237,7 +243,7 @@ def _read_sentencepiece(path: str) -> SentencePieceProcessor | None:
     return pieces if any(map(pieces.is_byte, range(pieces.get_piece_size()))) else None
 
 
-def _merges_by_score(pieces: SentencePieceProcessor) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _merges_by_score(pieces: "SentencePieceProcessor") -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Pieces -> ids, and the pairs of pieces that make a piece, those of the best score first."""
     size = pieces.get_piece_size()
     vocabulary = {pieces.id_to_piece(token_id): token_id for token_id in range(size)}

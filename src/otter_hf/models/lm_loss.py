@@ -31,7 +31,7 @@ def supervised_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     ignore_index: int = -100,
     shift_labels: torch.Tensor | None = None,
-    label_count: int | None = None,
+    target_count: int | None = None,
     **kwargs,
 ) -> torch.Tensor:
     """
@@ -50,7 +50,7 @@ def supervised_loss(
         num_items_in_batch: divides the summed loss; by default the number of labels.
         ignore_index: label of positions that are left out.
         shift_labels: `(B, L)` int64, labels already shifted, in place of `labels`.
-        label_count: how many labels there are, see `known_on_host`; by default they are counted on the device.
+        target_count: how many labels there are, see `known_on_host`; by default they are counted on the device.
 
     Returns:
         float32 scalar; 0 where transformers has nan, for a batch without any label.
@@ -60,7 +60,7 @@ def supervised_loss(
     targets = shift_labels.flatten().to(hidden_states.device)  # (B*L,)
     hidden_states = hidden_states.flatten(0, -2)  # (B*L, hidden)
     if not is_torchdynamo_compiling():
-        supervised = positions_with_labels(targets, label_count, ignore_index)  # (N,)
+        supervised = positions_with_labels(targets, target_count, ignore_index)  # (N,)
         targets, hidden_states = targets[supervised], hidden_states[supervised]
 
     if scale is None and _fused_kernel_applies(lm_head, hidden_states, vocab_size):

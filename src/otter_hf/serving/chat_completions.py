@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.utils import DirectStreamer, GenerationState
+from transformers.cli.serving.utils import GenerationState
 from transformers.utils import logging
 
 from .gate import Gate, QueueFull, Ticket
@@ -30,6 +30,7 @@ from .models import ServedModels
 from .request import Options, check_request
 from .settings import ServerSettings
 from .stop import StopFilter
+from .streamer import AnswerStreamer
 
 
 logger = logging.get_logger(__name__)
@@ -258,7 +259,7 @@ class ChatCompletions(ChatCompletionHandler):
     async def _generate(self, job: Job, model, processor, inputs, config) -> None:
         streamer = None
         if config.num_beams in (None, 1):
-            streamer = DirectStreamer(processor.tokenizer._tokenizer, asyncio.get_running_loop(), job.items)
+            streamer = AnswerStreamer(processor.tokenizer, asyncio.get_running_loop(), job.items)
 
         length = inputs["input_ids"].shape[1]
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))

@@ -409,7 +409,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
-        label_count: int | None = None,
+        target_count: int | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoCausalLMOutputWithPast:
@@ -421,7 +421,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
             logits_to_keep: logits of the last so many positions only (0: all), or of the positions given.
             skip_logits: with labels, compute logits only where a label asks for them, in bounded memory, and return
                 none. By default in training, unless `loss_function` was replaced.
-            label_count: number of labels, if the host knows it; see `known_on_host`.
+            target_count: number of labels, if the host knows it; see `known_on_host`.
             kwargs: `num_items_in_batch` divides the summed loss; all are handed to the text model.
 
         For the other arguments and errors see [`FlamingoModel.forward`].
@@ -457,7 +457,7 @@ class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerati
         loss_kwargs = {"labels": labels, "vocab_size": text_config.vocab_size, **kwargs}
         hidden_states = in_dtype_of(self.lm_head.weight, outputs.last_hidden_state)
         if skip_logits:
-            loss = supervised_loss(self.lm_head, hidden_states, label_count=label_count, **scaling, **loss_kwargs)
+            loss = supervised_loss(self.lm_head, hidden_states, target_count=target_count, **scaling, **loss_kwargs)
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             logits = scale_logits(logits, **scaling)

@@ -370,7 +370,7 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, OtterHDGenerationM
         image_grid_thw: torch.LongTensor | None = None,
         image_patches: list[torch.Tensor] | torch.Tensor | None = None,
         image_patches_indices: torch.LongTensor | None = None,
-        label_count: int | None = None,
+        target_count: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CausalLMOutputWithPast:
         r"""
@@ -385,7 +385,7 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, OtterHDGenerationM
             image_patches (`list[torch.Tensor]` of shapes `(1, n_i, patch_size * patch_size * num_channels)`): the
                 patches of each row as the processors of 2023 returned them; a tensor is taken for `pixel_values`.
             image_patches_indices (`torch.LongTensor`): what came with the list in 2023; implied by `input_ids`.
-            label_count (`int`): number of labels, if the host knows it; see `known_on_host`.
+            target_count (`int`): number of labels, if the host knows it; see `known_on_host`.
 
         Raises:
             ValueError: as [`OtterHDModel`], and when a row of `image_patches` does not match its image tokens.
@@ -408,7 +408,7 @@ class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, OtterHDGenerationM
         if labels is not None and (self.training if skip_logits is None else skip_logits):
             vocab_size = self.config.text_config.vocab_size
             loss = supervised_loss(
-                self.lm_head, hidden_states, labels, vocab_size=vocab_size, label_count=label_count, **kwargs
+                self.lm_head, hidden_states, labels, vocab_size=vocab_size, target_count=target_count, **kwargs
             )
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))  # (B, kept, V)

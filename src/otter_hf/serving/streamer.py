@@ -1,0 +1,45 @@
+"""The text of an answer, piece by piece while it is generated."""
+
+import asyncio
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+
+class AnswerStreamer(BaseStreamer):
+    """
+    Puts the text of new tokens into a queue of the event loop, which `generate` in a thread cannot reach itself.
+
+    The answer is decoded as a whole at each step: unlike tokenizers' `DecodeStream`, which transformers' own server
+    uses, that is the text of `decode` also where the bytes of a model are no text, and for every tokenizer. Characters
+    go out when all of their bytes are there; bytes at the end that are none do not.
+
+    Args:
+        tokenizer: of the model.
+        loop: the event loop of the queue.
+        queue: takes the pieces, `str`, and None behind the last one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue):
+        self._tokenizer, self._loop, self._queue = tokenizer, loop, queue
+        self._ids: list[int] | None = None
+        self._sent = 0  # characters
+
+    def put(self, value: torch.Tensor) -> None:
+        """Takes new token ids, `(1,)` or `(1, L)`; the first call has the prompt, which is no answer."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += value.flatten().tolist()
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+        if len(text) > self._sent:
+            self._enqueue(text[self._sent :])
+            self._sent = len(text)
+
+    def end(self) -> None:
+        """Puts None behind the last piece."""
+        self._enqueue(None)
+
+    def _enqueue(self, item: str | None) -> None:
+        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
