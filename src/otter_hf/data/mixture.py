@@ -183,6 +183,12 @@ class _NoDuplicatesLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def is_held_out(sample_id: str, fraction: float) -> bool:
+    """Whether a sample is among the `fraction` kept for evaluation: decided by its id alone, so always the same."""
+    digest = hashlib.blake2b(sample_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
 def sample_rows(num_rows: int, num_samples: int) -> np.ndarray:
     """The rows of a dataset that one epoch uses, int64 of shape `(N,)`.
 
@@ -218,6 +224,8 @@ class MimicitMixture(Dataset):
         transform: `(sample, generator) -> sample`, applied to each sample: augmentation of its images, another order
             or choice of its turns. All its random choices have to come from the generator. It may raise a
             `SampleError` too.
+        eval_fraction: leave out this share of the samples, by the hash of their ids, also as context of others.
+        held_out: take what `eval_fraction` leaves out, each once, and nothing else.
 
     Raises:
         ValueError: for any mistake in the YAML or the files that it names, see `read_mixture` and `load_mimicit`.
@@ -233,6 +241,8 @@ class MimicitMixture(Dataset):
         seed: int = 42,
         cache_dir: str | Path | None = None,
         transform: Callable[[Sample, random.Random], Sample] | None = None,
+        eval_fraction: float = 0.0,
+        held_out: bool = False,
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
@@ -241,6 +251,7 @@ class MimicitMixture(Dataset):
         self.on_error = on_error
         self.seed = seed
         self.transform = transform
+        self._left_out = 0.0 if held_out else eval_fraction
         self._tables, self._stores, self._rows = [], [], []
         stores: dict[tuple[str, ...], ImageStore] = {}
         for entry in self.entries:
@@ -255,7 +266,12 @@ class MimicitMixture(Dataset):
                 key = tuple(entry.images_path)
                 if key not in stores:
                     stores[key] = ImageStore(entry.images_path, cache_dir, self.options.legacy_pictures)
-                rows = sample_rows(len(table), entry.num_samples)
+                if eval_fraction:
+                    side = [row for row, key in enumerate(table["id"]) if is_held_out(key, eval_fraction) == held_out]
+                    side = np.array(side, dtype=int)
+                    rows = side[sample_rows(len(side), 0 if held_out else entry.num_samples)]
+                else:
+                    rows = sample_rows(len(table), entry.num_samples)
             except ValueError as error:
                 raise ValueError(f"{entry.task_group}/{entry.name}: {error}") from None
             self._tables.append(table)
@@ -326,7 +342,11 @@ class MimicitMixture(Dataset):
         entry, rows = self.entries[number], self._rows[number]
         row = int(rows[index - (self._ends[number] - len(rows))])
         generator = random.Random(f"{self.seed} {int(self._epoch)} {index}")
-        sample = sample_of_entry(entry, self._tables[number][row], self._stores[number], self.options, generator)
+        record = self._tables[number][row]
+        if self._left_out:
+            context = [turn for turn in record["context"] if not is_held_out(turn["id"], self._left_out)]
+            record = {**record, "context": context}
+        sample = sample_of_entry(entry, record, self._stores[number], self.options, generator)
         return sample if self.transform is None else self.transform(sample, generator)
 
     def summary(self) -> str:

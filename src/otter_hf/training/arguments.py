@@ -14,12 +14,14 @@ from transformers import HfArgumentParser
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..data.prompts import FORMATS, get_format
-from .freezing import PARAMETER_GROUPS
+from .freezing import PARAMETER_GROUPS, PARTS
 from .upstream import Option, translate
 
 
 logger = logging.getLogger(__name__)
 
+# behind the name of a part in lora_target_modules
+ALL_LINEAR = ":all-linear"
 # what an evaluation gives
 METRICS = ("loss", "answer_accuracy", "runtime", "samples_per_second", "steps_per_second")
 
@@ -56,7 +58,8 @@ class ModelArguments:
         default_factory=list,
         metadata={
             "help": "Names of linear layers of the decoder, without its gated blocks: MPT Wqkv out_proj up_proj "
-            "down_proj; OtterHD query_key_value dense dense_h_to_4h dense_4h_to_h; LLaMA q_proj v_proj ..."
+            "down_proj; OtterHD query_key_value dense dense_h_to_4h dense_4h_to_h; LLaMA q_proj v_proj ...; or all of "
+            f"a part: {', '.join(f'{part}:all-linear' for part in PARTS)}."
         },
     )
     lora_train_groups: list[str] = field(
@@ -79,6 +82,10 @@ class ModelArguments:
                 raise ValueError(f"freeze: {group!r} is no group, use some of {', '.join(PARAMETER_GROUPS)}.")
         if self.lora and not self.lora_target_modules:
             raise ValueError("lora needs lora_target_modules: name the linear layers to update, e.g. q_proj v_proj.")
+        for name in self.lora_target_modules:
+            if name.endswith("all-linear") and name.removesuffix(ALL_LINEAR) not in PARTS:
+                known = ", ".join(f"{part}{ALL_LINEAR}" for part in PARTS)
+                raise ValueError(f"lora_target_modules: {name!r} names no part, use some of {known}.")
         if self.lora and self.freeze:
             raise ValueError(f"freeze={self.freeze} and lora cannot be combined: lora freezes the whole model.")
         for name in ("load_in_4bit", "lora_dora", "lora_train_groups", "lora_target_modules"):
@@ -97,6 +104,12 @@ class DataArguments:
 
     train_mixture: str = field(metadata={"help": "Training YAML: groups and datasets to train on."})
     eval_mixture: str | None = field(default=None, metadata={"help": "YAML of the same form, to evaluate on."})
+    eval_fraction: float = field(
+        default=0.0,
+        metadata={
+            "help": "Without eval_mixture: share of the samples to evaluate on, by their ids; never trained on."
+        },
+    )
     instruction_format: str = field(
         default="simple",
         metadata={"help": f"How prompts are written: {', '.join(FORMATS)}. Otter: simple, OtterHD: fuyu."},
@@ -143,6 +156,10 @@ class DataArguments:
 
     def __post_init__(self):
         get_format(self.instruction_format)
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must be at least 0 and less than 1, got {self.eval_fraction}.")
+        if self.eval_fraction and self.eval_mixture is not None:
+            raise ValueError("eval_mixture and eval_fraction both say what to evaluate on: leave one out.")
 
 
 @dataclass
@@ -177,6 +194,20 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None,
         metadata={"help": "auto: the last checkpoint of output_dir, or a fresh start without one; or a checkpoint."},
     )
+    learning_rates: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rates of parts, others have learning_rate: resampler=1e-4,language=1e-5, or a mapping; parts: "
+            f"{', '.join(PARAMETER_GROUPS)}; resampler is perceiver."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after so many evaluations in a row without a better metric_for_best_model (or loss)."},
+    )
+    early_stopping_threshold: float = field(
+        default=0.0, metadata={"help": "What counts as better: by more than this."}
+    )
     dry_run: bool = field(
         default=False, metadata={"aliases": ["--plan"], "help": "Print the plan of the training and stop."}
     )
@@ -189,7 +220,11 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.accelerator_config is None and self.dataloader_pin_memory:
             self.accelerator_config = {"non_blocking": True}  # batches come while the device computes
+        if self.early_stopping_patience is not None and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         super().__post_init__()
+        self.learning_rates = read_rates(self.learning_rates)
+        self._check_early_stopping()
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started > 1 and self.world_size == 1:
             raise ValueError(
@@ -206,6 +241,15 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which transformers' Trainer applies to "
                 "unshifted labels for image-text models: leave it at 0."
             )
+
+    def _check_early_stopping(self):
+        patience = self.early_stopping_patience
+        if patience is None and self.early_stopping_threshold:
+            raise ValueError("early_stopping_threshold needs early_stopping_patience: set it, or leave both out.")
+        if patience is not None and patience < 1:
+            raise ValueError(f"early_stopping_patience must be at least 1 evaluation, got {patience}.")
+        if patience is not None and self.eval_strategy == "no":
+            raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps.")
 
     def _check_metric(self):
         """A name that no evaluation gives would end the run at the first one."""
@@ -224,6 +268,41 @@ class TrainingArguments(transformers.TrainingArguments):
                 raise ValueError(
                     f"report_to: {name} cannot be used ({error}): install it, or set report_to to none."
                 ) from None
+
+
+def read_rates(given: str | dict | None) -> dict[str, float] | None:
+    """
+    `learning_rates` by group of parameters, from `part=rate,...`, a JSON object or a mapping.
+
+    Raises:
+        ValueError: naming the part or rate that is wrong.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        try:
+            pairs = [*json.loads(given).items()] if given.lstrip().startswith("{") else None
+        except ValueError as error:
+            raise ValueError(f"learning_rates: {given!r} cannot be read: {error}.") from None
+        pairs = [pair.partition("=")[::2] for pair in given.split(",")] if pairs is None else pairs
+    else:
+        pairs = [*given.items()]
+    rates = {}
+    for part, value in pairs:
+        group = PARTS.get(part.strip(), part.strip())
+        if group not in PARAMETER_GROUPS:
+            raise ValueError(
+                f"learning_rates: {part.strip()!r} is no part, use some of {', '.join(PARAMETER_GROUPS)}."
+            )
+        if group in rates:
+            raise ValueError(f"learning_rates: {group} has two rates.")
+        try:
+            rates[group] = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"learning_rates: {value!r} of {group} is no number; write {group}=1e-5.") from None
+        if not 0 < rates[group] < float("inf"):
+            raise ValueError(f"learning_rates: the rate of {group} must be above 0, got {value}; else freeze it.")
+    return rates
 
 
 class _Parser(HfArgumentParser):

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 
 PARAMETER_GROUPS = ("vision", "perceiver", "cross_attention", "language", "embeddings")
+# parts that have linear layers, by the names that users say -> group
+PARTS = {"vision": "vision", "resampler": "perceiver", "cross_attention": "cross_attention", "language": "language"}
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
@@ -20,19 +22,18 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     groups = {name: [] for name in PARAMETER_GROUPS}
     embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     for name, parameter in model.named_parameters():
-        name = name.removeprefix("base_model.model.")  # of PEFT
-        if id(parameter) in embeddings:
-            group = "embeddings"
-        elif ".gated_cross_attn_layer." in name:
-            group = "cross_attention"
-        elif name.startswith(("model.vision_tower.", "model.vision_embed_tokens.")):
-            group = "vision"
-        elif name.startswith("model.perceiver."):
-            group = "perceiver"
-        else:
-            group = "language"
-        groups[group].append(parameter)
+        groups["embeddings" if id(parameter) in embeddings else group_of(name)].append(parameter)
     return groups
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter or layer by its name, embeddings apart."""
+    name = name.removeprefix("base_model.model.")  # of PEFT
+    if ".gated_cross_attn_layer." in name:
+        return "cross_attention"
+    if name.startswith(("model.vision_tower.", "model.vision_embed_tokens.")):
+        return "vision"
+    return "perceiver" if name.startswith("model.perceiver.") else "language"
 
 
 def freeze(model: PreTrainedModel, groups: Iterable[str]) -> None:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments import ModelArguments, TrainingArguments
+from .arguments import ALL_LINEAR, ModelArguments, TrainingArguments
+from .freezing import PARTS, group_of
 
 
 _MODULES = {"perceiver": "perceiver", "cross_attention": "gated_cross_attn_layer"}
@@ -23,8 +25,8 @@ def add_lora(
     """
     The model with low-rank updates, of which alone, and of `lora_train_groups`, the parameters are trained and saved.
 
-    `lora_target_modules` are names of linear layers of the decoder, or `lm_head`. The vision tower and the gated
-    blocks have layers of the same names, which are left alone.
+    `lora_target_modules` are names of linear layers of the decoder, `lm_head`, or `PART:all-linear` for all of a part.
+    The vision tower and the gated blocks have layers of the same names, which are left alone.
 
     Args:
         rows: of the input embedding (and of an output layer tied to it), trained too.
@@ -48,7 +50,7 @@ def with_updates(
     model: PreTrainedModel, model_args: ModelArguments, rows: Sequence[int] = (), *, autocast: bool = False
 ) -> PeftModel:
     """PEFT's model. With autocast all that is trained is float32: in 16 bits, small steps would be lost."""
-    model = get_peft_model(model, lora_config(model_args, rows))
+    model = get_peft_model(model, lora_config(model_args, rows, model))
     refuse_tied_head(model)
     if autocast:
         for parameter in model.parameters():
@@ -71,20 +73,45 @@ def refuse_tied_head(model: PreTrainedModel | PeftModel) -> None:
         )
 
 
-def lora_config(model_args: ModelArguments, rows: Sequence[int] = ()) -> LoraConfig:
-    """PEFT's configuration of the updates; for `rows` see `add_lora`."""
+def lora_config(
+    model_args: ModelArguments, rows: Sequence[int] = (), model: PreTrainedModel | None = None
+) -> LoraConfig:
+    """PEFT's configuration of the updates; for `rows` see `add_lora`. `PART:all-linear` needs the model."""
     return LoraConfig(
         r=model_args.lora_r,
         lora_alpha=model_args.lora_alpha,
         lora_dropout=model_args.lora_dropout,
         use_dora=model_args.lora_dora,
-        target_modules=_target_pattern(model_args.lora_target_modules),
+        target_modules=_target_pattern(model_args.lora_target_modules, model),
         trainable_token_indices=[*rows] or None,
         modules_to_save=[_MODULES[group] for group in model_args.lora_train_groups] or None,
     )
 
 
-def _target_pattern(names: list[str]) -> str:
-    inside = "|".join(re.escape(name) for name in names if name != "lm_head")
-    patterns = [rf"model\.language_model\.(?!.*gated_cross_attn_layer).*\.(?:{inside})"] if inside else []
-    return "|".join([*patterns, *(["lm_head"] if "lm_head" in names else [])])
+def _target_pattern(names: list[str], model: PreTrainedModel | None) -> str:
+    patterns = ["lm_head"] if "lm_head" in names else []
+    patterns += [_all_linear(name.removesuffix(ALL_LINEAR), model) for name in names if name.endswith(ALL_LINEAR)]
+    inside = "|".join(re.escape(name) for name in names if name != "lm_head" and not name.endswith(ALL_LINEAR))
+    if inside:
+        patterns.append(rf"model\.language_model\.(?!.*gated_cross_attn_layer).*\.(?:{inside})")
+    return "|".join(patterns)
+
+
+def _all_linear(part: str, model: PreTrainedModel) -> str:
+    """A pattern of the linear layers of a part, for all blocks at once where that matches no other layer."""
+    head = model.get_output_embeddings()
+    layers, others = [], []
+    for name, module in model.named_modules():
+        is_one = isinstance(module, nn.Linear) and module is not head and group_of(f"{name}.") == PARTS[part]
+        (layers if is_one else others).append(name)
+    names = set()
+    for name in layers:
+        of_all_blocks = re.sub(r"\d+", r"\\d+", re.escape(name))
+        if of_all_blocks not in names:
+            unique = not any(re.fullmatch(of_all_blocks, other) for other in others)
+            names.add(of_all_blocks if unique else re.escape(name))
+    if not names:
+        raise ValueError(
+            f"lora_target_modules: this model has no linear layers in {part}; take {part}:all-linear out."
+        )
+    return "|".join(sorted(names))

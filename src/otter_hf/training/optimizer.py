@@ -1,6 +1,12 @@
-"""Which parameters decay."""
+"""Which parameters decay, and with what rate they learn."""
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from .freezing import parameter_groups
 
 
 def decayed_parameter_names(model: nn.Module) -> list[str]:
@@ -21,3 +27,28 @@ def decayed_parameter_names(model: nn.Module) -> list[str]:
         for prefix, module in model.named_modules()
         if isinstance(module, layers) and id(module.weight) not in embeddings
     ]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, model: PreTrainedModel, rates: Mapping[str, float]) -> None:
+    """
+    Splits the groups of an optimizer that has made no step yet, so that parts of the model have rates of their own.
+
+    Args:
+        rates: learning rate by group of parameters, see `parameter_groups`; others keep theirs.
+
+    Raises:
+        ValueError: for a part of which nothing is trained.
+    """
+    part_of = {id(parameter): part for part, group in parameter_groups(model).items() for parameter in group}
+    groups, met = [], set()
+    for group in optimizer.param_groups:
+        parts: dict[str | None, list] = {}
+        for parameter in group["params"]:
+            part = part_of.get(id(parameter))
+            parts.setdefault(part if part in rates else None, []).append(parameter)
+        met |= {*parts}
+        groups += [{**group, "params": some, "lr": rates.get(part, group["lr"])} for part, some in parts.items()]
+    for part in rates:
+        if part not in met:
+            raise ValueError(f"learning_rates: nothing of {part} is trained, take it out.")
+    optimizer.param_groups[:] = groups

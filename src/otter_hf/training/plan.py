@@ -40,6 +40,7 @@ class TrainingPlan:
             and logits.
         attention: implementation by part; `attention_notes`: what else there was, on a GPU.
         liger, compiled: whether these kernels are used.
+        learning_rates: by group; `others` have none of their own.
         flops: operations of a step, for the share of the device's peak in the logs.
     """
 
@@ -56,6 +57,7 @@ class TrainingPlan:
     attention_notes: str
     liger: bool
     compiled: bool
+    learning_rates: dict[str, float]
     flops: TrainingFlops
 
     def __str__(self) -> str:
@@ -74,6 +76,7 @@ class TrainingPlan:
             "attention: "
             + ", ".join(f"{part} {name}" for part, name in self.attention.items())
             + f"; Liger kernels: {'yes' if self.liger else 'no'}; torch.compile: {'yes' if self.compiled else 'no'}",
+            "learning rate: " + ", ".join(f"{group} {rate:g}" for group, rate in self.learning_rates.items()),
             *([f"attention kernels: {self.attention_notes}"] if self.attention_notes else []),
         ]
         return "\n".join(lines)
@@ -160,6 +163,7 @@ def make_plan(
         attention_notes=tell_choice({*attention.values()}, training_args.device, compute),
         liger=training_args.use_liger_kernel and is_liger_kernel_available(),
         compiled=bool(training_args.torch_compile),
+        learning_rates={**(training_args.learning_rates or {}), "others": training_args.learning_rate},
         flops=count_training_flops(model),
     )
 

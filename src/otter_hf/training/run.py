@@ -9,9 +9,17 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    set_seed,
+)
 
 from ..data.collator import OtterCollator
+from ..data.collator_flamingo import flamingo_collator
 from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
 from ..data.prompts import chat_template, get_format
@@ -85,8 +93,9 @@ def train(
     train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, transform)
     logger.info(train_dataset.summary())
     eval_dataset = None
-    if data_args.eval_mixture is not None:
-        eval_dataset = _load_mixture(data_args.eval_mixture, data_args, training_args)
+    if data_args.eval_mixture is not None or data_args.eval_fraction:
+        path = data_args.eval_mixture or data_args.train_mixture
+        eval_dataset = _load_mixture(path, data_args, training_args, held_out=True)
     shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
     plan = make_plan(
         shapes,
@@ -136,6 +145,9 @@ def train(
     )
     samples = sample_evenly(eval_dataset, training_args.report_samples)
     trainer.add_callback(TrainingReport(trainer, samples))
+    if training_args.early_stopping_patience is not None:
+        patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
+        trainer.add_callback(EarlyStoppingCallback(patience, threshold))
     trainer.train(resume_from_checkpoint=checkpoint)
     if train_dataset.skipped:
         logger.warning(f"Left out in training: {train_dataset.skipped}.")
@@ -165,12 +177,17 @@ def _check_vocabulary(tokenizer, config) -> None:
 def _check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config) -> None:
     """Refuses, before anything is loaded, what does not go together."""
     evaluates = training_args.eval_strategy != "no"
-    if evaluates and data_args.eval_mixture is None:
+    given = (
+        "eval_mixture" if data_args.eval_mixture is not None else "eval_fraction" if data_args.eval_fraction else ""
+    )
+    if evaluates and not given:
         strategy = training_args.eval_strategy.value
-        raise ValueError(f"eval_strategy is {strategy!r}: name an eval_mixture, or set it to no.")
-    if data_args.eval_mixture is not None and not evaluates:
-        logger.warning("eval_mixture will not be evaluated: set eval_strategy to epoch or steps for that.")
+        raise ValueError(f"eval_strategy is {strategy!r}: name an eval_mixture or eval_fraction, or set it to no.")
+    if given and not evaluates:
+        logger.warning(f"{given} will not be evaluated: set eval_strategy to epoch or steps for that.")
     sharding = sharding_of(training_args)
+    if training_args.learning_rates and sharding in ("fsdp", "zero3"):
+        raise ValueError(f"learning_rates needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
     for name in ("train_embedding_rows", "cache_vision_features"):
         if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
             raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
@@ -270,26 +287,30 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
     for name in ("resolution", "dynamic_resolution", "max_pixels"):
         if getattr(data_args, name):
             raise ValueError(f"{name} is for OtterHD: {type(processor).__name__} has one resolution, leave it out.")
-    if not isinstance(processor, OtterProcessor):
-        hint = "hand a collator of your own to transformers' Trainer, for Idefics `otter_hf.data.IdeficsCollator`."
-        if isinstance(processor, FlamingoProcessor):
-            hint = "make an Otter of the folder with `otter-hf convert flamingo-to-otter`, which adds <answer>."
-        raise ValueError(f"model_name_or_path has a {type(processor).__name__}, Otter and OtterHD are trained: {hint}")
-    collator = OtterCollator(
-        processor,
-        format=data_args.instruction_format,
-        max_length=data_args.max_length,
-        on_overlong=data_args.on_overlong,
-        packing=data_args.packing,
-        remove_answer_token=data_args.remove_answer_token,
-        remove_end_of_turn_token=data_args.remove_end_of_turn_token,
-    )
+    if not isinstance(processor, (OtterProcessor, FlamingoProcessor)):
+        raise ValueError(
+            f"model_name_or_path has a {type(processor).__name__}, Otter, Flamingo and OtterHD are trained: hand a "
+            "collator of your own to transformers' Trainer, for Idefics `otter_hf.data.IdeficsCollator`."
+        )
+    options = {
+        "format": data_args.instruction_format,
+        "max_length": data_args.max_length,
+        "on_overlong": data_args.on_overlong,
+        "packing": data_args.packing,
+        "remove_end_of_turn_token": data_args.remove_end_of_turn_token,
+    }
+    if isinstance(processor, OtterProcessor):
+        collator = OtterCollator(processor, remove_answer_token=data_args.remove_answer_token, **options)
+    else:
+        collator = flamingo_collator(processor, **options)
     # the saved model shall be asked in the form it was trained on
     processor.chat_template = chat_template(data_args.instruction_format, removed_tokens=collator.removed_tokens)
     return collator
 
 
-def _load_mixture(path, data_args: DataArguments, training_args: TrainingArguments, transform=None) -> MimicitMixture:
+def _load_mixture(
+    path, data_args: DataArguments, training_args: TrainingArguments, transform=None, *, held_out: bool = False
+) -> MimicitMixture:
     options = SampleOptions(
         num_frames=data_args.num_frames,
         max_context=data_args.max_context,
@@ -308,6 +329,8 @@ def _load_mixture(path, data_args: DataArguments, training_args: TrainingArgumen
             on_error=data_args.on_error,
             seed=training_args.seed,
             transform=transform,
+            eval_fraction=data_args.eval_fraction,
+            held_out=held_out and data_args.eval_fraction > 0,
         )
 
 

@@ -24,6 +24,7 @@ _FREE = ("attn_implementation", "cache_vision_features", "train_mixture", "eval_
 _OF_DATA = ("data", "samples_per_step", "seed", "data_seed")
 _TRAINING = (
     "learning_rate",
+    "learning_rates",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "warmup_steps",

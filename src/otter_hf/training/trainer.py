@@ -15,7 +15,7 @@ from ..data.samples import Sample, SampleError
 from ..models.host_reads import accepts_known_numbers, known_on_host, reads_are_free
 from .flops import TrainingFlops, measure_peak_flops
 from .lora import refuse_tied_head
-from .optimizer import decayed_parameter_names
+from .optimizer import decayed_parameter_names, set_learning_rates
 from .publish import PublishingTrainer
 from .throughput import Throughput, count_batch
 
@@ -42,6 +42,8 @@ class OtterTrainer(PublishingTrainer):
     def __init__(self, *args, flops: TrainingFlops | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_tied_head(self.model)
+        if self.args.label_names is None:
+            self.label_names = ["labels"]  # transformers would take Flamingo's label_count for another
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # a compiled graph would be made anew for each of the numbers
         self._counts_for_model = accepts_known_numbers(base) and not self.args.torch_compile
@@ -59,6 +61,15 @@ class OtterTrainer(PublishingTrainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `decayed_parameter_names`."""
         return decayed_parameter_names(model)
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As in the parent class, with the `learning_rates` of parts."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        rates = getattr(self.args, "learning_rates", None)
+        if is_new and rates:
+            set_learning_rates(optimizer, self.model, rates)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         dataset = self.train_dataset if train_dataset is None else train_dataset
