@@ -112,6 +112,14 @@ def test_pictures_and_films_keep_their_order():
         ([user("a"), assistant("b") | {"thinking": "c"}], {}, r"messages\[1\] has 'thinking'"),
         ([{"role": "user", "content": ["a"]}], {}, "must be a part"),
         ([], {}, "must be a list of messages"),
+        ([[user("a")], []], {}, r"conversation\[1\] must be a list of messages"),
+        ([user("a"), [user("a")]], {}, r"messages\[1\] must be a message"),
+        ([{"role": "user", "content": {"type": "text", "text": "a"}}], {}, r"messages\[0\].content must be a text or"),
+        ([{"role": "user", "content": 5}], {}, "content must be a text or a list of parts, got 5"),
+        ([{"role": "user", "content": None}], {}, "content must be a text or a list of parts, got None"),
+        ([user(RED, "a")], {"processor_kwargs": {"images": [BLUE]}}, "brings its image, but images are given beside"),
+        ([user({"type": "image", "image": [RED, BLUE]}, "a")], {}, r"images\[0\]\[0\]"),
+        ([user("a")], {"processor_kwargs": {"do_sample": False}}, "no option do_sample .*generate_kwargs"),
         ([user("a")], {"processor_kwargs": {"paddin": True}}, "no option paddin .*did you mean padding"),
         ([user("a")], {"processor_kwargs": {"text_kwargs": {"max_lenght": 9}}}, "text_kwargs.max_lenght .*max_length"),
         ([user("a")], {"processor_kwargs": {"is_split_into_words": True}}, "does not support is_split_into_words"),
@@ -121,6 +129,48 @@ def test_pictures_and_films_keep_their_order():
 def test_what_is_not_understood_is_refused(family, messages, options, message):
     with pytest.raises(ValueError, match=message):
         inputs_of(family[1], messages, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (5, "must be a text or a list of texts, got 5"),
+        (RED, "must be a text or a list of texts, got <PIL"),
+        (b"a", "must be a text"),
+        (["a", None], r"text\[1\] must be a text, got None"),
+        ([[1, 2]], r"text\[0\] must be a text"),
+        ([], "empty list"),
+    ],
+)
+def test_what_is_no_text_is_refused(family, text, message):
+    with pytest.raises(ValueError, match=message):
+        family[1](text=text)
+
+
+def test_texts_come_in_any_iterable_and_padding_is_known(family):
+    _, processor, _ = family
+    expected = processor(text=["a", "bc"], return_tensors="pt")["input_ids"]
+    for texts in (("a", "bc"), iter(["a", "bc"])):
+        assert torch.equal(processor(text=texts, return_tensors="pt")["input_ids"], expected)
+    with pytest.raises(ValueError, match="longst"):
+        processor(text=["a", "bc"], padding="longst")
+
+
+def test_pictures_beside_the_messages_stand_at_their_places(family):
+    _, processor, _ = family
+    expected = inputs_of(processor, [user(RED, "a", BLUE)])
+    places = [user({"type": "image"}, "a", {"type": "image"})]
+    given = inputs_of(processor, places, processor_kwargs={"images": [RED, BLUE]})
+    assert all(torch.equal(given[key], expected[key]) for key in expected)
+    with pytest.raises(ValueError, match="videos were given beside the messages"):
+        inputs_of(processor, [user("a")], processor_kwargs={"videos": [[RED, BLUE]]})
+
+
+def test_a_prompt_behind_an_answer_ends_where_the_next_one_begins(family):
+    name, processor, _ = family
+    ids = inputs_of(processor, [user("a"), assistant("b")])["input_ids"][0]
+    last = processor.end_of_chunk_token_id if name == "flamingo" else processor.answer_token_id
+    assert ids[-1] == last
 
 
 def test_tools_are_refused_by_every_template(family):

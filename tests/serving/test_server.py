@@ -240,6 +240,7 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
         ({"tool_choice": "required"}, 400, "tool_choice is 'required'"),
         ({"modalities": ["text", "audio"]}, 400, "modalities is ['text', 'audio']"),
         ({"reasoning_effort": "high"}, 400, "reasoning_effort is 'high'"),
+        ({"verbosity": "low"}, 400, "verbosity is 'low'"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format is"),
         ({"store": True}, 400, "store is True"),
         ({"stream_options": {"include_all": True}}, 400, "stream_options must be an object with include_usage"),

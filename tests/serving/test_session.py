@@ -113,7 +113,7 @@ def test_beams_and_stop_strings(model, processor, pictures):
     session = ChatSession(model, processor)
     full = session.ask("what?", [image_part(pictures[0])], max_new_tokens=8)
     session.clear()
-    stopped = session.ask("what?", [image_part(pictures[0])], max_new_tokens=8, stop_strings=[full[2]])
+    stopped = session.ask("what?", [image_part(pictures[0])], max_new_tokens=8, stop_strings=full[2:4])
     assert stopped == full[: full.index(full[2])].rstrip()
     session.clear()
     assert session.ask("what?", max_new_tokens=4, num_beams=2) is not None

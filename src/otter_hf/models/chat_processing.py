@@ -1,8 +1,9 @@
 """What the processors of all families do alike: they take a message as it is meant, or say what they do not know."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from transformers import GenerationConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 
@@ -44,15 +45,18 @@ class ChatProcessorMixin(ProcessorMixin):
         Raises:
             ValueError: naming the message and part, for parts of other types or with keys that are not theirs and, if
                 `tokenize` is True, for pictures and films that are not there; for what the template has no place for:
-                tools, documents and other keys of messages.
+                tools, documents and other keys of messages; for pictures both in messages and in `processor_kwargs`.
         """
         template = self._resolve_chat_template(chat_template)
         for name, value in (("tools", tools), ("documents", documents)):
             if value and name not in template:
                 raise ValueError(f"{name} were given, but the chat template has no place for them; leave them out.")
-        with_media = tokenize and not (processor_kwargs or {}).get("images")
-        conversation = read_conversations(conversation, template, with_media)
-        if with_media:
+        options = kwargs | (processor_kwargs or {})
+        if options.get("videos") is not None:
+            raise ValueError("videos were given beside the messages; put each where it stands, in a part.")
+        elsewhere = ("image",) if tokenize and options.get("images") is not None else ()
+        conversation = read_conversations(conversation, template, tokenize, elsewhere)
+        if tokenize and not elsewhere:
             batched = isinstance(conversation[0], list)
             conversation = [self._fit_media(c) for c in conversation] if batched else self._fit_media(conversation)
         return super().apply_chat_template(
@@ -83,9 +87,12 @@ class ChatProcessorMixin(ProcessorMixin):
             for name, value in given.items():
                 if name not in names:
                     near = difflib.get_close_matches(name, sorted(names), n=1)
+                    advice = f"did you mean {near[0]}?" if near else "leave it out."
+                    if name in vars(GenerationConfig()):
+                        advice = "give it to generate, or to a pipeline as generate_kwargs={...}."
                     raise ValueError(
                         f"{type(self).__name__} has no option {f'{group}.' if group else ''}{name} (given as "
-                        f"{value!r:.80}); " + (f"did you mean {near[0]}?" if near else "leave it out.")
+                        f"{value!r:.80}); {advice}"
                     )
         merged = super()._merge_kwargs(ModelProcessorKwargs, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
         for name in self.unsupported_text_options:
@@ -100,7 +107,27 @@ class ChatProcessorMixin(ProcessorMixin):
         return names | set(getattr(valid, "__annotations__", {}))
 
 
-def read_conversations(conversation, template: str, with_media: bool) -> list:
+def read_texts(text) -> list[str]:
+    """
+    One text or any number of them as a list.
+
+    Raises:
+        ValueError: for anything else, and for none.
+    """
+    if isinstance(text, str):
+        return [text]
+    if not isinstance(text, Iterable) or isinstance(text, (bytes, Mapping)):
+        raise ValueError(f"text must be a text or a list of texts, got {text!r:.80}.")
+    texts = list(text)
+    for index, item in enumerate(texts):
+        if not isinstance(item, str):
+            raise ValueError(f"text[{index}] must be a text, got {item!r:.80}.")
+    if not texts:
+        raise ValueError("text is an empty list; give at least one text.")
+    return texts
+
+
+def read_conversations(conversation, template: str, with_media: bool, elsewhere: Collection[str] = ()) -> list:
     """
     A conversation, or a list of them, with the parts of all messages as transformers takes them.
 
@@ -108,21 +135,26 @@ def read_conversations(conversation, template: str, with_media: bool) -> list:
         conversation: see [`ChatProcessorMixin.apply_chat_template`].
         template: the Jinja template that will write it.
         with_media: whether pictures and films must be there.
+        elsewhere: kinds of media that are given beside the messages, which then only place them.
 
     Raises:
         ValueError: naming the message and part, see [`ChatProcessorMixin.apply_chat_template`].
     """
     if not isinstance(conversation, Sequence) or isinstance(conversation, str) or not conversation:
         raise ValueError("The conversation must be a list of messages {'role', 'content'}, or a list of such lists.")
-    if isinstance(conversation[0], (list, tuple)):
-        return [
-            [_read_message(m, f"conversation[{row}][{i}]", template, with_media) for i, m in enumerate(messages)]
-            for row, messages in enumerate(conversation)
-        ]
-    return [_read_message(message, f"messages[{i}]", template, with_media) for i, message in enumerate(conversation)]
+    batched = isinstance(conversation[0], (list, tuple))
+    read = []
+    for row, messages in enumerate(conversation if batched else [conversation]):
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError(f"conversation[{row}] must be a list of messages {{'role', 'content'}}.")
+        name = f"conversation[{row}]" if batched else "messages"
+        read.append(
+            [_read_message(m, f"{name}[{i}]", template, with_media, elsewhere) for i, m in enumerate(messages)]
+        )
+    return read if batched else read[0]
 
 
-def _read_message(message, name: str, template: str, with_media: bool):
+def _read_message(message, name: str, template: str, with_media: bool, elsewhere: Collection[str]):
     if not isinstance(message, Mapping):
         raise ValueError(f"{name} must be a message {{'role', 'content'}}, got {message!r:.80}.")
     for key, value in message.items():
@@ -130,13 +162,16 @@ def _read_message(message, name: str, template: str, with_media: bool):
         if key not in ("role", "content") and value and f"'{key}'" not in template:
             raise ValueError(f"{name} has {key!r}, which the chat template has no place for; leave it out.")
     content = message.get("content")
+    # an answer may be without words
+    if isinstance(content, str) or (content is None and message.get("role") == "assistant"):
+        return {**message, "content": content or ""}
     if not isinstance(content, (list, tuple)):
-        return message
-    parts = [_read_part(part, f"{name}.content[{i}]", with_media) for i, part in enumerate(content)]
+        raise ValueError(f"{name}.content must be a text or a list of parts, got {content!r:.80}.")
+    parts = [_read_part(part, f"{name}.content[{i}]", with_media, elsewhere) for i, part in enumerate(content)]
     return {**message, "content": parts}
 
 
-def _read_part(part, name: str, with_media: bool) -> dict:
+def _read_part(part, name: str, with_media: bool, elsewhere: Collection[str]) -> dict:
     if not isinstance(part, Mapping):
         raise ValueError(f"{name} must be a part {{'type', ...}}, got {part!r:.80}.")
     part = {key: value for key, value in part.items() if value is not None}
@@ -154,7 +189,9 @@ def _read_part(part, name: str, with_media: bool) -> dict:
     elif kind in MEDIA_SOURCES:
         own = MEDIA_SOURCES[kind]
         sources = sum(key in part for key in own)
-        if sources > 1 or (with_media and not sources):
+        if sources and kind in elsewhere:
+            raise ValueError(f"{name} brings its {kind}, but {kind}s are given beside the messages too; choose one.")
+        if sources > 1 or (with_media and not sources and kind not in elsewhere):
             raise ValueError(f"{name} is of the type {kind} and has {sources} of {', '.join(own)}; give it one.")
     else:
         raise ValueError(f"{name} is of the type {kind!r}; use text, image, video, image_url or video_url.")

@@ -96,7 +96,8 @@ def fit_media(messages: Sequence[dict], processor) -> list[dict]:
         return list(messages)
 
     def fit(part: dict) -> list[dict]:
-        return [image_part(frame) for frame in part["video"]] if part["type"] == "video" else [part]
+        is_video = isinstance(part, dict) and part.get("type") == "video"  # what is no part the processor refuses
+        return [image_part(frame) for frame in part["video"]] if is_video else [part]
 
     return [
         {"role": message["role"], "content": [fitted for part in message["content"] for fitted in fit(part)]}

@@ -19,6 +19,7 @@ UNSUPPORTED = {
     "top_logprobs": (0,),
     "prediction": (),
     "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
     "web_search_options": (),
     "service_tier": ("auto", "default"),
     "store": (),

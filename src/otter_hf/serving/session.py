@@ -79,7 +79,8 @@ class ChatSession:
             # the last token was not fed to the model
             self._cache, self._cached_ids, self._cached_media = cache, output[:, : cache.get_seq_length()], all_media
         answer = self.processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
-        for stop in generation.get("stop_strings") or ():
+        stops = generation.get("stop_strings") or ()
+        for stop in [stops] if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0].rstrip()
         self.messages = [*messages, _message("assistant", answer)]
         return answer

@@ -12,7 +12,7 @@ from transformers.video_utils import VideoInput
 
 from ...films import check_sampling, read_video
 from ...pictures import is_array, read_image
-from ..chat_processing import ChatProcessorMixin
+from ..chat_processing import ChatProcessorMixin, read_texts
 from ..legacy import is_legacy_config, read_config
 from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
 
@@ -160,7 +160,7 @@ class FlamingoProcessor(ChatProcessorMixin):
         data = {}
         counts = None
         if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
+            texts = read_texts(text)
             data = dict(self.tokenizer(texts, **merged["text_kwargs"]))
             if merged["text_kwargs"].get("truncation") not in (None, False, "do_not_truncate"):
                 self._check_cut(texts, data["input_ids"], merged["text_kwargs"])

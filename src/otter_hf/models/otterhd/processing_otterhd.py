@@ -20,7 +20,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ...data.prompts import chat_template as format_chat_template
 from ...data.prompts import escape_reserved_tokens
-from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin
+from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, read_texts
 from .image_processing_otterhd import OtterHDImageProcessor, OtterHDImagesKwargs
 
 
@@ -47,7 +47,7 @@ RESERVED_TOKENS = (
 
 # a conversation that ends with an answer ends as in training
 _CONVERSATION_END = f"""\
-{{%- if state.turns and not state.asked -%}}
+{{%- if state.turns and not state.asked and not add_generation_prompt -%}}
     {{%- generation -%}}
         {{{{- '{END_OF_TEXT_TOKEN}' -}}}}
     {{%- endgeneration -%}}
@@ -182,7 +182,7 @@ class OtterHDProcessor(ChatProcessorMixin):
         options = self._merge_kwargs(
             OtterHDProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
-        texts, image_lists = self._match_images(text, images)
+        texts, image_lists = self._match_images(None if text is None else read_texts(text), images)
 
         grids, factors, image_inputs = [], [], {}
         flat_images = [image for row in image_lists for image in row]
@@ -332,11 +332,10 @@ class OtterHDProcessor(ChatProcessorMixin):
                 raise ValueError(f"the location {match.group()!r} needs the token {token!r}, which does not exist.")
         return ids
 
-    def _match_images(self, text, images) -> tuple[list[str], list[list]]:
+    def _match_images(self, texts: list[str] | None, images) -> tuple[list[str], list[list]]:
         """The texts, and the list of images of each."""
-        texts = [text] if isinstance(text, str) else text
         if images is None:
-            return list(texts), [[] for _ in texts]
+            return texts, [[] for _ in texts]
         images = list(images) if _is_list(images) else [images]
         if texts is None:
             texts = [""] * len(images)
@@ -357,7 +356,10 @@ class OtterHDProcessor(ChatProcessorMixin):
             rows = [[next(remaining) for _ in range(count)] for count in counts]
         if len(rows) != len(texts):
             raise ValueError(f"{len(rows)} lists of images for {len(texts)} texts: give one list per text.")
-        return list(texts), rows
+        for index, row in enumerate(rows):
+            if nested := [place for place, image in enumerate(row) if _is_list(image)]:
+                raise ValueError(f"images[{index}][{nested[0]}] holds several images: give one for each place.")
+        return texts, rows
 
     def _collate(
         self,
@@ -377,6 +379,8 @@ class OtterHDProcessor(ChatProcessorMixin):
         side = padding_side or self.tokenizer.padding_side
         if side not in ("left", "right"):
             raise ValueError(f"padding_side must be 'left' or 'right', got {side!r}.")
+        if padding not in (True, False, None, "longest", "max_length", "do_not_pad"):
+            raise ValueError(f"padding must be True, False, 'longest', 'max_length' or 'do_not_pad', got {padding!r}.")
         length = 0
         if padding in (True, "longest", "max_length"):
             length = max_length if padding == "max_length" and max_length is not None else max(map(len, rows))
