@@ -8,7 +8,8 @@ dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cd "$dir"
 python3 -m venv venv
-venv/bin/pip install --quiet --no-compile transformers==5.23.0 fastapi==0.165.0 openai==3.54.0 pydantic==2.14.4 uvicorn==0.54.0
+venv/bin/pip install --quiet --no-compile transformers==5.23.0 \
+    fastapi==0.165.0 openai==3.54.0 pydantic==2.14.4 uvicorn==0.54.0
 venv/bin/python - <<'PY'
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
