@@ -13,8 +13,9 @@ venv/bin/pip install --quiet --no-compile transformers==5.23.0 \
 venv/bin/python - <<'PY'
 from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.utils import GenerationState
 
-handler = ChatCompletionHandler(None, None)
+handler = ChatCompletionHandler(None, GenerationState())
 for penalty in (0.5, -0.5):
     body = {"messages": [], "frequency_penalty": penalty, "max_completion_tokens": 8}
     config = handler._build_generation_config(body, GenerationConfig())
