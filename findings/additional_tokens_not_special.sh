@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # transformers 5.23.0 against 4.35.2: additional special tokens that a folder of 2023 names in special_tokens_map.json,
-# with their ids in added_tokens.json, are special by half: all_special_tokens lists them, as it did, but they were added
-# as ordinary tokens (AddedToken.special is False), so that skip_special_tokens=True leaves them in the answers.
+# with their ids in added_tokens.json, are special by half: all_special_tokens lists them, as it did, but they were
+# added as ordinary tokens (AddedToken.special is False), so that skip_special_tokens=True leaves them in the answers.
 # Seen: 4.35.2: 'hi' / 5.23.0: 'hi<answer>'
 set -euo pipefail
 dir=$(mktemp -d)
