@@ -1,10 +1,14 @@
 """The text of an answer, piece by piece while it is generated."""
 
 import asyncio
+import re
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
+
+
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class AnswerStreamer(BaseStreamer):
@@ -13,7 +17,8 @@ class AnswerStreamer(BaseStreamer):
 
     The answer is decoded as a whole at each step: unlike tokenizers' `DecodeStream`, which transformers' own server
     uses, that is the text of `decode` also where the bytes of a model are no text, and for every tokenizer. Characters
-    go out when all of their bytes are there; bytes at the end that are none do not.
+    go out when all of their bytes are there; bytes at the end that are none do not. LLaMA's byte tokens go out as a
+    run, since one that is no text spoils the characters in front of it.
 
     Args:
         tokenizer: of the model.
@@ -32,14 +37,19 @@ class AnswerStreamer(BaseStreamer):
             self._ids = []
             return
         self._ids += value.flatten().tolist()
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
+        if not _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""):
+            self._send()
+
+    def end(self) -> None:
+        """Sends what is left, and None behind it."""
+        self._send()
+        self._enqueue(None)
+
+    def _send(self) -> None:
+        text = self._tokenizer.decode(self._ids or [], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
         if len(text) > self._sent:
             self._enqueue(text[self._sent :])
             self._sent = len(text)
-
-    def end(self) -> None:
-        """Puts None behind the last piece."""
-        self._enqueue(None)
 
     def _enqueue(self, item: str | None) -> None:
         self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
