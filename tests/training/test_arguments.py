@@ -49,7 +49,7 @@ def test_dict_in_yaml(recipe):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learning_rates: 1", r"recipe.yaml: 'learning_rates' is no argument; did you mean 'learning_rate'\?"),
+        ("learning_rat: 1", r"recipe.yaml: 'learning_rat' is no argument; did you mean 'learning_rate'\?"),
         ("model_name_or_path: no/such/folder", "'no/such/folder' is neither a folder here nor a Hub id"),
         ("freeze: [eyes]", "freeze: 'eyes' is no group, use some of vision, perceiver"),
         ("learning_rate: fast", "learning_rate.*: invalid float value: 'fast'"),

@@ -42,8 +42,6 @@ class OtterTrainer(PublishingTrainer):
     def __init__(self, *args, flops: TrainingFlops | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_tied_head(self.model)
-        if self.args.label_names is None:
-            self.label_names = ["labels"]  # transformers would take Flamingo's label_count for another
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # a compiled graph would be made anew for each of the numbers
         self._counts_for_model = accepts_known_numbers(base) and not self.args.torch_compile
