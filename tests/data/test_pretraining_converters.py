@@ -221,6 +221,7 @@ def test_obelics_to_tar(tmp_path, tiny_processor, capsys):
         {"images": ["u1", None, "gone", None, "u2"], "texts": [None, "A.", None, "B.", None], "metadata": "[]"},
         {"images": [None, "gone"], "texts": ["C.", None], "metadata": "[]"},
         {"images": [None, "u3", "u1"], "texts": ["D.", None, None], "metadata": "[]"},
+        {"images": ["u1", None, "u2"], "texts": [None, "E."], "metadata": "[]"},
     ]
     (tmp_path / "obelics").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "obelics" / "train-0.parquet")
@@ -235,6 +236,7 @@ def test_obelics_to_tar(tmp_path, tiny_processor, capsys):
     out = capsys.readouterr().out
     assert "2 samples with 4 pictures" in out and "left out: 2 (picture that was not downloaded)" in out
     assert "left out: 1 (document without pictures)" in out
+    assert "left out: 1 (document whose images and texts differ in number)" in out
     documents = [json.loads(parts["json"]) for parts in read_all(tmp_path / "out")]
     places = [[info["matched_text_index"] for info in document["image_info"]] for document in documents]
     assert ([document["text_list"] for document in documents], places) == (

@@ -325,6 +325,10 @@ def test_results_of_a_batch_without_answer(annotations, tmp_path):
     summary, new = read_batch_results(run, [tmp_path / "results.jsonl"])
     assert (summary.replies, summary.failed, new, summary.prompt_tokens) == (1, 2, 3, 300)
     assert set(summary.reasons) == {"empty reply at the limit of tokens", "stopped by a content filter"}
+    odd = {"custom_id": ids[1], "response": "gateway error", "error": {"code": "x", "message": "try again"}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(odd))
+    summary, new = read_batch_results(run, [tmp_path / "results.jsonl"])
+    assert new == 1 and any("try again" in reason for reason in summary.reasons)
 
 
 def test_an_unfinished_run_has_a_status_of_its_own(serve, annotations, capsys):

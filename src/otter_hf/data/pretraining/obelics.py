@@ -89,6 +89,9 @@ def _convert(job: tuple[str | Path], pictures: _Pictures, output: Path, max_samp
     counts = ConversionCounts()
     with ShardWriter(output, f"{stem(path)}.%03d.tar", max_samples, max_bytes) as writer:
         for number, row in enumerate(_rows(path)):
+            if len(row["images"] or []) != len(row["texts"] or []):
+                counts.left_out["document whose images and texts differ in number"] += 1
+                continue
             sentences, infos = _document(row, pictures, counts)
             if not infos:
                 counts.left_out["document without pictures"] += 1
@@ -119,7 +122,7 @@ def _document(row: dict[str, Any], pictures: _Pictures, counts: ConversionCounts
     """Texts, and the pictures in front of them."""
     sentences: list[str] = []
     infos: list[dict[str, Any]] = []
-    for url, text in zip(row["images"] or [], row["texts"] or [], strict=False):
+    for url, text in zip(row["images"] or [], row["texts"] or [], strict=True):
         if text is not None:
             sentences.append(text)
             continue

@@ -134,7 +134,8 @@ def _results(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _take(result: dict[str, Any], query: Query, run: SyphusRun, journal: Journal, budget: Budget) -> None:
-    response = result.get("response") or {}
+    response = result.get("response")
+    response = response if isinstance(response, dict) else {}
     status, body = response.get("status_code"), response.get("body")
     try:
         if status != 200:
