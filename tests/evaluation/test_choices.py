@@ -20,7 +20,14 @@ FORMS = [
         "It must be D.</think>\n{X}",
         "<think>hm</think><answer>{X}</answer>",
     ),
-    *("{X} best describes the picture", "{X} makes sense", "{X} most likely", "{X} only", "{X} clearly shows it"),
+    *(
+        "{X} best describes the picture",
+        "{X} makes sense",
+        "{X} most likely",
+        "{X} only",
+        "{X} it's in it",
+        "{X} clearly shows it",
+    ),
     *("答案是{X}，因为图中有。", "选择{X}，因为图中有。", "正确答案是：{X}。"),
     *("{t}", "The {t}.", "It is a {t}.", "{X}, not {Y}", "{X} ... not a thing ({Y})", "{X}\n\nThe picture shows it."),
 ]
@@ -58,6 +65,8 @@ ANIMALS = {"A": "dog", "B": "cat", "C": "black cat", "D": "blue"}
         ("1.5", {"A": "1", "B": "2"}, "other"),
         ("15", {"A": "1", "B": "5"}, "other"),
         ("1,000", {"A": "1", "B": "1,000"}, "B"),
+        ("A most unusual picture", ANIMALS, "other"),
+        ("A best guess would be something blue", ANIMALS, "D"),
         ("-1", {"A": "1", "B": "2"}, "other"),
         ("3-1", {"A": "1", "B": "2"}, "A"),
         # texts without their article, denied, in Chinese; wide letters

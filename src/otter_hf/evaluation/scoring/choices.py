@@ -32,10 +32,13 @@ a an the this that these those it its he she they we you there here i because as
 where while whereas so then thus but and or nor not is was are were be been has have had do does did can could will
 would should must may might seems appears shows show refers represents matches describes depicts indicates means
 corresponds fits explains provides gives contains includes captures summarizes states says implies suggests reflects
-looks sounds makes works stands holds best better only alone obviously clearly definitely certainly probably likely
-surely most more however though although again under after before using considering judging looking per no yes
-please thanks without about accurately correctly exactly all just simply
-in on at of from with by to which who what according correct right wrong
+looks sounds makes works stands holds however though although under after before using considering judging looking
+per please thanks without about in on at of from with by to which who what according
+""".split()
+# these stand in front of nouns, too: "A best describes it" and "A most likely" are the letter, "A best guess" is not
+_MODIFIERS = """
+best better only alone obviously clearly definitely certainly probably likely surely most more again no yes
+accurately correctly exactly all just simply correct right wrong
 """.split()
 _STATED = (
     r"(?:\b(?:answer|option|choice)(?:\s+(?:that|which)\s+\w+)?(?:\s+(?:is|are|was|would\s+be|should\s+be|must\s+be)"
@@ -178,7 +181,11 @@ class _Reader:
         text = reply[found.end(1) :].strip().lower()
         named = (_without_article(_plain(option).lower()) for option in self.options.values())
         begins = any(option and re.match(_words(option), text) for option in named)
-        return begins or (after[1].lower() not in _NO_NOUN and after[1].islower())
+        words = re.match(r"(?:\s+[A-Za-z]+(?:['’][a-z]+)?(?![\w-]))*", reply[found.end(1) :])[0].lower().split()
+        words = [re.split("['’]", word)[0] for word in words]
+        following = next((word for word in words if word not in _MODIFIERS), None)
+        is_letter = following in _NO_NOUN or (words and following is None)
+        return begins or (not is_letter and after[1].islower())
 
     def _only_mentioned(self, reply: str) -> str | None:
         texts = {letter: _plain(text) for letter, text in self.options.items()}
