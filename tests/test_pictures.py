@@ -328,7 +328,7 @@ def test_nearly_black_pictures_are_told_of(monkeypatch):
 
 
 def test_addresses_are_fetched(monkeypatch):
-    import httpx
+    from huggingface_hub.utils import httpx
 
     def get(url, **options):
         if "gone" in url:

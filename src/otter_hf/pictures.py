@@ -208,7 +208,7 @@ def _text_bytes(text: str) -> bytes:
 
 def fetch(url: str) -> bytes:
     """The bytes at a http address. For callers who may read every address; a server must not, see `serving.fetch`."""
-    import httpx
+    from huggingface_hub.utils import httpx
 
     try:
         response = httpx.get(url, follow_redirects=True)
