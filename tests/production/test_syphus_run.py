@@ -87,22 +87,32 @@ def test_failed_attempts_are_repeated_and_queries_given_up(make_run):
     assert (summary.replies, summary.failed, summary.requests) == (5, 0, 11)
 
 
-def test_pauses_double(make_run, monkeypatch):
-    pauses = []
-    monkeypatch.setattr("otter_hf.production.syphus.run.random.uniform", lambda low, high: high)
-    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: pauses.append(seconds) and False)
-    run = make_run(1)
+@pytest.fixture
+def pauses(monkeypatch):
+    """What this thread would wait for, in seconds; no time passes. Threads of other tests wait as they did."""
+    asked, wait, here = [], threading.Event.wait, threading.get_ident()
+
+    def note(event, seconds=None):
+        if threading.get_ident() != here:
+            return wait(event, seconds)
+        asked.append(seconds)
+        return False
+
+    monkeypatch.setattr(threading.Event, "wait", note)
     monkeypatch.setattr("otter_hf.production.syphus.run.ThreadPoolExecutor", OneThread)
+    return asked
+
+
+def test_pauses_double(make_run, monkeypatch, pauses):
+    monkeypatch.setattr("otter_hf.production.syphus.run.random.uniform", lambda low, high: high)
+    run = make_run(1)
     script = {"0": [TransientError("x"), TransientError("x"), TransientError("x", 7.0), TransientError("x")]}
     run.ask(Model(script), concurrency=1, first_pause=1.0)
     assert [pause for pause in pauses if pause in (1.0, 2.0, 4.0, 7.0, 8.0)] == [1.0, 2.0, 7.0, 4.0]
 
 
-def test_an_endpoint_that_names_a_pause_holds_all_back(make_run, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(threading.Event, "wait", lambda self, seconds=None: pauses.append(seconds) and False)
+def test_an_endpoint_that_names_a_pause_holds_all_back(make_run, pauses):
     run = make_run(2)
-    monkeypatch.setattr("otter_hf.production.syphus.run.ThreadPoolExecutor", OneThread)
     run.ask(Model({"0": [TransientError("busy", 70.0)]}), concurrency=1)
     # after the answer, in front of the second attempt, and in front of the next query: no time passes here
     assert [pause > 60 for pause in pauses] == [False, True, True, True]
