@@ -11,10 +11,9 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids
 
-from otter_hf.data.collator_idefics import IdeficsCollator, prepare_idefics_tokenizer
+from otter_hf.data.collator_idefics import IdeficsCollator, idefics_loss, prepare_idefics_tokenizer
 
 
 @pytest.fixture
@@ -93,10 +92,6 @@ def test_pixels_reach_the_rows_with_pictures_alone(collator, samples):
     assert not torch.allclose(logits[0], changed[0]) and torch.allclose(logits[2], changed[2])
 
 
-def loss_over_all_rows(outputs, labels, **kwargs):
-    return ForCausalLMLoss(outputs.logits, labels, outputs.logits.shape[-1], **kwargs)
-
-
 def like_a_published_one(image_processor):
     """A model with three added tokens, none of which is `<answer>`, and a collator for it."""
     words = ["<unk>", "<s>", "</s>", "User", "Assistant", ":", "?", "r", "g", "b"]
@@ -133,7 +128,7 @@ def test_a_model_learns_to_tell_pictures_apart(tmp_path, collator, by_colour, pu
         remove_unused_columns=False,
         logging_steps=20,
     )
-    loss = loss_over_all_rows if published else None
+    loss = idefics_loss if published else None
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=collator, compute_loss_func=loss)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

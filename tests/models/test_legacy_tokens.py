@@ -11,7 +11,7 @@ from make_tokens_2023 import DIALECTS, OTTER_TOKENS, TEXTS, write_llama
 from otter_tiny import build_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, IdeficsImageProcessorPil
 
 from otter_hf import FlamingoProcessor, OtterProcessor
 from otter_hf.cli.chat import loading_options
@@ -20,7 +20,7 @@ from otter_hf.data import OtterCollator
 from otter_hf.data.prompts import FORMATS, render
 from otter_hf.models.legacy_tokens import PAD_TOKEN, SPECIAL_TOKENS, load_tokenizer, read_token_table
 from otter_hf.models.otterhd.processing_otterhd import TokenizersBackend
-from otter_hf.serving.loading import load_processor
+from otter_hf.serving.loading import load_processor, read_processor
 
 
 DATA = Path(__file__).parent / "tokens_2023"
@@ -202,6 +202,19 @@ class TestEntryPoints:
                 shown.append(stream.step(tokenizer.backend_tokenizer, token_id) or "")
             assert "".join(shown).strip() == tokenizer.decode(ids, skip_special_tokens=True).strip()
             assert "<" not in "".join(shown)
+
+    def test_idefics_has_those_of_its_fast_tokenizer(self, tmp_path):
+        write_llama(tmp_path, "class_only", SIZE)
+        old = {"model_type": "idefics", "transformers_version": "4.32.0.dev0"}
+        (tmp_path / "config.json").write_text(json.dumps(old))
+        IdeficsImageProcessorPil(image_size=28).save_pretrained(tmp_path)
+        processor = read_processor(str(tmp_path))
+        assert ids_of(processor.tokenizer) == IDS["4.35"]["class_only"]["ids"]
+        asked = read_processor(str(tmp_path), tokenizer_reference="4.28")
+        assert ids_of(asked.tokenizer) == IDS["4.28"]["class_only"]["ids"]
+        processor.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "config.json").write_text('{"model_type": "idefics", "transformers_version": "5.23.0"}')
+        assert ids_of(read_processor(str(tmp_path / "saved")).tokenizer) == IDS["4.35"]["class_only"]["ids"]
 
     def test_the_command_line_names_the_reading(self, folder):
         from otter_hf.cli import build_parser

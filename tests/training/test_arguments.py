@@ -28,7 +28,7 @@ def test_flags():
         [*FLAGS, *"--freeze vision language --max_length 64 --learning_rate 1e-3 --use_cpu True".split()]
     )
     assert model_args.freeze == ["vision", "language"]
-    assert (data_args.max_length, data_args.eval_mixture, data_args.instruction_format) == (64, None, "simple")
+    assert (data_args.max_length, data_args.eval_mixture, data_args.instruction_format) == (64, None, None)
     assert training_args.learning_rate == 1e-3
     assert training_args.remove_unused_columns is False
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from otter_hf.data import render, write_mimicit
+from otter_hf.evaluation.model import ConversationModel
 from otter_hf.training.run import main
 
 
@@ -78,6 +79,18 @@ def test_train_evaluate_save_reload(files, model):
     assert processor.end_of_chunk_token_id in trained.generation_config.eos_token_id
     assert trained.config.use_cache is True
     assert isinstance(processor.post_process_image_text_to_text(answer)[0], str)
+
+
+def test_the_tokenizer_of_another_folder(files):
+    (files / "elsewhere").mkdir()
+    for path in (files / "base").glob("*token*"):
+        path.rename(files / "elsewhere" / path.name)
+    out = train(files, "--max_steps", "1", "--tokenizer", str(files / "elsewhere"), "--peak_flops", "0")
+    assert load(out)[1].tokenizer.get_vocab() == AutoTokenizer.from_pretrained(files / "elsewhere").get_vocab()
+    with pytest.raises(ValueError, match="tokenizer_reference is '4.35', but .* no tokenizer of 2023"):
+        train(files, "--tokenizer", str(files / "elsewhere"), "--tokenizer_reference", "4.35")
+    asked = ConversationModel(files / "base", dtype="float32", device="cpu", tokenizer=str(files / "elsewhere"))
+    assert asked.generate([[{"role": "user", "content": "hi"}]], max_new_tokens=1)
 
 
 def test_saved_model_has_the_logits_of_the_trained_one(files, monkeypatch):

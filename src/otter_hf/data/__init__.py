@@ -9,7 +9,7 @@ from importlib import import_module
 _MODULES = {
     "collator": ("OtterCollator", "make_labels"),
     "collator_otterhd": ("OtterHDCollator",),
-    "collator_idefics": ("IdeficsCollator", "prepare_idefics_tokenizer"),
+    "collator_idefics": ("IdeficsCollator", "idefics_loss", "prepare_idefics_tokenizer"),
     "formats": ("MimicitFiles", "load_mimicit", "make_train_config", "write_mimicit"),
     "hub": ("push_mixture", "read_hub_form", "write_hub_form"),
     "image_store": ("ImageStore",),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from .collator import OtterCollator
 from .prompts import ANSWER_TOKEN, IMAGE_TOKEN, get_format
@@ -18,12 +19,17 @@ def prepare_idefics_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedT
 
     Idefics keeps the rows of added tokens apart, and `from_pretrained` cannot add one to those it loads: with the
     published models use `IdeficsCollator(..., remove_answer_token=True)`, which needs none. transformers 5.23 computes
-    the loss as if there were no such rows, and fails: give the `Trainer` a `compute_loss_func`, see docs/data.md.
+    the loss as if there were no such rows, and fails: give the `Trainer` `idefics_loss`.
     """
     tokens = (ANSWER_TOKEN, IMAGE_TOKEN, "<fake_token_around_image>", get_format("idefics").end)
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
     tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
     return tokenizer
+
+
+def idefics_loss(outputs, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    """`compute_loss_func` for the `Trainer`: the causal loss over all rows, those of added tokens included."""
+    return ForCausalLMLoss(outputs.logits, labels, outputs.logits.shape[-1], **kwargs)
 
 
 @dataclass

@@ -12,10 +12,11 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from transformers.utils import logging
 
+from ..serving.loading import read_processor
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
 from .config import FEWSHOT
-from .model import ConversationModel, load_processor
+from .model import ConversationModel
 from .replies import ReplyLog
 from .scoring.replies import FAILED_REQUEST
 
@@ -106,7 +107,9 @@ class TransformersModel(ResumableModel):
     @cached_property
     def processor(self):
         """The model's processor."""
-        return load_processor(self._loading.get("processor") or self._loading["path"])
+        names = ("tokenizer", "tokenizer_reference")
+        name = str(self._loading.get("processor") or self._loading["path"])
+        return read_processor(name, *(self._loading.get(option) for option in names))
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool, int]]:
         """

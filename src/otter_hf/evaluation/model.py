@@ -5,27 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..models.chat_processing import read_conversations
-from ..models.quantization import quantization_config
 from ..pictures import read_image
+from ..serving.loading import load_model, read_processor
 from ..thinking import thinking_length
 
 
 # what generation_kwargs of lmms-eval's tasks may hold and `generate` understands
 _SAMPLING = ("temperature", "top_p", "top_k")
 _GENERATION = ("max_new_tokens", "num_beams", "no_repeat_ngram_size", "length_penalty", "repetition_penalty")
-
-
-def load_processor(path: str | Path):
-    """The processor of a folder or Hub id, on Pillow where transformers would want torchvision."""
-    import otter_hf  # noqa: F401  registers the families
-
-    idefics = AutoConfig.from_pretrained(path).model_type == "idefics"
-    # Idefics' image processor cannot do without torchvision unless told to
-    return AutoProcessor.from_pretrained(path, **({"backend": "pil"} if idefics else {}))
 
 
 class ConversationModel:
@@ -39,6 +29,8 @@ class ConversationModel:
         device: e.g. `cuda`, `cpu`, or `auto` to spread over devices; by default the accelerator if there is one.
         load_in_4bit: quantise with bitsandbytes, as chat and training do (NF4).
         processor: folder or Hub id of the processor, where it is not the model's.
+        tokenizer: folder or Hub id of the tokenizer, for an Otter or Flamingo repository of 2023 that has none.
+        tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
         chat_template: a Jinja template in place of the processor's.
         processor_kwargs: for every call of the processor, e.g. `{"resolution": 512}` for OtterHD.
         generation: for every `generate`, over what a task asks for, e.g. `{"num_beams": 3}`.
@@ -56,23 +48,17 @@ class ConversationModel:
         device: str | torch.device | None = None,
         load_in_4bit: bool = False,
         processor: str | Path | None = None,
+        tokenizer: str | None = None,
+        tokenizer_reference: str | None = None,
         chat_template: str | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
     ):
-        import otter_hf  # noqa: F401  registers the families
-
-        loading = {}
-        if load_in_4bit:
-            loading["quantization_config"] = quantization_config()
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            device = accelerator or torch.device("cpu")
         self.path = path
-        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map=device, **loading)
-        self.model.eval()
+        options = {"dtype": dtype, "device_map": device, "load_in_4bit": load_in_4bit, "tokenizer": tokenizer}
+        self.model = load_model(str(path), **options)
         self.is_idefics = self.model.config.model_type == "idefics"
-        self.processor = load_processor(processor or path)
+        self.processor = read_processor(str(processor or path), tokenizer, tokenizer_reference)
         self.processor.tokenizer.padding_side = "left"
         self.chat_template = chat_template
         self.processor_kwargs = dict(processor_kwargs or {})

@@ -7,7 +7,14 @@ from transformers.utils import is_bitsandbytes_available
 
 
 # what is not the decoder keeps its precision: it is small, and gates and resampler may be trained
-WHOLE_MODULES = ["lm_head", "vision_tower", "vision_embed_tokens", "perceiver", "gated_cross_attn_layer"]
+WHOLE_MODULES = [
+    "lm_head",
+    "vision_tower",
+    "vision_model",  # of Idefics
+    "vision_embed_tokens",
+    "perceiver",
+    "gated_cross_attn_layer",
+]
 
 
 def quantization_config() -> BitsAndBytesConfig:

@@ -1,9 +1,9 @@
-"""A model and its processor, ready to be talked to."""
+"""Where folders and repositories of models are read, for chat, server, evaluation and training alike."""
 
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 import otter_hf  # noqa: F401  registers the families
@@ -11,8 +11,13 @@ import otter_hf  # noqa: F401  registers the families
 from ..data.prompts import FORMATS
 from ..data.prompts import chat_template as format_chat_template
 from ..models.flamingo import FlamingoConfig, FlamingoProcessor
+from ..models.legacy_tokens import load_tokenizer
 from ..models.otter import OtterConfig
 from ..models.quantization import quantization_config
+
+
+# with these Idefics was trained: its fast tokenizer dropped no blank
+IDEFICS_REFERENCE = "4.35"
 
 
 def load(
@@ -32,7 +37,7 @@ def load_model(
     name: str,
     *,
     dtype: str = "auto",
-    device_map: str | None = None,
+    device_map: str | torch.device | None = None,
     load_in_4bit: bool = False,
     tokenizer: str | None = None,
 ) -> PreTrainedModel:
@@ -50,15 +55,10 @@ def load_model(
         ValueError: if bitsandbytes is missing, or a tokenizer is given for a model of another family.
         OSError: if there is no such model.
     """
-    path, revision = _locate(name)
-    loading = _tokenizer_options(path, revision, tokenizer=tokenizer)
-    if load_in_4bit:
-        loading["quantization_config"] = quantization_config()
+    loading = {"quantization_config": quantization_config()} if load_in_4bit else {}
     if device_map is None:
         device_map = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = AutoModelForImageTextToText.from_pretrained(
-        path, revision=revision, dtype=dtype, device_map=device_map, **loading
-    ).eval()
+    model = read_model(name, tokenizer, dtype=dtype, device_map=device_map, **loading).eval()
     # an answer ends with <|endofchunk|>, which not every repository of 2023 says
     end_of_chunk = getattr(model.config, "end_of_chunk_token_id", None)
     if end_of_chunk is not None:
@@ -66,6 +66,37 @@ def load_model(
         ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         model.generation_config.eos_token_id = sorted({*ends, end_of_chunk})
     return model
+
+
+def read_model(name: str, tokenizer: str | None = None, **options) -> PreTrainedModel:
+    """A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors."""
+    path, revision = _locate(name)
+    options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
+    return AutoModelForImageTextToText.from_pretrained(path, revision=revision, **options)
+
+
+def read_config(name: str, tokenizer: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model; see `load_model` for arguments and errors."""
+    path, revision = _locate(name)
+    options = _tokenizer_options(path, revision, tokenizer=tokenizer)
+    return AutoConfig.from_pretrained(path, revision=revision, **options)
+
+
+def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference: str | None = None) -> ProcessorMixin:
+    """The processor of a model as it is stored, with the tokens of 2023; see `load_processor`."""
+    path, revision = _locate(name)
+    config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
+    if config.get("model_type") != "idefics":
+        options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
+        return AutoProcessor.from_pretrained(path, revision=revision, **options)
+    _tokenizer_options(path, revision, tokenizer=tokenizer)
+    # Idefics' image processor cannot do without torchvision unless told to
+    processor = AutoProcessor.from_pretrained(path, revision=revision, backend="pil")
+    of_2023 = config.get("transformers_version", "4.").startswith("4.")
+    if of_2023 or tokenizer_reference is not None:
+        reference = tokenizer_reference or IDEFICS_REFERENCE
+        processor.tokenizer = load_tokenizer(path, legacy=of_2023, reference=reference, revision=revision)
+    return processor
 
 
 def load_processor(
@@ -87,9 +118,7 @@ def load_processor(
             OpenFlamingo was: picture, text.
         OSError: if there is no such processor or template.
     """
-    path, revision = _locate(name)
-    options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
-    processor = AutoProcessor.from_pretrained(path, revision=revision, **options)
+    processor = read_processor(name, tokenizer, tokenizer_reference)
     if chat_template is not None:
         processor.chat_template = read_chat_template(chat_template)
     elif processor.chat_template is None and isinstance(processor, FlamingoProcessor):

@@ -31,6 +31,17 @@ class ModelArguments:
     """Which model to train, and which parts of it."""
 
     model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the model and its processor."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of the tokenizer, for a repository of 2023 without one."},
+    )
+    tokenizer_reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "A LLaMA tokenizer of 2023 gives the ids of transformers 4.28, with which Otter was trained, or "
+            "4.35. By default as it was saved, else 4.28; Idefics: 4.35."
+        },
+    )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": f"Groups not to train, of {', '.join(PARAMETER_GROUPS)}."}
     )
@@ -110,14 +121,20 @@ class DataArguments:
             "help": "Without eval_mixture: share of the samples to evaluate on, by their ids; never trained on."
         },
     )
-    instruction_format: str = field(
-        default="simple",
-        metadata={"help": f"How prompts are written: {', '.join(FORMATS)}. Otter: simple, OtterHD: fuyu."},
+    instruction_format: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How prompts are written: {', '.join(FORMATS)}. By default that of the model's family: fuyu for "
+            "OtterHD, idefics for Idefics, otherwise simple."
+        },
     )
     max_length: int = field(default=2048, metadata={"help": "Tokens of a sample, with BOS and EOS."})
-    packing: bool = field(
-        default=True,
-        metadata={"help": "Put the samples of a batch one behind the other in one row; False pads them."},
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Put the samples of a batch one behind the other in one row; False pads them. By default True, "
+            "but for Idefics and OPT, which cannot be packed."
+        },
     )
     on_overlong: str = field(
         default="truncate", metadata={"help": "A last turn that is too long: error, truncate or skip."}
@@ -155,7 +172,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        get_format(self.instruction_format)
+        if self.instruction_format is not None:
+            get_format(self.instruction_format)
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must be at least 0 and less than 1, got {self.eval_fraction}.")
         if self.eval_fraction and self.eval_mixture is not None:

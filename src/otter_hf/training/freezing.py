@@ -14,13 +14,17 @@ PARTS = {"vision": "vision", "resampler": "perceiver", "cross_attention": "cross
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
     """
-    The parameters of a Flamingo, Otter or OtterHD by group, each parameter in one group.
+    The parameters of a Flamingo, Otter, OtterHD or Idefics by group, each parameter in one group.
 
     `vision`: the vision tower, or OtterHD's patch embedding. `perceiver`: the resampler. `cross_attention`: the gated
     blocks. `embeddings`: input embedding and output layer. `language`: all else of the decoder.
     """
     groups = {name: [] for name in PARAMETER_GROUPS}
-    embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    embeddings = set()
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        # Idefics keeps the rows of added tokens apart
+        apart = (getattr(layer, name, None) for name in ("additional_embedding", "additional_fc"))
+        embeddings |= {id(part.weight) for part in (layer, *apart) if part is not None}
     for name, parameter in model.named_parameters():
         groups["embeddings" if id(parameter) in embeddings else group_of(name)].append(parameter)
     return groups
@@ -29,11 +33,11 @@ def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
 def group_of(name: str) -> str:
     """The group of a parameter or layer by its name, embeddings apart."""
     name = name.removeprefix("base_model.model.")  # of PEFT
-    if ".gated_cross_attn_layer." in name:
+    if ".gated_cross_attn_layer" in name:
         return "cross_attention"
-    if name.startswith(("model.vision_tower.", "model.vision_embed_tokens.")):
+    if name.startswith(("model.vision_tower.", "model.vision_embed_tokens.", "model.vision_model.")):
         return "vision"
-    return "perceiver" if name.startswith("model.perceiver.") else "language"
+    return "perceiver" if name.startswith(("model.perceiver.", "model.perceiver_resampler.")) else "language"
 
 
 def freeze(model: PreTrainedModel, groups: Iterable[str]) -> None:

@@ -8,6 +8,11 @@ from ..models.attention_choice import best_varlen_attention
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 
 
+def can_pack(config: PreTrainedConfig) -> bool:
+    """Whether the model is told where samples of a row begin, which OPT and transformers' Idefics are not."""
+    return config.model_type != "idefics" and config.get_text_config().model_type != "opt"
+
+
 def choose_attention(
     config: PreTrainedConfig, model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments
 ) -> str | dict[str, str] | None:
@@ -19,7 +24,8 @@ def choose_attention(
     it is installed and the computation is in 16 bits, otherwise torch's own. A compiled graph takes one mask for the
     row.
     """
-    if model_args.attn_implementation is not None or not data_args.packing or training_args.torch_compile:
+    packing = can_pack(config) if data_args.packing is None else data_args.packing
+    if model_args.attn_implementation is not None or not packing or training_args.torch_compile:
         return model_args.attn_implementation
     kernel = best_varlen_attention(config, training_args.device, compute_dtype(config, model_args, training_args))
     if not hasattr(config, "vision_config"):

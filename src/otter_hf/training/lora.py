@@ -13,10 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .arguments import ALL_LINEAR, ModelArguments, TrainingArguments
-from .freezing import PARTS, group_of
-
-
-_MODULES = {"perceiver": "perceiver", "cross_attention": "gated_cross_attn_layer"}
+from .freezing import PARTS, group_of, parameter_groups
 
 
 def add_lora(
@@ -84,8 +81,18 @@ def lora_config(
         use_dora=model_args.lora_dora,
         target_modules=_target_pattern(model_args.lora_target_modules, model),
         trainable_token_indices=[*rows] or None,
-        modules_to_save=[_MODULES[group] for group in model_args.lora_train_groups] or None,
+        modules_to_save=[name for group in model_args.lora_train_groups for name in _modules_of(group, model)] or None,
     )
+
+
+def _modules_of(group: str, model: PreTrainedModel | None) -> list[str]:
+    """What the names of the modules of a group end with."""
+    if model is not None and not parameter_groups(model)[group]:
+        raise ValueError(f"lora_train_groups: this model has no {group}; take it out.")
+    if model is not None and model.config.model_type == "idefics":
+        blocks = range(len(model.model.gated_cross_attn_layers))
+        return ["perceiver_resampler"] if group == "perceiver" else [f"gated_cross_attn_layers.{i}" for i in blocks]
+    return ["perceiver"] if group == "perceiver" else ["gated_cross_attn_layer"]
 
 
 def _target_pattern(names: list[str], model: PreTrainedModel | None) -> str:
@@ -93,16 +100,17 @@ def _target_pattern(names: list[str], model: PreTrainedModel | None) -> str:
     patterns += [_all_linear(name.removesuffix(ALL_LINEAR), model) for name in names if name.endswith(ALL_LINEAR)]
     inside = "|".join(re.escape(name) for name in names if name != "lm_head" and not name.endswith(ALL_LINEAR))
     if inside:
-        patterns.append(rf"model\.language_model\.(?!.*gated_cross_attn_layer).*\.(?:{inside})")
+        patterns.append(rf"model\.(?:language_model|layers)\.(?!.*gated_cross_attn_layer).*\.(?:{inside})")
     return "|".join(patterns)
 
 
 def _all_linear(part: str, model: PreTrainedModel) -> str:
     """A pattern of the linear layers of a part, for all blocks at once where that matches no other layer."""
-    head = model.get_output_embeddings()
+    embeddings = {id(parameter) for parameter in parameter_groups(model)["embeddings"]}
     layers, others = [], []
     for name, module in model.named_modules():
-        is_one = isinstance(module, nn.Linear) and module is not head and group_of(f"{name}.") == PARTS[part]
+        is_one = isinstance(module, nn.Linear) and id(module.weight) not in embeddings
+        is_one = is_one and group_of(f"{name}.") == PARTS[part]
         (layers if is_one else others).append(name)
     names = set()
     for name in layers:

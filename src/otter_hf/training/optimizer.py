@@ -18,9 +18,7 @@ def decayed_parameter_names(model: nn.Module) -> list[str]:
     feed-forward part; the resampler, and all of OtterHD, had no decay whatever `weight_decay` said.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        embeddings.add(id(head.weight))
+    embeddings |= {id(parameter) for parameter in parameter_groups(model)["embeddings"]}
     layers = (nn.Linear, nn.modules.conv._ConvNd)
     return [
         f"{prefix}.weight" if prefix else "weight"

@@ -17,7 +17,7 @@ from ..models.lm_loss import MAX_LOGITS
 from ..models.quantization import WHOLE_MODULES
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 from .flops import TrainingFlops, count_training_flops
-from .freezing import freeze, parameter_counts, parameter_groups
+from .freezing import freeze, group_of, parameter_counts, parameter_groups
 from .lora import with_updates
 
 
@@ -41,7 +41,7 @@ class TrainingPlan:
         attention: implementation by part; `attention_notes`: what else there was, on a GPU.
         liger, compiled: whether these kernels are used.
         learning_rates: by group; `others` have none of their own.
-        flops: operations of a step, for the share of the device's peak in the logs.
+        flops: operations of a step, for the share of the device's peak in the logs; None for Idefics, not counted.
     """
 
     groups: dict[str, tuple[int, int]]
@@ -58,7 +58,7 @@ class TrainingPlan:
     liger: bool
     compiled: bool
     learning_rates: dict[str, float]
-    flops: TrainingFlops
+    flops: TrainingFlops | None
 
     def __str__(self) -> str:
         lines = [f"{'group':<16}{'parameters':>16}{'trained':>16}"]
@@ -164,7 +164,7 @@ def make_plan(
         liger=training_args.use_liger_kernel and is_liger_kernel_available(),
         compiled=bool(training_args.torch_compile),
         learning_rates={**(training_args.learning_rates or {}), "others": training_args.learning_rate},
-        flops=count_training_flops(model),
+        flops=None if model.config.model_type == "idefics" else count_training_flops(model),
     )
 
 
@@ -235,26 +235,33 @@ def _activations(model, batch_size: int, max_length: int, frames: int, itemsize:
     tokens, media, vision = batch_size * max_length, 0, 0
     if hasattr(config, "perceiver_num_latents"):
         media = batch_size * config.perceiver_num_latents
+    if hasattr(config, "vision_config"):
         size = getattr(config.vision_config, "image_size", 224)
         size = size[0] if isinstance(size, (list, tuple)) else size
-        vision = batch_size * frames * (size // getattr(config.vision_config, "patch_size", 32)) ** 2
+        patches = (size // getattr(config.vision_config, "patch_size", 32)) ** 2
+        vision = batch_size * frames * patches
+        if config.model_type == "idefics":
+            latents = config.perceiver_config.resampler_n_latents if config.use_resampler else patches
+            media = batch_size * frames * latents
 
     def positions(name: str) -> int:
-        if "vision_tower." in name:
+        group = group_of(name)
+        is_source = name.endswith((".to_kv", ".k_proj", ".v_proj"))
+        if group == "vision":
             return vision
-        if ".perceiver." in name:
-            return media + (vision if name.endswith("to_kv") else 0)
-        return media if name.endswith("gated_cross_attn_layer.attn.to_kv") else tokens
+        if group == "perceiver":
+            return media + (vision if is_source else 0)
+        return media if group == "cross_attention" and is_source else tokens
 
     kept: dict[str, int] = {}  # of each checkpointed layer, or of the rest
     units = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
-    trained_tower = any(p.requires_grad for n, p in model.named_parameters() if ".vision_tower." in n)
+    trained_tower = any(p.requires_grad for n, p in model.named_parameters() if group_of(n) == "vision")
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         is_linear = isinstance(module, nn.Linear)
         if not is_linear and "Norm" not in type(module).__name__:
             continue
-        if module is head or (".vision_tower." in name and not trained_tower):
+        if module is head or (group_of(name) == "vision" and not trained_tower):
             continue
         unit = next((unit for unit in units if name.startswith(f"{unit}.")), "") if checkpointing else ""
         if is_linear:
@@ -267,5 +274,6 @@ def _activations(model, batch_size: int, max_length: int, frames: int, itemsize:
 
 
 def _entering_width(config, unit: str) -> int:
-    outside = ".vision_tower." in unit or ".perceiver." in unit
-    return config.vision_hidden_size if outside else config.get_text_config().hidden_size
+    if group_of(unit) not in ("vision", "perceiver"):
+        return config.get_text_config().hidden_size
+    return config.vision_config.embed_dim if config.model_type == "idefics" else config.vision_hidden_size

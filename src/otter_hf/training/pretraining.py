@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers import set_seed
 
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from ..models.host_reads import numbers_on
+from ..serving.loading import read_model, read_processor
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, resume
 from .freezing import freeze, train_only_rows
@@ -62,7 +63,7 @@ def pretrain(
         if getattr(model_args, name):
             raise ValueError(f"{name} is for fine-tuning: leave it out, and freeze what is not to be pretrained.")
     set_seed(training_args.seed)
-    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
     stream = PretrainingStream(
         read_pretraining_sets(data_args.train_sets),
         processor,
@@ -78,8 +79,11 @@ def pretrain(
     run, checkpoint, is_complete = resume(run, training_args)
     if is_complete:
         return None
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_args.model_name_or_path, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+    model = read_model(
+        model_args.model_name_or_path,
+        model_args.tokenizer,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
     )
     _stop_generation_at(model, processor.end_of_chunk_token_id)
     freeze(model, model_args.freeze)

@@ -207,6 +207,8 @@ class TrainingReport(TrainerCallback):
         start = max(place for place in places if place - 1 not in places)
         prompt = batch["input_ids"][:, :start].to(self.trainer.args.device)
         media = {name: tensor.to(prompt.device) for name, tensor in batch.items() if name.startswith("pixel_")}
+        if "image_attention_mask" in batch:  # of Idefics
+            media["image_attention_mask"] = batch["image_attention_mask"][:, :start].to(prompt.device)
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
         training = model.training
         model.eval()

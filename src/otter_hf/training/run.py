@@ -1,38 +1,39 @@
 """Fine-tuning from end to end: arguments in, a trained model and processor in the output folder."""
 
+import copy
 import importlib.util
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     EarlyStoppingCallback,
+    IdeficsProcessor,
     PreTrainedModel,
     set_seed,
 )
 
 from ..data.collator import OtterCollator
 from ..data.collator_flamingo import flamingo_collator
+from ..data.collator_idefics import IdeficsCollator, idefics_loss, prepare_idefics_tokenizer
 from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
-from ..data.prompts import chat_template, get_format
+from ..data.prompts import IMAGE_TOKEN, chat_template, get_format
 from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
 from ..models.flamingo import FlamingoProcessor
 from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
 from ..models.quantization import quantization_config
+from ..serving.loading import read_config, read_model, read_processor
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, resume
 from .features import VisionFeatureCache
 from .freezing import freeze, train_only_rows
-from .kernels import choose_attention, use_liger_kernels
+from .kernels import can_pack, choose_attention, use_liger_kernels
 from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
 from .plan import make_plan, meta_model, sharding_of
@@ -43,6 +44,9 @@ from .trainer import OtterTrainer
 
 
 logger = logging.getLogger(__name__)
+
+# model type -> instruction format, of others than Otter and Flamingo
+_FORMATS = {"fuyu": "fuyu", "idefics": "idefics"}
 
 
 def main(argv: Sequence[str] | None = None, *, transform: Callable[[Sample, Random], Sample] | None = None) -> None:
@@ -84,10 +88,12 @@ def train(
         that is gone on with is complete.
     """
     set_seed(training_args.seed)
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+    config = read_config(model_args.model_name_or_path, model_args.tokenizer)
+    given = {**given_arguments(model_args), **given_arguments(data_args)}
+    data_args = _fit(data_args, config)
     _check(model_args, data_args, training_args, config)
     attention = choose_attention(config, model_args, data_args, training_args)
-    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
+    processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
     _check_vocabulary(processor.tokenizer, config)
     collator = _make_collator(processor, data_args)
     train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, transform)
@@ -137,10 +143,11 @@ def train(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=processor,
+        compute_loss_func=idefics_loss if config.model_type == "idefics" else None,
         compute_metrics=answer_accuracy,
         preprocess_logits_for_metrics=most_likely_tokens,
         flops=plan.flops,
-        recipe={**given_arguments(model_args), **given_arguments(data_args)},
+        recipe=given,
         run=run,
     )
     samples = sample_evenly(eval_dataset, training_args.report_samples)
@@ -161,6 +168,13 @@ def train(
     else:
         trainer.save_model()
     return trainer
+
+
+def _fit(data_args: DataArguments, config) -> DataArguments:
+    """What was left to the family of the model: format and packing."""
+    format = data_args.instruction_format or _FORMATS.get(config.model_type, "simple")
+    packing = can_pack(config) if data_args.packing is None else data_args.packing
+    return replace(data_args, instruction_format=format, packing=packing)
 
 
 def _check_vocabulary(tokenizer, config) -> None:
@@ -191,10 +205,21 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
     for name in ("train_embedding_rows", "cache_vision_features"):
         if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
             raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
-    if model_args.cache_vision_features and not hasattr(config, "vision_config"):
-        raise ValueError(f"cache_vision_features is for Otter and Flamingo: {config.model_type} has no vision tower.")
-    if data_args.packing and config.get_text_config().model_type == "opt":
-        raise ValueError("packing needs a decoder that is told positions, which OPT is not: set packing to false.")
+    if model_args.cache_vision_features and not hasattr(config, "perceiver_num_latents"):
+        raise ValueError(f"cache_vision_features is for Otter and Flamingo, not {config.model_type}: leave it out.")
+    if config.model_type == "idefics":
+        if model_args.train_embedding_rows:
+            raise ValueError("train_embedding_rows is for Otter, Flamingo and OtterHD, not Idefics: leave it out.")
+        if "lm_head" in model_args.lora_target_modules:
+            raise ValueError(
+                "lora_target_modules: the lm_head of Idefics keeps the rows of added tokens apart and takes no "
+                "updates: take lm_head out."
+            )
+    if data_args.packing and not can_pack(config):
+        name = "Idefics" if config.model_type == "idefics" else "OPT"
+        raise ValueError(
+            f"packing needs a model that is told where samples begin, which {name} is not: set it to false."
+        )
 
 
 def _check_sizes(train_dataset, eval_dataset, training_args: TrainingArguments) -> None:
@@ -221,8 +246,9 @@ def _load_model(
     """The model, ready to be trained: what is frozen is frozen, adapters are in place."""
     if training_args.use_liger_kernel:
         use_liger_kernels(config, training_args.liger_kernel_config)
-    model = AutoModelForImageTextToText.from_pretrained(
+    model = read_model(
         model_args.model_name_or_path,
+        model_args.tokenizer,
         dtype=model_args.dtype,
         attn_implementation=attention,
         quantization_config=quantization_config() if model_args.load_in_4bit else None,
@@ -265,7 +291,7 @@ class _DrawResolution:
         return {**sample, "resolution": generator.choice(self.sides)}
 
 
-def _make_collator(processor, data_args: DataArguments) -> OtterCollator | OtterHDCollator:
+def _make_collator(processor, data_args: DataArguments) -> OtterCollator | OtterHDCollator | IdeficsCollator:
     """The collator for a processor, whose chat template becomes the form of the training text."""
     if isinstance(processor, OtterHDProcessor):
         for name in ("remove_answer_token", "remove_end_of_turn_token"):
@@ -284,13 +310,19 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
             on_overlong=data_args.on_overlong,
             packing=data_args.packing,
         )
+    if data_args.remove_answer_token and not isinstance(processor, OtterProcessor):
+        raise ValueError(
+            f"remove_answer_token is for Otter: a {type(processor).__name__} has no <answer>, leave it out."
+        )
     for name in ("resolution", "dynamic_resolution", "max_pixels"):
         if getattr(data_args, name):
             raise ValueError(f"{name} is for OtterHD: {type(processor).__name__} has one resolution, leave it out.")
+    if isinstance(processor, IdeficsProcessor):
+        return _idefics_collator(processor, data_args)
     if not isinstance(processor, (OtterProcessor, FlamingoProcessor)):
         raise ValueError(
-            f"model_name_or_path has a {type(processor).__name__}, Otter, Flamingo and OtterHD are trained: hand a "
-            "collator of your own to transformers' Trainer, for Idefics `otter_hf.data.IdeficsCollator`."
+            f"model_name_or_path has a {type(processor).__name__}, Otter, Flamingo, OtterHD and Idefics are trained: "
+            "hand a collator of your own to transformers' Trainer."
         )
     options = {
         "format": data_args.instruction_format,
@@ -306,6 +338,28 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
     # the saved model shall be asked in the form it was trained on
     processor.chat_template = chat_template(data_args.instruction_format, removed_tokens=collator.removed_tokens)
     return collator
+
+
+def _idefics_collator(processor, data_args: DataArguments) -> IdeficsCollator:
+    if data_args.instruction_format != "idefics":
+        raise ValueError(
+            f"instruction_format is {data_args.instruction_format!r}, which Idefics does not know: set it to idefics."
+        )
+    vocabulary = processor.tokenizer.get_vocab()
+    for token in (IMAGE_TOKEN, "<fake_token_around_image>", get_format("idefics").end):
+        if token not in vocabulary:
+            raise ValueError(
+                f"The tokenizer lacks {token}: train an Idefics that has it, such as idefics-9b-instruct."
+            )
+    return IdeficsCollator(
+        # <answer> only tells what is learned, the model has no row for it
+        prepare_idefics_tokenizer(copy.deepcopy(processor.tokenizer)),
+        processor.image_processor,
+        max_length=data_args.max_length,
+        on_overlong=data_args.on_overlong,
+        remove_answer_token=True,
+        remove_end_of_turn_token=data_args.remove_end_of_turn_token,
+    )
 
 
 def _load_mixture(

@@ -80,7 +80,8 @@ class RunRecord:
             for field in dataclasses.fields(arguments):
                 if field.name not in _FREE:
                     settings[field.name] = getattr(arguments, field.name)
-        settings["model_name_or_path"] = Path(model_args.model_name_or_path).name
+        for name in ("model_name_or_path", "tokenizer"):
+            settings[name] = settings[name] and Path(settings[name]).name
         for name in _TRAINING:
             settings[name] = getattr(training_args, name)
         settings |= {"samples_per_step": samples_per_step, "data": data}
