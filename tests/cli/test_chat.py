@@ -65,7 +65,10 @@ def test_interactive_session(folder, files, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert main(["chat", str(folder), "--max-new-tokens", "2"]) == 0
     captured = capsys.readouterr()
-    assert "words.png" not in captured.err
+    assert captured.out.startswith("commands: /image PATH")
+    assert (
+        "words.png" not in captured.err and "two words.png (20 x 40); your next message has 2 pictures" in captured.out
+    )
     assert "nowhere.png cannot be read as an image: there is no such file" in captured.err
     assert "write /example PATH QUESTION::ANSWER" in captured.err
     assert "Traceback" not in captured.err

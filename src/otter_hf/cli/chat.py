@@ -1,14 +1,8 @@
 """`otter-hf chat`: ask a model about pictures and videos in the terminal."""
 
 import argparse
-import shlex
-import sys
 
-
-HELP = (
-    "commands: /image PATH [PATH ...] and /video PATH add to your next message, /example PATH QUESTION::ANSWER shows "
-    "how to answer, /clear starts afresh, /quit ends; Ctrl-C stops an answer"
-)
+from .chat_commands import HELP
 
 
 def add_parser(subparsers):
@@ -16,13 +10,16 @@ def add_parser(subparsers):
     parser = subparsers.add_parser(
         "chat",
         help="ask a model about pictures",
-        description=f"Chat with an image-text-to-text model, streaming its answers. Without --prompt it asks; {HELP}",
+        description="Chat with an image-text-to-text model, streaming its answers. Without --prompt it asks you, and "
+        f"takes {HELP}.",
     )
     parser.add_argument("model", help="folder or Hub id, e.g. out/demo/model; a revision may follow an @")
     add_loading_arguments(parser)
     media = parser.add_argument_group("the first message")
-    media.add_argument("--image", action="append", default=[], metavar="PATH", help="a picture; repeat it for more")
-    media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video")
+    media.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="a picture, or its URL; repeat it for more"
+    )
+    media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video, or its URL")
     media.add_argument("--num-frames", type=int, default=16, help="evenly spaced frames read of a video (default: 16)")
     media.add_argument(
         "--example",
@@ -115,11 +112,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the model and talk until the prompts, or the user's patience, end."""
     # heavy imports wait until someone chats
     import torch
-    from transformers import TextStreamer
 
     from ..serving.batch import answer_all, read_questions, write_log
     from ..serving.loading import check_name, load
     from ..serving.session import ChatSession
+    from .chat_commands import read_media
+    from .chat_terminal import Chat
 
     check_name(arguments.model)
     # opened before the model loads: a mistyped path should not cost a minute
@@ -139,66 +137,14 @@ def run(arguments: argparse.Namespace) -> None:
         return
     for pictures, question, answer in examples:
         session.add_example(question, answer, pictures)
-    if arguments.num_beams == 1:
-        options["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    chat = Chat(session, media, options, arguments.num_frames)
     for prompt in arguments.prompt:
         print(f"> {prompt}")
-        media = reply(session, prompt, media, options)
+        chat.ask(prompt)
     if not arguments.prompt:
-        interact(session, media, options, arguments.num_frames)
-
-
-def interact(session, media: list[dict], options: dict, num_frames: int) -> None:
-    """Questions and commands from the terminal until it ends."""
-    print(HELP)
-    while (line := read_line()) is not None and line != "/quit":
-        command, _, rest = line.partition(" ")
-        try:
-            if command == "/clear":
-                session.clear()
-                media = []
-            elif command == "/image":
-                media = [*media, *read_media(shlex.split(rest))]
-            elif command == "/video":
-                media = [*media, *read_media([], [rest.strip()], num_frames)]
-            elif command == "/example":
-                path, _, exchange = rest.strip().partition(" ")
-                question, separator, answer = exchange.partition("::")
-                if not separator:
-                    raise ValueError("write /example PATH QUESTION::ANSWER")
-                session.add_example(question.strip(), answer.strip(), read_media([path]))
-            elif line:
-                media = reply(session, line, media, options)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-        except KeyboardInterrupt:
-            print("\n(stopped)")
-
-
-def reply(session, question: str, media: list[dict], options: dict) -> list[dict]:
-    """Ask, print the answer, and return the media of the next message: none."""
-    answer = session.ask(question, media, **options)
-    if "streamer" not in options:
-        print(answer)
-    return []
-
-
-def read_media(images: list[str], videos: list[str] = (), num_frames: int = 16) -> list[dict]:
-    """Pictures and videos at the paths, as parts of a message; ValueError naming the one that cannot be read."""
-    from ..serving.media import image_part, open_image, read_frames, video_part
-
-    pictures = [image_part(open_image(path, path)) for path in images]
-    return pictures + [video_part(read_frames(path, path, num_frames)) for path in videos]
+        chat.interact(arguments.model)
 
 
 def print_answer(entry: dict, answer: str) -> None:
     """One entry of a batch, as it is answered."""
     print(f"> {entry['question']}\n{answer}")
-
-
-def read_line() -> str | None:
-    """One line from the terminal; None at its end."""
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return None

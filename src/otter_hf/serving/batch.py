@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from .media import image_part, open_image, read_frames, video_part
+from .media import image_part, is_address, local_path, local_source, open_image, read_frames, video_part
 from .session import ChatSession
 
 
@@ -16,8 +16,9 @@ FIELDS = ("image_path", "video_path", "question")
 
 def read_questions(path: str | Path) -> list[dict]:
     """
-    The entries of a YAML file: a list of `{question, image_path, video_path}`. `image_path` is a path, a list of them
-    or empty, `video_path` a path or empty; an entry with neither is a question about text alone.
+    The entries of a YAML file: a list of `{question, image_path, video_path}`. `image_path` is a path or
+    http(s) address, a list of them or empty, `video_path` one or empty; an entry with neither is a question about text
+    alone.
 
     Raises:
         ValueError: naming the entry, for anything else, and for files that do not exist.
@@ -36,7 +37,7 @@ def read_questions(path: str | Path) -> list[dict]:
         if unknown := set(entry) - set(FIELDS):
             raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(FIELDS)}.")
         for file in [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]:
-            if not isinstance(file, str) or not Path(file).is_file():
+            if not isinstance(file, str) or not (is_address(file) or local_path(file).is_file()):
                 raise ValueError(f"{place}: there is no file {file}.")
     return entries
 
@@ -45,9 +46,9 @@ def answer_all(session: ChatSession, entries: list[dict], num_frames: int, **gen
     """Each entry with its answer, a conversation of its own."""
     for entry in entries:
         session.clear()
-        media = [image_part(open_image(file, file)) for file in _image_paths(entry)]
+        media = [image_part(open_image(local_source(file), file)) for file in _image_paths(entry)]
         if file := entry.get("video_path"):
-            media.append(video_part(read_frames(file, file, num_frames)))
+            media.append(video_part(read_frames(local_source(file), file, num_frames)))
         yield entry, session.ask(entry["question"], media, **generation)
 
 

@@ -259,7 +259,10 @@ class ChatCompletions(ChatCompletionHandler):
     async def _generate(self, job: Job, model, processor, inputs, config) -> None:
         streamer = None
         if config.num_beams in (None, 1):
-            streamer = AnswerStreamer(processor.tokenizer, asyncio.get_running_loop(), job.items)
+            loop = asyncio.get_running_loop()  # which a thread cannot reach itself
+            streamer = AnswerStreamer(
+                processor.tokenizer, lambda item: loop.call_soon_threadsafe(job.items.put_nowait, item)
+            )
 
         length = inputs["input_ids"].shape[1]
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))

@@ -6,12 +6,14 @@ Whoever sends a picture decides how much memory it takes; the limits are checked
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from PIL import Image
 
 from ..films import FilmLimits, read_video
 from ..models.flamingo import FlamingoProcessor
-from ..pictures import read_image
+from ..pictures import fetch, read_image
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -75,6 +77,43 @@ def read_frames(
         frame_pixels=limits.image_pixels, film_pixels=limits.video_pixels, max_side=MAX_FRAME_SIDE
     )
     return read_video(source, name, num_frames=num_frames, limits=film_limits)
+
+
+def is_address(name: str) -> bool:
+    """Whether it is a http(s) address."""
+    return name.lower().startswith(("http://", "https://"))
+
+
+def local_path(name: str) -> Path:
+    """
+    The path that a person at this machine names: with `~` for a home folder, or as the `file://` address that a
+    desktop hands over.
+
+    Raises:
+        ValueError: for the home of somebody who is not known here.
+    """
+    if name.lower().startswith("file://"):
+        return Path(url2pathname(urlsplit(name).path))
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{name} cannot be read: there is no home folder of that name.") from error
+
+
+def local_source(name: str) -> Path | bytes:
+    """
+    What the person at this machine names, for `open_image` and `read_frames`: a path, see `local_path`, or the bytes
+    at a http(s) address. Never for what strangers name.
+
+    Raises:
+        ValueError: naming it, if it cannot be fetched.
+    """
+    if not is_address(name):
+        return local_path(name)
+    try:
+        return fetch(name)
+    except ValueError as error:
+        raise ValueError(f"{error}.") from error
 
 
 def image_part(image: Image.Image) -> dict:

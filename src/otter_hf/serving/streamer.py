@@ -1,7 +1,7 @@
 """The text of an answer, piece by piece while it is generated."""
 
-import asyncio
 import re
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 class AnswerStreamer(BaseStreamer):
     """
-    Puts the text of new tokens into a queue of the event loop, which `generate` in a thread cannot reach itself.
+    Hands on the text of new tokens.
 
     The answer is decoded as a whole at each step: unlike tokenizers' `DecodeStream`, which transformers' own server
     uses, that is the text of `decode` also where the bytes of a model are no text, and for every tokenizer. Characters
@@ -22,12 +22,11 @@ class AnswerStreamer(BaseStreamer):
 
     Args:
         tokenizer: of the model.
-        loop: the event loop of the queue.
-        queue: takes the pieces, `str`, and None behind the last one.
+        emit: called with the pieces, `str`, and with None behind the last one; in the thread of `generate`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue):
-        self._tokenizer, self._loop, self._queue = tokenizer, loop, queue
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str | None], None]):
+        self._tokenizer, self._emit = tokenizer, emit
         self._ids: list[int] | None = None
         self._sent = 0  # characters
 
@@ -43,13 +42,10 @@ class AnswerStreamer(BaseStreamer):
     def end(self) -> None:
         """Sends what is left, and None behind it."""
         self._send()
-        self._enqueue(None)
+        self._emit(None)
 
     def _send(self) -> None:
         text = self._tokenizer.decode(self._ids or [], skip_special_tokens=True).rstrip("\N{REPLACEMENT CHARACTER}")
         if len(text) > self._sent:
-            self._enqueue(text[self._sent :])
+            self._emit(text[self._sent :])
             self._sent = len(text)
-
-    def _enqueue(self, item: str | None) -> None:
-        self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
