@@ -8,7 +8,7 @@ from hub_double import HubDouble
 
 from otter_hf.cli import main
 from otter_hf.data.formats import load_mimicit, write_mimicit
-from otter_hf.data.hub import read_hub_form, write_hub_form
+from otter_hf.data.hub import push_mixture, read_hub_form, write_hub_form
 from otter_hf.data.images import image_bytes
 from otter_hf.data.validate import check_mixture
 
@@ -106,6 +106,13 @@ def test_pictures_in_the_rows(tmp_path, by_colour):
     assert check_mixture(tmp_path / "mix.yaml").ok()
 
 
+def test_a_folder_of_another_mixture_is_not_uploaded(tmp_path, mixture, by_colour):
+    write_hub_form(mixture, tmp_path / "hub")
+    write_mimicit(tmp_path, "P", {"p": {**PLACED["p"], "answer": "yes"}}, by_colour)
+    with pytest.raises(ValueError, match="P_instructions.json has changed since; .*remove it, or name another folder"):
+        push_mixture(mixture, "tester/mix", tmp_path / "hub")
+
+
 @pytest.mark.slow
 def test_push_and_read_back(tmp_path, mixture, by_colour):
     with HubDouble() as hub:
@@ -123,6 +130,7 @@ def test_push_and_read_back(tmp_path, mixture, by_colour):
         ]
         otter(*push)  # the folder is there: it is only uploaded, which changes nothing
         _, stored = hub.repositories["tester/mix"].at("main")
+        assert not any(name.startswith(".made_from") for name in stored)
         assert "X_Images/train-00000.parquet" in stored and "README.md" in stored
         otter("from-hub", "tester/mix", "--name", "X", "--output", tmp_path / "back")
     folder = tmp_path / "back"

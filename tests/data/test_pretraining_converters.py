@@ -60,7 +60,7 @@ def test_mmc4_to_tar(tmp_path, zipped, tiny_processor):
     counts = mmc4_to_tar(docs, images, tmp_path / "out", max_samples=2)
     assert (counts.samples, counts.images, dict(counts.left_out)) == (6, 12, {})
     names = [f"docs_shard_{shard}_v2.{part:03d}.tar" for shard in range(2) for part in range(2)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "sizes.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".made_from.json", *names, "sizes.json"]
     assert json.loads((tmp_path / "out" / "sizes.json").read_text()) == dict(zip(names, [2, 1, 2, 1], strict=True))
     documents = [json.loads(parts["json"]) for parts in read_all(tmp_path / "out")]
     assert [document["url"] for document in documents] == ["u0", "u1", "u2"] * 2
@@ -76,8 +76,29 @@ def test_mmc4_to_tar(tmp_path, zipped, tiny_processor):
     assert (reds[:, 0] - reds[:, 1]).tolist() == [1, 1, 1]
     # what is complete stays
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
-    assert mmc4_to_tar(docs, images, tmp_path / "out").samples == 0
+    assert mmc4_to_tar(docs, images, tmp_path / "out", max_samples=2).samples == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")} == before
+
+
+def test_what_changed_is_converted_again(tmp_path, caplog):
+    write_mmc4(tmp_path)
+    docs, images = f"{tmp_path}/docs_shard_{{0..1}}_v2.jsonl", f"{tmp_path}/shard_{{0..1}}_images_v2.tar"
+    mmc4_to_tar(docs, images, tmp_path / "out", max_samples=1)
+    lines = (tmp_path / "docs_shard_0_v2.jsonl").read_text().splitlines()
+    (tmp_path / "docs_shard_0_v2.jsonl").write_text(lines[1] + "\n")
+    assert mmc4_to_tar(docs, images, tmp_path / "out", max_samples=1).samples == 1
+    assert "docs_shard_0_v2.*.tar" in caplog.text and "docs_shard_0_v2.jsonl has changed since" in caplog.text
+    assert [json.loads(parts["json"])["url"] for parts in read_all(tmp_path / "out")] == ["u1", "u0", "u1", "u2"]
+    assert sum(json.loads((tmp_path / "out" / "sizes.json").read_text()).values()) == 4
+    caplog.clear()
+    assert mmc4_to_tar(docs, images, tmp_path / "out").samples == 4
+    assert "max_samples was 1 and is 30000" in caplog.text
+    (tmp_path / "other").mkdir()
+    write_mmc4(tmp_path / "other")
+    with pytest.raises(ValueError, match="of another file .*: choose another output"):
+        mmc4_to_tar(docs.replace("docs_shard", "other/docs_shard"), images, tmp_path / "out")
+    with pytest.raises(ValueError, match="would both become docs_shard_0_v2.*: rename one"):
+        mmc4_to_tar([docs, docs.replace("docs_shard", "other/docs_shard")], [images, images], tmp_path / "both")
 
 
 def test_a_missing_picture_drops_only_that_picture(tmp_path):
@@ -273,4 +294,4 @@ def test_processes_write_what_one_does(tmp_path):
     patterns = f"{tmp_path}/docs_shard_{{0..1}}_v2.jsonl", f"{tmp_path}/shard_{{0..1}}_images_v2.tar"
     assert mmc4_to_tar(*patterns, tmp_path / "one") == mmc4_to_tar(*patterns, tmp_path / "two", num_proc=2)
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 3
+    assert files[0] == files[1] and len(files[0]) == 4

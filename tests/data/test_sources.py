@@ -149,7 +149,7 @@ def test_finished_output_is_kept(tmp_path, capsys):
     convert(tmp_path, "lima", LIMA)
     before = (tmp_path / "out" / "S_instructions.json").read_bytes()
     assert convert(tmp_path, "lima", LIMA[:1]) == 2
-    assert "has changed since; --overwrite writes it again" in capsys.readouterr().err
+    assert "source.json has changed since; --overwrite writes it again" in capsys.readouterr().err
     assert (tmp_path / "out" / "S_instructions.json").read_bytes() == before
     convert(tmp_path, "lima", LIMA[:1], "--overwrite")
     assert (tmp_path / "out" / "S_instructions.json").read_bytes() != before
@@ -383,14 +383,22 @@ def test_lines_are_those_of_the_file(tmp_path):
 
 def test_a_changed_source_is_not_complete(tmp_path, pictures, capsys):
     assert convert(tmp_path, "llava", LLAVA) == 0
-    assert convert(tmp_path, "llava", LLAVA) == 2  # the file is another one, with a new time
-    assert "has changed since; --overwrite" in capsys.readouterr().err
     arguments = ["data", "from-llava", str(tmp_path / "source.json"), "--name", "S", "--output", str(tmp_path / "out")]
-    assert convert(tmp_path, "llava", LLAVA, "--overwrite") == 0
-    assert main([*arguments, "--images", str(tmp_path / "pictures")]) == 0
-    assert "is complete" in capsys.readouterr().out
-    (tmp_path / "others").mkdir()
-    assert main([*arguments, "--images", str(tmp_path / "others")]) == 2
+    arguments += ["--images", str(tmp_path / "pictures")]
+    assert main(arguments) == 0 and "is complete" in capsys.readouterr().out
+    assert main([*arguments, "--skip-missing"]) == 2
+    assert "--skip-missing was false and is true; --overwrite" in capsys.readouterr().err
+    # a picture that is used, and one that is not
+    (tmp_path / "pictures" / "unused.png").write_bytes(b"1")
+    assert main(arguments) == 0
+    picture = next(path for path in (tmp_path / "pictures").rglob("*") if path.name in str(LLAVA))
+    picture.write_bytes(picture.read_bytes() + b"0")
+    assert main(arguments) == 2 and "pictures has changed since" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+    (tmp_path / "out" / "S.parquet").unlink()
+    assert main(arguments) == 0 and (tmp_path / "out" / "S.parquet").exists()
+    assert convert(tmp_path, "llava", LLAVA) == 2  # the file is another one, with a new time
+    assert "source.json has changed since; --overwrite" in capsys.readouterr().err
 
 
 def test_pictures_that_differ_in_their_suffix(tmp_path, pictures, by_colour):

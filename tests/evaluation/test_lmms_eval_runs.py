@@ -1,6 +1,7 @@
 """`otter-hf eval` through lmms-eval, offline on parquet files: figures against those worked out by hand."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -284,6 +285,23 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(
     del asked[:]
     monkeypatch.setattr(ConversationModel, "__init__", lambda self, **kwargs: pytest.fail("nothing is left to ask"))
     assert main(["eval", str(tmp_path / "again.yaml")]) == 0
+
+
+def test_replies_of_a_model_that_has_changed_are_not_used(otter_folder, evaluate, data, no_key, monkeypatch, caplog):
+    from otter_hf.evaluation.model import ConversationModel
+
+    answers = []
+    monkeypatch.setattr(
+        ConversationModel, "generate", lambda self, asked, *args, **kwargs: answers.append(1) or ["yes"] * len(asked)
+    )
+    model = {"path": str(otter_folder), "name": "tiny", "batch_size": 12}
+    config = {"models": [model], "datasets": [{"name": "pope", "data_path": data("pope")}]}
+    evaluate(config), evaluate(config)
+    assert len(answers) == 1
+    weights = otter_folder / "model.safetensors"
+    os.utime(weights, ns=(1, weights.stat().st_mtime_ns + 1))  # as after another training
+    evaluate(config)
+    assert len(answers) == 2 and f"{otter_folder} has changed since: everything is asked anew" in caplog.text
 
 
 def test_a_killed_evaluation_asks_only_what_is_not_answered(evaluate, data, tmp_path, monkeypatch):

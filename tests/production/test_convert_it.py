@@ -299,6 +299,22 @@ def test_threads_do_not_change_the_shards(tmp_path):
     assert results[0] == results[1] and sorted(results[0]) == [f"part.{n}.parquet" for n in range(4)]
 
 
+def test_shards_of_changed_files_are_written_again(tmp_path, caplog):
+    fill(tmp_path / "in", 6)
+    converter = CocoGeneralDifference(tmp_path / "in")
+    store = convert(converter, tmp_path / "out", size=8, sources_per_shard=2).store
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    changed = sorted((tmp_path / "in").iterdir())[0]
+    Image.new("RGB", (8, 8), "olive").save(changed)
+    convert(converter, tmp_path / "out", size=8)
+    after = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert [name for name in sorted(after) if after[name] != before[name]] == ["part.0.parquet"]
+    assert f"is written again: {changed} has changed since" in caplog.text
+    caplog.clear()
+    convert(converter, tmp_path / "out", size=8)
+    assert "again" not in caplog.text
+
+
 KILLED = """
 import sys, time
 from otter_hf.production.convert_it import CocoGeneralDifference, convert

@@ -357,5 +357,23 @@ def test_a_run_is_not_written_over(make_run, tmp_path):
     make_run(1)
     with pytest.raises(FileExistsError, match="There is a run in .*: resume it, or choose another folder"):
         make_run(1)
+    with pytest.raises(FileExistsError, match=r"another run in .* \(selection was .*\): choose another folder"):
+        make_run(2)
     with pytest.raises(FileNotFoundError, match="There is no run in"):
         SyphusRun(tmp_path)
+
+
+def test_annotations_that_changed_are_named(make_run, tmp_path, capsys):
+    run = make_run(2)
+    ask(run, Model())
+    (tmp_path / "sd.json").write_text("[]")
+    assert "sd.json has changed since" in run.changes()
+    capsys.readouterr()
+    assert main(["syphus", "resume", str(run.folder), "--batch-files"]) == 2
+    error = capsys.readouterr().err
+    assert "sd.json has changed since" in error and "--keep-queries" in error and error.count("\n") == 1
+    assert main(["syphus", "resume", str(run.folder), "--batch-files", "--keep-queries"]) == 0
+    assert main(["syphus", "build", str(run.folder), "--output", str(tmp_path / "out"), "--name", "B"]) == 0
+    assert "sd.json has changed since" in capsys.readouterr().err
+    with pytest.raises(FileExistsError, match="sd.json has changed since"):
+        make_run(2)

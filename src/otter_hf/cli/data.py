@@ -277,27 +277,29 @@ def _source(commands, name: str, title: str) -> None:
 def _run_source(args) -> None:
     from ..data import sources
 
-    # instructions are written last: with them, all is there
-    done = Path(args.output, f"{args.name}_instructions.json")
-    made_from = _fingerprint(args)
-    if done.exists() and not args.overwrite:
-        if sources.made_from(done) != made_from:
-            raise ValueError(
-                f"{done} was made from another file, folder or with other options than these, or {args.input} has "
-                "changed since; --overwrite writes it again."
-            )
-        print(f"{done} is complete; --overwrite writes it again")
-        return
-    read = getattr(sources, f"read_{'llava' if args.source == 'llavar' else args.source}")
+    reader = getattr(sources, f"read_{'llava' if args.source == 'llavar' else args.source}")
     inputs = (args.input, args.images) if args.source in _IMAGE_SOURCES else (args.input,)
+
+    def read():
+        return reader(*inputs, on_invalid="skip" if args.skip_invalid else "raise")
+
+    mixture = Path(args.output, f"{args.name}.yaml")  # written last: with it, all is there
+    instructions = Path(args.output, f"{args.name}_instructions.json")
+    made_from = _made_from(args, read)
+    if instructions.exists() and not args.overwrite:
+        if changes := made_from.changes(sources.made_from(instructions)):
+            raise ValueError(f"{instructions} is not of what is given now: {changes}; --overwrite writes it again.")
+        if _is_whole(mixture):
+            print(f"{instructions} is complete; --overwrite writes it again")
+            return
     counts = sources.write_conversations(
         args.output,
         args.name,
-        lambda: read(*inputs, on_invalid="skip" if args.skip_invalid else "raise"),
+        read,
         max_tokens=args.max_tokens,
         tokenizer=_tokenizer(args.tokenizer),
         on_error="skip" if args.skip_missing else "raise",
-        made_from=made_from,
+        made_from=made_from.to_json(),
     )
     print(f"{counts.conversations:,} conversations, {counts.records:,} records, {counts.images:,} pictures")
     for reason, count in counts.left_out.items():
@@ -305,18 +307,36 @@ def _run_source(args) -> None:
     for name, count in counts.unused.items():
         print(f"not used: {count:,} ({name})")
     _print_files(counts.files)
-    mixture = Path(args.output, f"{args.name}.yaml")
     sources.write_mixture(mixture, counts.files)
     print(mixture)
 
 
-def _fingerprint(args) -> dict:
-    """What a conversion is made from: the file and its state, and all that changes the result."""
-    files = sorted(Path(args.input).glob("*.parquet")) if Path(args.input).is_dir() else [Path(args.input)]
-    states = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
-    images = getattr(args, "images", None)
-    options = [args.source, args.max_tokens, args.tokenizer, args.skip_missing, args.skip_invalid]
-    return {"files": states, "images": images and str(Path(images).resolve()), "options": options}
+def _is_whole(mixture: Path) -> bool:
+    """Whether a training YAML and all that it names are there."""
+    from ..data.mixture import read_mixture
+
+    try:
+        return bool(read_mixture(mixture))
+    except ValueError:
+        return False
+
+
+def _made_from(args, read):
+    """What a conversion is made from: the file, the pictures it names, and all options that change the result."""
+    from ..made_from import MadeFrom, state_of_all, state_of_model
+
+    options = {
+        "the form": args.source,
+        "--max-tokens": args.max_tokens,
+        "--tokenizer": args.tokenizer and [args.tokenizer, state_of_model(args.tokenizer)],
+        "--skip-missing": args.skip_missing,
+        "--skip-invalid": args.skip_invalid,
+    }
+    made_from = MadeFrom.of([args.input], **options)
+    if not getattr(args, "images", None):
+        return made_from
+    pictures = (file for one in read() for _, file in one.pictures if isinstance(file, Path))
+    return MadeFrom({**made_from.files, str(Path(args.images).resolve()): state_of_all(pictures)}, options)
 
 
 def _print_files(files) -> None:

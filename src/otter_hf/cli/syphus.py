@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 
 def add_parser(subparsers) -> None:
@@ -110,6 +111,9 @@ def _resume(commands) -> None:
     parser.add_argument("--retry-failed", action="store_true", help="also ask what was given up, or is in a batch")
     parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
     parser.add_argument("--batch-results", nargs="+", metavar="PATH", help="results and errors of batches; do not ask")
+    parser.add_argument(
+        "--keep-queries", action="store_true", help="go on though the annotations or pictures have changed since"
+    )
     _asking_arguments(parser)
 
 
@@ -119,6 +123,11 @@ def run_resume(args) -> int:
     from ..production.syphus.batch import read_batch_results
 
     run, budget = SyphusRun(args.run), _budget(args)
+    if not args.keep_queries and (changes := run.changes()):
+        raise ValueError(
+            f"{changes}, and the queries of {run.folder} are those of then: make a new run in another folder, or go "
+            "on with these (--keep-queries)."
+        )
     if args.batch_results:
         summary, new = read_batch_results(run, args.batch_results, budget)
         print(f"{new:,} new results")
@@ -154,6 +163,9 @@ def run_build(args) -> None:
     from ..production.syphus.filters import FORBIDDEN
 
     runs = [SyphusRun(folder) for folder in args.runs]
+    for run in runs:
+        if changes := run.changes():
+            print(f"{changes}: what {run.folder} holds was asked before", file=sys.stderr)
     are_translations = runs[0].dataset.parse is None
     others = ("image_prefix", "forbid", "keep_repeated", "agreement") if are_translations else _OF_TRANSLATIONS
     for name in others:

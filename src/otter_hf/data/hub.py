@@ -18,6 +18,7 @@ from datasets import Features, Image, List, Value, get_dataset_config_names, loa
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
+from ..made_from import MadeFrom, keep, kept
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .image_store import ImageStore
 from .json_stream import iter_json_object
@@ -62,6 +63,7 @@ def write_hub_form(
         raise ValueError(f"The folder {folder} exists: name a new one.")
     incomplete = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(incomplete, ignore_errors=True)
+    made_from = _made_from(entries)
     configurations = []
     try:
         for entry in entries:
@@ -70,6 +72,7 @@ def write_hub_form(
                 _write_parquet(incomplete / configuration / "train-00000.parquet", features, rows)
                 configurations.append(configuration)
         (incomplete / "README.md").write_text(_card(configurations), encoding="utf-8")
+        keep(incomplete, {"mixture": made_from})
         os.replace(incomplete, folder)
     finally:
         shutil.rmtree(incomplete, ignore_errors=True)
@@ -86,17 +89,25 @@ def push_mixture(
 ) -> list[str]:
     """Writes a mixture to `folder` (`write_hub_form`) and uploads it to the dataset repository `repo_id`.
 
-    The repository is created if need be. If `folder` exists, it is taken for that of an earlier run whose upload was
-    broken off, and only uploaded. Returns the names of the configurations.
+    The repository is created if need be. If `folder` exists, from an earlier run whose upload was broken off, it is
+    only uploaded. Returns the names of the configurations.
+
+    Raises:
+        ValueError: if `folder` is not of this mixture as it is now.
     """
     folder = Path(folder)
     if folder.exists():
+        entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+        if changes := _made_from(entries).changes(kept(folder).get("mixture")):
+            raise ValueError(
+                f"{folder} is not of the mixture as it is now: {changes}; remove it, or name another folder."
+            )
         configurations = get_dataset_config_names(str(folder))
     else:
         configurations = write_hub_form(mixture, folder, cache_dir)
     api = HfApi()
     api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder)
+    api.upload_folder(repo_id=repo_id, repo_type="dataset", folder_path=folder, ignore_patterns=".*")
     return configurations
 
 
@@ -138,6 +149,12 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
     train = f"{name}_Train"
     config = {row["id"]: row["context"] for row in rows(train)} if train in known else None
     return write_mimicit(folder, name, records, images, config)
+
+
+def _made_from(entries: Sequence[MixtureEntry]) -> MadeFrom:
+    paths = [(entry.mimicit_path, entry.train_config_path, *entry.images_path) for entry in entries]
+    files = [path for of_entry in paths for path in of_entry if path]
+    return MadeFrom.of(files, **{"the datasets": [entry.name for entry in entries]})
 
 
 def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterator[tuple[str, Features, Iterable]]:

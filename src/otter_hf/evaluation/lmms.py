@@ -12,6 +12,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from transformers.utils import logging
 
+from ..made_from import MadeFrom, keep, kept, state_of_model
 from ..serving.loading import read_processor
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
@@ -19,6 +20,9 @@ from .config import FEWSHOT
 from .model import ConversationModel
 from .replies import ReplyLog
 from .scoring.replies import FAILED_REQUEST
+
+
+logger = logging.get_logger(__name__)
 
 
 class ResumableModel(lmms):
@@ -94,7 +98,11 @@ class TransformersModel(ResumableModel):
         self.device = self.accelerator.device
         self.batch_size = int(batch_size)
         if replies is not None:
-            self.replies = ReplyLog(replies, self._rank, context={"path": str(path), **kwargs})
+            parts = (path, *(kwargs.get(part) for part in ("processor", "tokenizer", "tokenizer_reference")))
+            made_from = MadeFrom({str(part): state_of_model(part) for part in parts if part}, kwargs)
+            self.replies = ReplyLog(replies, self._rank, context=made_from.to_json())
+            if self._rank == 0:
+                _say_what_changed(Path(replies), made_from)
         if kwargs.get("device") is None:
             kwargs["device"] = str(self.device)
         self._loading = {"path": path, **kwargs}
@@ -177,6 +185,13 @@ class Endpoint(ResumableModel, OpenAICompatible):
 
     def _generate_until(self, batch: list[Instance]) -> list[str]:
         return [reply.text for reply in OpenAICompatible.generate_until(self, batch)]
+
+
+def _say_what_changed(folder: Path, made_from: MadeFrom) -> None:
+    before = kept(folder).get("model")
+    if before is not None and (changes := made_from.changes(before)):
+        logger.warning(f"{changes}: everything is asked anew, the replies in {folder} are of another model.")
+    keep(folder, {"model": made_from})
 
 
 class _RepliesOnly(ReplyLog):

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging
 
+from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
 from .config import DatasetSpec, EvalConfig, ModelSpec
 from .judge import Judge
@@ -174,8 +175,7 @@ def _in_our_columns(dataset: DatasetSpec, split: str, tables: Path) -> str:
     source = Path(dataset.data_path).expanduser()
     if not source.exists():
         return dataset.data_path
-    state = source.stat()
-    made_of = [str(source.resolve()), state.st_size, state.st_mtime_ns, split, dataset.image_dir]
+    made_of = [str(source.resolve()), state(source), split, dataset.image_dir]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     table = tables / f"{dataset.name}-{key}.parquet"
     # one process writes, the others find it

@@ -7,7 +7,7 @@ import os
 import tarfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 from PIL import Image
 from transformers.utils import logging
 
+from ...made_from import MadeFrom, keep, kept
 from ..images import decode_base64, encode_base64
-from .shards import ShardWriter, numbered_files, write_sizes
+from .shards import ShardWriter, numbered_files, read_sizes, remove_shards, write_sizes
 
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ def mmc4_to_tar(
     any, or a line that is none. MMC4 has holes (14 of its 23,099 files of documents were never published): a number
     whose file of documents or pictures is not there is named in a warning and counted. Shards are
     named after the file of documents, `NAME.000.tar`, with their numbers of samples in `sizes.json`. A file of
-    documents whose shards are complete is not converted again.
+    documents whose shards are complete is not converted again, unless it, its tar or an argument has changed.
 
     Args:
         doc_shards: JSON-lines files, also zipped, as a pattern with braces, `docs_shard_{0..23098}_v2.jsonl.zip` or
@@ -94,7 +95,8 @@ def mmc4_to_tar(
             "there: check the folders and the numbers."
         )
     convert = partial(_convert_mmc4_shard, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    return convert_all(convert, jobs, Path(output), num_proc) + ConversionCounts(left_out=left_out)
+    counts = convert_all(convert, jobs, Path(output), num_proc, max_samples=max_samples, max_bytes=max_bytes)
+    return counts + ConversionCounts(left_out=left_out)
 
 
 def _absent_file(docs: dict[tuple, str], tars: dict[tuple, str], key: tuple) -> str:
@@ -118,7 +120,7 @@ def laion_to_tar(
     `{"captions": [...]}`, of which the first counts). Pictures keep their bytes. Rows without caption or picture are
     left out. Shards are named `NAME.000.tar` after the TSV file, with their numbers of samples in `sizes.json`. The
     rows are read one after the other, so that `.lineidx` files are not needed. A file whose shards are complete is not
-    converted again.
+    converted again, unless it, its other half or an argument has changed.
 
     Args:
         folder: of the TSV files; folders in it are looked into as well.
@@ -134,34 +136,72 @@ def laion_to_tar(
         raise ValueError(f"{folder} has no *image*.tsv in it.")
     pairs = [(path, path.with_name(path.name.replace("image", "text"))) for path in pictures]
     convert = partial(_convert_laion_pair, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    return convert_all(convert, pairs, Path(output), num_proc)
+    return convert_all(convert, pairs, Path(output), num_proc, max_samples=max_samples, max_bytes=max_bytes)
 
 
-def convert_all(convert, jobs: Sequence[tuple], output: Path, num_proc: int) -> ConversionCounts:
-    """Runs `convert(job)`, which gives counts and sizes of shards, for the jobs that are not written down as done."""
+def convert_all(
+    convert, jobs: Sequence[tuple], output: Path, num_proc: int, pictures: Sequence[str | Path] = (), **options: Any
+) -> ConversionCounts:
+    """
+    Runs `convert(job)`, which gives counts and sizes of shards, for the jobs that are not written down as done.
+
+    Args:
+        pictures: files beside those of a job that every job reads.
+        options: what else the shards depend on. Shards of files that have changed since, or of other options, are
+            written again, with a warning.
+
+    Raises:
+        ValueError: if a file does not exist, or two jobs, of this or an earlier run, would write shards of one name.
+    """
     for job in jobs:
         for path in job:
             if not os.path.isfile(path):
                 raise ValueError(f"The file {path} does not exist.")
+    first: dict[str, Any] = {}
+    for job in jobs:
+        if (other := first.setdefault(stem(job[0]), job[0])) != job[0]:
+            raise ValueError(f"{other} and {job[0]} would both become {stem(job[0])}.*.tar: rename one of them.")
     output.mkdir(parents=True, exist_ok=True)
-    done = output / "sizes.json"
-    known = json.loads(done.read_text(encoding="utf-8")) if done.exists() else {}
-    # a job is written down when all of its shards are there
-    jobs = [job for job in jobs if not any(name.startswith(f"{stem(job[0])}.") for name in known)]
+    shared = MadeFrom.of(pictures).files
+    made_from = {stem(job[0]): MadeFrom({**MadeFrom.of(job).files, **shared}, options) for job in jobs}
+    pending = _pending(jobs, made_from, output)
     total = ConversionCounts()
 
     def finish(results: Iterator[tuple[ConversionCounts, dict[str, int]]]) -> None:
         nonlocal total
-        for counts, sizes in results:
+        for job, (counts, sizes) in zip(pending, results, strict=True):
             total += counts
+            name = stem(job[0])
+            keep(output, {name: made_from[name]})
             write_sizes(output, sizes)
 
-    if num_proc > 1 and len(jobs) > 1:
+    if num_proc > 1 and len(pending) > 1:
         with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn")) as pool:
-            finish(pool.map(convert, jobs))
+            finish(pool.map(convert, pending))
     else:
-        finish(map(convert, jobs))
+        finish(map(convert, pending))
     return total
+
+
+def _pending(jobs: Sequence[tuple], made_from: Mapping[str, MadeFrom], output: Path) -> list[tuple]:
+    """The jobs that are not done, or not with what is there now; shards of those are removed."""
+    sizes, before = read_sizes(output), kept(output)
+    pending, stale = [], []
+    for job in jobs:
+        name = stem(job[0])
+        # a job is written down when all of its shards are there
+        shards = [shard for shard in sizes if shard.startswith(f"{name}.")]
+        changes = made_from[name].changes(before.get(name))
+        if shards and not changes:
+            continue
+        if shards and name in before and str(Path(job[0]).resolve()) not in before[name]["files"]:
+            raise ValueError(f"{output} holds {name}.*.tar of another file ({changes}): choose another output.")
+        if shards:
+            logger.warning(f"{name}.*.tar in {output} is written again: {changes}.")
+        stale += shards
+        pending.append(job)
+    remove_shards(output, stale)
+    return pending
 
 
 def stem(path: str | Path) -> str:

@@ -37,7 +37,7 @@ def obelics_to_tar(
         image_shards: of img2dataset, run over the addresses of `images`; see `expand_shards`. Pictures are found by
             the `url` in their `json` parts.
         output: folder for the shards, named `NAME.000.tar` after the parquet file, with `sizes.json`. A file whose
-            shards are complete is not converted again.
+            shards are complete is not converted again, unless it, a shard of pictures or an argument has changed.
         max_samples, max_bytes: of a shard.
         num_proc: processes, each with a parquet file at a time.
 
@@ -48,14 +48,16 @@ def obelics_to_tar(
     paths = [path for one in files for path in (sorted(Path(one).glob("*.parquet")) if Path(one).is_dir() else [one])]
     if not paths:
         raise ValueError(f"There is no parquet file in {', '.join(map(str, files))}.")
+    shards = expand_shards(image_shards)
     convert = partial(
         _convert,
-        pictures=_Pictures(expand_shards(image_shards)),
+        pictures=_Pictures(shards),
         output=Path(output),
         max_samples=max_samples,
         max_bytes=max_bytes,
     )
-    return convert_all(convert, [(path,) for path in paths], Path(output), num_proc)
+    jobs = [(path,) for path in paths]
+    return convert_all(convert, jobs, Path(output), num_proc, shards, max_samples=max_samples, max_bytes=max_bytes)
 
 
 class _Pictures:

@@ -185,7 +185,7 @@ def shard_sizes(paths: Sequence[Path]) -> list[int]:
     for path in paths:
         folder = path.parent
         if folder not in known:
-            known[folder] = _read_sizes(folder)
+            known[folder] = read_sizes(folder)
         size = known[folder].get(path.name)
         if size is None:
             size = _size_by_img2dataset(path)
@@ -200,7 +200,8 @@ def shard_sizes(paths: Sequence[Path]) -> list[int]:
     return sizes
 
 
-def _read_sizes(folder: Path) -> Mapping[str, int]:
+def read_sizes(folder: Path) -> Mapping[str, int]:
+    """The numbers of samples that a folder of shards tells, by name of the shard; `ValueError` if they are none."""
     try:
         file = folder / _SIZES_FILE
         if file.is_file():
@@ -352,8 +353,18 @@ class ShardWriter:
 
 def write_sizes(folder: str | Path, sizes: Mapping[str, int]) -> None:
     """Adds numbers of samples (tar name -> number) to `sizes.json` in a folder of shards."""
-    path = Path(folder) / _SIZES_FILE
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    temporary = path.with_name(f".{_SIZES_FILE}.incomplete")
-    temporary.write_text(json.dumps(dict(sorted({**known, **sizes}.items())), indent=0) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    _replace_sizes(Path(folder), {**read_sizes(Path(folder)), **sizes})
+
+
+def remove_shards(folder: Path, names: Sequence[str]) -> None:
+    """Removes shards with their numbers of samples."""
+    if names:
+        _replace_sizes(folder, {name: size for name, size in read_sizes(folder).items() if name not in set(names)})
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _replace_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    temporary = folder / f".{_SIZES_FILE}.incomplete"
+    temporary.write_text(json.dumps(dict(sorted(sizes.items())), indent=0) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / _SIZES_FILE)

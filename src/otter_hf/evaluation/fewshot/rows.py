@@ -5,6 +5,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ...made_from import state_of_all
 from ..benchmarks import images
 from ..published import read_published_fewshot
 from ..run import data_source
@@ -62,7 +63,6 @@ class Rows:
                 f"{source} has no column for {missing[0]!r}; it has {', '.join(there)}. Say which one it is with "
                 f"`columns: {{{missing[0]}: NAME}}`."
             )
-        self.fingerprint = self._table._fingerprint
         texts = [column for name, column in self._columns.items() if name not in ("id", "image")]
         self._texts = self._table.select_columns(texts)
         self._read = lru_cache(maxsize=1024)(self._read_row)
@@ -75,6 +75,16 @@ class Rows:
         `number`, `id`, `image` (PIL, RGB), and of `question`, `answers`, `captions`, `label` and `text` what there is.
         """
         return self._read(number)
+
+    def state(self) -> list:
+        """What tells whether the rows and the files of their pictures are still the same, as JSON."""
+        from datasets import Value
+
+        pictures = self._table.select_columns([self._columns["image"]])
+        if pictures.features[self._columns["image"]] != Value("string"):
+            return [self._table._fingerprint]
+        names = pictures[self._columns["image"]]
+        return [self._table._fingerprint, state_of_all(Path(self._image_dir or ".", name) for name in names if name)]
 
     def is_row_of(self, number: int, other: "Rows", other_number: int) -> bool:
         """

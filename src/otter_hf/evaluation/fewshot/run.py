@@ -1,7 +1,9 @@
 """The few-shot harness: shots x seeds of a data set, with the demonstrations in the conversation."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from ...made_from import state_of_model
 from ..config import DatasetSpec
 from ..report import write_samples
 from ..scoring import captions, ranking, vqa
@@ -140,10 +143,13 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
         )
     features = {}
     for name, table, numbers in (("train", train, candidates), ("test", test, rows)):
-        stem = f"{name}-{table.fingerprint}-{Path(settings['encoder']).name}-{seed}-{len(numbers)}"
+        encoder = settings["encoder"]
+        made_of = [encoder, state_of_model(encoder), table.state(), seed, list(numbers)]
+        digest = sha256(json.dumps(made_of).encode()).hexdigest()[:20]
+        stem = f"{name}-{Path(encoder).name}-{digest}"
         # one process computes, the others read
         with PartialState().main_process_first():
-            features[name] = picture_features(table, numbers, settings["encoder"], folder / "rices" / f"{stem}.pt")
+            features[name] = picture_features(table, numbers, encoder, folder / "rices" / f"{stem}.pt")
     index = RicesIndex(features["train"], candidates)
     place = {row: i for i, row in enumerate(rows)}
     return lambda row: index.nearest(features["test"][place[row]], shots, itself(row))

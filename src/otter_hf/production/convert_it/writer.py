@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ...data.images import decode_image, image_bytes
 from ...data.parquet_writer import write_images
+from ...made_from import state
 from ...pictures import read_image
 from .base import Converter, LeftOut, Source
 
@@ -58,7 +59,8 @@ def convert(
     are sampled by time, and what cannot be used is left out and reported in `<output>/<short name>_report.json`.
 
     The store gets its name when all shards are complete. A run that was stopped or killed is called again: it writes
-    the shards that are not there and leaves the others as they are. What is in a shard does not depend on the threads.
+    the shards that are not there, and with a warning those of which a file has changed since, and leaves the others as
+    they are. What is in a shard does not depend on the threads.
 
     Args:
         size: pictures become squares of this many pixels (Lanczos) in RGB, as PNG, which is the original's format.
@@ -185,7 +187,20 @@ class _Shards:
     def _is_pending(self, number: int, retry: bool) -> bool:
         if not self._shard_path(number).exists():
             return True
-        return retry and bool(json.loads(self._report_path(number).read_text(encoding="utf-8"))["left_out"])
+        report = json.loads(self._report_path(number).read_text(encoding="utf-8"))
+        before = report.get("made_from", {})
+        # of a file that is gone, what was made of it stays
+        changed = [file for file, now in self._made_from(number).items() if now and now != before.get(file)]
+        if changed:
+            more = f" (and {len(changed) - 1} more files of it)" if len(changed) > 1 else ""
+            logger.warning(f"part.{number} of {self.store} is written again: {changed[0]} has changed since{more}.")
+        return bool(changed) or retry and bool(report["left_out"])
+
+    def _made_from(self, number: int) -> dict[str, Any]:
+        """The states of the files that a shard is made of; links have none."""
+        places = (source.place for source in self.shards[number])
+        files = (file for place in places for file in (place if isinstance(place, tuple) else (place,)))
+        return {str(file): state(file) for file in files if isinstance(file, Path)}
 
     def _shard_path(self, number: int) -> Path:
         return (self.store if self.store.exists() else self.incomplete_store) / f"part.{number}.parquet"
@@ -196,12 +211,13 @@ class _Shards:
     def _write_shard(self, number: int) -> None:
         left_out: list[dict[str, str]] = []
         incomplete = self.progress / f"part.{number}.incomplete"
+        made_from = self._made_from(number)
         try:
             ids = write_images(incomplete, self._pictures(self.shards[number], left_out), self.encoding)
             # one to be replaced must not be found with the report of the new one
             self._shard_path(number).unlink(missing_ok=True)
             # the shard last: who finds it finds its report
-            _write_json(self._report_path(number), {"images": len(ids), "left_out": left_out})
+            _write_json(self._report_path(number), {"images": len(ids), "left_out": left_out, "made_from": made_from})
             os.replace(incomplete, self._shard_path(number))
         finally:
             incomplete.unlink(missing_ok=True)

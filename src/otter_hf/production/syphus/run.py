@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from ...made_from import MadeFrom
+from .budget import Budget, RunSummary
 from .client import (
     ChatClient,
     ChatReply,
@@ -39,87 +41,6 @@ _BYTES_PER_TOKEN = 4
 _TOKENS_OF_PICTURE = 1000
 _LONGEST_PAUSE = 300.0
 _FAILURES_IN_A_ROW = 20
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Where a run ends, over all its calls, and what tokens cost.
-
-    No request is begun that would go past a limit, those under way counted at the mean so far; the first ones of a
-    run, of which nothing is known yet, may.
-
-    Args:
-        max_requests: attempts, failed ones included.
-        max_tokens: of prompts and replies together.
-        max_cost: in the currency of the prices.
-        prompt_price: of a million tokens of prompts.
-        completion_price: of a million tokens of replies.
-    """
-
-    max_requests: int | None = None
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    prompt_price: float = 0.0
-    completion_price: float = 0.0
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
-        if self.max_cost is not None and not (self.prompt_price or self.completion_price):
-            raise ValueError(f"max_cost={self.max_cost} needs prompt_price and completion_price.")
-
-    def behind(self, summary: "RunSummary") -> "Budget":
-        """What a run leaves of it for another one."""
-
-        def left(limit, spent):
-            return None if limit is None else max(0, limit - spent)
-
-        return replace(
-            self,
-            max_requests=left(self.max_requests, summary.requests),
-            max_tokens=left(self.max_tokens, summary.prompt_tokens + summary.completion_tokens),
-            max_cost=left(self.max_cost, summary.cost),
-        )
-
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost."""
-        return (prompt_tokens * self.prompt_price + completion_tokens * self.completion_price) / 1e6
-
-    def exhausted(self, journal: Journal, under_way: int) -> str | None:
-        """The limit that one more request would pass, None if there is none."""
-        # one more, and those whose tokens are not known yet
-        share = (under_way + 1) / journal.counts["charged"] if journal.counts["charged"] else 0
-        tokens = journal.prompt_tokens + journal.completion_tokens
-        spent = {
-            "max_requests": (self.max_requests, journal.counts["sent"] + 1),
-            "max_tokens": (self.max_tokens, tokens * (1 + share)),
-            "max_cost": (self.max_cost, journal.cost * (1 + share)),
-        }
-        for name, (limit, value) in spent.items():
-            if limit is not None and (value > limit or limit == 0):
-                return f"{name}={limit}"
-        return None
-
-
-@dataclass
-class RunSummary:
-    """Where a run stands. `lost` are requests under way when a call of it was killed; tokens include all calls."""
-
-    queries: int = 0
-    replies: int = 0
-    failed: int = 0
-    in_batch: int = 0
-    pending: int = 0
-    requests: int = 0
-    errors: int = 0
-    lost: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-    seconds: float = 0.0
-    stopped: str | None = None
-    reasons: dict[str, int] = field(default_factory=dict)
 
 
 class SyphusRun:
@@ -178,9 +99,28 @@ class SyphusRun:
             ValueError: if the annotations, the prompt or the address are not what they should be, or no query remains.
         """
         folder, kind = Path(folder), find_dataset(dataset)
-        if (folder / "run.json").exists():
-            raise FileExistsError(f"There is a run in {folder}: resume it, or choose another folder.")
         prompt = prompt if isinstance(prompt, Prompt) else load_prompt(prompt or kind.prompt)
+        settings = {
+            "dataset": dataset,
+            "annotations": str(annotations),
+            "model": model,
+            "base_url": base_url,
+            "options": dict(options or {}),
+            "selection": {"start": start, "end": end, "shard": list(shard), "shuffle_seed": shuffle_seed},
+            "prompt": prompt.to_json(),
+            "pictures": None if pictures is None else pictures.to_json(),
+            "verify": verify,
+        }
+        files = MadeFrom.of([annotations, *(() if pictures is None else pictures.stores)]).files
+        if (folder / "run.json").exists():
+            before = cls(folder).settings
+            options_before = {name: value for name, value in before.items() if name != "made_from"}
+            changes = MadeFrom(files, settings).changes(
+                {"files": before.get("made_from", {}).get("files", files), "options": options_before}
+            )
+            if changes:
+                raise FileExistsError(f"There is another run in {folder} ({changes}): choose another folder.")
+            raise FileExistsError(f"There is a run in {folder}: resume it, or choose another folder.")
         if not Path(annotations).is_file():
             raise FileNotFoundError(f"The annotations {annotations} do not exist.")
         check_address(base_url)
@@ -193,21 +133,20 @@ class SyphusRun:
         folder.mkdir(parents=True, exist_ok=True)
         if not _write_queries(folder / "queries.jsonl", queries):
             raise ValueError(f"No query of {annotations} is selected: check start, end and shard.")
-        settings = {
-            "dataset": dataset,
-            "annotations": str(annotations),
-            "model": model,
-            "base_url": base_url,
-            "options": dict(options or {}),
-            "selection": {"start": start, "end": end, "shard": list(shard), "shuffle_seed": shuffle_seed},
-            "prompt": prompt.to_json(),
-            "pictures": None if pictures is None else pictures.to_json(),
-            "verify": verify,
-        }
+        settings["made_from"] = MadeFrom(files).to_json()
         (folder / "journal.jsonl").touch()
         # the run is there when this file is
         _replace(folder / "run.json", json.dumps(settings, ensure_ascii=False, indent=1))
         return cls(folder)
+
+    def changes(self) -> str:
+        """
+        Which of its annotations and image stores have changed since the run was made, in words; empty if none has.
+        Its queries stay those that were written down then. A file that is gone has not changed.
+        """
+        before = self.settings.get("made_from", {"files": {}})["files"]
+        here = {path: state for path, state in before.items() if Path(path).exists()}
+        return MadeFrom.of(here).changes({"files": here, "options": {}})
 
     def queries(self) -> Iterator[Query]:
         """The queries in their order."""
