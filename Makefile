@@ -25,9 +25,9 @@ demo: export DEMO_STARTED := $(shell date +%s)
 demo: $(VENV)/.demo ## train a small Otter from scratch on easy-VQA and chat with it (CPU, minutes)
 	$(BIN)/python examples/easy_vqa/demo.py --output $(OUT) --started $(DEMO_STARTED)
 
-# one thread: models this small spend longer agreeing among several than computing
+# processes of one thread each: models this small spend longer agreeing among threads than computing
 test: $(VENV)/.installed ## the test suite
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
 
 # Gradio asks for a pillow below 13, and works with 13, whose pictures are to the bit those of the stored numbers
 $(VENV)/.slow: $(VENV)/.demo

@@ -1,8 +1,12 @@
-"""What the benchmarks share: alternating timings, summaries, the result file."""
+"""What the benchmarks share: alternating timings, summaries, the result file, this project at a commit before."""
 
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -56,6 +60,34 @@ def compare(workload: str, ours, peer, repeats: int, turns: int = 1, **extra) ->
         "ratio": summary([b / a for a, b in zip(*seconds, strict=True)], 2),
         **extra,
     }
+
+
+class Side:
+    """A process that runs `script --work` with the package of `source`: a line in, a line of JSON out."""
+
+    def __init__(self, script: str, source: Path):
+        path = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, script, "--work"], env=environment, text=True, **pipes)
+
+    def run(self, line: str = "") -> dict:
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def check_out(commit: str, folder: str) -> Path:
+    """The folder of the package as it was at `commit`, taken out of git's history into `folder`."""
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(["git", "-C", root, "archive", commit, "src"], stdout=subprocess.PIPE) as git:
+        with tarfile.open(fileobj=git.stdout, mode="r|") as archive:
+            archive.extractall(folder, filter="data")
+    return Path(folder) / "src"
 
 
 def report(name: str, peer: str, rows: list[dict]) -> None:

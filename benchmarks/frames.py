@@ -13,16 +13,13 @@ by in one forward pass, at its peak.
 import argparse
 import inspect
 import json
-import os
 import resource
-import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
 import torch
-from _common import compare, report, summary
+from _common import Side, check_out, compare, report, summary
 
 
 PEER_COMMIT = "9bb62d4"
@@ -77,34 +74,6 @@ def work() -> None:
         print(json.dumps(answer), flush=True)
 
 
-class Side:
-    """A process that runs this file with the package of `source`."""
-
-    def __init__(self, source: Path):
-        command = [sys.executable, __file__, "--work"]
-        path = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
-
-    def run(self) -> dict:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def check_out(commit: str, folder: str) -> Path:
-    root = Path(__file__).resolve().parent.parent
-    with subprocess.Popen(["git", "-C", root, "archive", commit, "src"], stdout=subprocess.PIPE) as git:
-        with tarfile.open(fileobj=git.stdout, mode="r|") as archive:
-            archive.extractall(folder, filter="data")
-    return Path(folder) / "src"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9)
@@ -119,12 +88,12 @@ def main():
         first, memory = [], ([], [])
         for _ in range(3):
             for grown, source in zip(memory, sources, strict=True):
-                side = Side(source)
+                side = Side(__file__, source)
                 first.append(side.run())
                 grown.append(first[-1]["megabytes"])
                 side.close()
         film = [torch.tensor(answer["film"]) for answer in first[:2]]
-        ours, peer = (Side(source) for source in sources)
+        ours, peer = (Side(__file__, source) for source in sources)
         frames = {"frames_ours": first[0]["frames"], "frames_peer": first[1]["frames"]}
         name = "1 film of 16 frames beside 7 pictures"
         rows = [
