@@ -10,9 +10,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from otter_tiny import tiny_model, tiny_processor
-from PIL import Image
+from PIL import Image, ImageFile
 
 from otter_hf import OtterForConditionalGeneration, OtterProcessor
+
+
+# importing lmms-eval, as a test module does, switches it on for every test in the process
+@pytest.fixture(autouse=True)
+def pillow_refuses_truncated_pictures(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"

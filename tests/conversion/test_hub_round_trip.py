@@ -37,6 +37,7 @@ print(json.dumps([processor.tokenizer.get_vocab(), processor.chat_template, mode
 """
 
 
+@pytest.mark.slow
 def test_converted_folder(hub, tmp_path):
     model, processor = save_model(tmp_path / "model")
     push = "import sys; from otter_hf.cli.convert import main; sys.exit(main('dtype'))"

@@ -74,6 +74,7 @@ def build_slowly(source, cache, log):
     assert read(path) == ["a"]
 
 
+@pytest.mark.slow
 def test_several_processes_build_one_file(source, tmp_path):
     context = multiprocessing.get_context("forkserver")
     arguments = (source, tmp_path / "cache", tmp_path / "log")

@@ -94,7 +94,14 @@ def build_index(instructions, images, train_config, cache):
 
 
 @pytest.mark.parametrize(
-    "kind, share", [("records", 0.8), ("examples", 0.0), ("images", 0.0), ("images", 0.8), ("index", 0.0)]
+    "kind, share",
+    [
+        ("records", 0.8),
+        pytest.param("examples", 0.0, marks=pytest.mark.slow),
+        pytest.param("images", 0.0, marks=pytest.mark.slow),
+        pytest.param("images", 0.8, marks=pytest.mark.slow),
+        pytest.param("index", 0.0, marks=pytest.mark.slow),
+    ],
 )
 def test_killed_while_building_an_index(tmp_path, dataset, monkeypatch, kind, share):
     sizes = [(parquet_store.__name__, "_BATCH_BYTES", 50_000)]
@@ -145,7 +152,10 @@ def complete_parts(folder):
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).glob("part.*.parquet")}
 
 
-@pytest.mark.parametrize("kind, complete", [("json", 0), ("json", 3), ("parquet", 3)])
+@pytest.mark.parametrize(
+    "kind, complete",
+    [pytest.param("json", 0, marks=pytest.mark.slow), pytest.param("json", 3, marks=pytest.mark.slow), ("parquet", 3)],
+)
 def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch, capsys, kind, complete):
     monkeypatch.setattr(parquet_writer, "_PART_BYTES", 1_000_000)
     source, output = write_store(tmp_path, kind, pictures), tmp_path / "out" / "X.parquet"
@@ -247,7 +257,15 @@ def convert(folder, kind, output):
     assert main(["data", f"from-{kind}", *paths, *images]) == 0
 
 
-@pytest.mark.parametrize("kind, complete", [("llava", 0), ("llava", 6), ("m3it", 2), ("alpaca", 0)])
+@pytest.mark.parametrize(
+    "kind, complete",
+    [
+        pytest.param("llava", 0, marks=pytest.mark.slow),
+        ("llava", 6),
+        pytest.param("m3it", 2, marks=pytest.mark.slow),
+        pytest.param("alpaca", 0, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_conversion_goes_on_where_it_was(sources, kind, complete):
     convert(sources, kind, "whole")
     out = sources / "out"

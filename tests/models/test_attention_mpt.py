@@ -193,7 +193,12 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="flex_at
 # torch's C++ code for flex_attention does not compile with dynamic shapes, so shapes stay the same between resets.
 @needs_compiler
 @pytest.mark.parametrize(
-    "case", ["left", pytest.param("none", marks=pytest.mark.slow), pytest.param("packed", marks=pytest.mark.slow)]
+    "case",
+    [
+        pytest.param("left", marks=pytest.mark.slow),
+        pytest.param("none", marks=pytest.mark.slow),
+        pytest.param("packed", marks=pytest.mark.slow),
+    ],
 )
 def test_flex_equals_eager(case):
     torch._dynamo.reset()

@@ -37,7 +37,7 @@ def model(request):
     return tiny_model(max_num_frames=request.param)
 
 
-@pytest.mark.parametrize("way", ["sdpa", "eager", "compiled"])
+@pytest.mark.parametrize("way", ["sdpa", "eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_row_gives_what_it_gives_alone(model, way):
     inputs = batch("left", filling=7.0)  # padding may hold anything
     model.set_attn_implementation("eager" if way == "eager" else "sdpa")

@@ -141,7 +141,7 @@ def test_gradients(case):
             assert ours(name).norm().item() == pytest.approx(norm, rel=10 * atol, abs=1e-6), name
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("use_cache", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_greedy_tokens(case, use_cache):
     model, tensors, *_ = case
     settings = {"do_sample": False, "use_cache": use_cache, "eos_token_id": -1, "pad_token_id": 0}

@@ -434,6 +434,7 @@ for revision in revisions:
 """
 
 
+@pytest.mark.slow
 def test_token_ids_are_those_of_the_revision_asked_for(legacy_folder, otter_tokenizer, tmp_path_factory):
     """A private repository, known to the arguments of `from_pretrained` alone, whose tokenizer was replaced later."""
     folder, _ = legacy_folder

@@ -99,6 +99,7 @@ def test_images_nobody_sees_are_empty_segments():
     assert not segments.gather_media(torch.full((2, 3, 4, 1), torch.nan))[0].view(6, 4)[~segments.seen].any()
 
 
+@pytest.mark.slow
 def test_a_compiled_graph_has_one_shape_for_all_values():
     graphs = []
 

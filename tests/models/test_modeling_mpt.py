@@ -353,7 +353,7 @@ def test_autocast_trains_in_bfloat16():
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_without_graph_breaks(padded):
     torch._dynamo.reset()
     model = build().train()
@@ -369,6 +369,7 @@ def test_compiles_without_graph_breaks(padded):
         torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_compiled_packed_rows_do_not_leak():
     torch._dynamo.reset()
     model = build()
@@ -380,6 +381,7 @@ def test_compiled_packed_rows_do_not_leak():
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_decoding_with_a_static_cache():
     torch._dynamo.reset()
     model = build()

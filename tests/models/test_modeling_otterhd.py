@@ -89,6 +89,7 @@ class TestPacking:
         with pytest.raises(ValueError, match="position_ids"):
             model(input_ids=pack(rows)["input_ids"], pixel_values=pack(rows)["pixel_values"], **flash)
 
+    @pytest.mark.slow
     def test_compiled(self, model, rows):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
@@ -231,6 +232,7 @@ class TestGeneration:
         continued = model.generate(more, past_key_values=first.past_key_values, **settings)
         assert torch.equal(continued, model.generate(more, pixel_values=rows[0]["pixel_values"], **settings))
 
+    @pytest.mark.slow
     def test_compiled_decoding(self, model, rows):
         settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
         expected = model.generate(**rows[0], **settings)

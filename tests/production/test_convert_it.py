@@ -326,6 +326,7 @@ convert(Slow(sys.argv[1]), sys.argv[2], size=8, num_threads=2, sources_per_shard
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_taken_up_again(tmp_path):
     fill(tmp_path / "in", 100)
     store, out = tmp_path / "out" / "CGD.parquet", tmp_path / "out"

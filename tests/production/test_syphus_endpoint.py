@@ -238,6 +238,7 @@ def replied(folder):
     return [event["id"] for event in events if event["event"] == "reply"]
 
 
+@pytest.mark.slow
 def test_nothing_is_asked_twice_after_kills(serve, annotations, capsys):
     endpoint, folder = Endpoint(delay=0.1), annotations.parent / "run"
     with serve(endpoint) as url:

@@ -106,7 +106,7 @@ def test_parsers_survive_any_order_of_lines():
     text = hypothesis.strategies.text(max_size=12)
     lines = hypothesis.strategies.lists(hypothesis.strategies.sampled_from(LINES) | text, max_size=12)
 
-    @hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=100, deadline=None, derandomize=True)
     @hypothesis.given(lines)
     def check(lines):
         for parse in PARSERS:

@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "alone"), [("ddp", "one"), ("fsdp", "one"), ("fsdp_tied", "one_tied")])
 def test_same_trajectory_as_in_one_process(runs, kind, alone):
     expected = losses(runs / alone)
@@ -62,6 +63,7 @@ def test_same_trajectory_as_in_one_process(runs, kind, alone):
         torch.testing.assert_close(trained[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
+@pytest.mark.slow
 def test_fsdp_saves_what_everyone_loads(runs):
     """Whole weights and processor in the output folder and in each checkpoint, for a plain `from_pretrained`."""
     assert list((runs / "fsdp" / "checkpoint-9" / "pytorch_model_fsdp_0").glob("__1_*"))  # it was sharded
@@ -72,6 +74,7 @@ def test_fsdp_saves_what_everyone_loads(runs):
         torch.testing.assert_close(dict(model.state_dict()), weights(runs / "fsdp"), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_fsdp_resumes(runs):
     torch.testing.assert_close(losses(runs / "resumed"), losses(runs / "fsdp"), rtol=1e-6, atol=1e-6)
 

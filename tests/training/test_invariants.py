@@ -53,6 +53,7 @@ def test_checkpointing(fit, record, frozen):
     assert_same(record(f"activation checkpointing, freeze={frozen}", folders), tolerance=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled(fit, record):
     """`torch_compile` goes through with batches of other shapes; its eager backend changes no number."""
     settings = {"max_steps": 3, "packing": False}

@@ -71,6 +71,7 @@ def pushed(tmp_path_factory):
         yield hub, folder, result
 
 
+@pytest.mark.slow
 def test_training_survives_failed_pushes(pushed):
     hub, folder, result = pushed
     assert len(losses(folder / "good")) == 6

@@ -6,6 +6,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from PIL import ImageFile
 from transformers.utils import logging
 
 from ..made_from import state
@@ -34,6 +36,20 @@ _READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "c
 _NEEDS_JUDGE = ("otter_magnifierbench_freeform", "otter_mmvet")
 
 
+@contextmanager
+def _pillow_as_lmms_eval_sets_it():
+    """
+    Importing lmms-eval makes Pillow fill up truncated pictures with grey, for all of the program and for good: some of
+    its data sets hold them. It is so while we evaluate, and afterwards as it was.
+    """
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@_pillow_as_lmms_eval_sets_it()
 def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
     """
     Evaluates, and writes under `config.output`: `results.json`, `report.txt`, and for each model a folder with the
