@@ -1,7 +1,7 @@
 """
 Direct preference optimisation (https://huggingface.co/papers/2305.18290) of Otter, Flamingo or OtterHD with TRL.
 
-    pip install "otter-hf[trl]"
+    pip install -e ".[trl]"
     accelerate launch examples/trl_dpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir out \\
         --beta 0.1 --per_device_train_batch_size 2 --learning_rate 5e-7
 

@@ -1,7 +1,7 @@
 """
 Group relative policy optimisation (https://huggingface.co/papers/2402.03300) of Otter, Flamingo or OtterHD with TRL.
 
-    pip install "otter-hf[trl]"
+    pip install -e ".[trl]"
     accelerate launch examples/trl_grpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir out \\
         --num_generations 8 --max_completion_length 64 --per_device_train_batch_size 8 --learning_rate 1e-6
 

@@ -1,7 +1,7 @@
 """
 Supervised fine-tuning of Otter, Flamingo or OtterHD with TRL (https://huggingface.co/docs/trl).
 
-    pip install "otter-hf[trl]"
+    pip install -e ".[trl]"
     accelerate launch examples/trl_sft.py --model_name_or_path MODEL --dataset_name DATA --output_dir out \\
         --max_length 1024 --per_device_train_batch_size 4 --learning_rate 1e-5
     accelerate launch examples/trl_sft.py ... --use_peft --lora_target_modules q_proj v_proj

@@ -20,9 +20,7 @@ from otter_hf.production.syphus import Budget, ChatClient, SyphusRun
 from otter_hf.production.syphus.client import EndpointError, RejectedError, TransientError, read_completion
 
 
-pytestmark = pytest.mark.skipif(
-    find_spec("openai") is None, reason="openai is not installed: pip install 'otter-hf[syphus]'"
-)
+pytestmark = pytest.mark.skipif(find_spec("openai") is None, reason="openai is not installed")
 
 
 class Endpoint:

@@ -107,9 +107,12 @@ def _stats(commands) -> None:
 def _run_stats(args) -> None:
     from ..data.mixture import MimicitMixture
     from ..data.preview import mixture_statistics, statistics_table, write_histograms
+    from ..extras import require
 
     if args.limit < 0:
         raise ValueError(f"--limit must be a number of samples, or 0 for all, got {args.limit}.")
+    if args.png:
+        require("--png", "plots")
     mixture = MimicitMixture(args.mixture, on_error="skip", cache_dir=args.cache_dir)
     print(mixture.summary())
     values = mixture_statistics(mixture, _tokenizer(args.tokenizer), args.limit)

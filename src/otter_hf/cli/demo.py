@@ -5,6 +5,7 @@ import contextlib
 import os
 import secrets
 
+from ..extras import missing
 from .chat import add_loading_arguments, loading_options
 from .serve import API_KEY_VARIABLE, add_limit_arguments, port_number, require_serving, settings_from
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise ValueError("the page needs gradio; install it with pip install 'otter-hf[demo]'.") from error
+        raise ValueError(missing("the page", "demo")) from error
     import openai
 
     from ..demo.page import THEME, build_page

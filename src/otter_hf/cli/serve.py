@@ -3,6 +3,7 @@
 import argparse
 import os
 
+from ..extras import missing
 from .chat import add_loading_arguments, loading_options
 
 
@@ -133,4 +134,4 @@ def require_serving() -> None:
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ValueError("serving needs fastapi, uvicorn and openai; install them with pip install 'otter-hf[serve]'.")
+        raise ValueError(missing("serving", "serve"))

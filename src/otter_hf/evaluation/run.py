@@ -17,6 +17,7 @@ from accelerate import PartialState
 from PIL import ImageFile
 from transformers.utils import logging
 
+from ..extras import pip_install, requirements
 from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
 from .config import DatasetSpec, EvalConfig, ModelSpec
@@ -277,14 +278,17 @@ def _file_name(name: str) -> str:
 
 
 def _require_lmms_eval() -> None:
-    install = "pip install -c constraints.txt -e '.[eval]' && pip install --no-deps lmms-eval==0.7.3"
     try:
         import lmms_eval.evaluator  # noqa: F401
     except ImportError as error:
-        raise ValueError(f"otter-hf eval needs lmms-eval ({error}): {install}") from error
+        wanted = map(str, requirements("eval"))
+        raise ValueError(
+            f"otter-hf eval needs lmms-eval ({error}): {pip_install(*wanted)} && "
+            f"{pip_install('--no-deps', 'lmms-eval==0.7.3')}"
+        ) from error
     # lmms-eval 0.7.3 imports it when a run starts, and would end in a traceback
     if find_spec("filelock._api") is None:
         raise ValueError(
             f"lmms-eval 0.7.3 does not work with filelock {version('filelock')}, but with 3.32.7: "
-            "pip install 'filelock<4'"
+            f"{pip_install('filelock<4')}"
         )

@@ -5,6 +5,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
+from ..extras import missing
+
 
 # what is not the decoder keeps its precision: it is small, and gates and resampler may be trained
 WHOLE_MODULES = [
@@ -26,7 +28,7 @@ def quantization_config() -> BitsAndBytesConfig:
         ValueError: where bitsandbytes is not installed.
     """
     if not is_bitsandbytes_available():
-        raise ValueError("load_in_4bit needs bitsandbytes: install it, or leave load_in_4bit out.")
+        raise ValueError(missing("load_in_4bit", "qlora"))
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

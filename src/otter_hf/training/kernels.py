@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import is_liger_kernel_available
 
+from ..extras import missing
 from ..models.attention_choice import best_varlen_attention
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 
@@ -57,7 +58,7 @@ def use_liger_kernels(config: PreTrainedConfig, options: dict[str, bool] | None 
         ValueError: without Liger or a CUDA device.
     """
     if not is_liger_kernel_available():
-        raise ValueError("use_liger_kernel needs liger-kernel: install it, or leave use_liger_kernel out.")
+        raise ValueError(missing("use_liger_kernel", "liger"))
     if not torch.cuda.is_available():
         raise ValueError("use_liger_kernel needs a CUDA device: leave it out here.")
     from liger_kernel.transformers import _apply_liger_kernel

@@ -24,6 +24,7 @@ from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
 from ..data.prompts import IMAGE_TOKEN, chat_template, get_format
 from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
+from ..extras import missing
 from ..models.flamingo import FlamingoProcessor
 from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
@@ -398,6 +399,6 @@ def _stop_generation_at(model: PreTrainedModel, token_id: int) -> None:
 
 def _plot(log_history: list[dict], path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        logger.info("No curves were drawn: install matplotlib for that.")
+        logger.info(f"No curves were drawn: {missing('that', 'plots')}")
     else:
         plot_history(log_history, path)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ...extras import missing
 from ...thinking import strip_thinking
 
 
@@ -68,7 +69,7 @@ class ChatClient:
         try:
             import openai
         except ImportError:
-            raise ImportError("Syphus needs the openai package: pip install 'otter-hf[syphus]'.") from None
+            raise ImportError(missing("Syphus", "syphus")) from None
         if timeout <= 0:
             raise ValueError(f"timeout must be a number of seconds, got {timeout}.")
         base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
