@@ -9,7 +9,7 @@ from transformers.utils import logging
 from ..generation import ImageTextGenerationMixin
 from ..media_attention import batch_first_media
 from ..media_cache import with_media
-from .media_flamingo import check_frame_mask
+from .media_flamingo import check_frame_mask, check_latents
 
 
 logger = logging.get_logger(__name__)
@@ -40,8 +40,9 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
     @accept_legacy_arguments
     def generate(self, inputs=None, *args, **kwargs):
         """
-        As in the parent class, with `pixel_values (B, T, F, C, H, W)`, `pixel_attention_mask (B, T, F)` and,
-        optionally, `media_index (B, L)` of the prompt; a generated token sees what the last token of the prompt sees.
+        As in the parent class, with `pixel_values (B, T, F, C, H, W)` or `image_hidden_states (B, T, n, D)`,
+        `pixel_attention_mask (B, T, F)` and, optionally, `media_index (B, L)` of the prompt; a generated token sees
+        what the last token of the prompt sees.
 
         A chat continued on `past_key_values` may pass the images of the whole conversation, as a processor makes them,
         or only the new ones.
@@ -51,15 +52,17 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
                 them. What `pixel_attention_mask` leaves out is padding. Without it, the media of a row that has fewer
                 `<image>` than others are, and in a call without any mask, as in 2023, all behind those referred to.
         """
-        if kwargs.get("pixel_values") is not None and kwargs.get("media_index") is None:
+        given = (kwargs.get("pixel_values"), kwargs.get("image_hidden_states"))
+        if given != (None, None) and kwargs.get("media_index") is None:
             self._refuse_surplus_media(inputs, **kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _refuse_surplus_media(
         self,
         inputs,
-        pixel_values,
+        pixel_values=None,
         pixel_attention_mask=None,
+        image_hidden_states=None,
         input_ids=None,
         attention_mask=None,
         inputs_embeds=None,
@@ -71,19 +74,26 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         total = is_media.sum(dim=1)  # (B,)
         seen = getattr(past_key_values, "media_seen", None)
         new = total if seen is None else total - seen.to(total.device)
-        pixel_values = batch_first_media(pixel_values, len(total))
-        num_media = pixel_values.shape[1]
+        if image_hidden_states is not None:
+            check_latents(image_hidden_states, pixel_values, pixel_attention_mask, len(total), self.config)
+            media = image_hidden_states
+        else:
+            media = batch_first_media(pixel_values, len(total))
+            if pixel_attention_mask is not None:
+                check_frame_mask(pixel_attention_mask, media)
+        num_media = media.shape[1]
         if pixel_attention_mask is not None:
-            given = check_frame_mask(pixel_attention_mask, pixel_values).any(dim=2).sum(dim=1).to(total.device)  # (B,)
+            given = pixel_attention_mask.bool().any(dim=2).sum(dim=1).to(total.device)  # (B,)
             wrong = (given > total) | ((given > new) & (given < total))
         else:
             wanted = total if num_media >= total.max() else new
-            is_used = pixel_values[:, int(wanted.max()) :].any() and (attention_mask is not None or not wanted.any())
+            is_used = media[:, int(wanted.max()) :].any() and (attention_mask is not None or not wanted.any())
             given, wrong = torch.full_like(total, num_media), torch.full_like(total, bool(is_used)).bool()
         if wrong.any():
             row = int(wrong.nonzero()[0])
+            name = "pixel_values" if image_hidden_states is None else "image_hidden_states"
             raise ValueError(
-                f"pixel_values holds {int(given[row])} media for row {row} of the prompt, which has {int(new[row])} "
+                f"{name} holds {int(given[row])} media for row {row} of the prompt, which has {int(new[row])} "
                 "new `<image>`; pass one for each (was the prompt cut?), or say with media_index who sees them."
             )
 
@@ -97,27 +107,31 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         pixel_values=None,
         is_first_iteration=False,
         pixel_attention_mask=None,
+        image_hidden_states=None,
         **kwargs,
     ):
-        """As in the parent class; see `generate` for `media_index`, `pixel_values` and `pixel_attention_mask`."""
-        if is_first_iteration and pixel_values is not None and past_key_values is not None:
-            pixel_values, pixel_attention_mask = self._new_media(
-                input_ids, pixel_values, pixel_attention_mask, past_key_values
-            )
+        """As in the parent class; see `generate` for `media_index` and the media."""
+        if pixel_values is not None:
+            pixel_values = batch_first_media(pixel_values, input_ids.shape[0])
+        media = {"pixel_values": pixel_values, "image_hidden_states": image_hidden_states}
+        media = {name: value for name, value in media.items() if value is not None}
+        if media and pixel_attention_mask is not None:
+            media["pixel_attention_mask"] = pixel_attention_mask
+        if is_first_iteration and media and past_key_values is not None:
+            media = self._new_media(input_ids, media, past_key_values)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         # the assistant of assisted decoding gets no first iteration, which is when images are passed on
         # (a static cache counts its tokens in a tensor, which no step shall read)
-        if pixel_values is not None and getattr(past_key_values, "media_index", self) is None:
-            inputs |= {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
+        cached = past_key_values is not None and kwargs.get("use_cache", True)
+        if is_first_iteration or not cached or getattr(past_key_values, "media_index", self) is None:
+            inputs |= media
         if media_index is not None:
             # candidates of assisted decoding are not in it yet
             missing = max(0, input_ids.shape[1] - media_index.shape[1])
@@ -126,30 +140,30 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
             inputs["media_index"] = media_index[:, -tokens.shape[1] :]
         return inputs
 
-    def _new_media(self, input_ids, pixel_values, pixel_attention_mask, past_key_values):
-        """The media that a cache does not hold yet and their mask, aligned to the left; see `generate`."""
+    def _new_media(self, input_ids, media: dict, past_key_values) -> dict:
+        """Those of `media`, each `(B, T, ...)`, that a cache does not hold yet, aligned to the left."""
         seen = getattr(past_key_values, "media_seen", None)
         if seen is None:
-            return pixel_values, pixel_attention_mask
-        pixel_values = batch_first_media(pixel_values, input_ids.shape[0])
-        num_media = pixel_values.shape[1]
+            return media
+        num_media = next(iter(media.values())).shape[1]
         total = (input_ids == self.config.image_token_id).sum(dim=1)  # (B,)
-        if pixel_attention_mask is None:
+        if (mask := media.get("pixel_attention_mask")) is None:
             whole = num_media >= int(total.max())
         else:
-            whole = bool((pixel_attention_mask.bool().any(dim=2).sum(dim=1) == total).all())
+            whole = bool((mask.bool().any(dim=2).sum(dim=1) == total).all())
         if not whole:
-            return pixel_values, pixel_attention_mask  # only the new ones
+            return media  # only the new ones
         new = total - seen
         num_new = int(new.max())
         if num_new <= 0:
-            return None, None
+            return {}
         place = torch.arange(num_new, device=seen.device)  # (T_new,)
         rows = torch.arange(len(total), device=seen.device)[:, None]
         source = (place + seen[:, None]).clamp(max=num_media - 1)  # (B, T_new)
-        if pixel_attention_mask is not None:
-            pixel_attention_mask = pixel_attention_mask[rows, source] * (place < new[:, None])[..., None]
-        return pixel_values[rows, source], pixel_attention_mask
+        media = {name: value[rows, source] for name, value in media.items()}
+        if mask is not None:
+            media["pixel_attention_mask"] *= (place < new[:, None])[..., None]
+        return media
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(

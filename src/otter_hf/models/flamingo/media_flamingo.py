@@ -102,18 +102,30 @@ class FlamingoMediaMixin:
         )
 
     def _encode_media(
-        self, pixel_values, pixel_attention_mask, new_index, explicit: bool, blank: bool, known: tuple | None = None
+        self,
+        pixel_values,
+        pixel_attention_mask,
+        image_hidden_states,
+        new_index,
+        explicit: bool,
+        blank: bool,
+        known: tuple | None = None,
     ) -> torch.Tensor | None:
         """
         The latents `(B, T, n, D)` of a batch; zeros for media that no token refers to. None without any.
 
         Args:
-            pixel_values, pixel_attention_mask: as in `FlamingoModel.forward`.
+            pixel_values, pixel_attention_mask, image_hidden_states: as in `FlamingoModel.forward`.
             new_index: `(B, L)`, the medium in `pixel_values` each token sees, from 1.
             explicit: whether the caller said so, and may leave out what it wants.
             blank: whether a medium that no token sees stands in where there is none.
             known: what the host knows: the media that each row refers to, and the frames of each medium of each row.
         """
+        if image_hidden_states is not None:
+            check_latents(image_hidden_states, pixel_values, pixel_attention_mask, new_index.shape[0], self.config)
+            if not is_torchdynamo_compiling():
+                _count_frames(image_hidden_states, pixel_attention_mask, new_index, explicit, known)
+            return image_hidden_states
         if pixel_values is not None:
             pixel_values = batch_first_media(pixel_values, new_index.shape[0])
             if pixel_attention_mask is not None:
@@ -153,17 +165,34 @@ def check_frame_mask(pixel_attention_mask: torch.Tensor, pixel_values: torch.Ten
     return pixel_attention_mask.bool()
 
 
-def _count_frames(
-    pixel_values, pixel_attention_mask, new_index, explicit: bool, known: tuple | None = None
-) -> list[int]:
+def check_latents(image_hidden_states, pixel_values, pixel_attention_mask, batch_size: int, config) -> None:
+    """ValueError unless these are latents `(B, T, n, D)` of a model of this configuration, in place of pixels."""
+    if pixel_values is not None:
+        raise ValueError("Give either pixel_values or image_hidden_states, what they were encoded to, not both.")
+    # latents are as wide as what the tower gives
+    expected = (config.perceiver_num_latents, config.vision_hidden_size)
+    shape = tuple(image_hidden_states.shape)
+    if len(shape) != 4 or shape[0] != batch_size or shape[2:] != expected:
+        raise ValueError(
+            f"image_hidden_states has shape {shape}; expected {(batch_size, 'T', *expected)}: rows of input_ids, "
+            "media of a row, latents of a medium, their width."
+        )
+    if pixel_attention_mask is not None and tuple(pixel_attention_mask.shape[:2]) != shape[:2]:
+        raise ValueError(
+            f"pixel_attention_mask has shape {tuple(pixel_attention_mask.shape)}; expected {(*shape[:2], 'F')}, the "
+            "frames of each medium of image_hidden_states."
+        )
+
+
+def _count_frames(media, pixel_attention_mask, new_index, explicit: bool, known: tuple | None = None) -> list[int]:
     """
     How many frames of each of the B*T media are to be encoded: all of those that a token refers to, no others. Waits
-    for the device once, unless all that is needed is `known`, see `_encode_media`.
+    for the device once, unless all that is needed is `known`, see `_encode_media`. `media` are pixels or latents.
 
     Raises:
         ValueError: where rows refer to more media than they have, or have more than they refer to.
     """
-    num_media, longest = (0, 0) if pixel_values is None else pixel_values.shape[1:3]
+    num_media, longest = (0, 0) if media is None else media.shape[1:3]
     referenced, frame_counts = known or (None, None)
     if pixel_attention_mask is None:
         frame_counts = [[longest] * num_media] * len(new_index)
@@ -181,7 +210,8 @@ def _count_frames(
         given = counts.index(0) if 0 in counts else num_media
         surplus = pixel_attention_mask is not None and not explicit and sum(map(bool, counts)) > wanted
         if wanted > given or surplus:
-            source = "pixel_values" if pixel_attention_mask is None else "pixel_attention_mask"
+            given_as = "image_hidden_states" if media is not None and media.ndim == 4 else "pixel_values"
+            source = given_as if pixel_attention_mask is None else "pixel_attention_mask"
             raise ValueError(
                 f"input_ids row {row} refers to {wanted} new media, but {source} holds {given} for it; pass one image "
                 "per `<image>` token."

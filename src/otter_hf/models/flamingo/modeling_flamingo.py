@@ -262,6 +262,7 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
         media_counts: list[int] | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         frame_counts: list[list[int]] | None = None,
+        image_hidden_states: torch.FloatTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlamingoModelOutputWithPast:
         """
@@ -282,12 +283,16 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
                 neither encoded nor seen (a compiled graph encodes it, and hides it then).
             media_counts, frame_counts: how many media the tokens of each row refer to, if there is no cache, and how
                 many frames each medium has in the mask; see `known_on_host`.
+            image_hidden_states: `(B, T, n, D)` in place of `pixel_values`: latents of media that were encoded before,
+                as this model returned them (`get_image_features`, or an output of this name). They depend on nothing
+                but the medium and the weights, so that one encoding serves any number of rows and calls. Rows with
+                fewer media are padded at the end; `pixel_attention_mask` says which are there, if given.
             kwargs: handed to the text model.
 
         Raises:
             ValueError: if media and `<image>` tokens do not fit together (without `pixel_attention_mask` media behind
-                those that a row refers to are taken for padding), or not exactly one of `input_ids` and
-                `inputs_embeds` is given.
+                those that a row refers to are taken for padding), media are given twice, or not exactly one of
+                `input_ids` and `inputs_embeds` is given.
             RuntimeError: for a single `<image>` on top of a cache without `pixel_values`; on CUDA by a device-side
                 assertion, as decoding steps are not waited for.
         """
@@ -307,7 +312,7 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
                 f"media_index has shape {tuple(media_index.shape)}; expected {tuple(shape)}, one number per token."
             )
 
-        if pixel_values is None and self._is_decoding_step(seen, shape[1]):
+        if pixel_values is None and image_hidden_states is None and self._is_decoding_step(seen, shape[1]):
             # the device looks for itself, and nobody waits for it (others cannot)
             torch._assert_async(
                 (media_index.amax(dim=1) <= cache.num_media).all(),
@@ -318,6 +323,7 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
             vision_states = self._encode_media(
                 pixel_values,
                 pixel_attention_mask,
+                image_hidden_states,
                 media_index if seen is None else (media_index - seen[:, None]).clamp(min=0),  # (B, L)
                 explicit=not in_order,
                 blank=self.training and seen is None,
