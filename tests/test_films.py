@@ -112,6 +112,32 @@ def test_stored_rotation_is_applied_everywhere(rotation, corner, container, tmp_
         assert frame.getpixel((x, y))[0] > 200 and frame.getpixel((size[0] - 1 - x, size[1] - 1 - y))[0] < 60
 
 
+@pytest.mark.parametrize(
+    "container, codec, options",
+    [
+        ("mp4", "mpeg4", {}),
+        ("matroska", "h264", {"x264-params": "keyint=6:open-gop=1"}),
+        ("mp4", "h264", {"x264-params": "keyint=100:bframes=3"}),
+        ("mp4", "h264", {"x264-params": "intra-refresh=1:keyint=8:bframes=0"}),
+    ],
+    ids=["keyframes", "open groups", "one keyframe", "no keyframes"],
+)
+def test_frames_found_by_keyframes_are_those_of_reading_all(container, codec, options):
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+        for number in range(40):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 3 * number, 1), format="rgb24")))
+        out.mux(stream.encode())
+    for wanted in (3, 9, 30):
+        found = [np.asarray(frame) for frame in read_video(buffer.getvalue(), num_frames=wanted)]
+        with open_film(buffer.getvalue()) as opened:
+            every = [np.asarray(frame.image()) for frame in opened.frames()]
+        assert np.array_equal(found, [every[i * 40 // wanted] for i in range(wanted)])
+
+
 def test_a_mirrored_film_is_mirrored_back():
     data = bytearray(film(times=1))
     matrix = data.index(b"tkhd") + 44  # of the box of the track, in version 0
@@ -276,7 +302,7 @@ def test_what_is_no_film_is_refused_in_a_sentence(tmp_path, processor):
 def test_limits_are_looked_at_before_frames_are_kept():
     data, pixels = film(), WIDTH * HEIGHT
     for limits, message in (
-        (FilmLimits(frame_pixels=pixels - 1), "48 x 32 pixels are more than the limit of 1535"),
+        (FilmLimits(frame_pixels=pixels - 1), "a frame may have at most 1535 pixels"),
         (FilmLimits(film_pixels=20 * pixels - 1), "20 frames of 48 x 32 are more than 30719 pixels"),
         (FilmLimits(kept_pixels=4 * pixels - 1), "4 frames of 48 x 32 are more than 6143 pixels; ask for fewer"),
     ):

@@ -11,11 +11,13 @@
   for long. A film with fewer frames than asked for gives all it has. Frames that are given are taken as they are,
   unless `num_frames` is. Nothing relies on a number of frames or a duration in the header.
 * **Orientation** stored in the film (telephones) is applied, as OpenCV and decord do.
-* **Memory**: only frames that are wanted are kept and converted, and how many pixels they may have together is
-  limited (`FilmLimits`). Each frame's size is checked before it is decoded.
+* **Memory and time**: only frames that are wanted are kept and converted, and how many pixels they may have together
+  is limited (`FilmLimits`). Each frame's size is checked before it is decoded. Where a container has an index,
+  decoding starts at the keyframe in front of each wanted frame; of others, and where that fails, all are decoded.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +27,7 @@ from numbers import Integral, Real
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
+from transformers.utils import logging
 
 from .pictures import (
     TURNS,
@@ -39,6 +42,8 @@ from .pictures import (
 )
 
 
+logger = logging.get_logger(__name__)
+
 DEFAULT_NUM_FRAMES = 16
 # FFmpeg's names of demuxers; none of them opens anything but the bytes it is given
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf")
@@ -49,6 +54,8 @@ CODECS = frozenset(
     "svq3 cinepak".split()
 )
 _PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")
+# of FFmpeg's demuxers, those that know where their keyframes are
+_INDEXED = ("mov", "matroska")
 # milliseconds of a frame that states none, as browsers show it
 _FRAME_DURATION = 100
 
@@ -61,14 +68,18 @@ class FilmLimits:
     Args:
         frame_pixels: of one frame; default: as `pictures`.
         film_pixels: of all its frames, wanted or not, which bound the time that decoding takes; None for any number.
+        frames: that it may have.
         kept_pixels: of all wanted frames together, shrunk.
         max_side: longer sides are shrunk to it; None keeps all frames as they are.
+        check: called for each frame that is decoded, wanted or not; what it raises ends the work.
     """
 
     frame_pixels: int | None = None
     film_pixels: int | None = None
+    frames: int = 1_000_000
     kept_pixels: int = 1_000_000_000
     max_side: int | None = None
+    check: Callable[[], None] | None = None
 
 
 class Frame(NamedTuple):
@@ -233,6 +244,15 @@ class Film:
                 f"{self.name} is too large: {num_frames} frames of {self.width} x {self.height} are more than {limit} "
                 "pixels; send a shorter or smaller one."
             )
+        if num_frames > self.limits.frames:
+            raise ImageTooLarge(
+                f"{self.name} is too large: it has more than {self.limits.frames} frames; send a shorter one."
+            )
+
+    def _check_frame(self, width: int, height: int) -> None:
+        if self.limits.check is not None:
+            self.limits.check()
+        check_size(width, height, self.name, self.limits.frame_pixels)
 
     def unreadable(self, reason) -> ImageError:
         return ImageError(f"{self.name} cannot be read as a video: {str(reason).rstrip('.')}.")
@@ -303,6 +323,7 @@ class _PillowFilm(Film):
             self._check_pixels(num_frames)
             for number in range(num_frames):
                 image.seek(number)
+                self._check_frame(*image.size)
                 if image.format == "WEBP":  # whose durations come with the pixels
                     image.load()
                 self.ticks.append(self.end)
@@ -313,6 +334,7 @@ class _PillowFilm(Film):
         with Image.open(self.file, formats=_PICTURES) as image:
             for number, ticks in enumerate(self.ticks):
                 image.seek(number)
+                self._check_frame(*image.size)
                 image.load()
                 # a copy: the next frame changes the image
                 yield ticks, partial(read_image, image.copy(), self.name)
@@ -325,14 +347,28 @@ class _FFmpegFilm(Film):
         with self._open() as container:
             stream = self._stream(container)
             self.width, self.height, self.time_base = stream.width, stream.height, stream.time_base
+            if not self.width or not self.height:
+                limit = self._frame_pixels()
+                raise ImageTooLarge(
+                    f"{self.name} is too large, or has no frames: a frame may have at most {limit} pixels."
+                )
             check_size(self.width, self.height, self.name, self.limits.frame_pixels)
-            # frames behind the end of an edit list are in the file and not shown
-            packets = [(p.pts, p.duration) for p in container.demux(stream) if p.size and not p.is_discard]
-        if any(pts is None for pts, _ in packets):
-            packets = [(index, 1) for index in range(len(packets))]
+            packets = []
+            for packet in container.demux(stream):
+                # frames behind the end of an edit list are in the file and not shown
+                if packet.size and not packet.is_discard:
+                    packets.append((packet.pts, packet.duration, packet.is_keyframe, packet.dts))
+                if len(packets) % 1000 == 0:
+                    self._check_frame(self.width, self.height)
+                    self._check_pixels(len(packets))
+            indexed = any(name in container.format.name.split(",") for name in _INDEXED)
+        if any(packet[0] is None for packet in packets):
+            packets, indexed = [(index, 1, False, None) for index in range(len(packets))], False
             self.time_base = 1 / Fraction(stream.guessed_rate or stream.average_rate or 25)
         packets.sort(key=lambda packet: packet[0])
-        self.ticks = [pts for pts, _ in packets]
+        self.ticks = [packet[0] for packet in packets]
+        # ticks of the keyframes, and where to look for them
+        self._keys = [(pts, pts if dts is None else min(pts, dts)) for pts, _, key, dts in packets if key and indexed]
         gaps = [later - earlier for earlier, later in pairwise(self.ticks)]
         last = (packets[-1][1] if packets else None) or (sum(gaps) // len(gaps) if gaps else 1)
         self.end = self.ticks[-1] + max(last, 1) if packets else 0
@@ -340,16 +376,57 @@ class _FFmpegFilm(Film):
     def _frames(self):
         self.file.seek(0)
         with self._open() as container:
-            stream = self._stream(container)
-            # a stream may change its size on the way
-            limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
-            limit = self.limits.frame_pixels or limit
-            if limit is not None:
-                stream.codec_context.options = {"max_pixels": str(limit)}
-            for index, frame in enumerate(container.decode(stream)):
-                check_size(frame.width, frame.height, self.name, self.limits.frame_pixels)
+            for index, frame in enumerate(container.decode(self._stream(container))):
+                self._check_frame(frame.width, frame.height)
                 known = self.ticks[min(index, len(self) - 1)]
                 yield known if frame.pts is None else frame.pts, partial(_upright, frame)
+
+    def pick(self, targets):
+        targets, done = None if targets is None else list(targets), 0
+        if targets and self._keys and self._keys[0][0] <= self.ticks[0]:
+            try:
+                for frame in self._sought(targets):
+                    yield frame
+                    done += 1
+            except (ImageError, GeneratorExit):
+                raise
+            except Exception as error:  # of PyAV, for a keyframe that is none: what comes from the start may do better
+                logger.debug(f"{self.name} is read without its index: {error}")
+        if targets is None or done < len(targets):
+            yield from super().pick(targets if targets is None else targets[done:])
+
+    def _sought(self, targets: Sequence[Fraction]) -> Iterator[Frame]:
+        """The frames shown at the given times, each decoded from the keyframe in front of it; fewer if one fails."""
+        rounding, keys = self._rounding(), [pts for pts, _ in self._keys]
+        shown = [
+            self.ticks[bisect_right(self.ticks, self.ticks[0] + (time + rounding) / self.time_base) - 1]
+            for time in targets
+        ]
+        self.file.seek(0)
+        with self._open() as container:
+            stream, frames, frame = self._stream(container), None, None
+            for tick in shown:
+                number = bisect_right(keys, tick) - 1
+                if frames is None or frame.pts < keys[number]:
+                    container.seek(self._keys[number][1], stream=stream)
+                    frames, frame = self._decoded(container, stream, set(shown)), None
+                while frame is None or frame.pts != tick:
+                    frame = next(frames, None)
+                    if frame is None or frame.pts is None or frame.pts > tick or frame.is_corrupt:
+                        return
+                    self._check_frame(frame.width, frame.height)
+                yield Frame((tick - self.ticks[0]) * self.time_base, partial(_upright, frame))
+
+    @staticmethod
+    def _decoded(container, stream, wanted: set[int]) -> Iterator:
+        """Frames from where the container stands; those that no other frame needs only if they are wanted."""
+        for packet in container.demux(stream):
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+            yield from packet.decode()
+
+    def _frame_pixels(self) -> int | None:
+        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
+        return self.limits.frame_pixels or limit
 
     def _open(self):
         import av
@@ -360,8 +437,16 @@ class _FFmpegFilm(Film):
             "protocol_whitelist": "none",
             "codec_whitelist": ",".join(sorted(CODECS)),
         }
+        limit = self._frame_pixels()
+        streams = {} if limit is None else {"max_pixels": str(limit)}  # for each frame, and while FFmpeg probes
         try:
-            return av.open(_Nameless(self.file), container_options=options, metadata_errors="ignore")
+            return av.open(
+                _Nameless(self.file),
+                options=streams,
+                container_options=options,
+                metadata_errors="ignore",
+                io_open=_refuse_to_open,
+            )
         except av.error.ArgumentError as error:  # what FFmpeg says of a demuxer that is not on the list
             raise self.unreadable(f"it is none of the containers {', '.join(CONTAINERS)}") from error
 
@@ -377,6 +462,10 @@ class _FFmpegFilm(Film):
         if codec not in CODECS:
             raise self.unreadable(f"its codec {codec or 'of an unknown kind'} is none of those that are decoded here")
         return stream
+
+
+def _refuse_to_open(url: str, flags: int, options: dict):
+    raise PermissionError("a film is read from its own bytes alone")
 
 
 class _Nameless:

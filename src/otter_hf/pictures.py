@@ -18,7 +18,8 @@ pixels wherever it is met (films: `otter_hf.films`). The rules:
 * **Orientation** of photographs (EXIF) is applied.
 * **Several frames** in one file (GIF, WebP, TIFF): the first is the picture; given as a film, all are.
 * **CMYK** and other colours are converted by Pillow, without colour profiles.
-* **Size** is limited before anything is decoded, by default as Pillow does: `2 * PIL.Image.MAX_IMAGE_PIXELS`.
+* **Size** is limited before anything is decoded, by default as Pillow does: `2 * PIL.Image.MAX_IMAGE_PIXELS`. A
+  picture more than 200 times as long as wide is refused: models that resize its short side would make it large.
 
 `legacy=True` is how the code of 2023 read: Pillow's `convert("RGB")` alone, with transparency dropped, photographs as
 they lie in the file, and 16-bit grey cut off at 255.
@@ -58,6 +59,8 @@ _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _PROGRAMS = ("EPS",)
 # half of one of 255 steps: what rounds to a level is one, so that resized floats may overshoot a little
 _TOLERANCE = 0.5 / 255
+# of the longer to the shorter side; Qwen2-VL has the same limit
+MAX_ASPECT_RATIO = 200
 _pillow_settings = threading.Lock()
 
 
@@ -247,7 +250,7 @@ def _decode(file, name: str, legacy: bool, truncated: bool, max_pixels: int | No
 
 
 def check_size(width: int, height: int, name: str, max_pixels: float | None = None) -> None:
-    """Raise ImageError for a picture without pixels, and ImageTooLarge for one with too many."""
+    """Raise ImageError for a picture without pixels, ImageTooLarge for one with too many, or too long and narrow."""
     if not width or not height:
         raise ImageError(f"{name} has no pixels (size {(width, height)}): remove it or give a real image.")
     # read here, as programs set it
@@ -257,6 +260,10 @@ def check_size(width: int, height: int, name: str, max_pixels: float | None = No
         raise ImageTooLarge(
             f"{name} is too large ({width} x {height} pixels are more than the limit of {limit}); "
             f"{_advice(max_pixels)}."
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageTooLarge(
+            f"{name} is too long and narrow ({width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1): cut it."
         )
 
 

@@ -50,7 +50,9 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     limits.add_argument("--max-pictures", type=int, default=128, help="and frames of a request (default: 128)")
     limits.add_argument("--num-frames", type=int, default=16, help="read of a video (default: 16)")
+    limits.add_argument("--max-text-characters", type=int, default=500_000, help="of a request (default: 500,000)")
     limits.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (default: 1024)")
+    limits.add_argument("--body-timeout", type=float, default=30, help="seconds for a request to arrive (default: 30)")
     limits.add_argument("--request-timeout", type=float, default=300, help="seconds, waiting included (default: 300)")
     limits.add_argument("--slots", type=int, default=2, help="requests prepared or answered at a time (default: 2)")
     limits.add_argument("--queue", type=int, default=32, help="requests that may wait, then 429 (default: 32)")
@@ -62,8 +64,17 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="let web pages of this origin ask from a browser, e.g. http://localhost:3000, or *; repeatable",
     )
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this Host too, e.g. otter.example.org, or * for all; repeatable",
+    )
     urls = parser.add_argument_group("addresses of pictures in requests")
     urls.add_argument("--no-fetch", action="store_true", help="read data: only, fetch no http(s) address")
+    urls.add_argument("--max-fetches", type=int, default=16, help="addresses of a request (default: 16)")
+    urls.add_argument("--fetch-timeout", type=float, default=20, help="seconds for all of them together (default: 20)")
     urls.add_argument("--allow-private-addresses", action="store_true", help="fetch from this machine and network too")
     urls.add_argument("--allow-files", metavar="DIR", help="read file:// addresses below this folder")
 
@@ -109,23 +120,29 @@ def settings_from(arguments: argparse.Namespace):
     return ServerSettings(
         api_key=os.environ.get(API_KEY_VARIABLE) or None,
         body_bytes=body_bytes,
-        allow_origins=tuple(arguments.allow_origin),
         media=MediaLimits(
             image_pixels=arguments.max_image_pixels,
             video_pixels=arguments.max_video_pixels,
             pictures=arguments.max_pictures,
+            text_characters=arguments.max_text_characters,
         ),
         fetch=FetchPolicy(
             http=not arguments.no_fetch,
             private_addresses=arguments.allow_private_addresses,
             file_root=None if arguments.allow_files is None else Path(arguments.allow_files),
             max_bytes=body_bytes,
+            max_fetches=arguments.max_fetches,
+            timeout=arguments.fetch_timeout,
         ),
         new_tokens=arguments.max_new_tokens,
+        body_seconds=arguments.body_timeout,
         request_seconds=arguments.request_timeout,
         slots=arguments.slots,
         queue=arguments.queue,
         num_frames=arguments.num_frames,
+        allow_origins=tuple(arguments.allow_origin),
+        # the name it was told to listen at is its own
+        allow_hosts=(arguments.host, *arguments.allow_host),
     )
 
 

@@ -1,8 +1,9 @@
 """The HTTP server: OpenAI's chat completions for the models of this package."""
 
-import asyncio
 import hmac
-import json
+import ipaddress
+import re
+from collections.abc import Sequence
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -39,8 +40,12 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
         if settings.api_key is not None and not hmac.compare_digest(given.encode(), settings.api_key.encode()):
             raise HTTPException(401, "Send the API key of this server as the header Authorization: Bearer KEY.")
 
-    async def read_body(request: Request) -> dict:
-        return await read_json(request, settings.body_bytes)
+    async def check_host(request: Request) -> None:
+        host = request.headers.get("Host", "")
+        if not is_allowed_host(host, settings.allow_hosts):
+            raise HTTPException(
+                400, f"This server does not answer to the Host {host!r:.80}; allow it with --allow-host NAME."
+            )
 
     app = FastAPI(title="otter-hf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     # answers a browser's preflight in any case, and lets no origin in by default
@@ -50,13 +55,13 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
     )
-    locked = [Depends(authorize)]
+    locked = [Depends(check_host), Depends(authorize)]
 
     @app.post("/v1/chat/completions", dependencies=locked)
     async def chat_completions(request: Request) -> Response:
         status = 499  # the client left
         try:
-            response = await chat.respond(request, read_body)
+            response = await chat.respond(request)
             status = response.status_code
         except ClientGone:
             response = Response(status_code=status)
@@ -87,7 +92,7 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     async def options(path: str) -> Response:
         return Response(status_code=204, headers={"Allow": "GET, POST, OPTIONS"})
 
-    @app.get("/health")
+    @app.get("/health", dependencies=[Depends(check_host)])
     async def health() -> dict:
         return {"status": "ok"}
 
@@ -99,23 +104,23 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     return app
 
 
-async def read_json(request: Request, limit: int) -> dict:
-    """The JSON object in the body of a request; HTTPException 413 for more than `limit` bytes, 400 for no object."""
-    chunks, size = [], 0
-    announced = request.headers.get("Content-Length", "")
-    too_large = HTTPException(413, f"The request is larger than {limit} bytes; send smaller pictures or videos.")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_large
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
+def is_allowed_host(host: str, allowed: Sequence[str]) -> bool:
+    """
+    Whether a request with this `Host` is answered. A page of the web can have its own name lead to this machine (DNS
+    rebinding) and ask with it. Numbers and names without a dot (`localhost`, `gpu-box`) are no names of the web;
+    others must be allowed.
+
+    Args:
+        host: the header, with or without a port.
+        allowed: further names, or `*` for all.
+    """
+    if "*" in allowed:
+        return True
+    name = re.sub(r":\d*$", "", host).lower().rstrip(".")
+    if name in {one.lower() for one in allowed}:
+        return True
     try:
-        # megabytes of base64 take a moment, in which others are answered
-        body = await asyncio.to_thread(json.loads, b"".join(chunks))
-    except (ValueError, RecursionError) as error:
-        raise HTTPException(400, "The body of the request is not JSON.") from error
-    if not isinstance(body, dict):
-        raise HTTPException(400, "The body of the request is not a JSON object.")
-    return body
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        return True
+    except ValueError:
+        return re.fullmatch(r"[a-z0-9_-]+", name) is not None

@@ -17,14 +17,16 @@ from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage
+from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 from transformers.utils import logging
 
+from .body import BodyReader
 from .gate import Gate, QueueFull, Ticket
 from .media import fit_media
-from .messages import MessageReader
+from .messages import Cancelled, MessageReader
 from .metrics import Metrics
 from .models import ServedModels
 from .request import Options, check_request
@@ -62,7 +64,7 @@ class Job:
         self.ticket = ticket
         self.items: asyncio.Queue = asyncio.Queue()
         self.cancelled = threading.Event()
-        self.waiting = True
+        self.waiting = False
         self.task: asyncio.Task | None = None
 
     def leave(self) -> None:
@@ -115,44 +117,44 @@ class ChatCompletions(ChatCompletionHandler):
         self.settings = settings
         self.metrics = metrics
         self.gate = Gate(settings.slots, settings.queue)
+        places = settings.slots + settings.queue
+        self.bodies = BodyReader(settings.body_bytes, places * settings.body_bytes, settings.body_seconds)
+        # one for each place, as a slow site holds its thread; not a slot, in which others could be answered
+        self._fetchers = ThreadPoolExecutor(places, thread_name_prefix="fetch")
         # as many threads as slots: each keeps memory of the largest picture it has decoded
         self._preparers = ThreadPoolExecutor(settings.slots, thread_name_prefix="prepare")
         self._tasks: set[asyncio.Task] = set()  # the event loop itself would let them be collected
 
     # ----- the HTTP side -----
 
-    async def respond(self, request: Request, read_body) -> Response:
+    async def respond(self, request: Request) -> Response:
         """
         Args:
             request: the HTTP request.
-            read_body: coroutine function from the request to its JSON object; called once the request is admitted.
 
         Raises:
             HTTPException: 400 for what is wrong with the request, 404 for another model, 422 for unknown fields, 429
-                when too many wait, 504 when it takes too long.
+                when too many wait, 504 when it takes too long; as `BodyReader.read` for its body.
         """
         started = time.monotonic()
         try:
+            self.gate.check()  # before the body is read
+            body = await self.bodies.read(request)
+            self._validate_request(body)
+            options = check_request(body)
+            body["model"] = self.model_manager.find(body.get("model"))
             ticket = self.gate.admit()
+        except ClientDisconnect:
+            raise ClientGone from None
         except QueueFull:
             raise HTTPException(
                 429, "Too many requests are waiting; try again in a moment.", headers={"Retry-After": "1"}
             ) from None
-        try:
-            body = await asyncio.wait_for(read_body(request), self.settings.request_seconds)
-            self._validate_request(body)
-            options = check_request(body)
-            body["model"] = self.model_manager.find(body.get("model"))
-        except BaseException as error:
-            ticket.release()
-            if isinstance(error, asyncio.TimeoutError):
-                raise HTTPException(408, "The request did not arrive in time.") from error
-            if isinstance(error, KeyError):
-                known = ", ".join(self.model_manager.names)
-                raise HTTPException(404, f"This server has no model {error.args[0]!r}; it has {known}.") from error
-            if isinstance(error, ValueError):
-                raise HTTPException(400, str(error)) from error
-            raise
+        except KeyError as error:
+            known = ", ".join(self.model_manager.names)
+            raise HTTPException(404, f"This server has no model {error.args[0]!r:.80}; it has {known}.") from error
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
         job = Job(body, options, ticket)
         job.task = asyncio.create_task(self._work(job))
         self._tasks.add(job.task)
@@ -202,12 +204,24 @@ class ChatCompletions(ChatCompletionHandler):
 
     async def _work(self, job: Job) -> None:
         try:
+            loop = asyncio.get_running_loop()
+            frames = job.options.num_frames or self.settings.num_frames
+            reader = MessageReader(self.settings.media, self.settings.fetch, frames, job.cancelled.is_set)
+            # not cancelled with the job, as its thread goes on: the place is held until that ends
+            messages = await loop.run_in_executor(self._fetchers, reader.fetch, job.body.pop("messages", None))
+            job.waiting = True
+            if job.cancelled.is_set():
+                return
             await job.ticket.take_slot()
             job.waiting = False
-            loop = asyncio.get_running_loop()
-            model, processor, inputs, config = await loop.run_in_executor(self._preparers, self._prepare, job)
+            prepared = await loop.run_in_executor(self._preparers, self._prepare, job, reader, messages)
+            if job.cancelled.is_set():
+                return
+            model, processor, inputs, config = prepared
             job.items.put_nowait(None)
             await self._generate(job, model, processor, inputs, config)
+        except Cancelled:
+            pass  # nobody reads what it would say
         except (ValueError, TemplateError) as error:
             job.items.put_nowait(HTTPException(400, str(error)))
         except Exception as error:
@@ -216,11 +230,10 @@ class ChatCompletions(ChatCompletionHandler):
         finally:
             job.ticket.release()
 
-    def _prepare(self, job: Job):
+    def _prepare(self, job: Job, reader: MessageReader, messages: list[dict]):
         """Model, processor, inputs and generation config of a request; ValueError for what is wrong with it."""
         settings, options = self.settings, job.options
-        frames = options.num_frames or settings.num_frames
-        messages = MessageReader(settings.media, settings.fetch, frames).read(job.body.get("messages"))
+        messages = reader.decode(messages)
         name = self.model_manager.process_model_name(job.body["model"])
         model, processor = self.model_manager.load_model_and_processor(name)
         inputs = processor.apply_chat_template(
@@ -244,6 +257,8 @@ class ChatCompletions(ChatCompletionHandler):
             config.sequence_bias = {(token,): value for token, value in options.logit_bias.items()}
         if job.body.get("temperature") is not None:
             config.do_sample = job.body["temperature"] > 0
+            # as vLLM has it: logits divided by less are infinite in half precision
+            config.temperature = max(config.temperature, 0.01)
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
         room = settings.new_tokens if context is None else min(settings.new_tokens, context - length)
@@ -268,7 +283,9 @@ class ChatCompletions(ChatCompletionHandler):
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
         penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
 
-        def generate() -> torch.LongTensor:
+        def generate() -> torch.LongTensor | None:
+            if job.cancelled.is_set():  # it may have waited for the model
+                return None
             if job.body.get("seed") is not None:
                 torch.manual_seed(job.body["seed"])
             return model.generate(
@@ -281,6 +298,8 @@ class ChatCompletions(ChatCompletionHandler):
 
         manager = self.generation_state.get_manager(job.body["model"])
         sequences = await manager.async_submit(generate)  # (1, L + L_new)
+        if sequences is None:
+            return
         new = sequences[0, length:]
         if streamer is None:
             job.items.put_nowait(processor.tokenizer.decode(new, skip_special_tokens=True))

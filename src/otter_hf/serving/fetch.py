@@ -23,7 +23,11 @@ from ..pictures import decode_base64
 MAX_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
 # IPv6 addresses that carry an IPv4 address inside, which could be a private one
-IPV4_IN_IPV6 = tuple(map(ipaddress.ip_network, ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16", "2001::/32")))
+IPV4_IN_IPV6 = ("::ffff:0:0/96", "64:ff9b::/96", "2002::/16", "2001::/32")
+# and what else is reserved though not private: protocols of the IETF, documentation, relays of 6to4
+RESERVED = tuple(map(ipaddress.ip_network, (*IPV4_IN_IPV6, "2001::/23", "3fff::/20", "192.88.99.0/24")))
+# all that is given out of IPv6 so far
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class FetchPolicy:
         http: fetch `http` and `https` addresses; `data:` needs no fetching and is always read.
         private_addresses: also those that are not public, such as 127.0.0.1 and 10.0.0.0/8.
         file_root: folder below which `file://` may read; None forbids it.
-        max_bytes: of what is read.
-        timeout: seconds for one fetch with its redirects.
+        max_bytes: of all that one request names.
+        timeout: seconds for all that one request names, with redirects.
+        max_fetches: addresses that one request may name.
     """
 
     http: bool = True
@@ -44,6 +49,7 @@ class FetchPolicy:
     file_root: Path | None = None
     max_bytes: int = 32 << 20
     timeout: float = 20.0
+    max_fetches: int = 16
 
 
 def read_url(url: str, name: str, policy: FetchPolicy) -> bytes:
@@ -57,7 +63,7 @@ def read_url(url: str, name: str, policy: FetchPolicy) -> bytes:
     Raises:
         ValueError: naming it, if the policy forbids it or it cannot be read.
     """
-    scheme = url[:16].partition(":")[0].lower()
+    scheme = _scheme(url)
     try:
         if scheme == "data":
             data = decode_base64(url)
@@ -72,6 +78,15 @@ def read_url(url: str, name: str, policy: FetchPolicy) -> bytes:
     if len(data) > policy.max_bytes:
         raise ValueError(f"{name} is larger than {policy.max_bytes} bytes; send a smaller one.")
     return data
+
+
+def is_fetched(url: str) -> bool:
+    """Whether an address is not itself what it stands for."""
+    return _scheme(url) != "data"
+
+
+def _scheme(url: str) -> str:
+    return url[:16].partition(":")[0].lower()
 
 
 def _readable(policy: FetchPolicy) -> str:
@@ -150,8 +165,10 @@ def _connect(host: str, port: int, policy: FetchPolicy, deadline: float) -> sock
 def is_public(address: str) -> bool:
     """Whether an IP address is one of the public internet, and no other address in disguise."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    disguised = ip.version == 6 and any(ip in network for network in IPV4_IN_IPV6)
-    return ip.is_global and not ip.is_multicast and not disguised
+    if ip.version == 6 and ip not in GLOBAL_UNICAST:
+        return False
+    reserved = any(ip in network for network in RESERVED if network.version == ip.version)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not reserved
 
 
 def _shut_down(sock: socket.socket) -> None:

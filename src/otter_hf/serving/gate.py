@@ -9,8 +9,8 @@ class QueueFull(Exception):
 
 class Gate:
     """
-    A number of slots and a queue before them. Only admitted requests take memory: for their body while they wait, for
-    pictures and tensors once they hold a slot.
+    A number of slots and a queue before them. Admitted requests take memory for their body and what they named while
+    they wait, for pictures and tensors once they hold a slot.
 
     Args:
         slots: requests prepared or answered at a time. A model generates for one of them; another is being prepared.
@@ -23,10 +23,14 @@ class Gate:
         self.admitted = 0
         self.running = 0
 
-    def admit(self) -> "Ticket":
-        """A ticket for one request; release it in every case. Raises QueueFull."""
+    def check(self) -> None:
+        """Raise QueueFull if nobody would be admitted."""
         if self.admitted >= self._capacity:
             raise QueueFull
+
+    def admit(self) -> "Ticket":
+        """A ticket for one request; release it in every case. Raises QueueFull."""
+        self.check()
         self.admitted += 1
         return Ticket(self)
 

@@ -3,7 +3,7 @@
 Whoever sends a picture decides how much memory it takes; the limits are checked before anything is decoded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -31,12 +31,14 @@ class MediaLimits:
         video_pixels: of all frames that have to be decoded to read a video; they bound the time it takes.
         pictures: pictures and frames of one request.
         total_pixels: of the pictures and frames of one request, which are in memory together.
+        text_characters: of all texts of one request.
     """
 
     image_pixels: int = 40_000_000
     video_pixels: int = 20_000_000_000
     pictures: int = 128
     total_pixels: int = 150_000_000
+    text_characters: int = 500_000
 
 
 def open_image(source: bytes | str | Path, name: str, limits: MediaLimits = MediaLimits()) -> Image.Image:
@@ -59,6 +61,7 @@ def read_frames(
     name: str,
     num_frames: int,
     limits: MediaLimits = MediaLimits(),
+    check: Callable[[], None] | None = None,
 ) -> list[Image.Image]:
     """
     Frames of a video in RGB, evenly spaced in time, by the rules of `otter_hf.films`, within the limits.
@@ -66,6 +69,7 @@ def read_frames(
     Args:
         source: an encoded video, or the path of one.
         name: what to call it in an error.
+        check: called for each frame that is decoded; what it raises ends the work.
 
     Raises:
         ValueError: naming it, if it cannot be decoded or decoding it exceeds the limits.
@@ -74,7 +78,7 @@ def read_frames(
         raise ValueError(f"{num_frames} frames are wanted of {name}; ask for 1 to {limits.pictures}.")
     source = source if isinstance(source, bytes) else Path(source)
     film_limits = FilmLimits(
-        frame_pixels=limits.image_pixels, film_pixels=limits.video_pixels, max_side=MAX_FRAME_SIDE
+        frame_pixels=limits.image_pixels, film_pixels=limits.video_pixels, max_side=MAX_FRAME_SIDE, check=check
     )
     return read_video(source, name, num_frames=num_frames, limits=film_limits)
 

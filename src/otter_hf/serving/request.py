@@ -76,7 +76,7 @@ def check_request(body) -> Options:
         if body.get(name) is not None:
             _check_number(name, body[name], int if name in WHOLE else float, low, high)
     if not isinstance(body.get("stream") or False, bool):
-        raise ValueError(f"stream must be true or false, not {body['stream']!r}.")
+        raise ValueError(f"stream must be true or false, not {body['stream']!r:.80}.")
     _check_stream_options(body.get("stream_options"))
     return Options(
         _stops(body.get("stop")),
@@ -135,7 +135,8 @@ def _generation(body: dict) -> dict:
         raise ValueError(f"generation_config must be a JSON object with {', '.join(GENERATION)} and nothing else.")
     for name, value in settings.items():
         _check_number(f"generation_config.{name}", value, *GENERATION[name])
-    return settings
+    # transformers refuses a whole number where it asks for a float
+    return {name: GENERATION[name][0](value) for name, value in settings.items()}
 
 
 def _check_number(name: str, value, kind: type, low, high) -> None:
@@ -147,4 +148,4 @@ def _check_number(name: str, value, kind: type, low, high) -> None:
     if not fits:
         words = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
         limits = "" if kind is bool else f" of {low} or more" if high is None else f" from {low} to {high}"
-        raise ValueError(f"{name} must be {words}{limits}, not {value!r}.")
+        raise ValueError(f"{name} must be {words}{limits}, not {value!r:.80}.")

@@ -17,10 +17,13 @@ class ServerSettings:
         media: of the pictures and videos of a request.
         fetch: which addresses of pictures are read.
         new_tokens: of an answer; who asks for more gets this many.
+        body_seconds: for a request to arrive.
         request_seconds: from a request to the end of its answer, waiting included.
         slots: requests prepared or answered at a time; a model generates for one of them.
         queue: requests that may wait; one more is answered with status 429.
         allow_origins: web pages of these origins (`http://localhost:3000`, or `*` for all) may ask from a browser.
+        allow_hosts: names of this server, as in the `Host` of a request, beside numbers and names without a dot; `*`
+            for all.
         num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`).
 
     Raises:
@@ -32,14 +35,16 @@ class ServerSettings:
     media: MediaLimits = field(default_factory=MediaLimits)
     fetch: FetchPolicy = field(default_factory=FetchPolicy)
     new_tokens: int = 1024
+    body_seconds: float = 30.0
     request_seconds: float = 300.0
     slots: int = 2
     queue: int = 32
     num_frames: int = 16
     allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("body_bytes", "new_tokens", "request_seconds", "slots", "num_frames"):
+        for name in ("body_bytes", "new_tokens", "body_seconds", "request_seconds", "slots", "num_frames"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}.")
         if self.queue < 0:
