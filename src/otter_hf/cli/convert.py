@@ -3,23 +3,7 @@
 import argparse
 import sys
 
-from ..conversion import (
-    ConversionError,
-    ConversionReport,
-    apply_delta,
-    convert_fuyu,
-    export_legacy,
-    finish,
-    lora_adapter,
-    make_delta,
-    plan_flamingo_to_otter,
-    plan_folder,
-    plan_inject_lm,
-    plan_lora,
-    plan_openflamingo,
-    plan_trainer_pt,
-)
-from ..conversion.job import DTYPES, finish_with_adapter, push_folder
+from .. import conversion
 from .chat import add_reference_argument
 
 
@@ -32,22 +16,24 @@ def add_parser(subparsers) -> None:
         add(command)
 
 
-def main(conversion: str) -> int:
+def main(name: str) -> int:
     """Run one conversion with the arguments of the process: for the scripts in `conversion/`."""
-    add = _COMMANDS[conversion]
+    add = _COMMANDS[name]
     parser = argparse.ArgumentParser(description=add.__doc__)
     add(parser)
     args = parser.parse_args()
     try:
         return args.func(args)
-    except (ConversionError, OSError) as error:
+    except (conversion.ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
 def _add_output(parser, run, *, verify: bool = True) -> None:
     parser.add_argument("--output", required=True, help="new or empty folder")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the result; by default as stored")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the result; by default as stored"
+    )
     parser.add_argument("--allow", action="store_true", help="convert even if a tensor remains unexplained")
     parser.add_argument("--max-shard-size", type=float, default=5.0, help="of a weight file, in GB (default: 5)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="repository to upload the result to")
@@ -61,7 +47,7 @@ def _add_output(parser, run, *, verify: bool = True) -> None:
 
 
 def _report(run, args) -> int:
-    report: ConversionReport = run(args)
+    report = run(args)
     print(report.summary())
     print(f"written to {args.output}")
     return 0
@@ -71,8 +57,8 @@ def _options(args) -> dict:
     return {"dtype": args.dtype, "allow": args.allow, "max_shard_size": int(args.max_shard_size * 10**9)}
 
 
-def _finish(job, args) -> ConversionReport:
-    return finish(job, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args))
+def _finish(job, args):
+    return conversion.finish(job, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args))
 
 
 def _add_tokenizer(parser) -> None:
@@ -93,7 +79,7 @@ def _openflamingo(parser) -> None:
     _add_output(
         parser,
         lambda args: _finish(
-            plan_openflamingo(
+            conversion.plan_openflamingo(
                 args.checkpoint,
                 args.language_model,
                 args.vision_tower,
@@ -117,7 +103,8 @@ def _flamingo_to_otter(parser) -> None:
     _add_output(
         parser,
         lambda args: _finish(
-            plan_flamingo_to_otter(args.source, args.tokenizer, args.answer_init, args.tokenizer_reference), args
+            conversion.plan_flamingo_to_otter(args.source, args.tokenizer, args.answer_init, args.tokenizer_reference),
+            args,
         ),
     )
 
@@ -134,7 +121,7 @@ def _inject_lm(parser) -> None:
     _add_output(
         parser,
         lambda args: _finish(
-            plan_inject_lm(
+            conversion.plan_inject_lm(
                 args.language_model,
                 args.vision_tower,
                 args.tokenizer,
@@ -157,7 +144,7 @@ def _trainer_pt(parser) -> None:
     _add_output(
         parser,
         lambda args: _finish(
-            plan_trainer_pt(args.checkpoint, args.base, args.tokenizer, args.tokenizer_reference), args
+            conversion.plan_trainer_pt(args.checkpoint, args.base, args.tokenizer, args.tokenizer_reference), args
         ),
     )
 
@@ -172,9 +159,9 @@ def _lora(parser) -> None:
 
     def run(args):
         if not args.adapter:
-            return _finish(plan_lora(args.source, args.tokenizer, args.tokenizer_reference), args)
-        job, adapter, adapter_config = lora_adapter(args.source, args.tokenizer, args.tokenizer_reference)
-        return finish_with_adapter(
+            return _finish(conversion.plan_lora(args.source, args.tokenizer, args.tokenizer_reference), args)
+        job, adapter, adapter_config = conversion.lora_adapter(args.source, args.tokenizer, args.tokenizer_reference)
+        return conversion.finish_with_adapter(
             job,
             adapter,
             adapter_config,
@@ -194,10 +181,10 @@ def _delta(parser) -> None:
     parser.add_argument("--other", required=True, help="the tuned model (make) or the difference (apply)")
 
     def run(args):
-        combine = make_delta if args.action == "make" else apply_delta
+        combine = conversion.make_delta if args.action == "make" else conversion.apply_delta
         report = combine(args.base, args.other, args.output, **_options(args))
         if args.push_to_hub:
-            push_folder(args.output, args.push_to_hub)
+            conversion.push_folder(args.output, args.push_to_hub)
         return report
 
     _add_output(parser, run, verify=False)
@@ -210,7 +197,7 @@ def _dtype(parser) -> None:
     _add_output(
         parser,
         lambda args: _finish(
-            plan_folder(args.source, args.tokenizer, tokenizer_reference=args.tokenizer_reference), args
+            conversion.plan_folder(args.source, args.tokenizer, tokenizer_reference=args.tokenizer_reference), args
         ),
     )
 
@@ -222,7 +209,7 @@ def _export_legacy(parser) -> None:
     parser.add_argument("--language-model-name", help="where that code finds the base tokenizer")
 
     def run(args):
-        report = export_legacy(
+        report = conversion.export_legacy(
             args.source,
             args.output,
             tokenizer=args.tokenizer,
@@ -231,7 +218,7 @@ def _export_legacy(parser) -> None:
             **_options(args),
         )
         if args.push_to_hub:
-            push_folder(args.output, args.push_to_hub)
+            conversion.push_folder(args.output, args.push_to_hub)
         return report
 
     _add_output(parser, run, verify=False)
@@ -242,7 +229,7 @@ def _fuyu_to_otterhd(parser) -> None:
     parser.add_argument("--source", required=True, help="folder or repository, with its tokenizer")
     _add_output(
         parser,
-        lambda args: convert_fuyu(
+        lambda args: conversion.convert_fuyu(
             args.source, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args)
         ),
     )

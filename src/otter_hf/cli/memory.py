@@ -2,9 +2,6 @@
 
 import json
 
-from ..conversion import estimate_memory, memory_table
-from ..conversion.memory import load_config
-
 
 def add_parser(subparsers) -> None:
     """Add the command; it sets `func` to a function of the parsed arguments."""
@@ -18,6 +15,8 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Print the table."""
+    from ..conversion.memory import estimate_memory, load_config, memory_table
+
     config = load_config(args.config)
     print(json.dumps(estimate_memory(config)) if args.json else memory_table(config))
     return 0

@@ -1,36 +1,29 @@
 """Converting checkpoints of 2023, and back: readers, name tables, a report of every tensor, a streaming writer.
 
 A conversion is planned (`plan_*`, which reads only headers and shapes) and then written (`finish`, which streams one
-tensor at a time). See `otter-hf convert --help` for the commands.
+tensor at a time). See `otter-hf convert --help` for the commands. Names are imported when they are first used.
 """
 
-from .delta import apply_delta, make_delta
-from .export import export_legacy
-from .folders import lora_adapter, plan_flamingo_to_otter, plan_folder, plan_lora, plan_trainer_pt
-from .fuyu import convert_fuyu
-from .job import Job, finish
-from .memory import estimate_memory, memory_table
-from .openflamingo import plan_inject_lm, plan_openflamingo
-from .report import ConversionReport
-from .tensors import ConversionError
+from importlib import import_module
 
 
-__all__ = [
-    "ConversionError",
-    "ConversionReport",
-    "Job",
-    "apply_delta",
-    "convert_fuyu",
-    "estimate_memory",
-    "export_legacy",
-    "finish",
-    "lora_adapter",
-    "make_delta",
-    "memory_table",
-    "plan_flamingo_to_otter",
-    "plan_folder",
-    "plan_inject_lm",
-    "plan_lora",
-    "plan_openflamingo",
-    "plan_trainer_pt",
-]
+_MODULES = {
+    "delta": ("apply_delta", "make_delta"),
+    "export": ("export_legacy",),
+    "folders": ("lora_adapter", "plan_flamingo_to_otter", "plan_folder", "plan_lora", "plan_trainer_pt"),
+    "fuyu": ("convert_fuyu",),
+    "job": ("Job", "finish", "finish_with_adapter", "push_folder"),
+    "memory": ("estimate_memory", "memory_table"),
+    "openflamingo": ("plan_inject_lm", "plan_openflamingo"),
+    "report": ("ConversionReport",),
+    "tensors": ("ConversionError",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
