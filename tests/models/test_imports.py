@@ -9,5 +9,16 @@ ABSENT = ["accelerate", "av", "datasets", "pandas", "peft", "pyarrow", "sentence
 
 
 def test_models_are_imported_without_the_packages_of_data_and_training():
-    code = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); import otter_hf; otter_hf.OtterConfig()"
+    """Nor does the package alone load transformers; once that is loaded, the Auto classes know the families."""
+    code = f"""
+import importlib.util, sys
+sys.modules.update(dict.fromkeys({ABSENT}))
+import otter_hf
+assert "transformers" not in sys.modules
+importlib.util.find_spec("transformers")  # as others ask whether it is installed
+from transformers import AutoConfig, AutoModelForImageTextToText
+assert type(AutoConfig.for_model("fuyu")).__name__ == "OtterHDConfig"
+assert type(AutoConfig.for_model("otter")) is otter_hf.OtterConfig in AutoModelForImageTextToText._model_mapping
+otter_hf.OtterConfig()
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,18 +1,18 @@
 """The `otter-hf` command: one module per subcommand, each with `add_parser(subparsers)`."""
 
-import argparse
 import sys
 
 from .. import __version__
-from . import chat, convert, data, demo, eval, memory, serve, syphus, train
+from . import chat, convert, data, demo, eval, memory, pretrain, serve, syphus, train
+from .parsing import Parser
 
 
-SUBCOMMANDS = (chat, serve, demo, train, eval, convert, data, syphus, memory)
+SUBCOMMANDS = (chat, serve, demo, train, pretrain, eval, convert, data, syphus, memory)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of the whole command."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="otter-hf",
         description="Otter, Flamingo and OtterHD. `otter-hf SUBCOMMAND --help` says more.",
     )
@@ -31,10 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     # `train` hands its arguments on to HfArgumentParser
-    arguments, rest = parser.parse_known_args(argv)
-    if rest and not getattr(arguments, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    arguments.rest = rest
+    arguments, arguments.rest = parser.parse_known_args(argv)
     try:
         return arguments.func(arguments) or 0
     except (ValueError, OSError) as error:

@@ -1,10 +1,10 @@
 """Checkpoints of 2023 to today's folders, and back."""
 
-import argparse
 import sys
 
 from .. import conversion
 from .chat import add_reference_argument
+from .parsing import Parser
 
 
 def add_parser(subparsers) -> None:
@@ -19,7 +19,7 @@ def add_parser(subparsers) -> None:
 def main(name: str) -> int:
     """Run one conversion with the arguments of the process: for the scripts in `conversion/`."""
     add = _COMMANDS[name]
-    parser = argparse.ArgumentParser(description=add.__doc__)
+    parser = Parser(description=add.__doc__)
     add(parser)
     args = parser.parse_args()
     try:

@@ -1,16 +1,25 @@
 """`otter-hf train`: fine-tune on MIMIC-IT data; see `otter_hf.training.run`."""
 
+from .training_help import add_training_parser
+
 
 def add_parser(subparsers):
     """Add the `train` subcommand."""
-    parser = subparsers.add_parser(
+    add_training_parser(
+        subparsers,
         "train",
+        run,
+        _groups,
         help="fine-tune on MIMIC-IT data",
-        description="Fine-tune with the HF Trainer: `otter-hf train recipe.yaml [--learning_rate 1e-5 ...]`. "
-        "`--plan` prints what would be trained and with what memory, `--help` every argument.",
-        add_help=False,
+        description="Fine-tune with the HF Trainer. `--plan` prints what would be trained and with what memory, and "
+        "stops; docs/training.md explains.",
     )
-    parser.set_defaults(func=run, takes_rest=True)
+
+
+def _groups() -> dict[str, type]:
+    from ..training.fields import DataArguments, ModelArguments, TrainingFields
+
+    return {"model": ModelArguments, "data": DataArguments, "training": TrainingFields}
 
 
 def run(arguments) -> None:

@@ -6,10 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-
-PARAMETER_GROUPS = ("vision", "perceiver", "cross_attention", "language", "embeddings")
-# parts that have linear layers, by the names that users say -> group
-PARTS = {"vision": "vision", "resampler": "perceiver", "cross_attention": "cross_attention", "language": "language"}
+from .fields import PARAMETER_GROUPS
 
 
 def parameter_groups(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:

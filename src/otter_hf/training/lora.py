@@ -12,8 +12,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from .arguments import ALL_LINEAR, ModelArguments, TrainingArguments
-from .freezing import PARTS, group_of, parameter_groups
+from .arguments import ModelArguments, TrainingArguments
+from .fields import ALL_LINEAR, PARTS
+from .freezing import group_of, parameter_groups
 
 
 def add_lora(

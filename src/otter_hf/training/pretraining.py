@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from ..models.host_reads import numbers_on
 from ..serving.loading import read_model, read_processor
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, resume
+from .fields import PretrainingDataArguments
 from .freezing import freeze, train_only_rows
 from .run import _stop_generation_at
 from .run_record import RunRecord
@@ -27,14 +27,6 @@ from .trainer import OtterTrainer
 
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PretrainingDataArguments:
-    """What to pretrain on."""
-
-    train_sets: str = field(metadata={"help": "YAML of sets of shards, see `read_pretraining_sets`."})
-    block_size: int = field(default=5000, metadata={"help": "Samples of a set that each worker shuffles at a time."})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

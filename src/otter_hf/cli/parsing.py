@@ -1,0 +1,46 @@
+"""The parser of every command: mistakes end in one sentence, with what was meant where that can be told."""
+
+import argparse
+import difflib
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    An `ArgumentParser` whose errors are one sentence: neither the usage of many lines, nor flags without a hint.
+
+    Subcommands that hand on what they do not know set the default `takes_rest`.
+    """
+
+    def error(self, message: str):
+        """End with the sentence and status 2."""
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` says more)\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As in argparse; what is left over is an error here, where the flags that it might stand for are known."""
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest and not getattr(namespace, "takes_rest", False):
+            self.error(self._unknown(rest))
+        return namespace, rest
+
+    def _unknown(self, rest: list[str]) -> str:
+        flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+        sentences = []
+        for flag in flags:
+            sentences.append(f"there is no {flag}{did_you_mean(flag, self._option_string_actions)}")
+        return "; ".join(sentences) or f"nothing takes {' '.join(map(repr, rest))}"
+
+    def _check_value(self, action, value):
+        """A choice that does not exist, in words, with the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            name = action.metavar if isinstance(action.metavar, str) else action.dest
+            name = action.option_strings[-1] if action.option_strings else name
+            choices = [*map(str, action.choices)]
+            hint = did_you_mean(str(value), choices) or f": use one of {', '.join(choices)}"
+            raise argparse.ArgumentError(None, f"{name} cannot be {value!r}{hint}")
+
+
+def did_you_mean(word: str, known) -> str:
+    """`, did you mean X?` for the nearest of the known words; empty where none is near."""
+    spellings = {name.replace("_", "-").lower(): name for name in known}
+    close = difflib.get_close_matches(word.replace("_", "-").lower(), spellings, n=1)
+    return f", did you mean {spellings[close[0]]}?" if close else ""
