@@ -8,6 +8,8 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..models.chat_processing import read_conversations
+from ..models.flamingo import FlamingoForConditionalGeneration
+from ..models.media_store import MediaStore
 from ..pictures import read_image
 from ..serving.loading import load_model, read_processor
 from ..thinking import thinking_length
@@ -57,6 +59,8 @@ class ConversationModel:
         self.path = path
         options = {"dtype": dtype, "device_map": device, "load_in_4bit": load_in_4bit, "tokenizer": tokenizer}
         self.model = load_model(str(path), **options)
+        # demonstrations and pictures that several questions are about are encoded once
+        self.media = MediaStore(self.model) if isinstance(self.model, FlamingoForConditionalGeneration) else None
         self.is_idefics = self.model.config.model_type == "idefics"
         self.processor = read_processor(str(processor or path), tokenizer, tokenizer_reference)
         self.processor.tokenizer.padding_side = "left"
@@ -81,6 +85,8 @@ class ConversationModel:
                 return_tensors="pt",
                 processor_kwargs={"padding": True, **self.processor_kwargs},
             )
+        if self.media is not None:
+            inputs = BatchFeature(self.media.encode(inputs))
         inputs = inputs.to(self.model.device)
         for name, value in inputs.items():
             if value.is_floating_point():

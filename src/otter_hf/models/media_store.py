@@ -1,0 +1,94 @@
+"""Media that come again are not encoded again: worked examples of every question, pictures of earlier turns."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+
+from .flamingo import FlamingoForConditionalGeneration
+from .media_attention import batch_first_media
+
+
+class MediaStore:
+    """
+    Latents that a model made of media, by their pixels. In a Flamingo they depend on nothing but the medium and the
+    weights (Alayrac et al. 2022, https://huggingface.co/papers/2204.14198, section 3.1.1): a batch that holds a medium
+    for the second time gets them from here.
+
+    Args:
+        model: an Otter or Flamingo whose weights stay as they are while the store is in use.
+        max_bytes: of the latents that are kept, on the model's device; those used least recently go first. Media of
+            the batch at hand are always held.
+    """
+
+    def __init__(self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**29):
+        self.model = model
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._latents: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # (n, D) each
+        self._bytes = 0
+
+    @torch.no_grad()
+    def encode(self, inputs: Mapping) -> dict:
+        """
+        A batch with `image_hidden_states (B, T, n, D)` in place of `pixel_values`; without pixels as it is.
+
+        Args:
+            inputs: as a processor returns them, best still on the CPU: `input_ids (B, L)`, `pixel_values
+                (B, T, F, C, H, W)`, `pixel_attention_mask (B, T, F)`.
+
+        Raises:
+            ValueError: as `get_image_features`.
+        """
+        inputs = dict(inputs)
+        if inputs.get("pixel_values") is None:
+            return inputs
+        pixels = batch_first_media(inputs.pop("pixel_values"), len(inputs["input_ids"]))
+        num_rows, num_media, longest = pixels.shape[:3]
+        mask = inputs.get("pixel_attention_mask")
+        mask = torch.ones(num_rows, num_media, longest) if mask is None else mask
+        mask = mask.bool().cpu()
+        places = mask.any(dim=2).nonzero().tolist()
+        media = {(row, i): pixels[row, i, mask[row, i]] for row, i in places}  # (F, C, H, W) each
+        keys = {place: _key(medium) for place, medium in media.items()}
+        latents = {key: self._latents[key] for key in keys.values() if key in self._latents}
+        missing = {key: media[place] for place, key in keys.items() if key not in latents}
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        if missing:
+            latents |= dict(zip(missing, self._encode(list(missing.values())), strict=True))
+        self._keep(latents)
+        config = self.model.config
+        states = torch.zeros(
+            *(num_rows, num_media, config.perceiver_num_latents, config.vision_hidden_size),
+            dtype=next(iter(latents.values())).dtype if latents else self.model.dtype,
+            device=self.model.device,
+        )
+        for place, key in keys.items():
+            states[place] = latents[key]
+        return {**inputs, "image_hidden_states": states}
+
+    def _encode(self, media: list[torch.Tensor]) -> torch.Tensor:
+        """The latents `(N, n, D)` of N media `(F, C, H, W)` of any number of frames."""
+        pixels = torch.nn.utils.rnn.pad_sequence(media, batch_first=True).to(self.model.device, self.model.dtype)
+        counts = torch.tensor([len(medium) for medium in media])
+        mask = torch.arange(pixels.shape[1]) < counts[:, None]
+        return self.model.get_image_features(pixels, mask.to(pixels.device)).pooler_output
+
+    def _keep(self, latents: dict[bytes, torch.Tensor]) -> None:
+        for key, value in latents.items():
+            if key not in self._latents:
+                # a copy of its own, as a part of a batch would hold all of it
+                self._latents[key] = value.clone()
+                self._bytes += value.nbytes
+            self._latents.move_to_end(key)
+        while self._bytes > self.max_bytes and self._latents:
+            self._bytes -= self._latents.popitem(last=False)[1].nbytes
+
+
+def _key(medium: torch.Tensor) -> bytes:
+    data = medium.detach().cpu().contiguous()
+    digest = hashlib.blake2b(f"{tuple(data.shape)} {data.dtype}".encode(), digest_size=16)
+    digest.update(data.view(torch.uint8).numpy())
+    return digest.digest()
