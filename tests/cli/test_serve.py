@@ -36,8 +36,9 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys):
     assert "model './nowhere' is neither a folder" in capsys.readouterr().err
     assert main(["serve", "./nowhere", "--allow-files", "none"]) == 2
     assert "--allow-files none: there is no such folder." in capsys.readouterr().err
-    assert main(["serve", "./nowhere", "--slots", "0"]) == 2
-    assert "slots must be more than 0, not 0." in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["serve", "./nowhere", "--slots", "0"])
+    assert "argument --slots: '0' is no whole number from 1 on" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", "./nowhere", "--port", "99999"])
     assert "99999 is no port, use one from 0 (any free one) to 65535" in capsys.readouterr().err

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from otter_hf.data import write_mimicit
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 @pytest.fixture(scope="session")

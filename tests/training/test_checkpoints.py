@@ -13,7 +13,7 @@ from training_files import PROGRAM, command, environment, losses, start, torchru
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, find_checkpoint, load_trainable
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "freeze": ["vision"]}

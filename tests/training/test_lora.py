@@ -20,7 +20,7 @@ from otter_hf.training import lora
 from otter_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from otter_hf.training.lora import lora_config
 from otter_hf.training.plan import make_plan, meta_model
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -14,7 +14,7 @@ from otter_hf.training.flops import count_training_flops
 from otter_hf.training.freezing import freeze
 from otter_hf.training.kernels import choose_attention, use_liger_kernels
 from otter_hf.training.plan import make_plan, meta_model
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText
 
 from otter_hf.data.pretraining import PretrainingSet, PretrainingStream
 from otter_hf.training.arguments import TrainingArguments
-from otter_hf.training.pretraining import PretrainingTrainer, main
+from otter_hf.training.pretraining import PretrainingTrainer
+from otter_hf.training.pretraining import run as main
 
 
 @pytest.fixture

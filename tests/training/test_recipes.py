@@ -13,7 +13,7 @@ from otter_hf import OtterHDConfig
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.kernels import choose_attention
 from otter_hf.training.plan import make_plan, meta_model
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 ROOT = Path(__file__).resolve().parents[2]

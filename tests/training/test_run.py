@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from otter_hf.data import render, write_mimicit
 from otter_hf.evaluation.model import ConversationModel
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]

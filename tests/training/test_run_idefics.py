@@ -16,7 +16,8 @@ from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.freezing import parameter_groups
 from otter_hf.training.optimizer import decayed_parameter_names
 from otter_hf.training.plan import make_plan, meta_model
-from otter_hf.training.run import main, train
+from otter_hf.training.run import run as main
+from otter_hf.training.run import train
 
 
 COLOURS = ["red", "green", "blue", "black"]

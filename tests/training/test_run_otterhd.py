@@ -15,7 +15,7 @@ from otter_hf import OtterHDProcessor
 from otter_hf.data import write_mimicit
 from otter_hf.models.quantization import quantization_config
 from otter_hf.training.arguments import parse_arguments
-from otter_hf.training.run import main
+from otter_hf.training.run import run as main
 
 
 TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]

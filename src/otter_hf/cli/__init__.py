@@ -3,6 +3,7 @@
 import sys
 
 from .. import __version__
+from ..errors import sentence_of
 from . import chat, convert, data, demo, eval, memory, pretrain, serve, syphus, train
 from .parsing import Parser
 
@@ -35,12 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.func(arguments) or 0
     except (ValueError, OSError) as error:
-        # those of the system begin with a number
-        sentence = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else str(error)
-        if sentence.startswith("Caught ") and " in DataLoader worker process " in sentence:
-            # torch puts the worker's whole traceback into the message, of which the last line is the error
-            sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
-        print(f"otter-hf: {sentence}", file=sys.stderr)
+        print(f"otter-hf: {sentence_of(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

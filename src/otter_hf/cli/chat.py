@@ -3,6 +3,7 @@
 import argparse
 
 from .chat_commands import HELP
+from .numbers import not_negative, number, positive
 
 
 def add_parser(subparsers):
@@ -20,7 +21,9 @@ def add_parser(subparsers):
         "--image", action="append", default=[], metavar="PATH", help="a picture, or its URL; repeat it for more"
     )
     media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video, or its URL")
-    media.add_argument("--num-frames", type=int, default=16, help="evenly spaced frames read of a video (default: 16)")
+    media.add_argument(
+        "--num-frames", type=positive, default=16, help="evenly spaced frames read of a video (default: 16)"
+    )
     media.add_argument(
         "--example",
         action="append",
@@ -44,18 +47,24 @@ def add_parser(subparsers):
     )
     batch.add_argument("--output-dir", default="logs", help="where inference_log_TIME.json goes (default: logs)")
     generation = parser.add_argument_group("answers")
-    generation.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
-    generation.add_argument("--temperature", type=float, default=0.0, help="0, the default, decodes greedily")
-    generation.add_argument("--top-p", type=float, help="with a temperature: likeliest tokens of this probability")
-    generation.add_argument("--top-k", type=int, help="with a temperature: this many likeliest tokens")
+    generation.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer (default: 256)")
     generation.add_argument(
-        "--num-beams", type=int, default=1, help="more than 1 prints answers when they are whole (default: 1)"
+        "--temperature", type=number(float, least=0), default=0.0, help="0, the default, decodes greedily"
     )
-    generation.add_argument("--no-repeat-ngram-size", type=int, help="so many tokens in a row come once only")
-    generation.add_argument("--length-penalty", type=float, help="of beams: above 0 for longer answers")
-    generation.add_argument("--repetition-penalty", type=float, help="above 1 against repeated tokens")
+    generation.add_argument(
+        "--top-p", type=number(float, least=0, most=1), help="with a temperature: likeliest tokens of this probability"
+    )
+    generation.add_argument("--top-k", type=not_negative, help="with a temperature: this many likeliest tokens")
+    generation.add_argument(
+        "--num-beams", type=positive, default=1, help="more than 1 prints answers when they are whole (default: 1)"
+    )
+    generation.add_argument("--no-repeat-ngram-size", type=not_negative, help="so many tokens in a row come once only")
+    generation.add_argument("--length-penalty", type=number(float), help="of beams: above 0 for longer answers")
+    generation.add_argument(
+        "--repetition-penalty", type=number(float, above=0), help="above 1 against repeated tokens"
+    )
     generation.add_argument("--stop", action="append", metavar="TEXT", help="an answer ends before it; repeatable")
-    generation.add_argument("--seed", type=int, help="for sampling")
+    generation.add_argument("--seed", type=not_negative, help="for sampling")
     parser.set_defaults(func=run)
 
 

@@ -4,6 +4,7 @@ import sys
 
 from .. import conversion
 from .chat import add_reference_argument
+from .numbers import not_negative, number, positive
 from .parsing import Parser
 
 
@@ -35,7 +36,9 @@ def _add_output(parser, run, *, verify: bool = True) -> None:
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the result; by default as stored"
     )
     parser.add_argument("--allow", action="store_true", help="convert even if a tensor remains unexplained")
-    parser.add_argument("--max-shard-size", type=float, default=5.0, help="of a weight file, in GB (default: 5)")
+    parser.add_argument(
+        "--max-shard-size", type=number(float, above=0), default=5.0, help="of a weight file, in GB (default: 5)"
+    )
     parser.add_argument("--push-to-hub", metavar="REPO", help="repository to upload the result to")
     if verify:
         parser.add_argument(
@@ -72,7 +75,7 @@ def _openflamingo(parser) -> None:
     parser.add_argument("--language-model", required=True, help="folder or repository it was trained on")
     parser.add_argument("--vision-tower", required=True, help="folder or repository of the CLIP, or an open_clip file")
     _add_tokenizer(parser)
-    parser.add_argument("--open-clip-head-dim", type=int, default=64, help="of an open_clip file (default: 64)")
+    parser.add_argument("--open-clip-head-dim", type=positive, default=64, help="of an open_clip file (default: 64)")
     parser.add_argument(
         "--open-clip-activation", default="quick_gelu", help="for OpenAI's weights quick_gelu, the default, or gelu"
     )
@@ -115,9 +118,9 @@ def _inject_lm(parser) -> None:
     parser.add_argument("--vision-tower", required=True, help="folder or repository, or an open_clip file")
     _add_tokenizer(parser)
     parser.add_argument("--model-type", choices=("flamingo", "otter"), default="flamingo", help="default: flamingo")
-    parser.add_argument("--cross-attn-every-n-layers", type=int, default=4, help="of gated blocks (default: 4)")
-    parser.add_argument("--max-num-frames", type=int, help="frame embeddings for videos")
-    parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    parser.add_argument("--cross-attn-every-n-layers", type=positive, default=4, help="of gated blocks (default: 4)")
+    parser.add_argument("--max-num-frames", type=positive, help="frame embeddings for videos")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of the new weights (default: 0)")
     _add_output(
         parser,
         lambda args: _finish(

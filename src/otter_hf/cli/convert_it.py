@@ -1,5 +1,8 @@
 """`otter-hf data convert-it`: pictures and videos of public sets to MIMIC-IT image stores."""
 
+from .numbers import number, positive
+
+
 # the converters themselves load PyAV and pandas
 _NAMES = ("LA", "DC", "TVC", "VST", "SN", "SD", "CGD", "E4D")
 
@@ -22,11 +25,13 @@ def add_parser(commands) -> None:
         "--size", default="224", help="squares of PNG of this many pixels, or 'original' (default: 224)"
     )
     parser.add_argument("--base64", action="store_true", help="store base64 text, as the loader of 2023 needs it")
-    parser.add_argument("--threads", type=int, default=8, help="shards written at a time (default: 8)")
-    parser.add_argument("--sources-per-shard", type=int, help="videos, clips or pictures per shard")
+    parser.add_argument("--threads", type=positive, default=8, help="shards written at a time (default: 8)")
+    parser.add_argument("--sources-per-shard", type=positive, help="videos, clips or pictures per shard")
     parser.add_argument("--retry", action="store_true", help="also try again what an earlier run left out")
-    parser.add_argument("--timeout", type=float, help="seconds to wait for an answer (VST only; default: 20)")
-    parser.add_argument("--attempts", type=int, help="attempts per link (VST only; default: 4)")
+    parser.add_argument(
+        "--timeout", type=number(float, above=0), help="seconds to wait for an answer (VST only; default: 20)"
+    )
+    parser.add_argument("--attempts", type=positive, help="attempts per link (VST only; default: 4)")
     parser.set_defaults(func=run)
 
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from . import convert_it, pretraining_data
+from .numbers import not_negative, positive
 
 
 _IMAGE_SOURCES = {"llava": "LLaVA", "llavar": "LLaVAR", "lrv": "LRV-Instruction", "svit": "SVIT"}
@@ -36,8 +37,8 @@ def _check(commands) -> None:
     parser.add_argument("--json", metavar="PATH", help="write the report there, with every id concerned")
     parser.add_argument("--skip-images", action="store_true", help="do not decode the pictures")
     parser.add_argument("--populate-rel-ins", action="store_true", help="contexts come from rel_ins_ids")
-    parser.add_argument("--threads", type=int, help="decoding threads (default: one per processor)")
-    parser.add_argument("--max-length", type=int, help="warn of longer examples, in tokens; needs --tokenizer")
+    parser.add_argument("--threads", type=positive, help="decoding threads (default: one per processor)")
+    parser.add_argument("--max-length", type=positive, help="warn of longer examples, in tokens; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
 
 
@@ -100,7 +101,9 @@ def _stats(commands) -> None:
     parser = _command(commands, "stats", _run_stats, "lengths of prompts and sizes of pictures")
     parser.add_argument("mixture", help="the training YAML")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count tokens with that of this folder or Hub id")
-    parser.add_argument("--limit", type=int, default=1000, help="samples to look at, 0 for all (default: 1000)")
+    parser.add_argument(
+        "--limit", type=not_negative, default=1000, help="samples to look at, 0 for all (default: 1000)"
+    )
     parser.add_argument("--png", metavar="PATH", help="write histograms there")
 
 
@@ -136,7 +139,9 @@ def _to_parquet(commands) -> None:
     parser = _command(commands, "to-parquet", _run_to_parquet, "image store of any kind to fast parquet")
     parser.add_argument("images", nargs="+", help="image stores")
     parser.add_argument("--output", required=True, help="the new .parquet, a folder of parts if it is large")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="to squares of PNG (default: bytes as they are)")
+    parser.add_argument(
+        "--resize", type=positive, metavar="PIXELS", help="to squares of PNG (default: bytes as they are)"
+    )
     parser.add_argument("--base64", action="store_true", help="one file of base64 text, for the loader of 2023")
 
 
@@ -202,8 +207,8 @@ def _neighbours(commands) -> None:
     parser.add_argument("--encoder", required=True, help="folder or Hub id of a text encoder, or a CLIP for images")
     parser.add_argument("--by", choices=("text", "image"), default="text", help="default: text")
     parser.add_argument("--images", nargs="*", default=[], help="image stores, with --by image")
-    parser.add_argument("--k", type=int, default=10, help="neighbours of each record (default: 10)")
-    parser.add_argument("--context", type=int, default=2, help="of them in the train config (default: 2)")
+    parser.add_argument("--k", type=positive, default=10, help="neighbours of each record (default: 10)")
+    parser.add_argument("--context", type=not_negative, default=2, help="of them in the train config (default: 2)")
 
 
 def _run_neighbours(args) -> None:
@@ -265,7 +270,7 @@ def _source(commands, name: str, title: str) -> None:
         parser.add_argument("--images", required=needed, metavar="FOLDER", help="folder of its pictures")
     parser.add_argument("--name", default=name.upper(), help=f"of the new dataset (default: {name.upper()})")
     parser.add_argument("--output", required=True, help="folder for the files")
-    parser.add_argument("--max-tokens", type=int, help="leave out longer conversations; needs --tokenizer")
+    parser.add_argument("--max-tokens", type=positive, help="leave out longer conversations; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
     parser.add_argument("--skip-missing", action="store_true", help="leave out conversations without their picture")
     parser.add_argument(

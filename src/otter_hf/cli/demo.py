@@ -7,6 +7,7 @@ import secrets
 
 from ..extras import missing
 from .chat import add_loading_arguments, loading_options
+from .numbers import number
 from .serve import API_KEY_VARIABLE, add_limit_arguments, port_number, require_serving, settings_from
 
 
@@ -25,7 +26,10 @@ def add_parser(subparsers):
     parser.add_argument("--flag-folder", default="logs/flagged", help="of rated conversations (default: logs/flagged)")
     add_loading_arguments(parser)
     parser.add_argument(
-        "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (default: -1, never)"
+        "--model-timeout",
+        type=number(least=-1),
+        default=-1,
+        help="unload a model after so many idle seconds (default: -1, never)",
     )
     add_limit_arguments(parser)
     parser.set_defaults(func=run)

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from .numbers import positive
+
 
 def add_parser(subparsers):
     """Add the `eval` subcommand."""
@@ -15,7 +17,7 @@ def add_parser(subparsers):
     parser.add_argument("config", type=Path, nargs="?", help="YAML with models, datasets, output")
     parser.add_argument("--config", "-c", type=Path, dest="config_of_2023", help="the same, as the 2023 code had it")
     parser.add_argument("--output", type=Path, default=None, help="folder for the results, over that of the file")
-    parser.add_argument("--limit", type=int, default=None, help="rows per dataset, over those of the file")
+    parser.add_argument("--limit", type=positive, default=None, help="rows per dataset, over those of the file")
     parser.add_argument("--verbose", action="store_true", help="show what lmms-eval has to say")
     parser.set_defaults(func=run)
 

@@ -26,7 +26,7 @@ def run(arguments) -> None:
     """Hand the arguments to the entry point of pretraining."""
     from accelerate import PartialState
 
-    from ..training.pretraining import main
+    from ..training.pretraining import run as pretrain
 
-    main(arguments.rest)
+    pretrain(arguments.rest)
     PartialState().destroy_process_group()

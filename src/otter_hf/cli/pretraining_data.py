@@ -1,5 +1,7 @@
 """`otter-hf data mmc4-to-tar`, `laion-to-tar` and `obelics-to-tar`: published data to WebDataset shards."""
 
+from .numbers import positive
+
 
 def add_parser(commands) -> None:
     """Add the commands to those of `otter-hf data`."""
@@ -38,8 +40,8 @@ def add_parser(commands) -> None:
     obelics.set_defaults(func=run_obelics)
     for parser in (mmc4, laion, obelics):
         parser.add_argument("--output", required=True, metavar="FOLDER", help="for the shards")
-        parser.add_argument("--max-samples", type=int, help="of a shard (default: laion 500,000, else 30,000)")
-        parser.add_argument("--num-proc", type=int, default=1, help="files converted at a time (default: 1)")
+        parser.add_argument("--max-samples", type=positive, help="of a shard (default: laion 500,000, else 30,000)")
+        parser.add_argument("--num-proc", type=positive, default=1, help="files converted at a time (default: 1)")
 
 
 def run_mmc4(args) -> None:

@@ -5,6 +5,7 @@ import os
 
 from ..extras import missing
 from .chat import add_loading_arguments, loading_options
+from .numbers import not_negative, number, positive
 
 
 API_KEY_VARIABLE = "OTTER_HF_API_KEY"
@@ -23,7 +24,10 @@ def add_parser(subparsers):
     parser.add_argument("--port", type=port_number, default=8000, help="default: 8000")
     add_loading_arguments(parser)
     parser.add_argument(
-        "--model-timeout", type=int, default=-1, help="unload a model after so many idle seconds (default: -1, never)"
+        "--model-timeout",
+        type=number(least=-1),
+        default=-1,
+        help="unload a model after so many idle seconds (default: -1, never)",
     )
     add_limit_arguments(parser)
     parser.set_defaults(func=run)
@@ -40,23 +44,41 @@ def port_number(text: str) -> int:
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     """What `ServerSettings` holds; the defaults are its own."""
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-body-mb", type=float, default=20, help="of a request, base64 included (default: 20)")
-    limits.add_argument("--max-image-pixels", type=int, default=40_000_000, help="of a picture (default: 40 million)")
+    limits.add_argument(
+        "--max-body-mb", type=number(float, above=0), default=20, help="of a request, base64 included (default: 20)"
+    )
+    limits.add_argument(
+        "--max-image-pixels", type=positive, default=40_000_000, help="of a picture (default: 40 million)"
+    )
     limits.add_argument(
         "--max-video-pixels",
-        type=int,
+        type=positive,
         default=20_000_000_000,
         help="of a video (default: 20 thousand million)",
     )
-    limits.add_argument("--max-pictures", type=int, default=128, help="and frames of a request (default: 128)")
-    limits.add_argument("--num-frames", type=int, default=16, help="read of a video (default: 16)")
-    limits.add_argument("--max-text-characters", type=int, default=500_000, help="of a request (default: 500,000)")
-    limits.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer (default: 1024)")
-    limits.add_argument("--body-timeout", type=float, default=30, help="seconds for a request to arrive (default: 30)")
-    limits.add_argument("--request-timeout", type=float, default=300, help="seconds, waiting included (default: 300)")
-    limits.add_argument("--slots", type=int, default=2, help="requests prepared or answered at a time (default: 2)")
-    limits.add_argument("--queue", type=int, default=32, help="requests that may wait, then 429 (default: 32)")
-    limits.add_argument("--shutdown-timeout", type=int, default=30, help="seconds to finish answers in (default: 30)")
+    limits.add_argument(
+        "--max-pictures", type=not_negative, default=128, help="and frames of a request (default: 128)"
+    )
+    limits.add_argument("--num-frames", type=positive, default=16, help="read of a video (default: 16)")
+    limits.add_argument(
+        "--max-text-characters", type=positive, default=500_000, help="of a request (default: 500,000)"
+    )
+    limits.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer (default: 1024)")
+    limits.add_argument(
+        "--body-timeout", type=number(float, above=0), default=30, help="seconds for a request to arrive (default: 30)"
+    )
+    limits.add_argument(
+        "--request-timeout", type=number(float, above=0), default=300, help="seconds, waiting included (default: 300)"
+    )
+    limits.add_argument(
+        "--slots", type=positive, default=2, help="requests prepared or answered at a time (default: 2)"
+    )
+    limits.add_argument(
+        "--queue", type=not_negative, default=32, help="requests that may wait, then 429 (default: 32)"
+    )
+    limits.add_argument(
+        "--shutdown-timeout", type=not_negative, default=30, help="seconds to finish answers in (default: 30)"
+    )
     parser.add_argument(
         "--allow-origin",
         action="append",
@@ -73,8 +95,13 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     urls = parser.add_argument_group("addresses of pictures in requests")
     urls.add_argument("--no-fetch", action="store_true", help="read data: only, fetch no http(s) address")
-    urls.add_argument("--max-fetches", type=int, default=16, help="addresses of a request (default: 16)")
-    urls.add_argument("--fetch-timeout", type=float, default=20, help="seconds for all of them together (default: 20)")
+    urls.add_argument("--max-fetches", type=not_negative, default=16, help="addresses of a request (default: 16)")
+    urls.add_argument(
+        "--fetch-timeout",
+        type=number(float, above=0),
+        default=20,
+        help="seconds for all of them together (default: 20)",
+    )
     urls.add_argument("--allow-private-addresses", action="store_true", help="fetch from this machine and network too")
     urls.add_argument("--allow-files", metavar="DIR", help="read file:// addresses below this folder")
 

@@ -4,6 +4,8 @@ import argparse
 import json
 import sys
 
+from .numbers import not_negative, number, positive
+
 
 def add_parser(subparsers) -> None:
     """Add the command and its subcommands; each sets `func` to a function of the parsed arguments."""
@@ -23,15 +25,23 @@ def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
 
 def _asking_arguments(parser) -> None:
     parser.add_argument("--base-url", help="of the endpoint (default: that of the run, OPENAI_BASE_URL, or OpenAI's)")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for an answer (default: 120)")
-    parser.add_argument("--max-attempts", type=int, default=6, help="attempts per query (default: 6)")
-    parser.add_argument("--first-pause", type=float, default=1, help="seconds before the second one; then doubled")
-    parser.add_argument("--max-requests", type=int, help="budget: requests, failed ones included")
-    parser.add_argument("--max-tokens", type=int, help="budget: tokens of prompts and replies")
-    parser.add_argument("--max-cost", type=float, help="budget: money; needs the prices")
-    parser.add_argument("--prompt-price", type=float, default=0, help="of a million tokens of prompts")
-    parser.add_argument("--completion-price", type=float, default=0, help="of a million tokens of replies")
+    parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: 8)")
+    parser.add_argument(
+        "--timeout", type=number(float, above=0), default=120, help="seconds for an answer (default: 120)"
+    )
+    parser.add_argument("--max-attempts", type=positive, default=6, help="attempts per query (default: 6)")
+    parser.add_argument(
+        "--first-pause", type=number(float, least=0), default=1, help="seconds before the second one; then doubled"
+    )
+    parser.add_argument("--max-requests", type=not_negative, help="budget: requests, failed ones included")
+    parser.add_argument("--max-tokens", type=not_negative, help="budget: tokens of prompts and replies")
+    parser.add_argument("--max-cost", type=number(float, least=0), help="budget: money; needs the prices")
+    parser.add_argument(
+        "--prompt-price", type=number(float, least=0), default=0, help="of a million tokens of prompts"
+    )
+    parser.add_argument(
+        "--completion-price", type=number(float, least=0), default=0, help="of a million tokens of replies"
+    )
 
 
 def _run(commands) -> None:
@@ -49,8 +59,8 @@ def _run(commands) -> None:
         metavar="KEY=JSON",
         help="option of the requests, such as temperature=0; null leaves out a default; repeat it",
     )
-    parser.add_argument("--slice-start", type=int, default=0, help="first query (default: 0)")
-    parser.add_argument("--slice-end", type=int, help="query to stop in front of (default: none)")
+    parser.add_argument("--slice-start", type=not_negative, default=0, help="first query (default: 0)")
+    parser.add_argument("--slice-end", type=not_negative, help="query to stop in front of (default: none)")
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="of these, part K of N, counted from 0")
     parser.add_argument("--random-sample", type=int, metavar="SEED", help="shuffle the queries before slicing")
     parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
@@ -58,8 +68,8 @@ def _run(commands) -> None:
         "--with-pictures", nargs="+", metavar="PATH", help="show the pictures of these image stores too"
     )
     parser.add_argument("--image-prefix", help="what image ids begin with (default: such as DC_IMG_)")
-    parser.add_argument("--max-pictures", type=int, help="of a query, at even distances (default: 8)")
-    parser.add_argument("--picture-size", type=int, help="longer side in pixels, at most (default: 512)")
+    parser.add_argument("--max-pictures", type=positive, help="of a query, at even distances (default: 8)")
+    parser.add_argument("--picture-size", type=positive, help="longer side in pixels, at most (default: 512)")
     parser.add_argument(
         "--verify",
         action="store_true",
@@ -145,12 +155,14 @@ def _build(commands) -> None:
     parser.add_argument("--name", help="of the dataset (default: that of the kind, such as DC)")
     parser.add_argument("--images", nargs="+", default=[], metavar="PATH", help="image stores")
     parser.add_argument("--image-prefix", help="what image ids begin with (default: such as DC_IMG_)")
-    parser.add_argument("--max-words", type=int, default=300, help="longest question or answer (default: 300)")
+    parser.add_argument("--max-words", type=positive, default=300, help="longest question or answer (default: 300)")
     parser.add_argument(
         "--forbid", action="append", metavar="REGEX", help="in place of the forbidden words; repeat it"
     )
     parser.add_argument("--keep-repeated", action="store_true", help="keep pairs that are the same")
-    parser.add_argument("--agreement", type=float, help="of verified answers: share of words (default: 0.5)")
+    parser.add_argument(
+        "--agreement", type=number(float, least=0, most=1), help="of verified answers: share of words (default: 0.5)"
+    )
     parser.add_argument("--instructions", metavar="PATH", help="original of a translation (default: the annotations)")
     parser.add_argument("--train-config", metavar="PATH", help="train config of the original of a translation")
     parser.add_argument("--languages", nargs="+", help="of a translation (default: zh es ja de fr ko ar)")

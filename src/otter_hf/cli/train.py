@@ -27,8 +27,8 @@ def run(arguments) -> None:
     # torch and the Trainer are heavy: loaded only when training
     from accelerate import PartialState
 
-    from ..training.run import main
+    from ..training.run import run as fine_tune
 
-    main(arguments.rest)
+    fine_tune(arguments.rest)
     # a process group that is still there at the exit may abort the process: torchrun would call the training failed
     PartialState().destroy_process_group()

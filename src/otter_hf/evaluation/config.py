@@ -157,7 +157,7 @@ def _read_model(entry) -> ModelSpec:
         raise ValueError(
             f"The model {name!r} needs a repository of 2023 that is not part of this package; give a path."
         )
-    batch_size = int(entry.get("batch_size", entry.get("batch", 1)))
+    batch_size = _whole(entry.get("batch_size", entry.get("batch", 1)), "batch_size")
     if "endpoint" in entry or name == "gpt4v":
         model = entry.get("model", "gpt-4-vision-preview" if name == "gpt4v" else None)
         if model is None:
@@ -173,7 +173,7 @@ def _read_model(entry) -> ModelSpec:
         generation = {}  # the plain form: as each benchmark asks
     options = {key: entry[key] for key in _MODEL_OPTIONS if entry.get(key) is not None}
     if "max_new_tokens" in entry:
-        generation = {**generation, "max_new_tokens": int(entry["max_new_tokens"])}
+        generation = {**generation, "max_new_tokens": _whole(entry["max_new_tokens"], "max_new_tokens")}
     if generation or "generation" in options:
         options["generation"] = {**generation, **options.get("generation", {})}
     if entry.get("resolution", -1) != -1:
@@ -202,6 +202,9 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
                 raise ValueError(f"The dataset {name!r} has {key} {entry[key]!r}; use {' or '.join(known)}.")
         settings = {key: value for key, value in entry.items() if key not in ("name", "limit")}
         settings.setdefault("num_samples", entry.get("limit", limit))
+        for key in ("num_samples", "query_set_size", "batch_size"):
+            if settings.get(key) is not None:
+                settings[key] = _whole(settings[key], key)
         return DatasetSpec(name, fewshot=settings)
     _check_keys(entry, _DATASET_KEYS | _UNUSED_DATASET_KEYS, f"the dataset {name!r}")
     if unused := sorted(_UNUSED_DATASET_KEYS & entry.keys()):
@@ -224,11 +227,21 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
         data_path=entry.get("data_path"),
         image_dir=entry.get("image_dir"),
         split=entry.get("split"),
-        limit=None if limit is None else int(limit),
+        limit=None if limit is None else _whole(limit, "limit"),
         prompts={key: entry[key] for key in _PROMPT_KEYS if key in entry},
         judge=entry.get("gpt_model") or judge or DEFAULT_JUDGE,
         options={key: entry[key] for key in _READING_KEYS if key in entry},
     )
+
+
+def _whole(value, name: str) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if number < 1:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number from 1 on.")
+    return number
 
 
 def _check_keys(entry: Mapping, known: set[str], what: str) -> None:

@@ -1,5 +1,6 @@
 """What a server allows."""
 
+import math
 from dataclasses import dataclass, field
 
 from .fetch import FetchPolicy
@@ -45,7 +46,7 @@ class ServerSettings:
 
     def __post_init__(self):
         for name in ("body_bytes", "new_tokens", "body_seconds", "request_seconds", "slots", "num_frames"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}.")
-        if self.queue < 0:
+        if not self.queue >= 0:
             raise ValueError(f"queue must be 0 or more, not {self.queue}.")

@@ -15,12 +15,14 @@ from transformers import set_seed
 
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
+from ..errors import ending_in_a_sentence
 from ..models.host_reads import numbers_on
 from ..serving.loading import read_model, read_processor
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, resume
 from .fields import PretrainingDataArguments
 from .freezing import freeze, train_only_rows
+from .limits import check_numbers
 from .run import _stop_generation_at
 from .run_record import RunRecord
 from .trainer import OtterTrainer
@@ -30,6 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """
+    `run` for scripts: bad input ends the process with its one sentence on stderr and status 2, without a traceback.
+    """
+    with ending_in_a_sentence():
+        run(argv)
+
+
+def run(argv: Sequence[str] | None = None) -> None:
     """
     Pretrains with the arguments `[recipe.yaml] [--flag value ...]`, by default those of the process.
 
@@ -51,6 +61,7 @@ def pretrain(
     Returns:
         The trainer, with its `model` and `state`; None where a run that is gone on with is complete.
     """
+    check_numbers(model_args, data_args, training_args)
     for name in ("lora", "cache_vision_features"):
         if getattr(model_args, name):
             raise ValueError(f"{name} is for fine-tuning: leave it out, and freeze what is not to be pretrained.")
@@ -67,8 +78,8 @@ def pretrain(
     # for the Trainer's messages and counts: its batch is one of each set
     training_args.per_device_train_batch_size = sum(one.batch_size for one in stream.sets)
     logger.info(_table(stream))
-    run = _run_record(model_args, data_args, training_args, stream)
-    run, checkpoint, is_complete = resume(run, training_args)
+    record = _run_record(model_args, data_args, training_args, stream)
+    record, checkpoint, is_complete = resume(record, training_args)
     if is_complete:
         return None
     model = read_model(
@@ -82,7 +93,7 @@ def pretrain(
     if model_args.train_embedding_rows:
         train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))
     trainer = PretrainingTrainer(
-        model=model, args=training_args, train_dataset=stream, processing_class=processor, run=run
+        model=model, args=training_args, train_dataset=stream, processing_class=processor, run=record
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.stopped:
@@ -197,4 +208,4 @@ class PretrainingTrainer(OtterTrainer):
         return Path(folder) / f"pretraining_stream_{self.args.process_index}.json"
 
 
-__all__ = ["PretrainingDataArguments", "PretrainingSet", "PretrainingTrainer", "main", "pretrain"]
+__all__ = ["PretrainingDataArguments", "PretrainingSet", "PretrainingTrainer", "main", "pretrain", "run"]

@@ -24,6 +24,7 @@ from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
 from ..data.prompts import IMAGE_TOKEN, chat_template, get_format
 from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
+from ..errors import ending_in_a_sentence
 from ..extras import missing
 from ..models.flamingo import FlamingoProcessor
 from ..models.otter import OtterProcessor
@@ -35,6 +36,7 @@ from .checkpoints import STOPPED_EXIT_CODE, resume
 from .features import VisionFeatureCache
 from .freezing import freeze, train_only_rows
 from .kernels import can_pack, choose_attention, use_liger_kernels
+from .limits import check_numbers
 from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
 from .plan import make_plan, meta_model, sharding_of
@@ -51,6 +53,14 @@ _FORMATS = {"fuyu": "fuyu", "idefics": "idefics"}
 
 
 def main(argv: Sequence[str] | None = None, *, transform: Callable[[Sample, Random], Sample] | None = None) -> None:
+    """
+    `run` for scripts: bad input ends the process with its one sentence on stderr and status 2, without a traceback.
+    """
+    with ending_in_a_sentence():
+        run(argv, transform=transform)
+
+
+def run(argv: Sequence[str] | None = None, *, transform: Callable[[Sample, Random], Sample] | None = None) -> None:
     """
     Fine-tunes with the arguments `[recipe.yaml] [--flag value ...]`, by default those of the process.
 
@@ -88,6 +98,7 @@ def train(
         The trainer, with its `model` and `state`; None after a `dry_run`, which ends with the plan, and where a run
         that is gone on with is complete.
     """
+    check_numbers(model_args, data_args, training_args)
     set_seed(training_args.seed)
     config = read_config(model_args.model_name_or_path, model_args.tokenizer)
     given = {**given_arguments(model_args), **given_arguments(data_args)}
@@ -124,7 +135,7 @@ def train(
         return None
 
     _check_sizes(train_dataset, eval_dataset, training_args)
-    run = RunRecord.of(
+    record = RunRecord.of(
         model_args,
         data_args,
         training_args,
@@ -132,7 +143,7 @@ def train(
         samples_per_step=plan.samples_per_step,
         steps=plan.steps,
     )
-    run, checkpoint, is_complete = resume(run, training_args)
+    record, checkpoint, is_complete = resume(record, training_args)
     if is_complete:
         return None
     # last, because it takes longest: a mistake in the data shows before
@@ -149,7 +160,7 @@ def train(
         preprocess_logits_for_metrics=most_likely_tokens,
         flops=plan.flops,
         recipe=given,
-        run=run,
+        run=record,
     )
     samples = sample_evenly(eval_dataset, training_args.report_samples)
     trainer.add_callback(TrainingReport(trainer, samples))

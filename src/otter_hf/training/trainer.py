@@ -52,6 +52,7 @@ class OtterTrainer(PublishingTrainer):
         self.throughput = Throughput(groups, flops, getattr(self.args, "peak_flops", 0))
         self.add_callback(self.throughput)
         self.add_callback(_TellEpoch(self))
+        self.add_callback(_CountOverflow(self))
         self._sampler: GroupedSampler | None = None
         # loss and sample ids of each batch since the last optimizer step
         self._losses: list[tuple[torch.Tensor, list[str]]] = []
@@ -128,10 +129,15 @@ class OtterTrainer(PublishingTrainer):
                 self._refuse("loss", value, of_batch)
         if grad_norm is not None:
             grad_norm = values[-1] if len(values) > len(losses) else float(grad_norm)
-            # in float16 a gradient may overflow: the scaler then leaves out the step, and scales less
-            if not self.args.fp16 and not math.isfinite(grad_norm):
+            if not math.isfinite(grad_norm) and not self._leaves_out_overflow:
                 self._refuse("gradient", grad_norm, [name for of_batch in names for name in of_batch])
         return grad_norm
+
+    @property
+    def _leaves_out_overflow(self) -> bool:
+        """Whether a step in which float16 overflows is left out, and the next scaled less; on a CPU none is."""
+        scaler = self.accelerator.scaler
+        return self.args.fp16 and (self.is_deepspeed_enabled or (scaler is not None and scaler.is_enabled()))
 
     def _refuse(self, what: str, value: float, names: list[str]):
         raise ValueError(
@@ -243,6 +249,37 @@ class NamingCollator:
         """`counts` and `known` of a batch on the CPU."""
         known = {} if self.image_token_id is None else known_on_host(batch, self.image_token_id, IGNORE_INDEX)
         return {"counts": count_batch(batch), "known": known}
+
+
+# so many times in a row a scale is halved from 2^16 down to where nothing overflows that could be learned from
+MAX_OVERFLOW = 32
+
+
+class _CountOverflow(TrainerCallback):
+    """Refuses a training in which float16 overflows in each step, so that none is made."""
+
+    def __init__(self, trainer: OtterTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.left_out, self.in_a_row = state.global_step, 0, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        is_left_out = self.trainer.accelerator.optimizer_step_was_skipped
+        self.left_out += is_left_out
+        self.in_a_row = self.in_a_row + 1 if is_left_out else 0
+        if self.in_a_row == MAX_OVERFLOW:
+            self._refuse(f"In {MAX_OVERFLOW} steps in a row, up to step {state.global_step},")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.start == 0 and 0 < state.global_step == self.left_out and not self.trainer.stopped:
+            self._refuse(f"In all of {state.global_step} steps")
+
+    def _refuse(self, where: str):
+        raise ValueError(
+            f"{where} float16 overflowed and the step was left out, so that nothing was learned: set bf16 to true in "
+            "place of fp16, or both to false."
+        )
 
 
 class _TellEpoch(TrainerCallback):

@@ -1,5 +1,6 @@
 """Where a run ends, and where it stands."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 
 from .journal import Journal
@@ -28,8 +29,8 @@ class Budget:
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must not be negative, got {value}.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {value}.")
         if self.max_cost is not None and not (self.prompt_price or self.completion_price):
             raise ValueError(f"max_cost={self.max_cost} needs prompt_price and completion_price.")
 

@@ -1,0 +1,51 @@
+"""Numbers of the arguments that make no sense: a comparison with NaN is never true, and no limit would be met."""
+
+import math
+from dataclasses import fields
+
+
+# name -> the smallest value that means something; None is always one
+_LEAST = {
+    "block_size": 1,
+    "dynamic_resolution": 1,
+    "early_stopping_threshold": 0,
+    "eval_delay": 0,
+    "eval_steps": 0,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "logging_steps": 0,
+    "lora_alpha": 0,
+    "lora_dropout": 0,
+    "lora_r": 1,
+    "max_context": 0,
+    "max_grad_norm": 0,
+    "max_length": 1,
+    "max_pixels": 1,
+    "num_frames": 1,
+    "num_train_epochs": 0,
+    "peak_flops": 0,
+    "per_device_eval_batch_size": 1,
+    "per_device_train_batch_size": 1,
+    "report_samples": 0,
+    "resolution": 1,
+    "save_steps": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+}
+
+
+def check_numbers(*arguments) -> None:
+    """
+    Raises ValueError for a number of these dataclasses that is NaN or infinite, or below what it can be, by its name.
+    """
+    for given in arguments:
+        for field in fields(given):
+            values = getattr(given, field.name)
+            for value in values if isinstance(values, list) else [values]:
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise ValueError(f"{field.name} must be a number, got {value}.")
+                least = _LEAST.get(field.name)
+                if least is not None and isinstance(value, (int, float)) and value < least:
+                    raise ValueError(f"{field.name} must be at least {least}, got {value}.")
+            if field.name == "max_steps" and values != -1 and values < 1:
+                raise ValueError(f"max_steps must be at least 1, got {values}: leave it out to train whole epochs.")
