@@ -152,18 +152,19 @@ def test_tokenizer_of_another_folder(model, processor, folder, files, tmp_path, 
 
 def test_tokenizer_for_a_family_that_has_its_own(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "fuyu"}))
-    assert main(["chat", str(tmp_path), "--tokenizer", "owner/name", "--prompt", "what?"]) == 2
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    assert main(["chat", str(tmp_path), "--tokenizer", str(tmp_path), "--prompt", "what?"]) == 2
     assert "is of type fuyu, which has its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["./nowhere"], "model './nowhere' is neither a folder on this machine nor a Hub id"),
+        (["./nowhere"], "model './nowhere' is neither a folder here nor a Hub id"),
         (["FOLDER/config.json"], "config.json' is a file; give the folder"),
-        (["owner/name", "--image", "none.png"], "none.png cannot be read as an image"),
-        (["owner/name", "--video", "none.mp4"], "none.mp4 cannot be read as a video"),
-        (["owner/name", "--yaml-file", "none.yaml"], "none.yaml"),
+        (["FOLDER", "--image", "none.png"], "none.png cannot be read as an image"),
+        (["FOLDER", "--video", "none.mp4"], "none.mp4 cannot be read as a video"),
+        (["FOLDER", "--yaml-file", "none.yaml"], "none.yaml"),
         (["FOLDER", "--chat-template", "none.jinja"], "none.jinja"),
     ],
 )

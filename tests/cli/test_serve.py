@@ -30,11 +30,12 @@ def test_flags_become_limits(monkeypatch, tmp_path):
     assert (fetch.http, fetch.private_addresses, fetch.file_root, fetch.max_bytes) == (False, True, tmp_path, 2 << 20)
 
 
-def test_bad_input_is_one_sentence(monkeypatch, capsys):
+def test_bad_input_is_one_sentence(tmp_path, capsys):
     pytest.importorskip("uvicorn", reason="the serve extra is not installed")
     assert main(["serve", "./nowhere"]) == 2
     assert "model './nowhere' is neither a folder" in capsys.readouterr().err
-    assert main(["serve", "./nowhere", "--allow-files", "none"]) == 2
+    folder = write_models(tmp_path)["otter"]
+    assert main(["serve", folder, "--allow-files", "none"]) == 2
     assert "--allow-files none: there is no such folder." in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["serve", "./nowhere", "--slots", "0"])
@@ -44,9 +45,9 @@ def test_bad_input_is_one_sentence(monkeypatch, capsys):
     assert "99999 is no port, use one from 0 (any free one) to 65535" in capsys.readouterr().err
 
 
-def test_missing_packages_are_named(monkeypatch, capsys):
+def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
-    assert main(["serve", "owner/name"]) == 2
+    assert main(["serve", write_models(tmp_path)["otter"]]) == 2
     assert re.search("serving needs fastapi, uvicorn and openai: .*pip install 'fastapi>", capsys.readouterr().err)
 
 

@@ -80,7 +80,8 @@ def test_a_script_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as leaving:
         runpy.run_path(str(SCRIPTS / "dtype.py"), run_name="__main__")
     assert leaving.value.code == 2
-    assert capsys.readouterr().err == f"error: {missing} is no folder.\n"
+    message = f"error: --source {missing!r} is neither a folder here nor a Hub id (owner/name).\n"
+    assert capsys.readouterr().err == message
     assert not (tmp_path / "output").exists()
 
 
@@ -121,7 +122,7 @@ class TestMemory:
         assert "gated cross-attention" in capsys.readouterr().out
 
     def test_no_configuration(self, tmp_path):
-        with pytest.raises(ValueError, match="is no config.json"):
+        with pytest.raises(ValueError, match="holds no config.json"):
             run(memory, "memory", tmp_path)
         (tmp_path / "config.json").write_text('{"model_type": "unheard_of"}')
         with pytest.raises(ValueError, match="'unheard_of', which is unknown"):

@@ -2,6 +2,7 @@
 
 import argparse
 
+from ..model_names import check_model_name
 from .chat_commands import HELP
 from .numbers import not_negative, number, positive
 
@@ -119,16 +120,16 @@ def generation_options(arguments: argparse.Namespace) -> dict:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and talk until the prompts, or the user's patience, end."""
+    check_model_name(arguments.model, weights=True)
     # heavy imports wait until someone chats
     import torch
 
     from ..serving.batch import answer_all, read_questions, write_log
-    from ..serving.loading import check_name, load
+    from ..serving.loading import load
     from ..serving.session import ChatSession
     from .chat_commands import read_media
     from .chat_terminal import Chat
 
-    check_name(arguments.model)
     # opened before the model loads: a mistyped path should not cost a minute
     entries = read_questions(arguments.yaml_file) if arguments.yaml_file else None
     media = read_media(arguments.image, arguments.video, arguments.num_frames)

@@ -1,8 +1,10 @@
 """Checkpoints of 2023 to today's folders, and back."""
 
 import sys
+from pathlib import Path
 
 from .. import conversion
+from ..model_names import check_model_name
 from .chat import add_reference_argument
 from .numbers import not_negative, number, positive
 from .parsing import Parser
@@ -25,7 +27,7 @@ def main(name: str) -> int:
     args = parser.parse_args()
     try:
         return args.func(args)
-    except (conversion.ConversionError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -49,7 +51,15 @@ def _add_output(parser, run, *, verify: bool = True) -> None:
     parser.set_defaults(func=lambda args: _report(run, args))
 
 
+# the arguments that name models
+_MODELS = ("source", "base", "other", "language_model", "vision_tower", "tokenizer")
+
+
 def _report(run, args) -> int:
+    for name in _MODELS:
+        value = getattr(args, name, None)
+        if value and not Path(value).exists():
+            check_model_name(value, f"--{name.replace('_', '-')}", config=False)
     report = run(args)
     print(report.summary())
     print(f"written to {args.output}")

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..model_names import check_model_name
 from . import convert_it, pretraining_data
 from .numbers import not_negative, positive
 
@@ -79,6 +80,8 @@ def _run_show(args) -> None:
     from ..data.mixture import MimicitMixture
     from ..data.preview import contact_sheet, describe_sample, prompt_of
 
+    if args.processor:
+        check_model_name(args.processor, "--processor")
     mixture = MimicitMixture(args.mixture, populate_rel_ins=args.populate_rel_ins, cache_dir=args.cache_dir)
     if not 0 <= args.index < len(mixture):
         raise ValueError(f"sample {args.index} does not exist: the mixture has {len(mixture)}, counted from 0.")
@@ -116,9 +119,10 @@ def _run_stats(args) -> None:
         raise ValueError(f"--limit must be a number of samples, or 0 for all, got {args.limit}.")
     if args.png:
         require("--png", "plots")
+    tokenizer = _tokenizer(args.tokenizer)
     mixture = MimicitMixture(args.mixture, on_error="skip", cache_dir=args.cache_dir)
     print(mixture.summary())
-    values = mixture_statistics(mixture, _tokenizer(args.tokenizer), args.limit)
+    values = mixture_statistics(mixture, tokenizer, args.limit)
     print(statistics_table(values))
     if mixture.skipped:
         print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in mixture.skipped.items()))
@@ -129,6 +133,7 @@ def _run_stats(args) -> None:
 def _tokenizer(name: str | None):
     if name is None:
         return None
+    check_model_name(name, "--tokenizer", config=False)
     from ..models.legacy import is_legacy_config, read_config
     from ..models.legacy_tokens import load_tokenizer
 

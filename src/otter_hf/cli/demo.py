@@ -6,6 +6,7 @@ import os
 import secrets
 
 from ..extras import missing
+from ..model_names import check_model_name
 from .chat import add_loading_arguments, loading_options
 from .numbers import number
 from .serve import API_KEY_VARIABLE, add_limit_arguments, port_number, require_serving, settings_from
@@ -39,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Show the page until the process is told to end."""
     if bool(arguments.url) == bool(arguments.models):
         raise ValueError("Give models, or the --url of a server that has them.")
+    for name in arguments.models:
+        check_model_name(name, weights=True)
     require_serving()
     try:
         import gradio  # noqa: F401

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..model_names import check_model_name
 from .numbers import positive
 
 
@@ -30,6 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     if len(given) != 1:
         raise ValueError(f"otter-hf eval needs one configuration: a YAML file (docs/evaluation.md); got {len(given)}.")
     config = load_config(given[0])
+    for spec in config.models:
+        if spec.path is not None:
+            check_model_name(spec.path, weights=True)
     if arguments.output is not None:
         config.output = arguments.output
     if arguments.limit is not None:

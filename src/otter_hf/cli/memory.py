@@ -1,6 +1,9 @@
 """`otter-hf memory`: what a model takes, from its configuration alone."""
 
 import json
+from pathlib import Path
+
+from ..model_names import check_model_name
 
 
 def add_parser(subparsers) -> None:
@@ -15,6 +18,8 @@ def add_parser(subparsers) -> None:
 
 def run(args) -> int:
     """Print the table."""
+    if not Path(args.config).is_file():
+        check_model_name(args.config)
     from ..conversion.memory import estimate_memory, load_config, memory_table
 
     config = load_config(args.config)

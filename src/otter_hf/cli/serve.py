@@ -4,6 +4,7 @@ import argparse
 import os
 
 from ..extras import missing
+from ..model_names import check_model_name
 from .chat import add_loading_arguments, loading_options
 from .numbers import not_negative, number, positive
 
@@ -108,6 +109,8 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the first model and serve until the process is told to end."""
+    for name in arguments.models:
+        check_model_name(name, weights=True)
     require_serving()
     import uvicorn
     from transformers.utils import logging

@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..model_names import check_model_name, split_revision
 from ..models.flamingo import FlamingoProcessor
 from ..models.legacy import is_legacy_config, split_lora_key, upgrade_text_config
 from ..models.legacy_tokens import SPECIAL_TOKENS
@@ -153,12 +154,13 @@ def resolve_folder(name_or_path: str | Path) -> Path:
     """A local folder as it is; otherwise the named Hub repository, downloaded or from the cache."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
-    if Path(name_or_path).exists() or str(name_or_path).startswith((".", "/")) or str(name_or_path).count("/") != 1:
-        raise ConversionError(f"{name_or_path} is no folder.")
+    # a tokenizer's repository has no config.json
+    check_model_name(name_or_path, config=False)
+    path, revision = split_revision(str(name_or_path))
     try:
-        return Path(snapshot_download(str(name_or_path), allow_patterns=_PATTERNS))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=_PATTERNS))
     except OSError as error:
-        raise ConversionError(f"{name_or_path} is neither a folder nor a Hub repository within reach.") from error
+        raise ConversionError(f"{name_or_path} cannot be downloaded from the Hub: {error}") from error
 
 
 def read_config(folder: str | Path) -> dict:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from ..model_names import check_model_name, split_revision
 from .plan import build_meta_model
 from .tensors import ConversionError
 
@@ -29,9 +30,11 @@ def load_config(name_or_path: str | Path):
         if path.is_dir():
             path = path / "config.json"
         elif not path.is_file():
-            path = Path(cached_file(str(name_or_path), "config.json"))
+            check_model_name(name_or_path)
+            name, revision = split_revision(str(name_or_path))
+            path = Path(cached_file(name, "config.json", revision=revision))
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"{name_or_path} is no config.json, nor a folder or repository with one.") from error
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ConversionError(f"{name_or_path} has the model type {config.get('model_type')!r}, which is unknown.")

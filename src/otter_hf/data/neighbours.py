@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..model_names import check_model_name
 from .formats import stream_records
 from .image_store import ImageStore
 from .json_stream import iter_json_object
@@ -61,6 +62,7 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = 64)
     """
     from transformers import AutoModel, AutoTokenizer
 
+    check_model_name(encoder, "encoder", weights=True)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = AutoModel.from_pretrained(encoder).eval()
     model = getattr(model, "text_model", model)
@@ -86,6 +88,7 @@ def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = 6
     """
     from transformers import AutoImageProcessor, AutoModel
 
+    check_model_name(encoder, "encoder", weights=True)
     processor = AutoImageProcessor.from_pretrained(encoder, backend="pil")
     model = AutoModel.from_pretrained(encoder).eval()
     encode = model.get_image_features if hasattr(model, "get_image_features") else model

@@ -10,6 +10,7 @@ import otter_hf  # noqa: F401  registers the families
 
 from ..data.prompts import FORMATS
 from ..data.prompts import chat_template as format_chat_template
+from ..model_names import check_model_name, split_revision
 from ..models.flamingo import FlamingoConfig, FlamingoProcessor
 from ..models.legacy_tokens import load_tokenizer
 from ..models.otter import OtterConfig
@@ -70,7 +71,7 @@ def load_model(
 
 def read_model(name: str, tokenizer: str | None = None, **options) -> PreTrainedModel:
     """A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors."""
-    path, revision = _locate(name)
+    path, revision = _locate(name, weights=True)
     options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
     return AutoModelForImageTextToText.from_pretrained(path, revision=revision, **options)
 
@@ -128,15 +129,6 @@ def load_processor(
     return processor
 
 
-def check_name(name: str) -> None:
-    """Raise ValueError for a file, and for a mistyped folder, which transformers would look for on the Hub."""
-    path, _ = _locate(name)
-    if Path(path).is_file():
-        raise ValueError(f"model {name!r} is a file; give the folder with config.json and the weights.")
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise ValueError(f"model {name!r} is neither a folder on this machine nor a Hub id (owner/name).")
-
-
 def read_chat_template(source: str) -> str:
     """The Jinja template called `source`: the name of an instruction format, or a file. OSError if neither."""
     if source in FORMATS:
@@ -147,6 +139,8 @@ def read_chat_template(source: str) -> str:
 def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:
     """The keyword arguments of `from_pretrained` that were given, which not every family has."""
     options = {name: value for name, value in options.items() if value is not None}
+    if "tokenizer" in options:
+        check_model_name(options["tokenizer"], "tokenizer", config=False)
     if options:
         model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
         if model_type not in (FlamingoConfig.model_type, OtterConfig.model_type):
@@ -155,9 +149,7 @@ def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:
     return options
 
 
-def _locate(name: str) -> tuple[str, str]:
-    """Path and revision of `path` or `path@revision`."""
-    if Path(name).exists() or "@" not in name:
-        return name, "main"
-    path, _, revision = name.rpartition("@")
-    return path, revision
+def _locate(name: str, weights: bool = False) -> tuple[str, str]:
+    """Path and revision of `path` or `path@revision`. ValueError unless that is a model."""
+    check_model_name(name, weights=weights)
+    return split_revision(name)

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 
-from .loading import check_name, load_model, load_processor
+from ..model_names import check_model_name
+from .loading import load_model, load_processor
 
 
 class ServedModels(ModelManager):
@@ -36,7 +37,7 @@ class ServedModels(ModelManager):
         **loading,
     ):
         for name in names:
-            check_name(name)
+            check_model_name(name, weights=True)
         super().__init__(model_timeout=model_timeout)
         self.names = tuple(names)
         self.created = int(time.time())

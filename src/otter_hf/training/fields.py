@@ -1,9 +1,9 @@
 """What can be said about a training, without what reads it: neither torch nor transformers is loaded for its help."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from ..data.prompts import FORMATS, get_format
+from ..model_names import check_model_name
 
 
 PARAMETER_GROUPS = ("vision", "perceiver", "cross_attention", "language", "embeddings")
@@ -70,9 +70,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        name = self.model_name_or_path
-        if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            raise ValueError(f"model_name_or_path: {name!r} is neither a folder here nor a Hub id (owner/name).")
+        check_model_name(self.model_name_or_path, "model_name_or_path", ask_hub=False)
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}.")
         for group in self.freeze:
