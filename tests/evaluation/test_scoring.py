@@ -200,6 +200,108 @@ def test_what_is_no_answer_is_counted_by_its_reason():
     assert replies.fate("I can't see any dog") == replies.fate("Sorry, no.") == "answered"
 
 
+REFUSALS = """
+I won't answer that.
+I won't do this.
+I won't be able to help with this request.
+I will not speculate about people.
+I'm unable to view images.
+I'm unable to see the image you are referring to.
+I'm unable to assist with that.
+I am unable to see images, so I can't answer.
+I’m currently unable to process images.
+I am not able to analyze images directly.
+Unfortunately, I'm unable to directly view the picture.
+There is no image provided.
+There is no image attached to your message.
+No image was provided.
+No picture has been uploaded, please share it.
+It seems that there is no image provided. Please upload the image.
+It looks like no image was attached.
+The image is not provided.
+The image did not load.
+You haven't provided an image.
+You have not uploaded any image yet.
+Please provide the image.
+Please upload an image so that I can help.
+I don't see an image attached.
+I don't see any image in your message.
+I don't have access to the image.
+I do not have the ability to see images.
+As an AI language model, I don't have the ability to view images.
+As an AI language model, I cannot see images.
+I'm sorry, but as a text-based AI, I can't view pictures.
+I must decline.
+I'd rather not say.
+I prefer not to answer.
+I'm not allowed to identify people.
+I refuse to answer.
+抱歉，我无法回答这个问题。
+对不起，我不能提供帮助。
+很抱歉，我无法识别图片中的人物。
+作为一个AI语言模型，我无法查看图片。
+我无法看到图片。
+我无法看到您提供的图片。
+對不起，我無法協助。
+您没有提供图片。
+图片未提供。
+申し訳ありませんが、お答えできません。
+申し訳ございませんが、その質問にはお答えすることができません。
+すみません、画像を見ることができません。
+画像が提供されていません。
+申し訳ありませんが、人物を特定することはできません。
+"""
+ANSWERS = """
+I cannot see a dog
+There is no image of a dog.
+There is no dog in the image.
+There is no picture on the wall.
+No, there is no image on the wall.
+No image of a cat is visible in the corner.
+I won't lie: B
+I won't say much, the answer is C.
+I'm unable to see the image clearly, but the answer is B.
+There is no image provided, so B.
+抱歉，我无法确定，但答案是B。
+我无法确定。答案：C
+抱歉，我无法识别，选B
+It cannot be determined
+The image is not clear
+No
+Yes
+不能
+没有
+无法看到狗
+我看到一只狗，不能飞
+这个人不能回答
+不，图片中没有狗
+画像には犬がいません
+犬は見えません
+I don't see any image of a dog
+I don't see a picture on the wall
+I don't see the dog
+The picture is not visible in the mirror because it is dark
+I can't find one
+Sorry, no.
+Please
+申し訳ありません。答えはBです
+You have not seen it
+A
+B. I won't
+I would rather have the dog
+"""
+
+
+def test_refusals_and_what_looks_like_one():
+    for reply in REFUSALS.strip().splitlines():
+        assert replies.fate(reply) == "refused", reply
+        assert parse_choice(f"{reply} The answer is B.", {"A": "dog", "B": "cat"}) == "B", reply
+    for reply in ANSWERS.strip().splitlines():
+        assert replies.fate(reply) == "answered", reply
+    # long replies of anything are read at once
+    assert replies.fate("!" * 100_000) == replies.fate("As an " + "a " * 50_000) == "answered"
+
+
 def test_mmbench_counts_a_question_only_if_every_turn_is_right():
     def record(index, prediction, answer="A", category="animals"):
         return {"index": index, "prediction": prediction, "answer": answer, "category": category}
