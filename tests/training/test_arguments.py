@@ -4,6 +4,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainerState
 
 from otter_hf.training.arguments import TrainingArguments, parse_arguments
 from otter_hf.training.run import _check_sizes
@@ -101,3 +102,10 @@ def test_too_few_samples_for_one_batch():
         _check_sizes([0] * 7, None, training_args)
     with pytest.raises(ValueError, match="eval_mixture has no samples"):
         _check_sizes([0] * 8, [], training_args)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(9, 1), (20, 1), (100, 5), (20_000, 1000)])
+def test_about_twenty_values_are_logged_whatever_the_length(steps, every):
+    state = TrainerState()
+    state.compute_steps(parse_arguments([*FLAGS, "--use_cpu", "True"])[2], steps)
+    assert state.logging_steps == every

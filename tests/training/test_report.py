@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from training_files import command, write_training_files
 
-from otter_hf.training.report import curves_svg, final_values, sample_evenly, write_report
+from otter_hf.training.report import _ticks, curves_svg, final_values, sample_evenly, write_report
 from otter_hf.training.run import main
 
 
@@ -40,11 +40,16 @@ def test_curves():
     image = curves_svg(HISTORY)
     drawn = xml.dom.minidom.parseString(image)
     titles = [t.firstChild.data for t in drawn.getElementsByTagName("text") if t.getAttribute("font-weight")]
-    assert titles == ["loss", "learning_rate"]
+    assert titles == ["loss (per answer token)", "learning_rate"]
     labels = [t.firstChild.data for t in drawn.getElementsByTagName("text") if t.getAttribute("fill")]
     assert labels == ["loss", "loss/IMAGE_TEXT", "loss/TEXT_ONLY", "eval_loss"]
     lines = [line.getAttribute("points") for line in drawn.getElementsByTagName("polyline")]
     assert [len(line.split()) for line in lines] == [2, 2, 1, 1, 2]
+    # a pointer over a point is told what it is
+    told = [t.firstChild.data for t in drawn.getElementsByTagName("title")]
+    assert "loss, step 2: 1.5" in told and "eval_loss, step 1: 2.25" in told
+    axes = [t.firstChild.data for t in drawn.getElementsByTagName("text")]
+    assert axes.count("step") == 2 and {"1.5", "2", "2.5", "3"} <= {*axes}
     # higher values are higher up
     (_, high), (_, low) = (map(float, point.split(",")) for point in lines[0].split())
     assert high < low
@@ -53,8 +58,11 @@ def test_curves():
 
 
 def test_page_is_self_contained(tmp_path):
-    write_report(tmp_path / "report.html", HISTORY, "Training <of> it", [SAMPLE])
+    settings = {"learning_rate": 1e-3, "freeze": ["<vision>"]}
+    write_report(tmp_path / "report.html", HISTORY, "Training <of> it", [SAMPLE], settings, "4 steps\n& memory")
     page = (tmp_path / "report.html").read_text()
+    assert "<td>learning_rate</td><td>0.001</td>" in page and "&lt;vision&gt;" in page
+    assert "<pre>4 steps\n&amp; memory</pre>" in page
     assert "a &lt;b&gt;dog&lt;/b&gt;" in page and "what &amp; where?" in page and "expected: a cat" in page
     assert "Training &lt;of&gt; it" in page
     links = Links()
@@ -62,6 +70,16 @@ def test_page_is_self_contained(tmp_path):
     assert len(links.found) == 1 and links.found[0].startswith("data:image/jpeg;base64,")
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_long_curve_stays_light_and_ticks_are_round():
+    history = [{"loss": 5.0 / step, "step": step} for step in range(1, 3001)]
+    assert 200 <= curves_svg(history).count("<title>") <= 201
+    for low, high in ((0, 1), (1, 9), (0.013, 0.0171), (1e-6, 5e-5), (-3, 4), (1000, 250_000)):
+        ticks = _ticks(low, high)
+        assert 3 <= len(ticks) <= 7
+        assert low - 1e-9 <= ticks[0] < ticks[-1] <= high * (1 + 1e-9)
+    assert _ticks(7, 7) == [7]
 
 
 def test_samples_are_from_all_over():
@@ -78,7 +96,7 @@ def files(tmp_path_factory):
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
 
 
-def test_a_training_writes_page_and_tensorboard(files, monkeypatch):
+def test_a_training_writes_page_and_tensorboard(files, monkeypatch, caplog):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -88,6 +106,11 @@ def test_a_training_writes_page_and_tensorboard(files, monkeypatch):
     main(command(files, "out", **settings))
 
     page = (files / "out" / "training_report.html").read_text()
+    assert "<td>max_steps</td><td>4</td>" in page and "4 steps of 4 samples" in page
+    farewell = caplog.messages[-1]
+    assert f"saved: model and processor in {files / 'out'}" in farewell
+    assert f"report: {files / 'out' / 'training_report.html'}" in farewell
+    assert f"next: otter-hf chat {files / 'out'} --image PICTURE" in farewell
     assert page.count("<section>") == 2 and page.count("expected:") == 2
     history = json.loads((files / "out" / "trainer_state.json").read_text())["log_history"]
     answers = [entry for entry in history if "sample_answers" in entry]

@@ -185,7 +185,10 @@ class TrainingFields:
         default=True, metadata={"help": "For the saved model: generate with a cache. A loss never needs one."}
     )
     dataloader_num_workers: int = field(default=2, metadata={"help": "Processes that load and transform images."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between two values of the loss curve."})
+    logging_steps: float = field(
+        default=0.05,
+        metadata={"help": "Steps between two values of the loss curve; below 1 a share of all: 0.05 gives 20 values."},
+    )
     peak_flops: float | None = field(
         default=None,
         metadata={

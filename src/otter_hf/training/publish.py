@@ -179,11 +179,11 @@ class PublishingTrainer(CheckpointTrainer):
         if adapters:
             sections.append("Adapters of the base model: loading them as below loads the base model too.")
         sections.append(f"## Use\n\n{usage(getattr(self, 'hub_model_id', None) or name)}")
-        rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in self._settings().items())
+        rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in self.settings().items())
         sections.append(f"## Settings\n\n| argument | value |\n|---|---|\n{rows}")
         return "\n\n".join(sections) + "\n"
 
-    def _settings(self) -> dict:
+    def settings(self) -> dict:
         """What was asked for, and the arguments of the `Trainer` that are not at their defaults."""
         return self.recipe | given_arguments(self.args) | {"devices": self.args.world_size}
 

@@ -8,6 +8,7 @@ import base64
 import html
 import io
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +26,14 @@ REPORT_FILE = "training_report.html"
 # key of `log_history`, which goes into every checkpoint, under which answers are kept
 ANSWERS = "sample_answers"
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+# points of a curve that say their value
+_HOVERED = 200
+_UNITS = {
+    "loss": "per answer token",
+    "answer_accuracy": "share of answers right",
+    "grad_norm": "before clipping",
+    "mfu": "share of the peak",
+}
 _HIDDEN = ("step", "epoch", "total_flos", "train_", "eval_runtime", "eval_samples_per", "eval_steps_per")
 
 
@@ -78,41 +87,77 @@ def curves_svg(log_history: Sequence[Mapping]) -> str:
 
 
 def _panel(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
-    left, top, width, height = 55, 24, 255, 140
+    left, top, width, height = 60, 24, 250, 134
     steps = [step for curve in curves.values() for step, _ in curve]
     values = [value for curve in curves.values() for _, value in curve]
     low, high, first, last = min(values), max(values), min(steps), max(steps)
     across, up = width / ((last - first) or 1), height / ((high - low) or 1)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        return left + (step - first) * across, top + (high - value) * up
+
     parts = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>']
+    for value in _ticks(low, high):
+        y = place(first, value)[1]
+        parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#eee"/>')
+        parts.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+    for step in dict.fromkeys(map(round, _ticks(first, last))):
+        x = place(step, low)[0]
+        parts.append(f'<path d="M{x:.1f} {top}v{height}" stroke="#eee"/>')
+        parts.append(f'<text x="{x:.1f}" y="{top + height + 13}" text-anchor="middle">{step:,}</text>')
+    parts.append(f'<text x="{left + width}" y="{top + height + 26}" text-anchor="end">step</text>')
     for i, (key, curve) in enumerate(curves.items()):
-        points = " ".join(f"{left + (s - first) * across:.1f},{top + (high - v) * up:.1f}" for s, v in curve)
+        points = [place(*point) for point in curve]
         colour = _COLOURS[i % len(_COLOURS)]
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        if len(curve) < 30:
-            parts += [
-                f'<circle cx="{x}" cy="{y}" r="2" fill="{colour}"/>'
-                for x, y in (point.split(",") for point in points.split())
-            ]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        # what a pointer over it is told, of so many points that the page stays light
+        dots = colour if len(curve) < 30 else "transparent"
+        for number in dict.fromkeys(range(0, len(curve), -(-len(curve) // _HOVERED))) | {len(curve) - 1: None}:
+            (x, y), (step, value) = points[number], curve[number]
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{dots}" stroke="transparent" stroke-width="8">'
+                f"<title>{html.escape(key)}, step {step:,}: {value:.5g}</title></circle>"
+            )
         if len(curves) > 1:
-            place = f'x="{left + width - 6}" y="{top + 14 + 13 * i}" text-anchor="end"'
-            parts.append(f'<text {place} fill="{colour}">{html.escape(key)}</text>')
-    parts.append(f'<text x="{left}" y="16" font-weight="bold">{html.escape(title)}</text>')
-    for value, y in ((high, top + 8), (low, top + height)):
-        parts.append(f'<text x="{left - 4}" y="{y}" text-anchor="end">{value:.4g}</text>')
-    for step, x in ((first, left), (last, left + width)):
-        parts.append(f'<text x="{x}" y="{top + height + 14}" text-anchor="middle">{step:,}</text>')
+            at = f'x="{left + width - 6}" y="{top + 14 + 13 * i}" text-anchor="end"'
+            parts.append(f'<text {at} fill="{colour}">{html.escape(key)}</text>')
+    name = f"{title} ({_UNITS[title]})" if title in _UNITS else title
+    parts.append(f'<text x="{left}" y="16" font-weight="bold">{html.escape(name)}</text>')
     return "".join(parts)
 
 
-def write_report(path: str | Path, log_history: Sequence[Mapping], title: str, samples: Sequence[Sample] = ()) -> None:
+def _ticks(low: float, high: float) -> list[float]:
+    """At least three round values from `low` to `high`, not many more, or the one there is."""
+    if high <= low:
+        return [low]
+    size = 10.0 ** math.floor(math.log10(high - low))
+    for factor in (5, 2, 1, 0.5, 0.2):
+        gap = size * factor
+        first, last = math.ceil(low / gap - 1e-9), math.floor(high / gap + 1e-9)
+        if last - first >= 2:
+            break
+    return [number * gap for number in range(first, last + 1)]
+
+
+def write_report(
+    path: str | Path,
+    log_history: Sequence[Mapping],
+    title: str,
+    samples: Sequence[Sample] = (),
+    settings: Mapping | None = None,
+    plan: str = "",
+) -> None:
     """
-    Writes the page with curves and sample answers, complete or not at all.
+    Writes the page with curves, sample answers, settings and plan, complete or not at all.
 
     Args:
         path: the HTML file.
         log_history: a `Trainer`'s, with the answers that `TrainingReport` puts there.
         title: heading.
         samples: those that were asked, in the order of the answers.
+        settings: what was asked for, other than the defaults.
+        plan: what is trained, with what memory, as the training told it.
     """
     answered = [entry for entry in log_history if ANSWERS in entry]
     blocks = []
@@ -129,17 +174,26 @@ def write_report(path: str | Path, log_history: Sequence[Mapping], title: str, s
             f"<table><tr><th>step</th><th>answer</th></tr>{''.join(rows)}</table></section>"
         )
     answers = f"<h2>Sample answers</h2>{''.join(blocks)}" if blocks else ""
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(str(value))}</td></tr>"
+        for name, value in (settings or {}).items()
+    )
+    asked = f"<h2>Settings</h2><table>{rows}</table>" if rows else ""
+    planned = f"<h2>Plan</h2><pre>{html.escape(plan)}</pre>" if plan else ""
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
 body {{ font-family: sans-serif; max-width: 1000px; margin: 2em auto; }}
 section {{ border-top: 1px solid #ccc; padding: 0.5em 0; overflow: hidden; }}
 img {{ float: right; margin-left: 0.5em; }}
+pre {{ white-space: pre-wrap; }}
 td, th {{ text-align: left; padding: 0.1em 0.8em 0.1em 0; vertical-align: top; }}
 </style>
 <h1>{html.escape(title)}</h1>
 {curves_svg(log_history)}
 {answers}
+{asked}
+{planned}
 </html>
 """
     path = Path(path)
@@ -173,10 +227,19 @@ class TrainingReport(TrainerCallback):
         trainer: the trainer, whose collator makes the prompts.
         samples: samples of the evaluation data; the last turn of each is asked.
         max_new_tokens: of an answer.
+        settings, plan: for the page, see `write_report`.
     """
 
-    def __init__(self, trainer: Trainer, samples: Sequence[Sample] = (), max_new_tokens: int = 32):
+    def __init__(
+        self,
+        trainer: Trainer,
+        samples: Sequence[Sample] = (),
+        max_new_tokens: int = 32,
+        settings: Mapping | None = None,
+        plan: str = "",
+    ):
         self.trainer = trainer
+        self.settings, self.plan = settings, plan
         self.samples = [sample for sample in samples if _can_be_asked(trainer, sample)]
         self.max_new_tokens = max_new_tokens
 
@@ -197,7 +260,8 @@ class TrainingReport(TrainerCallback):
         if state.is_world_process_zero and state.log_history:
             folder = Path(self.trainer.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            write_report(folder / REPORT_FILE, state.log_history, f"Training of {folder.name}", self.samples)
+            title = f"Training of {folder.name}"
+            write_report(folder / REPORT_FILE, state.log_history, title, self.samples, self.settings, self.plan)
 
     def _answer(self, sample: Sample) -> str:
         """What the model says at the place of the sample's last answer."""
@@ -241,4 +305,4 @@ def _curves(log_history: Sequence[Mapping]) -> dict[str, list[tuple[int, float]]
 
 def _curve(log_history: Sequence[Mapping], key: str) -> list[tuple[int, float]]:
     entries = ((entry["step"], entry[key]) for entry in log_history if key in entry)
-    return [(step, value) for step, value in entries if isinstance(value, (int, float))]
+    return [(step, value) for step, value in entries if isinstance(value, (int, float)) and math.isfinite(value)]

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
 from .plan import make_plan, meta_model, sharding_of
 from .publish import given_arguments
-from .report import TrainingReport, plot_history, sample_evenly
+from .report import REPORT_FILE, TrainingReport, plot_history, sample_evenly
 from .run_record import RunRecord
 from .trainer import OtterTrainer
 
@@ -163,7 +164,7 @@ def train(
         run=record,
     )
     samples = sample_evenly(eval_dataset, training_args.report_samples)
-    trainer.add_callback(TrainingReport(trainer, samples))
+    trainer.add_callback(TrainingReport(trainer, samples, settings=trainer.settings(), plan=str(plan)))
     if training_args.early_stopping_patience is not None:
         patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
         trainer.add_callback(EarlyStoppingCallback(patience, threshold))
@@ -179,7 +180,23 @@ def train(
         trainer.push_to_hub()  # saves it too
     else:
         trainer.save_model()
+    if trainer.is_world_process_zero():
+        logger.info(_farewell(model_args, training_args))
     return trainer
+
+
+def _farewell(model_args: ModelArguments, training_args: TrainingArguments) -> str:
+    """Where everything is, and what to type next."""
+    folder = Path(training_args.output_dir)
+    chat = f"otter-hf chat {shlex.quote(str(folder))} --image PICTURE"
+    if model_args.lora:
+        saved, following = "adapter and processor", chat
+    elif training_args.trainable_only:
+        saved = "trained weights and processor"
+        following = f"otter_hf.training.load_trainable({str(folder)!r}) in Python"
+    else:
+        saved, following = "model and processor", chat
+    return f"saved: {saved} in {folder}\nreport: {folder / REPORT_FILE}\nnext: {following}"
 
 
 def _fit(data_args: DataArguments, config) -> DataArguments:
