@@ -66,7 +66,7 @@ class FilmLimits:
     What a film may take.
 
     Args:
-        frame_pixels: of one frame; default: as `pictures`.
+        frame_pixels: of one frame; the default is a little more than 8K has.
         film_pixels: of all its frames, wanted or not, which bound the time that decoding takes; None for any number.
         frames: that it may have.
         kept_pixels: of all wanted frames together, shrunk.
@@ -74,7 +74,7 @@ class FilmLimits:
         check: called for each frame that is decoded, wanted or not; what it raises ends the work.
     """
 
-    frame_pixels: int | None = None
+    frame_pixels: int = 40_000_000
     film_pixels: int | None = None
     frames: int = 1_000_000
     kept_pixels: int = 1_000_000_000
@@ -348,7 +348,7 @@ class _FFmpegFilm(Film):
             stream = self._stream(container)
             self.width, self.height, self.time_base = stream.width, stream.height, stream.time_base
             if not self.width or not self.height:
-                limit = self._frame_pixels()
+                limit = self.limits.frame_pixels
                 raise ImageTooLarge(
                     f"{self.name} is too large, or has no frames: a frame may have at most {limit} pixels."
                 )
@@ -424,10 +424,6 @@ class _FFmpegFilm(Film):
             stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
             yield from packet.decode()
 
-    def _frame_pixels(self) -> int | None:
-        limit = 2 * Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else None
-        return self.limits.frame_pixels or limit
-
     def _open(self):
         import av
 
@@ -437,12 +433,10 @@ class _FFmpegFilm(Film):
             "protocol_whitelist": "none",
             "codec_whitelist": ",".join(sorted(CODECS)),
         }
-        limit = self._frame_pixels()
-        streams = {} if limit is None else {"max_pixels": str(limit)}  # for each frame, and while FFmpeg probes
         try:
             return av.open(
                 _Nameless(self.file),
-                options=streams,
+                options={"max_pixels": str(self.limits.frame_pixels)},  # for each frame, and while FFmpeg probes
                 container_options=options,
                 metadata_errors="ignore",
                 io_open=_refuse_to_open,

@@ -37,6 +37,8 @@ from pathlib import Path
 from PIL import Image, ImageFile, UnidentifiedImageError
 from transformers.utils import logging
 
+from .reading import is_lfs_pointer
+
 
 logger = logging.get_logger(__name__)
 
@@ -174,12 +176,19 @@ def open_source(source, name: str, kind: str):
         if isinstance(source, (str, Path)):
             if not Path(source).is_file():
                 raise ValueError("there is no such file")
-            return Path(source).open("rb")
+            file = Path(source).open("rb")
+            if is_lfs_pointer(file.read(64)):
+                file.close()
+                raise ValueError("it is a Git LFS pointer, not the file itself; download it with git lfs pull")
+            file.seek(0)
+            return file
         data = source.read() if hasattr(source, "read") else source
         if not isinstance(data, (bytes, bytearray, memoryview)):
             if hasattr(source, "read"):
                 raise ValueError("its file holds text, not bytes; open it in binary mode")
             raise ValueError(f"it is a {type(source).__name__}; give a path, a URL, encoded bytes or a binary file")
+        if is_lfs_pointer(bytes(data[:64])):
+            raise ValueError("it is a Git LFS pointer, not the file itself; download it with git lfs pull")
         return io.BytesIO(data)
     except (OSError, ValueError) as error:
         raise ImageError(f"{name} cannot be read as {kind}: {error}.") from error

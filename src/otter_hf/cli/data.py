@@ -41,6 +41,9 @@ def _check(commands) -> None:
     parser.add_argument("--threads", type=positive, help="decoding threads (default: one per processor)")
     parser.add_argument("--max-length", type=positive, help="warn of longer examples, in tokens; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
+    parser.add_argument(
+        "--max-image-pixels", type=int, help="pictures with more are errors, as in training (default: 89 million)"
+    )
 
 
 def _run_check(args) -> int:
@@ -56,6 +59,7 @@ def _run_check(args) -> int:
         cache_dir=args.cache_dir,
         tokenizer=_tokenizer(args.tokenizer),
         max_length=args.max_length,
+        max_image_pixels=args.max_image_pixels,
     )
     print(report.table())
     if args.json:
@@ -273,6 +277,9 @@ def _source(commands, name: str, title: str) -> None:
         # parquet of LLaVA's form may hold them
         needed = not name.startswith("llava")
         parser.add_argument("--images", required=needed, metavar="FOLDER", help="folder of its pictures")
+        parser.add_argument(
+            "--allow-outside", action="store_true", help="read pictures whose names or links lead out of that folder"
+        )
     parser.add_argument("--name", default=name.upper(), help=f"of the new dataset (default: {name.upper()})")
     parser.add_argument("--output", required=True, help="folder for the files")
     parser.add_argument("--max-tokens", type=positive, help="leave out longer conversations; needs --tokenizer")
@@ -292,9 +299,10 @@ def _run_source(args) -> None:
 
     reader = getattr(sources, f"read_{'llava' if args.source == 'llavar' else args.source}")
     inputs = (args.input, args.images) if args.source in _IMAGE_SOURCES else (args.input,)
+    outside = {"allow_outside": args.allow_outside} if args.source in _IMAGE_SOURCES else {}
 
     def read():
-        return reader(*inputs, on_invalid="skip" if args.skip_invalid else "raise")
+        return reader(*inputs, on_invalid="skip" if args.skip_invalid else "raise", **outside)
 
     mixture = Path(args.output, f"{args.name}.yaml")  # written last: with it, all is there
     instructions = Path(args.output, f"{args.name}_instructions.json")

@@ -9,6 +9,7 @@ import pyarrow as pa
 from PIL import Image
 from transformers.utils import logging
 
+from ..reading import refuse_lfs_pointer
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .images import decode_image
 from .json_stream import iter_json_object
@@ -45,6 +46,7 @@ class ImageStore:
             an id provides its picture.
         cache_dir: where the Arrow copies are kept; default: `otter_hf` in the cache of the `datasets` library.
         legacy_pictures: read pictures as the code of 2023 did, without orientation and with transparency dropped.
+        max_pixels: of a picture, see `decode_image`.
 
     Raises:
         ValueError: if a file is of an unknown kind, unreadable, or one id has two different pictures.
@@ -56,13 +58,19 @@ class ImageStore:
         paths: str | Path | Sequence[str | Path] = (),
         cache_dir: str | Path | None = None,
         legacy_pictures: bool = False,
+        max_pixels: int | None = None,
     ):
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
-        self._legacy_pictures = legacy_pictures
+        self._legacy_pictures, self._max_pixels = legacy_pictures, max_pixels
         self._cache_dir = cache_dir
         self._paths = list(store_files(paths))
         self._open()
         self._refuse_conflicts()
+
+    @property
+    def max_pixels(self) -> int | None:
+        """Largest number of pixels of a picture that is read; None for no limit."""
+        return Image.MAX_IMAGE_PIXELS if self._max_pixels is None else self._max_pixels
 
     def _open(self):
         self._parts = []
@@ -77,10 +85,10 @@ class ImageStore:
             self._parts.append((pictures, IdIndex(index, pictures.ids)))
 
     def __getstate__(self):
-        return self._paths, self._cache_dir, self._legacy_pictures
+        return self._paths, self._cache_dir, self._legacy_pictures, self._max_pixels
 
     def __setstate__(self, state):
-        self._paths, self._cache_dir, self._legacy_pictures = state
+        self._paths, self._cache_dir, self._legacy_pictures, self._max_pixels = state
         self._open()
 
     def __len__(self) -> int:
@@ -96,7 +104,7 @@ class ImageStore:
                 yield from chunk.to_pylist()
 
     def __getitem__(self, id: str) -> Image.Image:
-        return decode_image(self.read_bytes(id), self._legacy_pictures)
+        return decode_image(self.read_bytes(id), self._legacy_pictures, self._max_pixels)
 
     def read_bytes(self, id: str) -> bytes:
         """The encoded picture as it is stored; `KeyError` if there is none, `OSError` if what holds it is damaged."""
@@ -171,6 +179,7 @@ def natural_order(path: Path) -> list:
 
 
 def _open_images(path: Path) -> pa.Table:
+    refuse_lfs_pointer(path)
     try:
         table = open_arrow_file(path)
         if table.schema.names == _SCHEMA.names and table.schema.types == _SCHEMA.types:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..reading import refuse_lfs_pointer
+
 
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 _CHUNK = 1 << 20  # characters
@@ -22,18 +24,25 @@ def iter_json_object(path: str | Path, key: str | None = None) -> Iterator[tuple
     Raises:
         ValueError: naming the file and the place, if it is not JSON, not an object, or lacks `key`.
     """
+    refuse_lfs_pointer(path)
     with open(path, encoding="utf-8-sig") as file:
         stream = _JsonStream(file)
         try:
             if key is None:
                 yield from stream.members()
             else:
+                found = False
                 for name in stream.names():
-                    if name == key:
-                        yield from stream.members()
-                        return
-                    stream.value()
-                raise ValueError(f'there is no "{key}" in it')
+                    if name != key:
+                        stream.value()
+                        continue
+                    if found:
+                        raise ValueError(f'"{key}" is there twice')
+                    found = True
+                    yield from stream.members()
+                if not found:
+                    raise ValueError(f'there is no "{key}" in it')
+            stream.end()
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(
@@ -55,6 +64,11 @@ class _JsonStream:
     def members(self) -> Iterator[tuple[str, Any]]:
         for name in self.names():
             yield name, self.value()
+
+    def end(self) -> None:
+        """Raises ValueError if something follows."""
+        if found := self._next():
+            raise ValueError(f"expected the end of the file, found {found!r}")
 
     def names(self) -> Iterator[str]:
         """Yields each name of an object; the caller must consume its value before the next."""

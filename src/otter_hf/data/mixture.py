@@ -18,6 +18,7 @@ from datasets import Dataset as Table
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers.utils import logging
 
+from ..reading import load_yaml
 from .formats import load_mimicit
 from .image_store import ImageStore
 from .samples import TASK_GROUPS, Sample, SampleError, SampleOptions, build_sample
@@ -120,7 +121,7 @@ def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or
         elif datasets is None:
             report(Problem("warning", "empty group", f"{path}: the group {group} has no datasets.", group))
         elif not isinstance(datasets, dict):
-            message = f"{path}: the group {group} must map dataset names to settings, got {datasets!r}."
+            message = f"{path}: the group {group} must map dataset names to settings, got {datasets!r:.80}."
             report(Problem("error", "task group", message, group))
         else:
             for name, settings in datasets.items():
@@ -135,22 +136,22 @@ def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or
 
 def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any] | None:
     try:
-        groups = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicatesLoader)
+        groups = load_yaml(path, _NoDuplicatesLoader)
     except OSError:
         message = f"The training YAML {path} does not exist."
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        message = f"The training YAML {path} cannot be parsed: {error}."
+    except ValueError as error:
+        message = f"The training YAML {error}"
     else:
         if isinstance(groups, dict):
             return groups
-        message = f"The training YAML {path} must map task groups to datasets, got {groups!r}."
+        message = f"The training YAML {path} must map task groups to datasets, got {groups!r:.80}."
     report(Problem("error", "YAML", message))
     return None
 
 
 def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callable[[Problem], None]) -> MixtureEntry:
     if not isinstance(settings, dict):
-        raise ValueError(f"{group}/{name} must map keys to values, got {settings!r}.")
+        raise ValueError(f"{group}/{name} must map keys to values, got {settings!r:.80}.")
     known = [field.name for field in fields(MixtureEntry)][2:]
     unknown = [key for key in settings if key not in known]
     if unknown:
@@ -265,7 +266,7 @@ class MimicitMixture(Dataset):
                 )
                 key = tuple(entry.images_path)
                 if key not in stores:
-                    stores[key] = ImageStore(entry.images_path, cache_dir, self.options.legacy_pictures)
+                    stores[key] = self.options.open_store(entry.images_path, cache_dir)
                 if eval_fraction:
                     side = [row for row, key in enumerate(table["id"]) if is_held_out(key, eval_fraction) == held_out]
                     side = np.array(side, dtype=int)

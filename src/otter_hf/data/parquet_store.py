@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..reading import refuse_lfs_pointer
 from .arrow_cache import cached_arrow_file, open_arrow_file
 from .images import decode_base64
 from .parquet_pages import INDEX_SCHEMA, Page, PagedColumn, PageIndex, UnsupportedLayout
@@ -43,10 +44,12 @@ class ParquetPictures:
 
     def __init__(self, path: Path, cache_dir: str | Path | None):
         self._path, self._cache_dir = path, cache_dir
+        refuse_lfs_pointer(path)
         try:
             with pq.ParquetFile(path) as file:
                 metadata, parquet_schema, schema = file.metadata, file.schema, file.schema_arrow
                 id_column, self._picture_column = _columns(path, schema)
+                _check_types(path, schema, id_column, self._picture_column)
                 self.id_file = cached_arrow_file(
                     [path], "ids", lambda: (ID_SCHEMA, self._id_batches(file, id_column)), cache_dir
                 )
@@ -136,7 +139,7 @@ class ParquetPictures:
         with pq.ParquetFile(self._path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
             for batch in file.iter_batches(batch_size=64, **options):
                 for value in batch.column(0).to_pylist():
-                    value = value["bytes"] if isinstance(value, dict) else value
+                    value = value.get("bytes") if isinstance(value, dict) else value
                     yield text_picture(value) if isinstance(value, str) else value
 
     def _id_batches(self, file: pq.ParquetFile, id_column: str) -> Iterator[pa.RecordBatch]:
@@ -189,3 +192,25 @@ def _columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
             "pandas index or column id, and the pictures as column base64 or image."
         )
     return id_column, picture_column
+
+
+def _check_types(path: Path, schema: pa.Schema, id_column: str, picture_column: str) -> None:
+    """Raise ValueError for columns that hold something else than ids and pictures."""
+    kind = schema.field(id_column).type
+    if not (_is_text_or_bytes(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"The image store {path} has ids of type {kind} in its column {id_column}: make them texts.")
+    kind = schema.field(picture_column).type
+    if pa.types.is_struct(kind):
+        kind = kind.field("bytes").type if kind.get_field_index("bytes") >= 0 else kind
+    if not (_is_text_or_bytes(kind) or pa.types.is_null(kind)):
+        raise ValueError(
+            f"The image store {path} has pictures of type {kind} in its column {picture_column}: it must hold bytes, "
+            "base64 text, or the Image feature of datasets."
+        )
+
+
+def _is_text_or_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return any(test(kind) for test in (*tests, pa.types.is_fixed_size_binary))

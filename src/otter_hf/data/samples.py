@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -68,6 +69,7 @@ class SampleOptions:
         keep_symbols: `False` deletes most punctuation like the original's default, see `clean_text`.
         use_task_description: draw one of the dataset's task descriptions for each sample.
         legacy_pictures: read pictures as the code of 2023 did, see `otter_hf.pictures`.
+        max_image_pixels: of a picture, or of a frame of a film; one with more cannot be used. See `decode_image`.
     """
 
     num_frames: int = 32
@@ -75,12 +77,19 @@ class SampleOptions:
     keep_symbols: bool = True
     use_task_description: bool = False
     legacy_pictures: bool = False
+    max_image_pixels: int | None = None
 
     def __post_init__(self):
+        if self.max_image_pixels is not None and self.max_image_pixels < 1:
+            raise ValueError(f"max_image_pixels must be at least 1, got {self.max_image_pixels}.")
         if self.num_frames < 1:
             raise ValueError(f"num_frames must be at least 1, got {self.num_frames}.")
         if self.max_context is not None and self.max_context < 0:
             raise ValueError(f"max_context must not be negative, got {self.max_context}.")
+
+    def open_store(self, paths: Sequence[str], cache_dir: str | Path | None = None) -> ImageStore:
+        """The image store whose pictures are read by these options; errors as for `ImageStore`."""
+        return ImageStore(paths, cache_dir, self.legacy_pictures, self.max_image_pixels)
 
 
 def frame_indices(num_available: int, num_frames: int) -> list[int]:

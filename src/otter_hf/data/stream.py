@@ -82,7 +82,7 @@ class StreamedMixture(IterableDataset):
         for entry in self.entries:
             key = tuple(entry.images_path)
             if key not in stores:
-                stores[key] = ImageStore(entry.images_path, cache_dir, self.options.legacy_pictures)
+                stores[key] = self.options.open_store(entry.images_path, cache_dir)
         self._stores = [stores[tuple(entry.images_path)] for entry in self.entries]
         # shared with data loader workers, which live through epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()

@@ -125,6 +125,7 @@ def check_mixture(
     cache_dir: str | Path | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
+    max_image_pixels: int | None = None,
 ) -> ValidationReport:
     """Checks a training YAML and everything that it names; reads on behind a mistake, to find all of them.
 
@@ -143,6 +144,7 @@ def check_mixture(
         cache_dir: where the index files of image stores are kept.
         tokenizer: a transformers tokenizer, to count with for `max_length`.
         max_length: of an example in tokens, context included and pictures not; without, none is too long.
+        max_image_pixels: as for `SampleOptions`.
 
     Raises:
         ValueError: for `max_length` without a tokenizer.
@@ -158,7 +160,7 @@ def check_mixture(
         report.datasets.append(counts)
         key = tuple(entry.images_path)
         if key not in stores:
-            stores[key] = _open_store(entry, report, cache_dir), {}
+            stores[key] = _open_store(entry, report, cache_dir, max_image_pixels), {}
         try:
             check = _DatasetCheck(entry, report, counts, populate_rel_ins, tokenizer, max_length)
             check.run(*stores[key], decode_images, num_threads)
@@ -167,9 +169,11 @@ def check_mixture(
     return report
 
 
-def _open_store(entry: MixtureEntry, report: ValidationReport, cache_dir: str | Path | None) -> ImageStore | None:
+def _open_store(
+    entry: MixtureEntry, report: ValidationReport, cache_dir: str | Path | None, max_pixels: int | None
+) -> ImageStore | None:
     try:
-        return ImageStore(entry.images_path, cache_dir)
+        return ImageStore(entry.images_path, cache_dir, max_pixels=max_pixels)
     except (ValueError, OSError) as error:
         report.add("error", "image store", str(error), entry)
         return None
@@ -387,9 +391,9 @@ def _decode(store: ImageStore, image_id: str) -> tuple[str, str, str] | None:
     try:
         data = store.read_bytes(image_id)
         try:
-            read_image(data, "the picture")
+            read_image(data, "the picture", max_pixels=store.max_pixels)
         except ImageError as error:
-            decode_image(data)
+            decode_image(data, max_pixels=store.max_pixels)
             return "warning", "truncated image", f"decoded only in part ({str(error).rstrip('.')})"
     except OSError as error:
         return "error", "unreadable image", str(error)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.utils import logging
 
+from ..reading import load_yaml
 from .benchmarks import DEFAULT_JUDGE
 from .scoring.ranking import LIKELIHOODS
 from .scoring.vqa import NORMALISERS
@@ -119,16 +119,13 @@ def load_config(path: str | Path) -> EvalConfig:
             refused: they are read from the environment only, and never written anywhere.
         OSError: if there is no such file.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    raw = load_yaml(path)
     if not isinstance(raw, Mapping):
         raise ValueError(f"{path} must hold `models:` and `datasets:`.")
     _check_keys(raw, _TOP_KEYS, "the configuration")
     for name in ("models", "datasets"):
         if not isinstance(raw.get(name), list) or not raw[name]:
-            raise ValueError(f"{path}: `{name}` must be a list of at least one, got {raw.get(name)!r}.")
+            raise ValueError(f"{path}: `{name}` must be a list of at least one, got {raw.get(name)!r:.80}.")
     judge = raw.get("judge") or {}
     judge = {"model": judge} if isinstance(judge, str) else judge
     _check_keys(judge, {"model", "max_retries", "options"}, "`judge`")

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
+from ..reading import load_yaml
 from .media import image_part, is_address, local_path, local_source, open_image, read_frames, video_part
 from .session import ChatSession
 
@@ -24,10 +23,7 @@ def read_questions(path: str | Path) -> list[dict]:
         ValueError: naming the entry, for anything else, and for files that do not exist.
         OSError: if there is no such file.
     """
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    entries = load_yaml(path)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must hold a list of entries with question and image_path.")
     for index, entry in enumerate(entries):

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
-import yaml
 from transformers import HfArgumentParser
 from transformers.integrations import get_reporting_integration_callbacks
 
+from ..reading import load_yaml
 from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, TrainingFields
 from .upstream import Option, translate
 
@@ -176,13 +176,13 @@ def _read_flags(argv: Iterable[str]) -> list[Option]:
 
 def _read_recipe(path: Path) -> list[Option]:
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = load_yaml(path)
     except FileNotFoundError:
         raise ValueError(f"The recipe {path} does not exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe {path} cannot be parsed: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"The recipe {error}") from None
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path} must map argument names to values, got {recipe!r}.")
+        raise ValueError(f"The recipe {path} must map argument names to values, got {recipe!r:.80}.")
     options: list[Option] = []
     for key, value in recipe.items():
         if value is not None and value != []:

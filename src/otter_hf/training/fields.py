@@ -134,6 +134,13 @@ class DataArguments:
         default=False,
         metadata={"help": "Read pictures as the original did: photographs not turned, transparency dropped."},
     )
+    max_image_pixels: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pictures and film frames with more cannot be used, as a damaged header may state any size; by "
+            "default 89 million."
+        },
+    )
     keep_symbols: bool = field(default=True, metadata={"help": "False deletes most punctuation, as the original did."})
     use_task_description: bool = field(
         default=False, metadata={"help": "Put one of the dataset's task descriptions in front of each prompt."}

@@ -400,6 +400,7 @@ def _load_mixture(
         keep_symbols=data_args.keep_symbols,
         use_task_description=data_args.use_task_description,
         legacy_pictures=data_args.legacy_pictures,
+        max_image_pixels=data_args.max_image_pixels,
     )
     if data_args.dynamic_resolution:
         transform = _DrawResolution(data_args.dynamic_resolution, transform)

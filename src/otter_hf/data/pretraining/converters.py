@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -19,11 +20,15 @@ from PIL import Image
 from transformers.utils import logging
 
 from ...made_from import MadeFrom, keep, kept
+from ...reading import parse_json, refuse_lfs_pointer
 from ..images import decode_base64, encode_base64
-from .shards import ShardWriter, numbered_files, read_sizes, remove_shards, write_sizes
+from .shards import ShardWriter, numbered_files, read_sizes, remove_shards, tar_files, write_sizes
 
 
 logger = logging.get_logger(__name__)
+
+# so many more rows of two files that differ than rows that agree are no damage
+_MOST_MISMATCHES = 10
 
 
 @dataclass
@@ -214,18 +219,19 @@ def _convert_mmc4_shard(job: tuple[str, str], output: Path, max_samples: int, ma
     counts = ConversionCounts()
     with (
         _open_tar(tar_path) as tar,
-        _open_lines(docs) as lines,
+        _open_lines(docs) as file,
         ShardWriter(output, f"{stem(docs)}.%03d.tar", max_samples, max_bytes) as writer,
     ):
         members = _members(tar, tar_path)
-        for number, line in enumerate(lines):
+        for number, line in enumerate(_lines(file, docs)):
             document = _document(line)
             if document is None:
                 counts.left_out["line that is no document"] += 1
                 continue
             kept = []
             for info in document["image_info"]:
-                member = members.get(info.get("image_name"))
+                name = info.get("image_name")
+                member = members.get(name) if isinstance(name, str) else None
                 if member is None:
                     counts.left_out["picture not in its tar"] += 1
                 else:
@@ -234,7 +240,7 @@ def _convert_mmc4_shard(job: tuple[str, str], output: Path, max_samples: int, ma
                 counts.left_out["document without pictures"] += 1
                 continue
             document = {**document, "image_info": kept, **_similarities(document, members)}
-            data = json.dumps(document, ensure_ascii=False).encode("utf-8")
+            data = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
             writer.write(f"{stem(docs)}_{number:07d}", {"json": data})
             counts.samples += 1
             counts.images += len(kept)
@@ -246,11 +252,12 @@ def _similarities(document: dict[str, Any], members: dict) -> dict[str, Any]:
     rows = document.get("similarity_matrix")
     if not isinstance(rows, list) or len(rows) != len(document["image_info"]):
         return {}
-    kept = [info.get("image_name") in members for info in document["image_info"]]
+    kept = [str(info.get("image_name")) in members for info in document["image_info"]]
     return {"similarity_matrix": list(itertools.compress(rows, kept))}
 
 
 def _open_tar(path: str) -> tarfile.TarFile:
+    refuse_lfs_pointer(path)
     try:
         return tarfile.open(path, "r:")
     except tarfile.ReadError as error:
@@ -261,8 +268,8 @@ def _members(tar: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
     """The files of a tar by their names without folders."""
     members, end = {}, os.path.getsize(path)
     try:
-        for member in tar:
-            if member.isreg() and member.offset_data + member.size <= end:
+        for member in tar_files(tar):
+            if member.offset_data + member.size <= end:
                 members[os.path.basename(member.name)] = member
     except tarfile.ReadError as error:
         logger.warning(f"{path} is damaged behind its file {len(members)} ({error}): the rest of it is left out.")
@@ -271,40 +278,66 @@ def _members(tar: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
 
 def _document(line: bytes) -> dict[str, Any] | None:
     try:
-        document = json.loads(line)
-        return document if all(isinstance(info, dict) for info in document["image_info"]) else None
+        document = parse_json(line)
+        texts = all(isinstance(text, str) for text in document["text_list"])
+        return document if texts and all(isinstance(info, dict) for info in document["image_info"]) else None
     except (ValueError, KeyError, TypeError):
         return None
 
 
+# what zipfile raises beside OSError
+_ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+
+
 def _open_lines(path: str) -> BinaryIO:
+    refuse_lfs_pointer(path)
     if not zipfile.is_zipfile(path):
         return open(path, "rb")
-    archive = zipfile.ZipFile(path)
-    names = archive.namelist()
-    if len(names) != 1:
-        raise ValueError(f"{path} holds {len(names)} files, it should be one of JSON lines.")
-    return archive.open(names[0])
+    try:
+        archive = zipfile.ZipFile(path)
+        names = archive.namelist()
+        if len(names) == 1:
+            return archive.open(names[0])
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"{path} is a damaged zip file: {error}.") from None
+    raise ValueError(f"{path} holds {len(names)} files, it should be one of JSON lines.")
+
+
+def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
+    try:
+        yield from file
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"{path} is a damaged zip file: {error}.") from None
 
 
 def _convert_laion_pair(job: tuple[Path, Path], output: Path, max_samples: int, max_bytes: float):
     counts = ConversionCounts()
+    for path in job:
+        refuse_lfs_pointer(path)
+    mismatches: list[str] = []
     with (
-        open(job[0], encoding="utf-8") as pictures,
-        open(job[1], encoding="utf-8") as captions,
+        open(job[0], "rb") as pictures,
+        open(job[1], "rb") as captions,
         ShardWriter(output, f"{stem(job[0])}.%03d.tar", max_samples, max_bytes) as writer,
     ):
-        number = 0
+        number = matches = 0
         while True:
             number += 1
-            rows = [line.rstrip("\n").split("\t") for line in (pictures.readline(), captions.readline())]
-            if rows == [[""], [""]]:
+            lines = pictures.readline(), captions.readline()
+            if not any(lines):
                 break
+            rows = [line.decode("utf-8", "replace").rstrip("\n").split("\t") for line in lines]
             if len(rows[0]) < 2 or len(rows[1]) < 2 or rows[0][0] != rows[1][0]:
-                raise ValueError(
-                    f"Row {number} of {job[0]} has the key {rows[0][0]!r} and that of {job[1].name} {rows[1][0]!r}: "
-                    "the files must have the same keys in the same order, and two columns."
+                mismatches.append(
+                    f"Row {number} of {job[0]} has the key {rows[0][0]!r:.80} and that of {job[1].name} "
+                    f"{rows[1][0]!r:.80}: the files must have the same keys in the same order, and two columns."
                 )
+                # one damaged row costs that one; files that do not belong together have nothing but such rows
+                if not all(lines) or len(mismatches) >= _MOST_MISMATCHES + matches:
+                    raise ValueError(mismatches[0])
+                counts.left_out["row whose key or columns are damaged"] += 1
+                continue
+            matches += 1
             parts = _pair(rows[0][1], rows[1][1])
             if isinstance(parts, str):
                 counts.left_out[parts] += 1
@@ -312,13 +345,15 @@ def _convert_laion_pair(job: tuple[Path, Path], output: Path, max_samples: int, 
             writer.write(f"{stem(job[0])}_{number - 1:09d}", parts)
             counts.samples += 1
             counts.images += 1
+        if mismatches and not matches:
+            raise ValueError(mismatches[0])
     return counts, writer.sizes
 
 
 def _pair(picture: str, captions: str) -> dict[str, bytes] | str:
     """The parts of a sample, or the reason why it is left out."""
     try:
-        caption = json.loads(captions)["captions"][0]
+        caption = parse_json(captions)["captions"][0]
     except (ValueError, KeyError, TypeError, IndexError):
         caption = None
     if not isinstance(caption, str) or not caption.strip():
@@ -329,4 +364,4 @@ def _pair(picture: str, captions: str) -> dict[str, bytes] | str:
             suffix = {"PNG": "png", "WEBP": "webp"}.get(image.format, "jpg")
     except (OSError, ValueError):
         return "no picture"
-    return {suffix: data, "txt": caption.encode("utf-8")}
+    return {suffix: data, "txt": caption.encode("utf-8", "replace")}

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...reading import parse_json, refuse_lfs_pointer
 from ..images import encode_base64
 from .converters import ConversionCounts, convert_all, stem
 from .samples import ImageTextPairs
@@ -73,11 +74,12 @@ class _Pictures:
                 # the picture itself is read when it is needed
                 meta = self.reader.read(shard, SampleParts(sample.key, {"json": sample.parts["json"]}))["json"]
                 try:
-                    url = json.loads(meta)["url"]
+                    url = parse_json(meta)["url"]
                 except (ValueError, KeyError, TypeError):
                     continue
                 picture = next((suffix, sample.parts[suffix]) for suffix in _SUFFIXES if suffix in sample.parts)
-                self.places[url] = shard, SampleParts(sample.key, dict([picture]))
+                if isinstance(url, str):
+                    self.places[url] = shard, SampleParts(sample.key, dict([picture]))
 
     def get(self, url: str) -> bytes | None:
         if url not in self.places:
@@ -91,6 +93,9 @@ def _convert(job: tuple[str | Path], pictures: _Pictures, output: Path, max_samp
     counts = ConversionCounts()
     with ShardWriter(output, f"{stem(path)}.%03d.tar", max_samples, max_bytes) as writer:
         for number, row in enumerate(_rows(path)):
+            if not _are_texts(row["images"]) or not _are_texts(row["texts"]):
+                counts.left_out["document whose images or texts are no lists of texts"] += 1
+                continue
             if len(row["images"] or []) != len(row["texts"] or []):
                 counts.left_out["document whose images and texts differ in number"] += 1
                 continue
@@ -106,17 +111,24 @@ def _convert(job: tuple[str | Path], pictures: _Pictures, output: Path, max_samp
     return counts, writer.sizes
 
 
+def _are_texts(values: Any) -> bool:
+    return values is None or (
+        isinstance(values, list) and all(value is None or isinstance(value, str) for value in values)
+    )
+
+
 def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    refuse_lfs_pointer(path)
     try:
         file = pq.ParquetFile(path)
         if missing := {"images", "texts"} - set(file.schema_arrow.names):
             raise ValueError(f"{path} has no column {' or '.join(sorted(missing))}, only {file.schema_arrow.names}.")
         for batch in file.iter_batches(256, columns=["images", "texts"]):
             yield from batch.to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}.") from None
 
 

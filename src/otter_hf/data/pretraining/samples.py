@@ -3,7 +3,6 @@
 The rules and thresholds are those of Otter's 2023 pretraining; MMC4 is https://huggingface.co/papers/2304.06939.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
+from ...reading import parse_json
 from ..images import decode_base64, decode_image
 from ..prompts import END_OF_CHUNK_TOKEN, IMAGE_TOKEN, RESERVED_TOKENS, escape_reserved_tokens
 from ..samples import SampleError
@@ -184,7 +184,7 @@ class InterleavedDocuments:
         if "json" not in parts:
             raise SampleError(f"Document {id!r} has no json part, it has {sorted(parts)}.", "missing part")
         try:
-            document = json.loads(parts["json"])
+            document = parse_json(parts["json"])
             sentences = document["text_list"]
             if not all(isinstance(sentence, str) for sentence in sentences):
                 raise TypeError("text_list is no list of texts")
@@ -197,17 +197,17 @@ class InterleavedDocuments:
             ) from None
 
     def _wanted(self, image_info: Sequence[Mapping[str, Any]], num_sentences: int) -> Iterator["_Picture | None"]:
-        """The pictures within the thresholds; None for one that is no base64, whose size is not known."""
+        """The pictures within the thresholds; None for a damaged one, whose place or size is not known."""
         for number, info in enumerate(image_info):
-            encoded = info.get("image_base64")
-            if encoded is None:
-                continue
-            sentence, similarity = int(info["matched_text_index"]), float(info["matched_sim"])
-            if not (similarity >= self.min_similarity and 0 <= sentence < num_sentences):
-                continue
             try:
+                encoded = info.get("image_base64")
+                if encoded is None:
+                    continue
+                sentence, similarity = int(info["matched_text_index"]), float(info["matched_sim"])
+                if not (similarity >= self.min_similarity and 0 <= sentence < num_sentences):
+                    continue
                 data = decode_base64(encoded)
-            except ValueError:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
                 yield None
                 continue
             if len(data) >= self.min_image_bytes:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...reading import load_yaml
 from .samples import KINDS, ImageTextPairs, InterleavedDocuments
 from .shards import expand_shards, shard_sizes
 
@@ -104,13 +103,13 @@ def read_pretraining_sets(path: str | Path) -> list[PretrainingSet]:
     """
     path = Path(path)
     try:
-        sets = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sets = load_yaml(path)
     except OSError:
         raise ValueError(f"The pretraining YAML {path} does not exist.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The pretraining YAML {path} cannot be parsed: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"The pretraining YAML {error}") from None
     if not isinstance(sets, dict) or not sets:
-        raise ValueError(f"The pretraining YAML {path} must map names of sets to settings, got {sets!r}.")
+        raise ValueError(f"The pretraining YAML {path} must map names of sets to settings, got {sets!r:.80}.")
     try:
         return [_read_set(str(name), settings, path.parent) for name, settings in sets.items()]
     except ValueError as error:
@@ -119,7 +118,7 @@ def read_pretraining_sets(path: str | Path) -> list[PretrainingSet]:
 
 def _read_set(name: str, settings: Any, folder: Path) -> PretrainingSet:
     if not isinstance(settings, dict):
-        raise ValueError(f"{name} must map keys to values, got {settings!r}.")
+        raise ValueError(f"{name} must map keys to values, got {settings!r:.80}.")
     settings = {key: value for key, value in settings.items() if value is not None}
     for key in ("kind", "shards"):
         if key not in settings:

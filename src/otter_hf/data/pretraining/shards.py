@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from transformers.utils import logging
 
+from ...reading import parse_json, refuse_lfs_pointer
+
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +106,7 @@ def index_shard(path: Path) -> list[SampleParts]:
     """
     samples: list[SampleParts] = []
     error = None
+    refuse_lfs_pointer(path)
     try:
         for full_name, offset, size in _plain_members(path) or _members(path):
             name = full_name.rpartition("/")[2]
@@ -130,10 +133,32 @@ def index_shard(path: Path) -> list[SampleParts]:
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the files in a tar of any dialect."""
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
+        for member in tar_files(tar):
             tar.members = []  # or it keeps them all
-            if member.isreg():
-                yield member.name, member.offset_data, member.size
+            yield member.name, member.offset_data, member.size
+
+
+def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """
+    The files of a tar whose bytes are there as they are, sparse ones not among them.
+
+    Raises:
+        tarfile.ReadError: for damage of any kind, where reading ends.
+    """
+    last = -1
+    try:
+        for member in tar:
+            # a size below zero leads back to where it was read
+            if member.size < 0 or member.offset <= last:
+                raise tarfile.ReadError(f"the header at byte {member.offset} leads back")
+            last = member.offset
+            if member.isreg() and not member.issparse():
+                yield member
+    except tarfile.ReadError:
+        raise
+    # what tarfile makes of headers that are none: also UnicodeDecodeError, OverflowError, RecursionError
+    except (tarfile.TarError, ArithmeticError, LookupError, RecursionError, ValueError) as error:
+        raise tarfile.ReadError(f"it has a damaged header: {error}") from error
 
 
 def _plain_members(path: Path) -> list[tuple[str, int, int]] | None:
@@ -150,6 +175,8 @@ def _plain_members(path: Path) -> list[tuple[str, int, int]] | None:
                 size, checksum = (int(header[place].rstrip(b" \0"), 8) for place in (_SIZE, _CHECKSUM))
                 name = header[:100].rstrip(b"\0").decode("utf-8")
             except ValueError:
+                return None
+            if len(header) < tarfile.BLOCKSIZE or size < 0 or "\0" in name:
                 return None
             kind, offset = header[156:157], offset + tarfile.BLOCKSIZE
             # the prefix of a long name
@@ -205,12 +232,12 @@ def read_sizes(folder: Path) -> Mapping[str, int]:
     try:
         file = folder / _SIZES_FILE
         if file.is_file():
-            sizes = json.loads(file.read_text(encoding="utf-8"))
+            sizes = parse_json(file.read_text(encoding="utf-8"))
             return {name: _whole_number(size) for name, size in sizes.items()}
         file = folder / "__len__"
         if file.is_file():
             shards = [path.name for path in folder.glob("*.tar")]
-            total = _whole_number(json.loads(file.read_text(encoding="utf-8")))
+            total = _whole_number(parse_json(file.read_text(encoding="utf-8")))
             return {shards[0]: total} if len(shards) == 1 else {}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{file} does not hold numbers of samples ({error}): mend or delete it.") from None
@@ -222,7 +249,7 @@ def _size_by_img2dataset(path: Path) -> int | None:
     if not file.is_file():
         return None
     try:
-        return _whole_number(json.loads(file.read_text(encoding="utf-8"))["successes"])
+        return _whole_number(parse_json(file.read_text(encoding="utf-8"))["successes"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{file} has no number of "successes" ({error}): mend or delete it.') from None
 

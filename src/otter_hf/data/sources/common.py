@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
+from ...reading import parse_json, refuse_lfs_pointer
 from ..formats import MimicitFiles, write_mimicit
 from ..images import image_bytes
 from ..prompts import IMAGE_TOKEN, escape_reserved_tokens
@@ -321,6 +322,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 def read_named_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """As `read_rows`, each row with its place for messages, such as `Line 3 of x.jsonl`."""
     path = Path(path)
+    refuse_lfs_pointer(path)
     if path.is_dir() or path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -329,7 +331,7 @@ def read_named_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
             start = file.read(64).lstrip()
             file.seek(0)
             if start.startswith("["):
-                for number, row in enumerate(json.load(file)):
+                for number, row in enumerate(parse_json(file.read())):
                     where = f"Record {number} of {path}"
                     yield where, _object(row, where)
                 return
@@ -343,7 +345,7 @@ def read_named_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parsed(line: str, number: int, path: Path) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{path} is neither a JSON list nor JSON lines: line {number}, column {error.colno}: {error.msg}."
@@ -358,13 +360,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not files:
         raise ValueError(f"{path} is a folder without parquet files: give a JSON file, JSON lines or parquet.")
     for file in files:
+        refuse_lfs_pointer(file)
         try:
             number = 0
             for batch in pq.ParquetFile(file).iter_batches(batch_size=64):  # rows may hold pictures
                 for row in batch.to_pylist():
                     yield f"Row {number} of {file}", row
                     number += 1
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file} cannot be read as parquet: {error}.") from None
 
 

@@ -9,9 +9,11 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
+from ...reading import path_inside
 from ..images import decode_base64
 from .common import (
     Conversation,
+    UnusableConversation,
     check_keys,
     check_media_marks,
     place_pictures,
@@ -25,7 +27,10 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 def read_llava(
-    path: str | Path, image_folder: str | Path | None = None, on_invalid: str = "raise"
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    on_invalid: str = "raise",
+    allow_outside: bool = False,
 ) -> Iterator[Conversation]:
     """LLaVA-Instruct (https://huggingface.co/papers/2304.08485) and all that took over its format, as LLaVAR did.
 
@@ -34,7 +39,8 @@ def read_llava(
     a list of these, one for each `<image>` in the texts. Where these stand is kept: one in front of the first
     question, or on a line behind it, is the record's picture as 2023 had it, all others are marked
     (`images_in_text`). Without any `<image>` the pictures stand in front. A picture's id is its file name without
-    suffix. `image_folder` is not needed where the rows hold the pictures themselves.
+    suffix. `image_folder` is not needed where the rows hold the pictures themselves. A name that leads out of it is
+    refused unless `allow_outside`, as in the other readers.
     """
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
@@ -46,7 +52,7 @@ def read_llava(
         key = "images" if row.get("images") else "image"
         images = row.get(key) or []
         images = images if isinstance(images, list) else [images]
-        pictures = [_picture(image, key, image_folder, where) for image in images]
+        pictures = [_picture(image, key, image_folder, where, allow_outside) for image in images]
         turns, per_turn = place_pictures(turns, pictures, where, marked=True)
         if row.get("system"):
             system = "\n".join(filter(None, (text_of(row, "system", where), system)))
@@ -56,7 +62,9 @@ def read_llava(
     return read_conversations(path, read, on_invalid)
 
 
-def _picture(image: Any, key: str, folder: str | Path | None, where: str) -> tuple[str, Path | bytes]:
+def _picture(
+    image: Any, key: str, folder: str | Path | None, where: str, allow_outside: bool
+) -> tuple[str, Path | bytes]:
     """Id and file or bytes of a picture of LLaVA."""
     image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
     data, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
@@ -67,14 +75,23 @@ def _picture(image: Any, key: str, folder: str | Path | None, where: str) -> tup
         raise ValueError(f"{where}: {key} must be a file name, got {repr(image if file is None else file)[:60]}.")
     if folder is None:
         raise ValueError(f"{where}: the picture {file!r} is a file; give the folder it is in (--images).")
-    return name, Path(folder, file)
+    return name, _inside(folder, file, where, allow_outside)
+
+
+def _inside(folder: str | Path, name: str, where: str, allow_outside: bool) -> Path:
+    try:
+        return path_inside(folder, name, allow_outside=allow_outside)
+    except ValueError as error:
+        raise UnusableConversation(f"{where}: {error}.", "picture outside of its folder") from None
 
 
 def _hash(data: bytes) -> str:
     return sha1(data).hexdigest()[:16]
 
 
-def read_lrv(path: str | Path, image_folder: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
+def read_lrv(
+    path: str | Path, image_folder: str | Path, on_invalid: str = "raise", allow_outside: bool = False
+) -> Iterator[Conversation]:
     """LRV-Instruction (https://huggingface.co/papers/2306.14565), positive and negative instructions alike.
 
     `{"image_id", "question", "answer"}` in a list or one per line; the pictures are those of Visual Genome.
@@ -83,7 +100,7 @@ def read_lrv(path: str | Path, image_folder: str | Path, on_invalid: str = "rais
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
         unused = check_keys(row, ("image_id", "question", "answer", "task"), where)
         picture = str(_needed(row, "image_id", where))
-        pictures = [(picture, _find_image(image_folder, picture))]
+        pictures = [(picture, _find_image(image_folder, picture, where, allow_outside))]
         turn = (text_of(row, "question", where), text_of(row, "answer", where))
         turns, per_turn = place_pictures([turn], pictures, where, marked=False)
         yield Conversation(picture, turns, pictures, per_turn, unused=unused)
@@ -91,7 +108,9 @@ def read_lrv(path: str | Path, image_folder: str | Path, on_invalid: str = "rais
     return read_conversations(path, read, on_invalid)
 
 
-def read_svit(path: str | Path, image_folder: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
+def read_svit(
+    path: str | Path, image_folder: str | Path, on_invalid: str = "raise", allow_outside: bool = False
+) -> Iterator[Conversation]:
     """SVIT (https://huggingface.co/papers/2307.04087): one conversation for each `content` list of a picture.
 
     A list of `{"image_id", "conversations": [{"content": [{"from": "user" | "gpt", "value"}]}]}`.
@@ -100,7 +119,7 @@ def read_svit(path: str | Path, image_folder: str | Path, on_invalid: str = "rai
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
         unused = check_keys(row, ("image_id", "conversations"), where)
         picture = str(_needed(row, "image_id", where))
-        pictures = [(picture, _find_image(image_folder, picture))]
+        pictures = [(picture, _find_image(image_folder, picture, where, allow_outside))]
         for conversation in _list(_needed(row, "conversations", where), "conversations", where):
             content = conversation.get("content") if isinstance(conversation, dict) else None
             turns, system, unused_messages = read_messages(content, where)
@@ -152,7 +171,7 @@ def _needed(row: dict, key: str, where: str):
     return row[key]
 
 
-def _find_image(folder: str | Path, name: str) -> Path:
+def _find_image(folder: str | Path, name: str, where: str, allow_outside: bool) -> Path:
     """The picture of this name in a folder, whatever its suffix; if there is none, where it should be."""
-    candidates = [Path(folder, name), *(Path(folder, name + suffix) for suffix in _SUFFIXES)]
+    candidates = [_inside(folder, name + suffix, where, allow_outside) for suffix in ("", *_SUFFIXES)]
     return next((path for path in candidates if path.is_file()), candidates[1])
