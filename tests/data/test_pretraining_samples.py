@@ -250,16 +250,21 @@ def test_pictures_that_cannot_be_read_are_left_out_with_their_tokens(encoder):
     assert [red(image) for image in sample.images] == [1, 3]
 
 
-def test_palette_pictures_with_transparency(encoder):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_palette_pictures_with_transparency(encoder, legacy):
     image = Image.new("P", (8, 8), 0)
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((1, 1), 1)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", transparency=0)
     images = [(0, 0.5, padded(buffer.getvalue(), 11_000)), (1, 0.5, big(3))]
-    (first, _) = build(encoder, ["A.", "B."], images).images
-    # the transparent ground is white
-    assert first.getpixel((0, 0)) == (255, 255, 255) and first.getpixel((1, 1)) == (200, 100, 50)
+    (first, _) = build(encoder, ["A.", "B."], images, legacy_pictures=legacy).images
+    # the transparent ground is white; 2023 dropped that it is transparent
+    ground = (10, 20, 30) if legacy else (255, 255, 255)
+    assert first.getpixel((0, 0)) == ground and first.getpixel((1, 1)) == (200, 100, 50)
+    pair = {"png": images[0][2], "txt": b"A."}
+    of_pair = ImageTextPairs(mirror=0.0, legacy_pictures=legacy)("p", pair, encoder, Random(0)).images[0]
+    assert of_pair.getpixel((0, 0)) == ground
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from otter_tiny import build_tokenizer
+from PIL import Image
 from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
 from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
@@ -100,6 +101,34 @@ def test_answers_end_at_the_stop_text_and_options_go_before_what_a_task_asks(ott
         type(loaded.processor), "post_process_image_text_to_text", lambda self, ids: [f"{ids.shape[1]} a\n\nb STOP c"]
     )
     assert loaded.generate([ask("?", pictures[0])], until=["STOP", "\n\n"], max_new_tokens=9) == ["2 a"]
+
+
+def test_a_film_is_taken_as_a_film_or_as_its_frames(loaded, pictures):
+    film = {"type": "video", "video": pictures[:2]}
+    content = [film, {"type": "text", "text": "What?"}]
+    inputs = loaded.prepare([[{"role": "user", "content": content}]])
+    if hasattr(loaded.model.config, "perceiver_num_latents"):
+        assert inputs["pixel_attention_mask"].tolist() == [[[1, 1]]] and inputs["image_hidden_states"].shape[1] == 1
+    else:
+        asked = loaded.prepare([ask("What?", *pictures[:2])])
+        assert inputs.keys() == asked.keys() and torch.equal(inputs["input_ids"], asked["input_ids"])
+
+
+def test_pictures_as_in_2023(loaded):
+    clear = Image.new("RGBA", (30, 28), (200, 0, 0, 0))
+    today = loaded.prepare([ask("What?", clear)])
+    loaded.processor_kwargs = {"legacy_pictures": True}
+    before = loaded.prepare([ask("What?", clear)])
+    red = loaded.prepare([ask("What?", Image.new("RGB", (30, 28), (200, 0, 0)))])
+    name = next(name for name in today if name in ("image_hidden_states", "pixel_values", "image_patches"))
+    assert torch.equal(before[name][0], red[name][0]) and not torch.equal(before[name][0], today[name][0])
+
+
+def test_what_a_template_refuses_is_a_value_error(otter_folder, otterhd_folder):
+    for folder in (otter_folder, otterhd_folder):
+        loaded = ConversationModel(folder, dtype="float32", device="cpu")
+        with pytest.raises(ValueError, match="user and assistant must alternate and start with user"):
+            loaded.prepare([[{"role": "assistant", "content": "hi"}]])
 
 
 def test_idefics_is_asked_in_the_form_it_was_trained_on(idefics_folder, pictures):

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
-from ..models.chat_processing import read_conversations
-from ..models.flamingo import FlamingoForConditionalGeneration
+from ..films import read_video
+from ..models.chat_processing import MEDIA_SOURCES, read_conversations
+from ..models.flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from ..models.media_store import MediaStore
 from ..pictures import read_image
 from ..serving.loading import load_model, read_processor
@@ -70,9 +71,14 @@ class ConversationModel:
 
     def prepare(self, conversations: Sequence[list[dict]], chat_template: str | None = None) -> BatchFeature:
         """Model inputs of B conversations, padded on the left, ending where the answer begins."""
+        options = dict(self.processor_kwargs)
+        if not takes_films(self.processor):
+            reading = {name: options.pop(name) for name in ("num_frames", "fps") if name in options}
+            conversations = [_films_as_pictures(messages, **reading) for messages in conversations]
         if self.is_idefics:
-            prompts = [_idefics_prompt(messages, self.processor) for messages in conversations]
-            inputs = self.processor(text=prompts, padding=True, return_tensors="pt", **self.processor_kwargs)
+            legacy = options.pop("legacy_pictures", False)
+            prompts = [_idefics_prompt(messages, self.processor, legacy) for messages in conversations]
+            inputs = self.processor(text=prompts, padding=True, return_tensors="pt", **options)
         elif not (chat_template or self.chat_template or self.processor.chat_template):
             raise ValueError(f"{self.path} has no chat template; give the model a `chat_template` (Jinja).")
         else:
@@ -83,7 +89,7 @@ class ConversationModel:
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True, **self.processor_kwargs},
+                processor_kwargs={"padding": True, **options},
             )
         if self.media is not None:
             inputs = BatchFeature(self.media.encode(inputs))
@@ -205,7 +211,30 @@ def _generation_kwargs(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"do_sample": sample, **chosen}
 
 
-def _idefics_prompt(messages: list[dict], processor) -> list:
+def takes_films(processor) -> bool:
+    """Whether a processor is given films; others are given their frames as pictures, one after the other."""
+    return isinstance(processor, FlamingoProcessor) or getattr(processor, "video_processor", None) is not None
+
+
+def _films_as_pictures(messages: list[dict], **reading) -> list[dict]:
+    fitted = []
+    for index, message in enumerate(messages):
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for place, part in enumerate(content):
+                source = next((part[key] for key in MEDIA_SOURCES["video"] if part.get(key) is not None), None)
+                if part.get("type") == "video" and source is not None:
+                    frames = read_video(source, f"messages[{index}].content[{place}]", **reading)
+                    parts += [{"type": "image", "image": frame} for frame in frames]
+                else:
+                    parts.append(part)
+            message = {**message, "content": parts}
+        fitted.append(message)
+    return fitted
+
+
+def _idefics_prompt(messages: list[dict], processor, legacy: bool = False) -> list:
     """Texts and pictures as Idefics' processor wants them, in the form Idefics-instruct was trained on."""
     # the processor's own flag for this looks where transformers 5 keeps no added tokens
     end = "<end_of_utterance>" if "<end_of_utterance>" in processor.tokenizer.get_vocab() else ""
@@ -217,10 +246,8 @@ def _idefics_prompt(messages: list[dict], processor) -> list:
         pieces.append(("" if not pieces else "\n") + names[message["role"]])
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "video":
-                raise ValueError(f"messages[{index}] has a video; Idefics sees pictures, give it the frames.")
             (value,) = (part[key] for key in part if key != "type")
-            pieces.append(value if part["type"] == "text" else read_image(value))
+            pieces.append(value if part["type"] == "text" else read_image(value, legacy=legacy))
         pieces.append(end)
     pieces.append("\nAssistant:")
     joined = []

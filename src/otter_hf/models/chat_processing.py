@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
@@ -45,7 +46,9 @@ class ChatProcessorMixin(ProcessorMixin):
         Raises:
             ValueError: naming the message and part, for parts of other types or with keys that are not theirs and, if
                 `tokenize` is True, for pictures and films that are not there; for what the template has no place for:
-                tools, documents and other keys of messages; for pictures both in messages and in `processor_kwargs`.
+                tools, documents and other keys of messages; for pictures both in messages and in
+                `processor_kwargs`; and with its own sentence for what the template refuses, such as roles that do not
+                alternate.
         """
         template = self._resolve_chat_template(chat_template)
         for name, value in (("tools", tools), ("documents", documents)):
@@ -59,15 +62,18 @@ class ChatProcessorMixin(ProcessorMixin):
         if tokenize and not elsewhere:
             batched = isinstance(conversation[0], list)
             conversation = [self._fit_media(c) for c in conversation] if batched else self._fit_media(conversation)
-        return super().apply_chat_template(
-            conversation,
-            chat_template=chat_template,
-            tools=tools,
-            documents=documents,
-            tokenize=tokenize,
-            processor_kwargs=processor_kwargs,
-            **kwargs,
-        )
+        try:
+            return super().apply_chat_template(
+                conversation,
+                chat_template=chat_template,
+                tools=tools,
+                documents=documents,
+                tokenize=tokenize,
+                processor_kwargs=processor_kwargs,
+                **kwargs,
+            )
+        except TemplateError as error:
+            raise ValueError(str(error)) from error
 
     def _fit_media(self, messages: list[dict]) -> list[dict]:
         """The messages of a conversation with pictures and films as the processor can tell their order."""

@@ -71,10 +71,12 @@ class ImageTextPairs:
     Args:
         max_tokens: longer rows lose their end.
         mirror: chance of a picture to be mirrored; 2023 drew once for a whole batch.
+        legacy_pictures: read pictures as the code of 2023 did, see `otter_hf.pictures`.
     """
 
     max_tokens: int = 32
     mirror: float = 0.5
+    legacy_pictures: bool = False
 
     label_all = True  # every token is learned, not only those behind an image
     picture_suffixes = ("jpg", "png", "jpeg", "webp")
@@ -82,6 +84,7 @@ class ImageTextPairs:
     def __post_init__(self):
         _check_range("max_tokens", self.max_tokens, 2)
         _check_range("mirror", self.mirror, 0, 1)
+        _check_switch("legacy_pictures", self.legacy_pictures)
 
     def __call__(
         self, id: str, parts: Mapping[str, bytes], encoder: TextEncoder, generator: Random
@@ -109,7 +112,8 @@ class ImageTextPairs:
         mirrored = generator.random() < self.mirror
         try:
             # an encoded picture always has bytes outside of ASCII
-            image = decode_image(decode_base64(data.decode("ascii")) if data.isascii() else data)
+            encoded = decode_base64(data.decode("ascii")) if data.isascii() else data
+            image = decode_image(encoded, self.legacy_pictures)
         except (OSError, ValueError) as error:
             raise SampleError(f"The picture of sample {id!r} cannot be read: {error}.", "unreadable image") from None
         text = IMAGE_TOKEN + encoder.escape(caption) + END_OF_CHUNK_TOKEN + encoder.eos_token
@@ -133,6 +137,7 @@ class InterleavedDocuments:
         max_images: that are kept, in the order of `image_info`.
         max_tokens: longer rows lose their end, and the pictures that stand there.
         keep_single: chance of a document with one picture left in its row to be kept.
+        legacy_pictures: read pictures as the code of 2023 did, see `otter_hf.pictures`.
     """
 
     min_image_bytes: int = 11_000
@@ -140,6 +145,7 @@ class InterleavedDocuments:
     max_images: int = 5
     max_tokens: int = 256
     keep_single: float = 0.5
+    legacy_pictures: bool = False
 
     label_all = False
 
@@ -149,6 +155,7 @@ class InterleavedDocuments:
         _check_range("max_images", self.max_images, 1)
         _check_range("max_tokens", self.max_tokens, 2)
         _check_range("keep_single", self.keep_single, 0, 1)
+        _check_switch("legacy_pictures", self.legacy_pictures)
 
     def __call__(
         self, id: str, parts: Mapping[str, bytes], encoder: TextEncoder, generator: Random
@@ -167,7 +174,7 @@ class InterleavedDocuments:
                 break
             if count == 1 and not keeps_single:
                 raise RejectedSample(f"Document {id!r} has a single picture.", "single image")
-            images = [picture.image() for picture in chosen[:count]]
+            images = [picture.image(self.legacy_pictures) for picture in chosen[:count]]
             broken = {picture.number for picture, image in zip(chosen, images, strict=False) if image is None}
             if not broken:
                 return PretrainingSample(id, input_ids, images, num_unreadable)
@@ -219,9 +226,9 @@ class _Picture(NamedTuple):
     sentence: int
     data: bytes
 
-    def image(self) -> Image.Image | None:
+    def image(self, legacy: bool) -> Image.Image | None:
         try:
-            return decode_image(self.data)
+            return decode_image(self.data, legacy)
         except OSError:
             return None
 
@@ -250,6 +257,11 @@ def interleave(sentences: Sequence[str], image_sentences: Sequence[int], eos_tok
         pieces.append(glue + sentence)
         glue = " "
     return "".join(pieces) + END_OF_CHUNK_TOKEN + eos_token
+
+
+def _check_switch(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}.")
 
 
 def _check_range(name: str, value: float, low: float, high: float = float("inf")) -> None:
