@@ -147,10 +147,10 @@ def _config(processor: OtterProcessor, of_2023: bool) -> OtterConfig:
 
 def train_otter(folder: Path, epochs: int = 3) -> Path:
     """An Otter that knows colors and shapes, in `folder`; about a minute on a CPU. See `finetune.ipynb`."""
-    from otter_hf.training.run import main
+    from otter_hf.training.run import run
 
     with contextlib.redirect_stdout(io.StringIO()):  # the losses, which are another notebook's subject
-        main(training_arguments(folder, epochs))
+        run(training_arguments(folder, epochs))
     return folder / "trained"
 
 

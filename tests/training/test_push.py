@@ -16,12 +16,12 @@ import sys, time
 from huggingface_hub.utils import _http
 _http.time = type("Clock", (), {"sleep": staticmethod(lambda seconds: None), "time": time.time})
 import torch
-from otter_hf.training.run import main
+from otter_hf.training.run import run
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 for recipe in sys.argv[2:]:
     try:
-        main([recipe])
+        run([recipe])
     except ValueError as error:
         print("FAILED:", error)
 model = AutoModelForImageTextToText.from_pretrained("tester/good")
