@@ -11,7 +11,14 @@ from transformers import CONFIG_MAPPING
 
 import otter_hf  # noqa: F401  registers the families
 from otter_hf.conversion.memory import memory_table
-from otter_hf.conversion.model_card import OLD_CODE_DEFECTS, completion_usage, render_card, usage
+from otter_hf.conversion.model_card import (
+    OLD_CODE_DEFECTS,
+    completion_usage,
+    note_on_prompt,
+    prompt_of,
+    render_card,
+    usage,
+)
 
 
 FOLDER = Path(__file__).parent
@@ -42,19 +49,21 @@ def make_card(name: str, facts: dict, defects: dict[str, str]) -> str:
     """The card of one model."""
     config = dict(facts["config"])
     config = CONFIG_MAPPING[config.pop("model_type")](**config)
+    # of Otters that are no assistants yet, the text that Flamingo was trained on
+    family = "flamingo" if facts["summary"].endswith("No assistant.") else config.model_type
     explained = {**OLD_CODE_DEFECTS, **defects}
     return render_card(
         name=name,
         summary=f"{facts['summary']} Published as `{facts['repository']}`.",
         metadata={"library_name": "otter-hf", "pipeline_tag": "image-text-to-text", "tags": [config.model_type]},
         lineage=facts["lineage"],
-        prompt=facts["prompt"],
+        prompt=prompt_of(family),
         tokens=facts.get("tokens"),
         licences=facts["licences"],
         defects=[explained[defect] for defect in facts["defects"]],
         memory=memory_table(config),
         commands=commands(name, facts),
-        notes=[UNTESTED, *facts.get("notes", [])],
+        notes=[UNTESTED, *note_on_prompt(family), *facts.get("notes", [])],
     )
 
 

@@ -4,8 +4,11 @@ import importlib.util
 import re
 from pathlib import Path
 
+import otterhd_tiny
 import pytest
 import yaml
+
+from otter_hf.data.prompts import render
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards"
@@ -50,3 +53,22 @@ def test_memory_agrees_with_the_published_files():
     # the four shards of OTTER-Image-LLaMA7B-LA-InContext have 9.94 + 9.84 + 9.77 + 3.34 GB
     total = int(re.search(r"\| total \| ([\d,]+) \|", CARDS["OTTER-Image-LLaMA7B.md"])[1].replace(",", ""))
     assert 4 * total / 1e9 == pytest.approx(9.94 + 9.84 + 9.77 + 3.34, abs=0.02)
+
+
+@pytest.mark.parametrize("filename", CARDS)
+def test_the_prompt_is_what_the_template_writes(filename, processor):
+    """The templates of the processors, for one picture and a question; OpenFlamingo has no template."""
+    card = CARDS[filename]
+    shown = re.search(r"## Prompt\n\n```\n(.*?)\n```", card, re.DOTALL)[1]
+    if "User:" not in shown:
+        assert shown == "<image>{text}<|endofchunk|>"
+        return
+    is_otterhd = "fuyu" in card.split("---")[1]
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "{question}"}]}]
+    if is_otterhd:
+        processor = otterhd_tiny.tiny_processor()
+    written = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert shown == written.replace("|SPEAKER|", "").replace("\x04", "<0x04>")
+    # and the trained form, which the notes show
+    trained = render([("{question}", "{answer}")], "fuyu" if is_otterhd else "simple", "none")
+    assert f"`{trained}`".replace("\x04", "<0x04>") in card

@@ -15,7 +15,7 @@ from ..models.otterhd import OtterHDConfig, OtterHDForConditionalGeneration, Ott
 from ..models.otterhd.processing_otterhd import ANSWER_TOKEN, END_OF_TEXT_TOKEN, IMAGE_NEWLINE_TOKEN, IMAGE_TOKEN
 from .job import DTYPES, cast, most_common_dtype, push_folder, read_config, resolve_folder
 from .memory import memory_table
-from .model_card import render_card, usage
+from .model_card import note_on_prompt, prompt_of, render_card, usage
 from .plan import Source, plan_model, source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
@@ -157,10 +157,10 @@ def _card(config: OtterHDConfig, report: ConversionReport, source: str) -> str:
         "`conversion_report.json`.",
         metadata={"library_name": "otter-hf", "pipeline_tag": "image-text-to-text", "tags": ["otterhd", "fuyu"]},
         lineage=[f"`{source}`"],
-        prompt="User:{question} Assistant:<0x04> {answer}|ENDOFTEXT|",
+        prompt=prompt_of("otterhd"),
         tokens=report.token_table,
         licences={"all": "those of the source; the weights of Fuyu-8B are CC-BY-NC-4.0"},
         memory=memory_table(config),
         commands=usage("PATH"),
-        notes=report.notes,
+        notes=[*note_on_prompt("otterhd"), *report.notes],
     )

@@ -2,6 +2,7 @@
 
 import json
 
+from ..data.prompts import FORMATS, render
 from .memory import memory_table
 from .report import ConversionReport
 
@@ -17,6 +18,36 @@ OLD_CODE_DEFECTS = {
         "these here are those of 2.22 and older"
     ),
 }
+
+
+def prompt_of(model_type: str) -> str:
+    """The prompt that a family's chat template writes for a picture and a question, as the cards show it."""
+    if model_type == "flamingo":  # was trained on plain text
+        return f"<image>{{text}}{FORMATS['plain'].end}"
+    format, media = ("spaced", "first") if model_type == "otter" else ("fuyu", "none")
+    # the processors of OtterHD put the picture in front by themselves
+    return _visible(render([("{question}", None)], format, media))
+
+
+def note_on_prompt(model_type: str) -> list[str]:
+    """What else was asked in 2023, and which form is right."""
+    if model_type == "flamingo":
+        return []
+    trained = _visible(render([("{question}", "{answer}")], "simple" if model_type == "otter" else "fuyu", "none"))
+    if model_type == "otter":
+        return [
+            f"Trained on `{trained}`. The demos, the benchmarks and the README of 2023 asked with the blanks of the "
+            "prompt above, and so does the chat template; a model fine-tuned here is asked as it was trained."
+        ]
+    return [
+        f"The prompt is the one it was trained on, `{trained}`, and the chat template writes it. The benchmarks of "
+        "2023 put a blank behind `User:`, which training never showed it; `otter-hf eval` does so only for "
+        "`name: otterhd` in a YAML of 2023."
+    ]
+
+
+def _visible(text: str) -> str:
+    return text.replace("\x04", "<0x04>")
 
 
 def render_card(
@@ -40,7 +71,7 @@ def render_card(
         name, summary: title and first paragraph.
         metadata: the YAML block the Hub reads.
         lineage: what the model was made from, in order.
-        prompt: the text form it was trained with.
+        prompt: the text that asks it, see `prompt_of`.
         tokens: special tokens and their ids.
         licences: part -> licence.
         defects: known faults of the published weights and of code for them.
@@ -117,7 +148,8 @@ print(processor.post_process_image_text_to_text(output)[0])
 def conversion_card(config, report: ConversionReport, lineage: list[str]) -> str:
     """The card of a folder that a conversion wrote."""
     is_otter = config.model_type == "otter"
-    notes = [*report.notes, *(f"{name}: {how}" for name, how in list(report.initialised.items())[:8])]
+    notes = [*note_on_prompt(config.model_type), *report.notes]
+    notes += [f"{name}: {how}" for name, how in list(report.initialised.items())[:8]]
     if len(report.initialised) > 8:
         notes.append(f"{len(report.initialised) - 8} more weights were initialised; see `conversion_report.json`")
     return render_card(
@@ -126,7 +158,7 @@ def conversion_card(config, report: ConversionReport, lineage: list[str]) -> str
         "`conversion_report.json`.",
         metadata={"library_name": "otter-hf", "pipeline_tag": "image-text-to-text", "tags": [config.model_type]},
         lineage=[f"`{path}`" for path in lineage],
-        prompt="<image>User: {question} GPT:<answer>" if is_otter else "<image>{text}<|endofchunk|>",
+        prompt=prompt_of(config.model_type),
         tokens=report.token_table,
         licences={"all": "those of the sources above; a conversion changes none of them"},
         defects=list(OLD_CODE_DEFECTS.values()),
