@@ -16,7 +16,7 @@ def add_parser(subparsers) -> None:
     """Add the command and its subcommands; each sets `func` to a function of the parsed arguments."""
     parser = subparsers.add_parser("data", help="check, show and convert MIMIC-IT data", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_check, _show, _stats, _to_parquet, _train_config, _merge, _neighbours, _to_hub, _from_hub):
+    for add in (_check, _show, _stats, _to_parquet, _train_config, _merge, _neighbours, _to_hub, _from_hub, _download):
         add(commands)
     for name, title in {**_IMAGE_SOURCES, **_SELF_CONTAINED_SOURCES}.items():
         _source(commands, name, title)
@@ -268,6 +268,34 @@ def _run_from_hub(args) -> None:
     from ..data.hub import read_hub_form
 
     _print_files(read_hub_form(args.repository, args.name, args.output, args.revision))
+
+
+def _download(commands) -> None:
+    parser = _command(
+        commands, "download", _run_download, "MIMIC-IT from its copy on the Hub, or --check of a folder that is there"
+    )
+    parser.add_argument("name", nargs="?", help="subset, such as CGD; on the Hub its terms have to be accepted first")
+    parser.add_argument("--output", metavar="FOLDER", help="folder for its files")
+    parser.add_argument("--check", metavar="FOLDER", help="compare a folder with what was published; download nothing")
+    parser.add_argument("--repository", default="pufanyi/MIMICIT", help="default: pufanyi/MIMICIT")
+    parser.add_argument("--revision", help="branch, tag or commit")
+
+
+def _run_download(args) -> int:
+    from ..data.hub import read_hub_form
+    from ..data.mimicit_subsets import check_folder
+
+    if bool(args.check) == bool(args.name) or bool(args.name) != bool(args.output):
+        raise ValueError("download needs the name of a subset and an --output, or --check FOLDER.")
+    if args.name:
+        _print_files(read_hub_form(args.repository, args.name, args.output, args.revision))
+        return 0
+    report = check_folder(args.check)
+    for kind, lines in (("", report.files), ("warning: ", report.warnings), ("error: ", report.errors)):
+        for line in lines:
+            print(f"{kind}{line}")
+    print(f"{len(report.errors)} errors, {len(report.warnings)} warnings; ids and pictures: otter-hf data check")
+    return 1 if report.errors else 0
 
 
 def _source(commands, name: str, title: str) -> None:
