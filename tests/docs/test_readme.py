@@ -1,6 +1,7 @@
 """The README's Python snippets run, in order, as a reader would paste them."""
 
 import re
+import shutil
 from pathlib import Path
 
 
@@ -11,6 +12,8 @@ def test_python_snippets_run(model, processor, tmp_path, monkeypatch, capsys):
     snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert snippets
     monkeypatch.chdir(tmp_path)
+    examples = "src/otter_hf/demo/examples"
+    shutil.copytree(README.parent / examples, examples)
     # what `make demo` leaves behind, without its minutes
     model.save_pretrained("out/demo/model")
     processor.save_pretrained("out/demo/model")
