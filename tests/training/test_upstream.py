@@ -1,8 +1,19 @@
 """The flags of the 2023 training script."""
 
+import json
+import os
+import tarfile
+
 import pytest
 
-from otter_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from otter_hf.data.pretraining import read_pretraining_sets
+from otter_hf.training.arguments import (
+    DataArguments,
+    ModelArguments,
+    PretrainingDataArguments,
+    TrainingArguments,
+    parse_arguments,
+)
 from otter_hf.training.upstream import translate
 
 
@@ -15,6 +26,9 @@ def parse(*flags, base=BASE):
 
 def test_the_command_of_the_readme_of_2023(caplog, monkeypatch):
     monkeypatch.setattr("otter_hf.training.arguments.get_reporting_integration_callbacks", lambda names: [])
+    monkeypatch.setenv("WANDB_PROJECT", "before")
+    monkeypatch.setenv("WANDB_ENTITY", "before")
+    caplog.set_level("INFO", "otter_hf")
     flags = """--model_name otter --instruction_format simple --batch_size 8 --num_epochs 3 --report_to_wandb
         --wandb_entity lab --external_save_dir out/ --run_name Otter-MPT7B --wandb_project OTTER --workers 1
         --lr_scheduler cosine --learning_rate 2e-5 --warmup_steps_ratio 0.01 --save_hf_model --max_seq_len 1024
@@ -32,7 +46,12 @@ def test_the_command_of_the_readme_of_2023(caplog, monkeypatch):
     assert training_args.report_to == ["wandb"]
     assert training_args.activation_checkpointing
     notes = [message.split(":")[0] for message in caplog.messages if "no effect" in message]
-    dead = "model_name wandb_entity wandb_project save_hf_model patch-image-size dist-url no-set-device-rank"
+    assert (os.environ["WANDB_PROJECT"], os.environ["WANDB_ENTITY"]) == ("OTTER", "lab")
+    # what the code of 2023 did by itself, and the command says nothing of
+    assert model_args.freeze == ["vision", "language"]
+    assert (training_args.weight_decay, training_args.bf16) == (0.1, True)
+    assert "freeze vision language, weight_decay 0.1, bf16 True" in caplog.text
+    dead = "model_name save_hf_model patch-image-size dist-url no-set-device-rank"
     assert sorted(notes) == sorted(dead.split())
 
 
@@ -49,6 +68,69 @@ def test_flags_in_a_recipe(tmp_path):
     assert data_args.dynamic_resolution == [448, 512, 768]
     assert model_args.lora
     assert model_args.lora_target_modules[-1] == "lm_head"
+
+
+@pytest.mark.parametrize(
+    ("flags", "frozen", "decay", "bf16"),
+    [
+        ("--model_name flamingo", ["vision", "language"], 0.1, True),
+        ("", ["vision", "language"], 0.1, True),  # otter was the default
+        ("--model_name fuyu", [], 0.0, True),
+        ("--model_name idefics --weight_decay 0.2", [], 0.2, True),
+        ("--freeze perceiver --bf16 False --weight_decay 0", ["perceiver"], 0.0, False),
+        ("--model_name otter --lora True --lora_target_modules Wqkv", [], 0.1, True),
+    ],
+)
+def test_what_was_never_said_in_2023(flags, frozen, decay, bf16):
+    model_args, _, training_args = parse(*flags.split())
+    assert (model_args.freeze, training_args.weight_decay, training_args.bf16) == (frozen, decay, bf16)
+
+
+@pytest.mark.parametrize(
+    ("config", "frozen"),
+    [
+        ({"model_type": "otter"}, ["vision", "language"]),
+        ({"model_type": "otter", "train_lang_encoder": True}, ["vision"]),
+        ({"model_type": "flamingo", "train_vision_encoder": True}, ["language"]),
+        ({"model_type": "otter", "train_full_model": True}, []),
+        ({"model_type": "fuyu"}, []),
+    ],
+)
+def test_switches_in_a_configuration_of_2023(tmp_path, config, frozen):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert parse(base=["--pretrained_model_name_or_path", str(tmp_path), *BASE[2:]])[0].freeze == frozen
+
+
+def test_todays_command_is_left_alone():
+    base = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "o", "--use_cpu", "True"]
+    model_args, _, training_args = parse_arguments(base)
+    assert (model_args.freeze, training_args.weight_decay, training_args.bf16) == ([], 0.0, False)
+
+
+def test_the_pretraining_command_of_2023(tmp_path, caplog):
+    with tarfile.open(tmp_path / "0.tar", "w") as shard:
+        shard.addfile(tarfile.TarInfo("0.txt"))
+    flags = f"""--pretrained_model_name_or_path m --run_name flamingo3B --external_save_dir runs --dataset_resampled
+        --mmc4_shards {tmp_path}/0.tar --laion_shards {tmp_path}/0.tar --batch_size_mmc4 4 --batch_size_laion 8
+        --train_num_samples_mmc4 64 --train_num_samples_laion 64 --loss_multiplier_laion 0.5 --workers 2
+        --mmc4_textsim_threshold 0.3 --precision amp_bf16 --max-src-length 512 --mask_lm_head --use_cpu True"""
+    kinds = (ModelArguments, PretrainingDataArguments, TrainingArguments)
+    model_args, data_args, training_args = parse_arguments(flags.split(), kinds)
+    assert training_args.output_dir == "runs/flamingo3B"
+    assert model_args.freeze == ["vision", "language"]
+    assert model_args.train_embedding_rows == ["<image>", "<|endofchunk|>"]
+    mmc4, laion = read_pretraining_sets(data_args.train_sets)
+    assert (mmc4.kind, mmc4.batch_size, mmc4.num_samples, mmc4.loss_weight) == ("interleaved", 4, 64, 1.0)
+    assert (mmc4.options, mmc4.resampled) == ({"min_similarity": 0.3}, True)
+    assert (laion.kind, laion.batch_size, laion.loss_weight, laion.resampled) == ("pairs", 8, 0.5, True)
+    assert sorted(message.split(":")[0] for message in caplog.messages if "no effect" in message) == [
+        "max-src-length",
+        "precision",
+    ]
+    with pytest.raises(ValueError, match="batch_size_mmc4 must be a number, got 'many'"):
+        parse_arguments(["--batch_size_mmc4", "many"], kinds)
+    with pytest.raises(ValueError, match="mmc4_shards is of pretraining: `otter-hf pretrain` takes it"):
+        parse("--mmc4_shards", "x")
 
 
 def test_changed_meanings():

@@ -13,8 +13,8 @@ from transformers import HfArgumentParser
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..reading import load_yaml
-from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, TrainingFields
-from .upstream import Option, translate
+from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, PretrainingDataArguments, TrainingFields
+from .upstream import Option, add_unsaid, translate
 
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
             )
         self._check_metric()
         self._check_trackers()
+        self._tell_wandb()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the collator takes the samples' columns.")
         # the Trainer would compare each label with the token it is the label of, not with the next one
@@ -51,6 +52,15 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which transformers' Trainer applies to "
                 "unshifted labels for image-text models: leave it at 0."
             )
+
+    def _tell_wandb(self):
+        """W&B takes project and entity from the environment, and transformers nothing else."""
+        for name in ("wandb_project", "wandb_entity"):
+            value = getattr(self, name)
+            if value is not None and "wandb" in self.report_to:
+                os.environ[name.upper()] = value
+            elif value is not None:
+                logger.warning(f"{name} has no effect without report_to wandb (2023: report_to_wandb).")
 
     def _check_early_stopping(self):
         patience = self.early_stopping_patience
@@ -142,19 +152,22 @@ def parse_arguments(
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
         options = _read_recipe(Path(path))
-        _check_names(options, parser, f"{path}: {{!r}} is no argument".format)
+        _check_names(options, kinds, parser, f"{path}: {{!r}} is no argument".format)
     given = _read_flags(argv)
-    _check_names(given, parser, "there is no --{}".format)
-    options = translate(options + given, logger.warning)
+    _check_names(given, kinds, parser, "there is no --{}".format)
+    unsaid = add_unsaid(options + given, logger.info)
+    options = unsaid + translate(options + given, logger.warning, pretraining=PretrainingDataArguments in kinds)
     flags = [part for name, values in options for part in (f"--{name}", *values)]
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
 
 
-def _check_names(options: list[Option], parser: ArgumentParser, sentence: Callable[[str], str]) -> None:
+def _check_names(
+    options: list[Option], kinds: tuple[type, ...], parser: ArgumentParser, sentence: Callable[[str], str]
+) -> None:
     """argparse would take the beginning of a name for the whole, and name what is unknown without a hint."""
     known = [flag.lstrip("-") for flag in parser._option_string_actions if flag.startswith("--")]
     for option in options:
-        for name, _ in translate([option], lambda note: None):
+        for name, _ in translate([option], lambda note: None, pretraining=PretrainingDataArguments in kinds):
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else "`otter-hf train --help` lists them."

@@ -176,7 +176,9 @@ class DataArguments:
 class PretrainingDataArguments:
     """What to pretrain on."""
 
-    train_sets: str = field(metadata={"help": "YAML of sets of shards, see `read_pretraining_sets`."})
+    train_sets: str = field(
+        metadata={"help": "YAML of sets of shards, or the mapping itself: in a recipe as it is, on a command as JSON."}
+    )
     block_size: int = field(default=5000, metadata={"help": "Samples of a set that each worker shuffles at a time."})
 
 
@@ -207,6 +209,8 @@ class TrainingFields:
         default=3,
         metadata={"help": "Evaluation samples that are answered at each evaluation, in training_report.html."},
     )
+    wandb_project: str | None = field(default=None, metadata={"help": "Project of W&B, with report_to wandb."})
+    wandb_entity: str | None = field(default=None, metadata={"help": "User or team of W&B, with report_to wandb."})
     trainable_only: bool = field(
         default=False,
         metadata={"help": "Save the trained weights alone; `otter_hf.training.load_trainable` adds the frozen ones."},

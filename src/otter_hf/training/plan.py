@@ -40,7 +40,7 @@ class TrainingPlan:
             and logits.
         attention: implementation by part; `attention_notes`: what else there was, on a GPU.
         liger, compiled: whether these kernels are used.
-        learning_rates: by group; `others` have none of their own.
+        learning_rates: by group; `others` have none of their own. `weight_decay`: of linear and convolutional layers.
         flops: operations of a step, for the share of the device's peak in the logs; None for Idefics, not counted.
     """
 
@@ -58,6 +58,7 @@ class TrainingPlan:
     liger: bool
     compiled: bool
     learning_rates: dict[str, float]
+    weight_decay: float
     flops: TrainingFlops | None
 
     def __str__(self) -> str:
@@ -76,7 +77,9 @@ class TrainingPlan:
             "attention: "
             + ", ".join(f"{part} {name}" for part, name in self.attention.items())
             + f"; Liger kernels: {'yes' if self.liger else 'no'}; torch.compile: {'yes' if self.compiled else 'no'}",
-            "learning rate: " + ", ".join(f"{group} {rate:g}" for group, rate in self.learning_rates.items()),
+            "learning rate: "
+            + ", ".join(f"{group} {rate:g}" for group, rate in self.learning_rates.items())
+            + f"; weight decay: {self.weight_decay:g}",
             *([f"attention kernels: {self.attention_notes}"] if self.attention_notes else []),
         ]
         return "\n".join(lines)
@@ -164,6 +167,7 @@ def make_plan(
         liger=training_args.use_liger_kernel and is_liger_kernel_available(),
         compiled=bool(training_args.torch_compile),
         learning_rates={**(training_args.learning_rates or {}), "others": training_args.learning_rate},
+        weight_decay=training_args.weight_decay,
         flops=None if model.config.model_type == "idefics" else count_training_flops(model),
     )
 

@@ -1,6 +1,7 @@
 """The YAML of a pretraining: which sets of shards to train on, and how."""
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -87,9 +88,10 @@ class PretrainingSet:
 _SETTINGS = [setting.name for setting in fields(PretrainingSet)][1:-1]
 
 
-def read_pretraining_sets(path: str | Path) -> list[PretrainingSet]:
+def read_pretraining_sets(source: str | Path) -> list[PretrainingSet]:
     """
-    Reads the YAML of a pretraining: set name -> the fields of `PretrainingSet`, and the options of its kind.
+    Reads the YAML of a pretraining: set name -> the fields of `PretrainingSet`, and the options of its kind. `source`
+    is its path, or what would stand in it as a JSON object.
 
     ```yaml
     mmc4:  {kind: interleaved, shards: "mmc4/{000000000..000000099}.tar", num_samples: 100000, min_similarity: 0.32}
@@ -101,9 +103,10 @@ def read_pretraining_sets(path: str | Path) -> list[PretrainingSet]:
     Raises:
         ValueError: naming the file, the set and the key which is wrong.
     """
-    path = Path(path)
+    inline = str(source).lstrip().startswith("{")
+    path = Path("train_sets") if inline else Path(source)
     try:
-        sets = load_yaml(path)
+        sets = json.loads(str(source)) if inline else load_yaml(path)
     except OSError:
         raise ValueError(f"The pretraining YAML {path} does not exist.") from None
     except ValueError as error:
