@@ -65,10 +65,6 @@ def test_broken_stores_leave_no_parquet(tmp_path, encoded):
         (["to-parquet", "P.parquet", "--output", "P.parquet"], "would replace its input P.parquet: name another one"),
         (["to-parquet", "F.parquet", "--output", "F.parquet"], "would replace its input F.parquet/1.parquet"),
         (
-            ["to-parquet", "X.json", "--output", "Y.parquet", "--resize", "0"],
-            "resize must be a number of pixels",
-        ),
-        (
             ["to-parquet", "I.json", "--output", "Y.parquet"],
             "I.json that can be decoded: is it an image store?",
         ),
@@ -85,12 +81,6 @@ def test_broken_stores_leave_no_parquet(tmp_path, encoded):
             ["neighbours", "I_instructions.json", "--output", "I", "--encoder", "e", "--k", "1", "--context", "1"],
             "would",
         ),
-        (
-            ["neighbours", "I.json", "--output", "N", "--encoder", "e", "--context", "-1"],
-            "context must be a number of",
-        ),
-        (["stats", "mix.yaml", "--limit", "-1"], "--limit must be a number of samples"),
-        (["check", "mix.yaml", "--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, encoded, monkeypatch, capsys, arguments, message):

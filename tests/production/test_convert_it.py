@@ -257,13 +257,10 @@ def test_what_is_missing_or_damaged_is_reported(tmp_path):
         (["VST", "--image-path", "la.json"], "is not a \\*.story-in-sequence.json of VIST: KeyError 'images'"),
         (["CGD", "--image-path", "twice", "--size", "big"], "--size must be a number of pixels or 'original'"),
         (["CGD", "--image-path", "twice", "--size", "0"], "size must be a number of pixels"),
-        (["CGD", "--image-path", "twice", "--threads", "0"], "num_threads must be at least 1"),
         (["CGD", "--image-path", "twice", "--timeout", "3"], "are for downloads; CGD reads files"),
-        (["CGD", "--image-path", "twice", "--sources-per-shard", "0"], "sources_per_shard must be at least 1, got 0"),
         (["CGD", "--image-path", "la.json"], "CGD reads a folder of pictures; la.json is a file"),
         (["LA", "--image-path", "twice", "--image-root", "twice"], "LA reads a JSON object .*; twice is a folder"),
         (["SD", "--image-path", "twice", "--image-root", "twice"], "--image-root is for LA; SD reads --image-path"),
-        (["VST", "--image-path", "la.json", "--attempts", "0"], "attempts >= 1 and pause >= 0, got 20, 0 and 1"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, message):

@@ -145,7 +145,6 @@ def test_agreement(reply, answer, same):
         (["--verify"], "need --with-pictures"),
         (["--max-pictures", "3"], "need --with-pictures"),
         (["--with-pictures", "gone.parquet"], "gone.parquet"),
-        (["--with-pictures", "SD.parquet", "--picture-size", "0"], "size must be at least 1, got 0"),
     ],
 )
 def test_mistakes_end_in_one_sentence(tmp_path, store, monkeypatch, capsys, arguments, message):

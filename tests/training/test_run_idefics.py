@@ -193,7 +193,7 @@ def test_plan(files, caplog):
         ({"remove_answer_token": True}, "remove_answer_token is for Otter"),
         ({"resolution": 64}, "resolution is for OtterHD"),
         ({"lora": True, "lora_target_modules": ["q_proj", "lm_head"]}, "take lm_head out"),
-        ({"tokenizer": "elsewhere"}, "which has its own tokenizer"),
+        ({"tokenizer": "."}, "which has its own tokenizer"),
     ],
 )
 def test_what_idefics_cannot_have_is_refused(files, settings, message):

@@ -49,8 +49,6 @@ def _check(commands) -> None:
 def _run_check(args) -> int:
     from ..data.validate import check_mixture, write_report
 
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {args.threads}.")
     report = check_mixture(
         args.mixture,
         populate_rel_ins=args.populate_rel_ins,
@@ -119,8 +117,6 @@ def _run_stats(args) -> None:
     from ..data.preview import mixture_statistics, statistics_table, write_histograms
     from ..extras import require
 
-    if args.limit < 0:
-        raise ValueError(f"--limit must be a number of samples, or 0 for all, got {args.limit}.")
     if args.png:
         require("--png", "plots")
     tokenizer = _tokenizer(args.tokenizer)
