@@ -50,6 +50,7 @@ def test_the_line_names_what_is_missing(metadata):
     extras.require("the page", "demo")
     # all are there, and one cannot be imported
     assert "fastapi, uvicorn, openai and gradio" in extras.missing("the page", "demo")
+    assert "install the package again" in extras.missing("x", "unheard of")
     with pytest.raises(ValueError, match="^--png needs matplotlib: .*pip install 'matplotlib>=3.9'$"):
         extras.require("--png", "plots")
 

@@ -23,6 +23,8 @@ def missing(what: str, extra: str) -> str:
         extra: of `pyproject.toml`.
     """
     needed = requirements(extra)
+    if not needed:
+        return f"{what} needs the extra {extra!r}, which is newer than this installation: install the package again."
     # all of them, where one is there and cannot be imported
     absent = [requirement for requirement in needed if not _is_installed(requirement)] or needed
     names = [requirement.name for requirement in absent]
@@ -45,8 +47,12 @@ def pip_install(*arguments: str) -> str:
 
 def requirements(extra: str) -> list[Requirement]:
     """The packages of an extra, with those of the extras that it takes in."""
-    found = []
-    for line in requires(_PACKAGE) or ():
+    found: list[Requirement] = []
+    try:
+        lines = requires(_PACKAGE) or ()
+    except PackageNotFoundError:  # a source tree on the path
+        return found
+    for line in lines:
         requirement = Requirement(line)
         if requirement.marker is None or not requirement.marker.evaluate({"extra": extra}):
             continue
