@@ -53,6 +53,13 @@ CODECS = frozenset(
     "vc1 theora prores dnxhd ffv1 huffyuv ffvhuff utvideo rawvideo png dvvideo vp6 vp6f msmpeg4 msmpeg4v2 msmpeg4v1 "
     "svq3 cinepak".split()
 )
+# how films begin: MOV and MP4 with a box of these, others with these bytes
+_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+_STARTS = (b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3", b"G@", b"0&\xb2u")
+FILM_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".asf"),
+    ".gif",
+)
 _PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")
 # of FFmpeg's demuxers, those that know where their keyframes are
 _INDEXED = ("mov", "matroska")
@@ -71,6 +78,7 @@ class FilmLimits:
         frames: that it may have.
         kept_pixels: of all wanted frames together, shrunk.
         max_side: longer sides are shrunk to it; None keeps all frames as they are.
+        short_side: shorter sides are shrunk to it, bicubic, as a processor's `shortest_edge`.
         check: called for each frame that is decoded, wanted or not; what it raises ends the work.
     """
 
@@ -79,6 +87,7 @@ class FilmLimits:
     frames: int = 1_000_000
     kept_pixels: int = 1_000_000_000
     max_side: int | None = None
+    short_side: int | None = None
     check: Callable[[], None] | None = None
 
 
@@ -134,19 +143,31 @@ def read_video(
     with open_film(video, name, limits) as film:
         targets = film.targets(num_frames or DEFAULT_NUM_FRAMES, fps, do_sample_frames is not False)
         wanted = len(film) if targets is None else len(targets)
-        shrunk = min(1.0, (limits.max_side or math.inf) / max(film.width, film.height))
+        shrunk = min(
+            1.0,
+            (limits.max_side or math.inf) / max(film.width, film.height),
+            (limits.short_side or math.inf) / min(film.width, film.height),
+        )
         if wanted * film.width * film.height * shrunk**2 > limits.kept_pixels:
             raise ImageTooLarge(
                 f"{name} is too large: {wanted} frames of {film.width} x {film.height} are more than "
                 f"{limits.kept_pixels} pixels; ask for fewer frames (num_frames, fps)."
             )
-        return [_shrunk(frame.image(), limits.max_side) for frame in film.pick(targets)]
+        return [_shrunk(frame.image(), limits) for frame in film.pick(targets)]
 
 
-def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:
-    if max_side is not None:
-        image.thumbnail((max_side, max_side))
+def _shrunk(image: Image.Image, limits: FilmLimits) -> Image.Image:
+    if limits.max_side is not None:
+        image.thumbnail((limits.max_side, limits.max_side))
+    short, side = min(image.size), limits.short_side
+    if side is not None and side < short:
+        image = image.resize([int(side * length / short) for length in image.size], Image.Resampling.BICUBIC)
     return image
+
+
+def is_film(data: bytes) -> bool:
+    """Whether encoded bytes are a film by how they begin; animated pictures are pictures."""
+    return data[4:8] in _BOXES or data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
 
 
 def _given_frames(video, name: str, num_frames: int | None, fps: float | None, image_options: dict) -> list:

@@ -247,7 +247,6 @@ def test_pictures_stand_where_the_source_has_them(tmp_path, pictures, images, tu
 
 
 INVALID = {
-    "video": ({"video": "clip.mp4"}, talk("<video>\nWhat?", "A ball.")),
     "placeholder without key": ({}, talk("<image>\nWhat?", "A dog.")),
     "video in the text": ({"image": "1.jpg"}, talk("<image><video>What?", "A dog.")),
     "audio": ({"audio": "a.wav"}, talk("What?", "A bark.")),

@@ -9,7 +9,8 @@ import pyarrow as pa
 from PIL import Image
 from transformers.utils import logging
 
-from ..reading import refuse_lfs_pointer
+from ..films import FILM_SUFFIXES
+from ..reading import path_inside, refuse_lfs_pointer
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .images import decode_image
 from .json_stream import iter_json_object
@@ -30,6 +31,9 @@ class ImageStore:
       `datasets` library's `Image` feature. A folder of such files is one store.
     * `.json`: an object from id to base64 text, or to a list with one such text.
     * `.arrow`: columns `id` and `image` (bytes), used in place.
+    * A folder of films (`otter_hf.films.FILM_SUFFIXES`) without parquet files: the ids are the names of its files.
+
+    A medium may be an encoded film in any of these; `medium` gives it as it lies, `store[id]` pictures only.
 
     A parquet store opens at once: only its ids are read, and kept with an index in the cache (see
     `cached_arrow_file`). Pictures in small pages, as `write_mimicit` stores them, are read where they are. pandas
@@ -75,6 +79,9 @@ class ImageStore:
     def _open(self):
         self._parts = []
         for path in self._paths:
+            if path.is_dir():
+                self._parts.append((films := _FilmFolder(path), films))
+                continue
             if path.suffix == ".parquet":
                 pictures = ParquetPictures(path, self._cache_dir)
             else:
@@ -104,7 +111,11 @@ class ImageStore:
                 yield from chunk.to_pylist()
 
     def __getitem__(self, id: str) -> Image.Image:
-        return decode_image(self.read_bytes(id), self._legacy_pictures, self._max_pixels)
+        return self.decode(self.read_bytes(id))
+
+    def decode(self, data: bytes) -> Image.Image:
+        """An encoded picture as `store[id]` gives it; `OSError` if it cannot be decoded."""
+        return decode_image(data, self._legacy_pictures, self._max_pixels)
 
     def read_bytes(self, id: str) -> bytes:
         """The encoded picture as it is stored; `KeyError` if there is none, `OSError` if what holds it is damaged."""
@@ -117,10 +128,17 @@ class ImageStore:
             raise OSError("damaged base64")
         return data
 
+    def medium(self, id: str) -> bytes | Path:
+        """As `read_bytes`, but the path of a film that is a file of its own."""
+        place = self._place(id)
+        if place is not None and isinstance(self._parts[place[0]][0], _FilmFolder):
+            return self._parts[place[0]][0].path_of(place[1])
+        return self.read_bytes(id)
+
     def _refuse_conflicts(self):
         """Refuses an id with two different pictures; the same one may be there more than once."""
-        if not self._parts:
-            return
+        if not self._parts or any(isinstance(pictures, _FilmFolder) for pictures, _ in self._parts):
+            return  # names of files in a folder differ; the first part that has an id provides it
         hashes = np.concatenate([index.hashes for _, index in self._parts])
         numbers = np.repeat(np.arange(len(self._parts)), [len(index.hashes) for _, index in self._parts])
         rows = np.concatenate([index.rows for _, index in self._parts])
@@ -150,7 +168,10 @@ def iter_pictures(
 ) -> Iterator[tuple[str, bytes | None]]:
     """All ids and pictures of a store in file order, None for damaged ones; JSON files are read without a copy."""
     for path in store_files([paths] if isinstance(paths, (str, Path)) else paths):
-        if path.suffix == ".json":
+        if path.is_dir():
+            films = _FilmFolder(path)
+            yield from ((id.as_py(), films[row]) for row, id in enumerate(films.ids))
+        elif path.suffix == ".json":
             yield from _json_rows(path)
         else:
             pictures = (ParquetPictures if path.suffix == ".parquet" else _ArrowPictures)(path, cache_dir)
@@ -162,15 +183,41 @@ def store_files(paths: Iterable[str | Path]) -> Iterator[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             parts = sorted(path.glob("*.parquet"), key=natural_order)
-            if not parts:
-                raise ValueError(f"The image store {path} is a folder without .parquet files.")
-            yield from parts
+            if not parts and next(_films_in(path), None) is None:
+                raise ValueError(f"The image store {path} is a folder without .parquet files or films.")
+            yield from parts or [path]
         elif path.suffix not in SUFFIXES:
             raise ValueError(f"The image store {path} is of no known kind: use {', '.join(SUFFIXES)} or a folder.")
         elif not path.exists():
             raise FileNotFoundError(f"The image store {path} does not exist.")
         else:
             yield path
+
+
+def _films_in(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in FILM_SUFFIXES)
+
+
+class _FilmFolder:
+    """The films of a folder by their names in it; index and pictures of a store in one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        names = sorted(path.relative_to(folder).as_posix() for path in _films_in(folder))
+        self.ids = pa.chunked_array([pa.array(names, pa.string())])
+        self._rows = {name: row for row, name in enumerate(names)}
+
+    def find(self, id: str) -> int:
+        return self._rows.get(id, -1)
+
+    def path_of(self, row: int) -> Path:
+        try:
+            return path_inside(self.folder, self.ids[row].as_py())
+        except ValueError as error:
+            raise OSError(str(error)) from None
+
+    def __getitem__(self, row: int) -> bytes:
+        return self.path_of(row).read_bytes()
 
 
 def natural_order(path: Path) -> list:

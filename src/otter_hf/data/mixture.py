@@ -406,7 +406,14 @@ class SkipCounter:
     """
 
     reasons = (
-        *("missing image", "unreadable image", "no frames", "missing instruction", "missing answer"),
+        *(
+            "missing image",
+            "unreadable image",
+            "unreadable film",
+            "no frames",
+            "missing instruction",
+            "missing answer",
+        ),
         *("overlong", "nothing to learn", "bad image", "bad text", "unusable"),
     )
 

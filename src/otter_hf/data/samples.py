@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypedDict
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from transformers.utils import logging
 
+from ..films import FilmLimits, is_film, read_video
 from .image_store import ImageStore
 from .prompts import IMAGE_TOKEN, clean_text
 
@@ -69,6 +70,8 @@ class SampleOptions:
         keep_symbols: `False` deletes most punctuation like the original's default, see `clean_text`.
         use_task_description: draw one of the dataset's task descriptions for each sample.
         legacy_pictures: read pictures as the code of 2023 did, see `otter_hf.pictures`.
+        frame_side: shorter sides of film frames are shrunk to so many pixels, which should be what the model reads, as
+            they are decoded; None keeps them as they are.
         max_image_pixels: of a picture, or of a frame of a film; one with more cannot be used. See `decode_image`.
     """
 
@@ -77,6 +80,7 @@ class SampleOptions:
     keep_symbols: bool = True
     use_task_description: bool = False
     legacy_pictures: bool = False
+    frame_side: int | None = None
     max_image_pixels: int | None = None
 
     def __post_init__(self):
@@ -121,6 +125,9 @@ def build_sample(
     * `IMAGE_TEXT_IN_CONTEXT`: each context example has its own images in front of its own turn.
     * `TEXT_ONLY`: none.
 
+    A film in the store (an encoded one, see `otter_hf.films`) is a medium of its own in every group, and only its
+    `num_frames` frames are decoded, evenly spaced in time.
+
     The `system` text of the row is the line in front of the prompt, in place of a drawn task description.
 
     If a record says `images_in_text`, every record of the sample brings its own images; those of that record are media
@@ -153,12 +160,24 @@ def build_sample(
         )
 
     def media_of(record: Mapping[str, Any]) -> list[list[Image.Image]]:
+        ids = record["image_ids"]
         if task_group == TEXT_ONLY:
             return []
-        if task_group == VIDEO_TEXT and (about_row or record["image_ids"]):
-            return [_load_video(row["id"], record["image_ids"], store, options.num_frames)]
-        as_media = "media" if record.get("images_in_text") else images_as
-        return _load_images(row["id"], record["image_ids"], store, as_media)
+        if not ids:
+            return [_load_video(row["id"], ids, store, options.num_frames, {})] if is_video(record) else []
+        # of a video one picture tells that the others are its frames
+        asked = ids[:1] if task_group == VIDEO_TEXT else ids
+        loaded = {id: _load_medium(row["id"], id, store, animated=is_video(record) and len(ids) == 1) for id in asked}
+        if any(not isinstance(medium, Image.Image) for medium in loaded.values()):
+            loaded |= {id: _load_medium(row["id"], id, store) for id in ids if id not in loaded}
+            return [_frames_of(row["id"], id, loaded[id], options) for id in ids]
+        if is_video(record):
+            return [_load_video(row["id"], ids, store, options.num_frames, loaded)]
+        images = [loaded[id] for id in ids]
+        return [[image] for image in images] if record.get("images_in_text") or images_as == "media" else [images]
+
+    def is_video(record: Mapping[str, Any]) -> bool:
+        return task_group == VIDEO_TEXT and bool(about_row or record["image_ids"])
 
     media = [media_of(row)] if about_row else [media_of(record) for record in records]
     media += [[]] * (len(records) - len(media))
@@ -246,28 +265,50 @@ def _turn(id: str, record: Mapping[str, Any], num_media: int, keep_symbols: bool
     return (instruction, answer), [min(max(end - stripped, 0), len(instruction)) for end in ends]
 
 
-def _load_images(id: str, image_ids: list[str], store: ImageStore, images_as: str) -> list[list[Image.Image]]:
-    images = [_load_image(id, image_id, store) for image_id in image_ids]
-    if images_as == "media":
-        return [[image] for image in images]
-    return [images] if images else []
-
-
-def _load_video(id: str, image_ids: list[str], store: ImageStore, num_frames: int) -> list[Image.Image]:
+def _load_video(
+    id: str, image_ids: list[str], store: ImageStore, num_frames: int, loaded: Mapping[str, Image.Image]
+) -> list[Image.Image]:
     if not image_ids:
         message = f"Sample {id!r} of the group {VIDEO_TEXT} has no image_ids: it needs its frames."
         raise SampleError(message, reason="no frames")
     indices = frame_indices(len(image_ids), num_frames)
-    frames = {index: _load_image(id, image_ids[index], store) for index in sorted(set(indices))}
+    frames = {}
+    for index in sorted(set(indices)):
+        frame = loaded.get(image_ids[index]) or _load_medium(id, image_ids[index], store)
+        if not isinstance(frame, Image.Image):
+            message = f"Sample {id!r} has frames, and the film {image_ids[index]!r} among them."
+            raise SampleError(message, reason="unreadable image")
+        frames[index] = frame
     return [frames[index] for index in indices]
 
 
-def _load_image(id: str, image_id: str, store: ImageStore) -> Image.Image:
+def _load_medium(id: str, medium_id: str, store: ImageStore, animated: bool = False) -> Image.Image | bytes | Path:
+    """A picture, or a film as it lies; with `animated` a GIF is one."""
     try:
-        return store[image_id]
+        medium = store.medium(medium_id)
+        if isinstance(medium, Path) or is_film(medium) or (animated and medium.startswith(b"GIF8")):
+            return medium
+        return store.decode(medium)
     except KeyError:
-        message = f"Sample {id!r} needs image {image_id!r}, which its image store does not have."
+        message = f"Sample {id!r} needs image {medium_id!r}, which its image store does not have."
         raise SampleError(message, reason="missing image") from None
     except OSError as error:
-        message = f"Sample {id!r} needs image {image_id!r}, which cannot be decoded ({error})."
+        message = f"Sample {id!r} needs image {medium_id!r}, which cannot be decoded ({error})."
         raise SampleError(message, reason="unreadable image") from None
+
+
+def _frames_of(
+    id: str, medium_id: str, medium: Image.Image | bytes | Path, options: SampleOptions
+) -> list[Image.Image]:
+    """The frames of a medium of its own: a picture has one, a film `num_frames`, evenly spaced in time."""
+    if isinstance(medium, Image.Image):
+        return [medium]
+    pixels = Image.MAX_IMAGE_PIXELS if options.max_image_pixels is None else options.max_image_pixels
+    limits = FilmLimits(short_side=options.frame_side)
+    limits = replace(limits, frame_pixels=min(limits.frame_pixels, pixels or limits.frame_pixels))
+    try:
+        frames = read_video(medium, "the film", num_frames=options.num_frames, limits=limits)
+    except ValueError as error:
+        message = f"Sample {id!r} needs film {medium_id!r}, which cannot be decoded ({str(error).rstrip('.')})."
+        raise SampleError(message, reason="unreadable film") from None
+    return [frames[index] for index in frame_indices(len(frames), options.num_frames)]

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ..films import is_film
 from .formats import MimicitFiles, make_train_config, write_mimicit
 from .image_store import ImageStore, iter_pictures, store_files
 from .images import decode_image
@@ -64,12 +65,12 @@ def store_to_parquet(
             try:
                 if data is None:
                     raise OSError("damaged base64")
-                picture = decode_image(data)
+                picture = None if is_film(data) else decode_image(data)
             except OSError as error:
                 logger.warning(f"Left out image {id!r}: {error}.")
                 left_out.append(id)
                 continue
-            yield id, data if resize is None else _resized(picture, resize)
+            yield id, data if resize is None or picture is None else _resized(picture, resize)
 
     def checked(ids: set[str]) -> int:
         if not ids:

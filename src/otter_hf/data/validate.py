@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from .image_store import ImageStore
 from .images import decode_image
@@ -389,7 +390,9 @@ def _decode_all(
 def _decode(store: ImageStore, image_id: str) -> tuple[str, str, str] | None:
     """Severity, rule and reason of what is wrong with a picture, None if nothing is."""
     try:
-        data = store.read_bytes(image_id)
+        data = store.medium(image_id)
+        if isinstance(data, Path) or is_film(data):
+            return _check_film(data)
         try:
             read_image(data, "the picture", max_pixels=store.max_pixels)
         except ImageError as error:
@@ -405,6 +408,14 @@ def _decode(store: ImageStore, image_id: str) -> tuple[str, str, str] | None:
         return "note", "turned or deep image", f"stored turned (EXIF orientation {turned}), training shows it upright"
     if mode.startswith(("I", "F")):
         return "note", "turned or deep image", f"has more than 8 bits (mode {mode}), training scales them to 8"
+    return None
+
+
+def _check_film(film: bytes | Path) -> tuple[str, str, str] | None:
+    try:
+        read_video(film, "the film", num_frames=1)
+    except ValueError as error:
+        return "error", "unreadable film", str(error).rstrip(".")
     return None
 
 

@@ -109,12 +109,12 @@ def train(
     processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
     _check_vocabulary(processor.tokenizer, config)
     collator = _make_collator(processor, data_args)
-    train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, transform)
+    train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, processor, transform)
     logger.info(train_dataset.summary())
     eval_dataset = None
     if data_args.eval_mixture is not None or data_args.eval_fraction:
         path = data_args.eval_mixture or data_args.train_mixture
-        eval_dataset = _load_mixture(path, data_args, training_args, held_out=True)
+        eval_dataset = _load_mixture(path, data_args, training_args, processor, held_out=True)
     shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
     plan = make_plan(
         shapes,
@@ -391,8 +391,23 @@ def _idefics_collator(processor, data_args: DataArguments) -> IdeficsCollator:
     )
 
 
+def _side_of(processor) -> int | None:
+    """What the shorter side of a picture is resized to; None where that depends on the picture."""
+    size = getattr(processor.image_processor, "size", None)
+    if isinstance(processor, OtterHDProcessor) or size is None:
+        return None
+    size = dict(size)
+    return size.get("shortest_edge") or max(size.get("height") or 0, size.get("width") or 0) or None
+
+
 def _load_mixture(
-    path, data_args: DataArguments, training_args: TrainingArguments, transform=None, *, held_out: bool = False
+    path,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    processor,
+    transform=None,
+    *,
+    held_out: bool = False,
 ) -> MimicitMixture:
     options = SampleOptions(
         num_frames=data_args.num_frames,
@@ -401,6 +416,7 @@ def _load_mixture(
         use_task_description=data_args.use_task_description,
         legacy_pictures=data_args.legacy_pictures,
         max_image_pixels=data_args.max_image_pixels,
+        frame_side=_side_of(processor),
     )
     if data_args.dynamic_resolution:
         transform = _DrawResolution(data_args.dynamic_resolution, transform)

@@ -181,7 +181,7 @@ def write_mixture(path: str | Path, files: MimicitFiles) -> None:
     if files.train_config_path:
         entry["train_config_path"] = files.train_config_path.name
     name = files.instructions_path.name.removesuffix("_instructions.json")
-    group = IMAGE_TEXT if files.images_path else TEXT_ONLY
+    group = IMAGE_TEXT if files.images_path else TEXT_ONLY  # in which films are media of their own, too
     text = yaml.safe_dump({group: {name: entry}}, sort_keys=False, allow_unicode=True)
     incomplete = Path(path).with_name(f".{Path(path).name}.incomplete")
     incomplete.write_text(text, encoding="utf-8")
@@ -414,10 +414,11 @@ def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[st
     return [f"key {key!r}" for key in given if key != "weight"]
 
 
-def check_media_marks(turns: Sequence[tuple[str, str]], where: str) -> None:
-    """Raises `UnusableConversation` for a text that speaks of a film or sound by a placeholder."""
+def check_media_marks(turns: Sequence[tuple[str, str]], where: str, marks: Sequence[str] = ("<video>",)) -> None:
+    """Raises `UnusableConversation` for a text with a placeholder of sound, or in an answer, or one of `marks`."""
     for mark in ("<video>", "<audio>"):
-        if any(mark in text for turn in turns for text in turn):
+        unread = mark in marks or mark == "<audio>"
+        if any(mark in text for turn in turns for text in (turn if unread else turn[1:])):
             raise UnusableConversation(
                 f"{where}: the texts hold {mark}, which this conversion does not read; leave such conversations out "
                 "(--skip-invalid).",

@@ -4,6 +4,7 @@ What a record cannot keep is an [`UnusableConversation`], or with `on_invalid="s
 change nothing are named under `unused`.
 """
 
+import re
 from collections.abc import Iterator
 from hashlib import sha1
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from ...reading import path_inside
 from ..images import decode_base64
+from ..prompts import IMAGE_TOKEN
 from .common import (
     Conversation,
     UnusableConversation,
@@ -44,15 +46,11 @@ def read_llava(
     """
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
-        unused = check_keys(row, ("id", "image", "images", "conversations", "system"), where)
+        unused = check_keys(row, ("id", "image", "images", "video", "videos", "conversations", "system"), where)
         turns, system, unused_messages = read_messages(row.get("conversations"), where)
-        check_media_marks(turns, where)
-        if row.get("image") and row.get("images"):
-            raise ValueError(f"{where} has both image and images: give its pictures under one of them.")
-        key = "images" if row.get("images") else "image"
-        images = row.get(key) or []
-        images = images if isinstance(images, list) else [images]
-        pictures = [_picture(image, key, image_folder, where, allow_outside) for image in images]
+        pictures = media_of_row(row, where, image_folder, allow_outside)
+        films = media_of_row(row, where, image_folder, allow_outside, "video")
+        turns, pictures = join_media(turns, pictures, films, where)
         turns, per_turn = place_pictures(turns, pictures, where, marked=True)
         if row.get("system"):
             system = "\n".join(filter(None, (text_of(row, "system", where), system)))
@@ -60,6 +58,50 @@ def read_llava(
         yield Conversation(str(row.get("id", number)), turns, pictures, per_turn, system, unused=unused)
 
     return read_conversations(path, read, on_invalid)
+
+
+def media_of_row(
+    row: dict[str, Any], where: str, folder: str | Path | None, allow_outside: bool, kind: str = "image"
+) -> list[tuple[str, Path | bytes]]:
+    """Id and file or bytes of what a row has under `image` or `images`, likewise of another kind."""
+    if row.get(kind) and row.get(f"{kind}s"):
+        raise ValueError(f"{where} has both {kind} and {kind}s: give its {kind}s under one of them.")
+    key = f"{kind}s" if row.get(f"{kind}s") else kind
+    media = row.get(key) or []
+    media = media if isinstance(media, list) else [media]
+    return [_picture(medium, key, folder, where, allow_outside) for medium in media]
+
+
+def join_media(
+    turns: list[tuple[str, str]],
+    pictures: list[tuple[str, Path | bytes]],
+    films: list[tuple[str, Path | bytes]],
+    where: str,
+) -> tuple[list[tuple[str, str]], list[tuple[str, Path | bytes]]]:
+    """
+    The turns with `<image>` in place of each `<video>`, and pictures and films in their order there.
+
+    Raises:
+        UnusableConversation: if the numbers of `<video>` and films differ, where there are both, or films and pictures
+            are not all marked.
+    """
+    check_media_marks(turns, where, () if films else ("<video>",))
+    marks = [mark for question, _ in turns for mark in _MARKS.findall(question)]
+    videos = marks.count("<video>")
+    if films and (videos or pictures) and (videos, len(marks) - videos) != (len(films), len(pictures)):
+        raise UnusableConversation(
+            f"{where}: the texts hold {videos} <video> and {len(marks) - videos} <image> for {len(films)} films and "
+            f"{len(pictures)} pictures; name one for each, or leave such conversations out (--skip-invalid).",
+            "<video> and films differ in number",
+        )
+    if not videos:
+        return turns, [*pictures, *films]
+    rest = {"<image>": iter(pictures), "<video>": iter(films)}
+    joined = [next(rest[mark]) for mark in marks]
+    return [(question.replace("<video>", IMAGE_TOKEN), answer) for question, answer in turns], joined
+
+
+_MARKS = re.compile("<image>|<video>")
 
 
 def _picture(
