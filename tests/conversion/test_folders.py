@@ -7,7 +7,7 @@ import torch
 from otter_tiny import build_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA, MPT, TEXT_CONFIGS, assert_equal_tensors, logits, save_model, tensors_of
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, ResNetConfig
 
 from otter_hf import OtterForConditionalGeneration, OtterProcessor
 from otter_hf.conversion import (
@@ -261,6 +261,12 @@ class TestDtype:
         assert_equal_tensors(half.state_dict(), model.to(half.dtype).state_dict())
         assert report.verification["max_logit_difference"] > 0
         assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == dtype
+
+    def test_verify_with_a_tower_that_takes_any_size(self, tmp_path):
+        tower = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+        save_model(tmp_path / "today", vision_config=tower)
+        report = finish(plan_folder(tmp_path / "today"), tmp_path / "copy", verify=True)
+        assert report.verification["max_logit_difference"] == 0
 
     def test_shards(self, tmp_path):
         save_model(tmp_path / "today")

@@ -24,7 +24,7 @@ FALCON = {"model_type": "falcon", "hidden_size": 32, "num_attention_heads": 2, "
 TEXT_CONFIGS = {"llama": LLAMA, "mpt": MPT, "mosaic_gpt": MPT | {"qk_ln": True}, "falcon": FALCON}
 
 
-def save_model(folder, model_type="otter", text_config=LLAMA, rows=0, seed=0):
+def save_model(folder, model_type="otter", text_config=LLAMA, rows=0, seed=0, vision_config=None):
     """A random model of the original shape with its processor; `rows` is the size of its vocabulary, if not tight."""
     processor_class = {"otter": OtterProcessor, "flamingo": FlamingoProcessor}[model_type]
     tokenizer = processor_class.prepare_tokenizer(build_tokenizer())
@@ -37,7 +37,7 @@ def save_model(folder, model_type="otter", text_config=LLAMA, rows=0, seed=0):
         "flamingo": (FlamingoConfig, FlamingoForConditionalGeneration),
     }[model_type]
     config = config_class(
-        vision_config=VISION,
+        vision_config=vision_config or VISION,
         text_config=text_config | {"vocab_size": rows or len(tokenizer)},
         cross_attn_every_n_layers=2,
         cross_attn_gate_init=0.5,

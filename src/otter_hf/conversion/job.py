@@ -200,7 +200,7 @@ def make_processor(model_type: str, tokenizer, vision_config: PreTrainedConfig, 
     if vision_folder is not None and (vision_folder / "preprocessor_config.json").is_file():
         image_processor = AutoImageProcessor.from_pretrained(vision_folder, backend="pil")
     else:
-        size = vision_config.image_size
+        size = getattr(vision_config, "image_size", 224)  # convolutional towers take any
         image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         )
@@ -276,7 +276,8 @@ def verify_folder(folder: Path, config, tensors: dict[str, LazyTensor], dtype: s
         problems = {key: sorted(names) for key, names in info.items() if names}
         raise ConversionError(f"The result does not load cleanly: {problems}.")
     generator = torch.Generator().manual_seed(0)
-    size, text_size = config.vision_config.image_size, config.tokenizer_vocab_size or config.text_config.vocab_size
+    size = getattr(config.vision_config, "image_size", 224)  # convolutional towers take any
+    text_size = config.tokenizer_vocab_size or config.text_config.vocab_size
     input_ids = torch.randint(0, text_size, (1, 12), generator=generator)
     special = [token_id for token_id in (config.image_token_id, config.end_of_chunk_token_id) if token_id is not None]
     input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
