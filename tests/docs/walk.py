@@ -132,9 +132,9 @@ def transcript(blocks: list[Block], cloned: float, demo: Path | None, home: str)
     for number, block in enumerate(blocks, start=1):
         lines += [f"## {number}. {block.page}: exit code {block.status}, {block.seconds:.1f} s", ""]
         lines += [f"```{'shell' if block.language == 'bash' else 'py'}", block.text.rstrip(), "```", ""]
-        # bars are drawn over one another
-        shown = [line.rsplit("\r", 1)[-1].rstrip() for line in block.output.replace(home, "~").splitlines()]
-        shown = [line[:160] for line in shown if line]
+        # without bars of progress, which are drawn over one another
+        shown = [line.rstrip()[:160] for line in block.output.replace(home, "~").splitlines()]
+        shown = [line for line in shown if line and not re.search(r"\d+%\||\d+ \w+ \[\d\d:\d\d", line)]
         if shown:
             cut = ["..."] if len(shown) > _TAIL else []
             lines += ["```text", *cut, *shown[-_TAIL:], "```", ""]
