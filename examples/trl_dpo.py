@@ -5,16 +5,29 @@ Direct preference optimisation (https://huggingface.co/papers/2305.18290) of Ott
     accelerate launch examples/trl_dpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir out \\
         --beta 0.1 --per_device_train_batch_size 2 --learning_rate 5e-7
 
-A row of the dataset has `images` (a list), `prompt`, `chosen` and `rejected` (messages). The reference is the model as
-it was; with `--use_peft` it is the model without its adapter, which saves a copy.
+A row of the dataset has `images` (a list), `prompt`, `chosen` and `rejected` (messages). DATA may be a file of such
+rows (.jsonl, .json, .parquet), also in the form of LLaMA-Factory, with pictures as file names beside it. The reference
+is the model as it was; with `--use_peft` it is the model without its adapter, which saves a copy.
 """
 
-from datasets import load_dataset
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, List, Value, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 import otter_hf  # noqa: F401  registers the models with the Auto classes
+from otter_hf.data.sources import read_preferences
 from otter_hf.training.trl_rows import TRLCollator
+
+
+def read_rows(name: str, split: str) -> Dataset:
+    """The rows of a file, or of a dataset of the Hub or a folder."""
+    if not Path(name).is_file():
+        return load_dataset(name)[split]
+    messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    features = Features({"images": List(Image()), **dict.fromkeys(("prompt", "chosen", "rejected"), messages)})
+    return Dataset.from_generator(read_preferences, features, gen_kwargs={"path": name})
 
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:
@@ -28,7 +41,7 @@ def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: Mod
         model,
         reference,
         args=training_args,
-        train_dataset=load_dataset(script_args.dataset_name)[script_args.dataset_train_split],
+        train_dataset=read_rows(script_args.dataset_name, script_args.dataset_train_split),
         processing_class=processor,
         # TRL's own tokenises prompt and answer apart, which gives other tokens
         data_collator=TRLCollator(processor, training_args.max_length),

@@ -8,7 +8,13 @@ from . import convert_it, pretraining_data
 from .numbers import not_negative, positive
 
 
-_IMAGE_SOURCES = {"llava": "LLaVA", "llavar": "LLaVAR", "lrv": "LRV-Instruction", "svit": "SVIT"}
+_IMAGE_SOURCES = {
+    "llava": "LLaVA",
+    "llavar": "LLaVAR",
+    "lrv": "LRV-Instruction",
+    "svit": "SVIT",
+    "messages": "rows of messages (TRL, LLaMA-Factory, ms-swift)",
+}
 _SELF_CONTAINED_SOURCES = {"m3it": "M3IT", "sharegpt": "ShareGPT", "lima": "LIMA", "alpaca": "Alpaca"}
 
 
@@ -19,7 +25,7 @@ def add_parser(subparsers) -> None:
     for add in (_check, _show, _stats, _to_parquet, _train_config, _merge, _neighbours, _to_hub, _from_hub, _download):
         add(commands)
     for name, title in {**_IMAGE_SOURCES, **_SELF_CONTAINED_SOURCES}.items():
-        _source(commands, name, title)
+        _source(commands, name, title, "to-mimicit" if name == "messages" else f"from-{name}")
     convert_it.add_parser(commands)
     pretraining_data.add_parser(commands)
 
@@ -33,7 +39,7 @@ def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
 
 def _check(commands) -> None:
     parser = _command(commands, "check", _run_check, "find all that is wrong with a training YAML and its files")
-    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
     parser.add_argument("--strict", action="store_true", help="fail at warnings too")
     parser.add_argument("--json", metavar="PATH", help="write the report there, with every id concerned")
     parser.add_argument("--skip-images", action="store_true", help="do not decode the pictures")
@@ -67,7 +73,7 @@ def _run_check(args) -> int:
 
 def _show(commands) -> None:
     parser = _command(commands, "show", _run_show, "show a sample as the model is given it")
-    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
     parser.add_argument("index", type=int, nargs="?", default=0, help="number of the sample (default: 0)")
     parser.add_argument(
         "--processor", metavar="MODEL", help="folder or Hub id of a model: also show tokens and labels"
@@ -104,7 +110,7 @@ def _run_show(args) -> None:
 
 def _stats(commands) -> None:
     parser = _command(commands, "stats", _run_stats, "lengths of prompts and sizes of pictures")
-    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count tokens with that of this folder or Hub id")
     parser.add_argument(
         "--limit", type=not_negative, default=1000, help="samples to look at, 0 for all (default: 1000)"
@@ -234,7 +240,7 @@ def _run_neighbours(args) -> None:
 
 def _to_hub(commands) -> None:
     parser = _command(commands, "to-hub", _run_to_hub, "write a mixture as a Hub dataset, and upload it")
-    parser.add_argument("mixture", help="the training YAML")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
     parser.add_argument("--output", required=True, help="folder to write; if it is there, it is only uploaded")
     parser.add_argument("--push-to-hub", metavar="REPO", help="dataset repository to upload to")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
@@ -294,12 +300,12 @@ def _run_download(args) -> int:
     return 1 if report.errors else 0
 
 
-def _source(commands, name: str, title: str) -> None:
-    parser = _command(commands, f"from-{name}", _run_source, f"{title} to MIMIC-IT files")
+def _source(commands, name: str, title: str, command: str) -> None:
+    parser = _command(commands, command, _run_source, f"{title} to MIMIC-IT files")
     parser.add_argument("input", help=f"file of {title}, JSON or JSON lines")
     if name in _IMAGE_SOURCES:
         # parquet of LLaVA's form may hold them
-        needed = not name.startswith("llava")
+        needed = name in ("lrv", "svit")
         parser.add_argument("--images", required=needed, metavar="FOLDER", help="folder of its pictures")
         parser.add_argument(
             "--allow-outside", action="store_true", help="read pictures whose names or links lead out of that folder"
@@ -321,7 +327,8 @@ def _source(commands, name: str, title: str) -> None:
 def _run_source(args) -> None:
     from ..data import sources
 
-    reader = getattr(sources, f"read_{'llava' if args.source == 'llavar' else args.source}")
+    kind = {"llavar": "llava", "messages": "chats"}.get(args.source, args.source)
+    reader = getattr(sources, f"read_{kind}")
     inputs = (args.input, args.images) if args.source in _IMAGE_SOURCES else (args.input,)
     outside = {"allow_outside": args.allow_outside} if args.source in _IMAGE_SOURCES else {}
 

@@ -53,7 +53,7 @@ def write_hub_form(
     Raises:
         ValueError: if two datasets have one name, or the folder exists.
     """
-    entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+    entries = read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
     names = [entry.name for entry in entries]
     for name in names:
         if names.count(name) > 1:
@@ -97,7 +97,7 @@ def push_mixture(
     """
     folder = Path(folder)
     if folder.exists():
-        entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+        entries = read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
         if changes := _made_from(entries).changes(kept(folder).get("mixture")):
             raise ValueError(
                 f"{folder} is not of the mixture as it is now: {changes}; remove it, or name another folder."

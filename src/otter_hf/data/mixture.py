@@ -92,14 +92,20 @@ def _raise_or_warn(problem: Problem):
     logger.warning(problem.message)
 
 
-def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or_warn) -> list[MixtureEntry]:
+def read_mixture(
+    path: str | Path,
+    report: Callable[[Problem], None] = _raise_or_warn,
+    cache_dir: str | Path | None = None,
+) -> list[MixtureEntry]:
     """Reads a training YAML: task group -> dataset name -> the fields of `MixtureEntry`.
 
     Paths in it that are not absolute are looked for in the working directory and beside the YAML file. Unknown keys of
     a dataset and groups without datasets are warned of.
 
     Args:
-        path: the YAML file.
+        path: the YAML file; or a file of rows of messages (`.jsonl`, `.json`, `.parquet`, see
+            `otter_hf.data.sources.messages`), which becomes one dataset in the cache.
+        cache_dir: of rows of messages, see `MimicitMixture`.
         report: what to do with a problem, by default to raise or to log it. If it returns, reading goes on without
             the group or dataset that is wrong.
 
@@ -111,6 +117,14 @@ def read_mixture(path: str | Path, report: Callable[[Problem], None] = _raise_or
     """
     path = Path(path)
     entries = []
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        from .sources import chats_as_mixture
+
+        try:
+            path = chats_as_mixture(path, cache_dir)
+        except (ValueError, OSError) as error:
+            report(Problem("error", "messages", str(error)))
+            return []
     groups = _read_groups(path, report)
     if groups is None:
         return []
@@ -247,7 +261,9 @@ class MimicitMixture(Dataset):
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
-        self.entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+        self.entries = (
+            read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
+        )
         self.options = options or SampleOptions()
         self.on_error = on_error
         self.seed = seed

@@ -68,7 +68,9 @@ class StreamedMixture(IterableDataset):
             raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard must be (index, number) with 0 <= index < number, got {shard}.")
-        self.entries = read_mixture(mixture) if isinstance(mixture, (str, Path)) else list(mixture)
+        self.entries = (
+            read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
+        )
         self.weights = _weights(self.entries, weights or {})
         self.options = options or SampleOptions()
         self.buffer_size = buffer_size

@@ -154,7 +154,9 @@ def check_mixture(
         raise ValueError(f"max_length={max_length} needs a tokenizer to count with.")
     report = ValidationReport()
     if isinstance(mixture, (str, Path)):
-        mixture = read_mixture(mixture, lambda problem: report.add(*problem[:3], problem if problem.dataset else None))
+        mixture = read_mixture(
+            mixture, lambda problem: report.add(*problem[:3], problem if problem.dataset else None), cache_dir
+        )
     stores = {}
     for entry in mixture:
         counts = DatasetCounts(entry.task_group, entry.name)

@@ -98,7 +98,12 @@ class ModelArguments:
 class DataArguments:
     """What to train on: training YAMLs (see `otter_hf.data.read_mixture`) and how their records become tokens."""
 
-    train_mixture: str = field(metadata={"help": "Training YAML: groups and datasets to train on."})
+    train_mixture: str = field(
+        metadata={
+            "help": "Training YAML: groups and datasets to train on; or a file of rows of messages (.jsonl, .json, "
+            ".parquet). Also --train_data."
+        }
+    )
     eval_mixture: str | None = field(default=None, metadata={"help": "YAML of the same form, to evaluate on."})
     eval_fraction: float = field(
         default=0.0,

@@ -11,6 +11,9 @@ Option = tuple[str, list[str]]
 _RENAMED = {
     "pretrained_model_name_or_path": "model_name_or_path",
     "training_data_yaml": "train_mixture",
+    # not of 2023, but what they are called elsewhere: they need not be YAML
+    "train_data": "train_mixture",
+    "eval_data": "eval_mixture",
     "num_epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
     "warmup_steps_ratio": "warmup_steps",

@@ -9,6 +9,7 @@ from .common import (
     write_mixture,
 )
 from .image_text import read_llava, read_lrv, read_m3it, read_svit
+from .messages import chats_as_mixture, read_chats, read_preferences
 from .text import read_alpaca, read_lima, read_sharegpt
 
 
@@ -16,12 +17,15 @@ __all__ = [
     "Conversation",
     "ConversionCounts",
     "UnusableConversation",
+    "chats_as_mixture",
     "made_from",
     "read_alpaca",
+    "read_chats",
     "read_lima",
     "read_llava",
     "read_lrv",
     "read_m3it",
+    "read_preferences",
     "read_sharegpt",
     "read_svit",
     "write_conversations",

@@ -69,7 +69,7 @@ def media_of_row(
     key = f"{kind}s" if row.get(f"{kind}s") else kind
     media = row.get(key) or []
     media = media if isinstance(media, list) else [media]
-    return [_picture(medium, key, folder, where, allow_outside) for medium in media]
+    return [medium_of(medium, key, folder, where, allow_outside) for medium in media]
 
 
 def join_media(
@@ -86,7 +86,7 @@ def join_media(
             are not all marked.
     """
     check_media_marks(turns, where, () if films else ("<video>",))
-    marks = [mark for question, _ in turns for mark in _MARKS.findall(question)]
+    marks = [mark for question, _ in turns for mark in MARKS.findall(question)]
     videos = marks.count("<video>")
     if films and (videos or pictures) and (videos, len(marks) - videos) != (len(films), len(pictures)):
         raise UnusableConversation(
@@ -101,13 +101,13 @@ def join_media(
     return [(question.replace("<video>", IMAGE_TOKEN), answer) for question, answer in turns], joined
 
 
-_MARKS = re.compile("<image>|<video>")
+MARKS = re.compile("<image>|<video>")
 
 
-def _picture(
+def medium_of(
     image: Any, key: str, folder: str | Path | None, where: str, allow_outside: bool
 ) -> tuple[str, Path | bytes]:
-    """Id and file or bytes of a picture of LLaVA."""
+    """Id and file or bytes of a picture or film: a file name, bytes, or `{"bytes", "path"}`."""
     image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
     data, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
     name = str(Path(file).with_suffix("")) if isinstance(file, str) and Path(file).name else None

@@ -1,0 +1,287 @@
+"""
+Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a chosen and a rejected answer.
+
+`{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet. A
+content is a text, where `<image>` and `<video>` stand for the next of the row's images and videos, or a list of parts:
+`{"type": "text", "text"}`, `{"type": "image"}` likewise for the next one, or with one of its own under `image`,
+`url`, `path` or `image_url`, and so for videos. Media are file names, `{"bytes", "path"}`, or `data:` addresses.
+"""
+
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import datasets
+from filelock import FileLock
+
+from ...reading import parse_json
+from ..images import decode_base64
+from ..prompts import IMAGE_TOKEN, escape_reserved_tokens
+from .common import (
+    Conversation,
+    UnusableConversation,
+    check_keys,
+    place_pictures,
+    read_conversations,
+    read_messages,
+    read_named_rows,
+    text_of,
+    write_conversations,
+    write_mixture,
+)
+from .image_text import MARKS, join_media, media_of_row, medium_of
+
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
+_MEDIA = ("image", "images", "video", "videos")
+_MARK = {"image": IMAGE_TOKEN, "image_url": IMAGE_TOKEN, "video": "<video>", "video_url": "<video>"}
+
+
+def read_chats(
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    on_invalid: str = "raise",
+    allow_outside: bool = False,
+) -> Iterator[Conversation]:
+    """
+    The conversations of rows of messages, see this module; TRL's `prompt` and `completion` are one conversation.
+
+    Args:
+        path: a file, or a folder of parquet files.
+        image_folder: where media that are file names are; default: the folder of the file.
+        on_invalid: `"raise"` for what no record can keep, or `"skip"` and count it.
+        allow_outside: read media whose names or links lead out of the folder.
+    """
+    folder = _folder(path, image_folder)
+
+    def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
+        unused = check_keys(row, ("id", "messages", "prompt", "completion", "system", *_MEDIA), where)
+        messages = row.get("messages")
+        if messages is None and row.get("completion"):
+            messages = [*_messages(row.get("prompt"), where), *_messages(row["completion"], where)]
+        reader = _MediaReader(row, where, folder, allow_outside)
+        turns, system, unused_messages = read_messages(reader.texts(_messages(messages, where)), where)
+        turns, media = join_media(turns, *reader.media(), where)
+        turns, per_turn = place_pictures(turns, media, where, marked=True)
+        if row.get("system"):
+            system = "\n".join(filter(None, (text_of(row, "system", where), system)))
+        id = number if row.get("id") is None else row["id"]
+        yield Conversation(str(id), turns, media, per_turn, system, unused=unused + unused_messages)
+
+    return read_conversations(path, read, on_invalid)
+
+
+def read_preferences(
+    path: str | Path, image_folder: str | Path | None = None, allow_outside: bool = False
+) -> Iterator[dict[str, Any]]:
+    """
+    Rows with a chosen and a rejected answer as TRL's `DPOTrainer` takes them.
+
+    `chosen` and `rejected` are messages, one message or a text; with a `prompt` (messages or a text) or `messages` in
+    front, or both whole conversations that begin alike. Arguments as for `read_chats`.
+
+    Yields:
+        `images`, a list of `{"bytes", "path"}`, and `prompt`, `chosen` and `rejected`, messages whose contents are
+        lists of parts with an image where it stands.
+
+    Raises:
+        ValueError: naming the row and what is wrong with it.
+    """
+    folder = _folder(path, image_folder)
+    for where, row in read_named_rows(path):
+        for key in ("chosen", "rejected"):
+            if not row.get(key):
+                raise ValueError(f"{where} has no {key}: a row of preferences needs chosen and rejected.")
+        for key in ("video", "videos"):
+            if row.get(key):
+                raise ValueError(f"{where} has {key}, which preferences are not read with; give frames as images.")
+        chosen, rejected = (_messages(row[key], where, "assistant") for key in ("chosen", "rejected"))
+        prompt = row.get("prompt") or row.get("messages")
+        if prompt:
+            prompt = _messages(prompt, where, "user")
+        else:
+            shared = 0
+            while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+                shared += 1
+            prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        if not prompt:
+            raise ValueError(f"{where} has no prompt: chosen and rejected must begin alike, or prompt go with them.")
+        reader = _MediaReader(row, where, folder, allow_outside)
+        asked = reader.texts(prompt)
+        images, _ = reader.media()
+        marks = sum(message["value"].count(IMAGE_TOKEN) for message in asked)
+        if marks and marks != len(images):
+            raise ValueError(f"{where}: the prompt holds {marks} {IMAGE_TOKEN} for {len(images)} images.")
+        first = next((message for message in asked if message["from"] == "human"), None)
+        if images and not marks and first is not None:
+            first["value"] = IMAGE_TOKEN * len(images) + first["value"]
+        answers = _MediaReader({}, where, folder, allow_outside)
+        yield {
+            "images": [_encoded(image) for _, image in images],
+            "prompt": _parts(asked),
+            "chosen": _parts(answers.texts(chosen)),
+            "rejected": _parts(answers.texts(rejected)),
+        }
+
+
+def chats_as_mixture(
+    path: str | Path,
+    cache_dir: str | Path | None = None,
+    *,
+    image_folder: str | Path | None = None,
+    allow_outside: bool = False,
+) -> Path:
+    """
+    The training YAML of rows of messages, written as MIMIC-IT files to the cache when there are none of this file yet.
+
+    Raises:
+        ValueError, OSError: as `read_chats` and `write_conversations`.
+    """
+    path = Path(path)
+
+    def read() -> Iterator[Conversation]:
+        return read_chats(path, image_folder, allow_outside=allow_outside)
+
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    named = (file for one in read() for _, file in one.pictures if isinstance(file, Path))
+    states = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
+        for file in (*files, *named)
+    ]
+    digest = blake2b(repr(states).encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf") / f"messages-{digest}"
+    mixture = folder / "mixture.yaml"
+    if not mixture.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not mixture.exists():
+                write_mixture(mixture, write_conversations(folder, path.stem, read).files)
+    return mixture
+
+
+def _folder(path: str | Path, image_folder: str | Path | None) -> Path:
+    path = Path(path)
+    return Path(image_folder) if image_folder is not None else path if path.is_dir() else path.parent
+
+
+def _messages(messages: Any, where: str, speaker: str | None = None) -> list[dict[str, Any]]:
+    """Messages with role and content; with a speaker, a text or a single message are some too."""
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # tables that hold lists as JSON
+        try:
+            messages = parse_json(messages)
+        except ValueError:
+            pass
+    if speaker and isinstance(messages, str):
+        messages = [{"role": speaker, "content": messages}]
+    if isinstance(messages, dict):
+        messages = [messages]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{where}: messages must be a list of role and content, got {repr(messages)[:60]}.")
+    if not messages:
+        raise ValueError(f"{where} has no messages.")
+    return messages
+
+
+class _MediaReader:
+    """The media of a row in the order of their places."""
+
+    def __init__(self, row: dict[str, Any], where: str, folder: Path, allow_outside: bool):
+        self.where, self.folder, self.allow_outside = where, folder, allow_outside
+        self._waiting = {
+            mark: media_of_row(_decoded(row, where), where, folder, allow_outside, kind)
+            for kind, mark in (("image", IMAGE_TOKEN), ("video", "<video>"))
+        }
+        self._placed: dict[str, list] = {IMAGE_TOKEN: [], "<video>": []}
+
+    def texts(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as `read_messages` reads them, with a mark where each medium stands."""
+        return [self._text(message) for message in messages]
+
+    def media(self) -> tuple[list, list]:
+        """Pictures and films; behind those that have a place the others."""
+        return tuple(self._placed[mark] + self._waiting[mark] for mark in (IMAGE_TOKEN, "<video>"))
+
+    def _text(self, message: dict[str, Any]) -> dict[str, Any]:
+        role, content = message.get("role"), message.get("content")
+        if role is None and "from" in message:  # ShareGPT's names for the same
+            return self._text({"role": message["from"], "content": message.get("value")})
+        speaker = _SPEAKERS.get(role, role) if isinstance(role, str) else None
+        if speaker not in ("system", "human", "user", "gpt"):
+            raise UnusableConversation(
+                f"{self.where}: the role {role!r:.60} is not read; use {', '.join(_SPEAKERS)}, or leave such "
+                "conversations out (--skip-invalid).",
+                "role",
+            )
+        unused = {key: value for key, value in message.items() if key not in ("role", "content")}
+        if isinstance(content, str):
+            for mark in MARKS.findall(content):
+                if self._waiting[mark]:
+                    self._placed[mark].append(self._waiting[mark].pop(0))
+            text = content
+        elif isinstance(content, list):
+            text = "".join(self._part(part) for part in content)
+        else:
+            raise ValueError(f"{self.where}: content must be a text or a list of parts, got {repr(content)[:60]}.")
+        return {"from": "human" if speaker == "user" else speaker, "value": text, **unused}
+
+    def _part(self, part: Any) -> str:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text":
+            # in parts a mark is a word like others
+            return escape_reserved_tokens(text_of(part, "text", self.where), [IMAGE_TOKEN, "<video>"])
+        mark = _MARK.get(kind) if isinstance(kind, str) else None
+        if mark is None:
+            raise UnusableConversation(
+                f"{self.where}: a part of the type {kind!r:.60} is not read; use text, image or video, or leave such "
+                "conversations out (--skip-invalid).",
+                "part",
+            )
+        own = next((part[key] for key in (kind, "image", "video", "url", "path", "base64") if part.get(key)), None)
+        own = own.get("url") if isinstance(own, dict) and "url" in own else own
+        if own is not None:
+            own = _decoded({"own": own}, self.where)["own"]
+            self._placed[mark].append(medium_of(own, kind, self.folder, self.where, self.allow_outside))
+        elif self._waiting[mark]:
+            self._placed[mark].append(self._waiting[mark].pop(0))
+        return mark
+
+
+def _decoded(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row with the bytes of `data:` addresses; others are not fetched."""
+
+    def decode(medium: Any) -> Any:
+        if isinstance(medium, list):
+            return [decode(one) for one in medium]
+        if isinstance(medium, str) and medium.startswith("data:"):
+            try:
+                return decode_base64(medium)
+            except ValueError:
+                raise ValueError(f"{where}: a data: address holds damaged base64.") from None
+        if isinstance(medium, str) and "://" in medium[:16]:
+            raise UnusableConversation(
+                f"{where}: {medium!r:.80} is an address, and none are fetched; download it and give its file name, or "
+                "leave such conversations out (--skip-invalid).",
+                "address",
+            )
+        return medium
+
+    return {key: decode(value) if key in (*_MEDIA, "own") else value for key, value in row.items()}
+
+
+def _encoded(medium: Path | bytes) -> dict[str, Any]:
+    return {"bytes": medium if isinstance(medium, bytes) else medium.read_bytes(), "path": None}
+
+
+def _parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages of texts with marks as messages of parts."""
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    parted = []
+    for message in messages:
+        parts: list[dict[str, Any]] = []
+        for number, text in enumerate(message["value"].split(IMAGE_TOKEN)):
+            parts += [{"type": "image", "text": None}] if number else []
+            parts += [{"type": "text", "text": text}] if text else []
+        parted.append({"role": roles[message["from"]], "content": parts})
+    return parted

@@ -1,0 +1,188 @@
+"""Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, in checks, training and preferences."""
+
+import base64
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from otter_hf.cli import main
+from otter_hf.data.mixture import MimicitMixture, read_mixture
+from otter_hf.data.sources import read_chats, read_preferences
+from otter_hf.data.validate import check_mixture
+
+
+def png(colour) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, BLUE = png("red"), png("blue")
+DATA = "data:image/png;base64," + base64.b64encode(BLUE).decode()
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+ANSWER = said("assistant", "yes")
+ROWS = {
+    "marks": {"messages": [said("user", "<image>a<image>b?"), ANSWER], "images": ["red.png", "blue.png"]},
+    "no marks": {"messages": [said("user", "ab?"), ANSWER], "images": ["red.png", "blue.png"]},
+    "parts": {
+        "messages": [said("user", [{"type": "image"}, text("a"), {"type": "image"}, text("b?")]), ANSWER],
+        "images": ["red.png", {"bytes": BLUE, "path": None}],
+    },
+    "own": {
+        "messages": [
+            said("user", [{"type": "image", "image": "red.png"}, text("a")]),
+            said("user", [{"type": "image_url", "image_url": {"url": DATA}}, text("b?")]),
+            ANSWER,
+        ]
+    },
+    "later turn": {
+        "messages": [said("system", "be kind"), said("user", "hello"), ANSWER, said("user", "<image>and?"), ANSWER],
+        "images": ["red.png"],
+    },
+    "words": {"messages": [said("user", [text("what is <image>?")]), said("assistant", [text("a mark")])]},
+    "trl": {"prompt": [said("user", "a?")], "completion": [ANSWER]},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "blue.png").write_bytes(BLUE)
+    return tmp_path
+
+
+def lines(folder, *rows):
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def colours(conversation):
+    data = [one if isinstance(one, bytes) else one.read_bytes() for _, one in conversation.pictures]
+    return ["red" if one == RED else "blue" for one in data]
+
+
+def test_every_form(folder):
+    rows = [row for name, row in ROWS.items() if name != "parts"]
+    marks, no_marks, own, later, words, trl = read_chats(lines(folder, *rows))
+    for one in (marks, own, no_marks):
+        assert colours(one) == ["red", "blue"] and one.pictures_per_turn == [2]
+    assert marks.turns == [("<image>a<image>b?", "yes")] and own.turns == [("<image>a\n\n<image>b?", "yes")]
+    assert no_marks.turns == [("<image><image>ab?", "yes")]
+    assert later.turns[1] == ("<image>and?", "yes") and later.pictures_per_turn == [0, 1] and later.system == "be kind"
+    assert words.pictures == [] and "<image>" not in words.turns[0][0]
+    assert trl.turns == [("a?", "yes")]
+    messages = [ROWS["parts"]["messages"][0], said("assistant", [text("yes")])]
+    table = pa.Table.from_pylist([{"messages": messages, "images": [{"bytes": RED, "path": None}, {"bytes": BLUE}]}])
+    pq.write_table(table, folder / "rows.parquet")
+    (parts,) = read_chats(folder / "rows.parquet")
+    assert (parts.turns, colours(parts)) == (marks.turns, ["red", "blue"])
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"messages": [said("user", "<image>?"), ANSWER]}, "1 <image> for 0 pictures"),
+        ({"messages": [said("tool", "a"), ANSWER]}, "the role 'tool' is not read"),
+        ({"messages": [said("user", [{"type": "audio"}]), ANSWER]}, "a part of the type 'audio' is not read"),
+        ({"messages": [said("user", 5), ANSWER]}, "content must be a text or a list of parts"),
+        ({"messages": "hello"}, "messages must be a list of role and content"),
+        ({"images": ["red.png"]}, "messages must be a list"),
+        ({"messages": [said("user", "a"), ANSWER], "images": ["../x.png"]}, "leads out of"),
+        ({"messages": [said("user", "a"), ANSWER], "images": ["https://example.org/a.png"]}, "is an address"),
+        ({"messages": [said("user", "a"), ANSWER], "audios": ["a.wav"]}, "has the key 'audios'"),
+        ({"messages": [said("user", "a"), {**ANSWER, "weight": 0}]}, "has the weight 0"),
+    ],
+)
+def test_what_is_refused(row, message, folder):
+    path = lines(folder, row)
+    with pytest.raises(ValueError, match=f"Line 1 of .*rows.jsonl.*{message}"):
+        list(read_chats(path))
+    (skipped,) = read_chats(path, on_invalid="skip")
+    assert skipped.left_out
+    report = check_mixture(path, cache_dir=folder / "cache")
+    assert not report.ok() and "Line 1 of" in report.findings[0].message
+
+
+def test_rows_are_a_mixture(folder):
+    path = lines(folder, *(ROWS[name] for name in ("marks", "later turn", "trl")))
+    assert check_mixture(path, cache_dir=folder / "cache").ok(strict=True)
+    mixture = MimicitMixture(path, cache_dir=folder / "cache")
+    samples = [mixture[index] for index in range(3)]
+    assert [len(sample["media"]) for sample in samples] == [2, 1, 0]
+    assert samples[0]["media_places"] == [[0, 1]] and samples[1]["media_places"] == [[], [0]]
+    assert samples[1]["task_description"] == "be kind"
+    # a file that has changed is read again
+    lines(folder, ROWS["trl"])
+    assert len(MimicitMixture(path, cache_dir=folder / "cache")) == 1
+    (entry,) = read_mixture(path, cache_dir=folder / "cache")
+    assert entry.task_group == "TEXT_ONLY"
+
+
+def test_to_mimicit(folder, capsys):
+    path = lines(folder, ROWS["marks"], ROWS["later turn"])
+    out = str(folder / "out")
+    assert main(["data", "to-mimicit", str(path), "--images", str(folder), "--output", out, "--name", "M"]) in (
+        0,
+        None,
+    )
+    assert "2 conversations, 3 records, 2 pictures" in capsys.readouterr().out
+    assert len(MimicitMixture(folder / "out" / "M.yaml", cache_dir=folder / "cache")) == 2
+
+
+def test_train_data_is_a_name_of_it():
+    from otter_hf.training.upstream import translate
+
+    assert translate([("train_data", ["rows.jsonl"])], lambda note: None) == [("train_mixture", ["rows.jsonl"])]
+
+
+ASKED, GOOD, BAD = said("user", "<image>a?"), said("assistant", "good"), said("assistant", "bad")
+PARTED = [{"type": "image", "text": None}, text("a?")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
+        {"prompt": "a?", "chosen": "good", "rejected": "bad"},
+        {"prompt": [said("user", [{"type": "image"}, text("a?")])], "chosen": [GOOD], "rejected": [BAD]},
+    ],
+    ids=["prompt", "whole", "messages", "texts", "parts"],
+)
+def test_preferences(row, folder):
+    (read,) = read_preferences(lines(folder, {**row, "images": ["red.png"]}))
+    assert read["images"] == [{"bytes": RED, "path": None}]
+    assert read["prompt"] == [said("user", PARTED)]
+    assert (read["chosen"], read["rejected"]) == (
+        [said("assistant", [text("good")])],
+        [said("assistant", [text("bad")])],
+    )
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"prompt": [ASKED], "chosen": [GOOD]}, "has no rejected"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "has no prompt"),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, "1 <image> for 0 images"),
+        ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD], "videos": ["a.mp4"]}, "has videos"),
+    ],
+)
+def test_preferences_that_are_refused(row, message, folder):
+    with pytest.raises(ValueError, match=f"Line 1 of .*{message}"):
+        list(read_preferences(lines(folder, row)))
