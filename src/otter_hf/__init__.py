@@ -6,9 +6,9 @@ say how it is used without the seconds they take.
 """
 
 import importlib
-import importlib.abc
-import sys
 from typing import TYPE_CHECKING
+
+from .importing import install
 
 
 if TYPE_CHECKING:
@@ -65,26 +65,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _BehindTransformers(importlib.abc.MetaPathFinder):
-    """Finds transformers as the other finders do, and registers the families as soon as it has been executed."""
-
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname != "transformers":
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module):
-                execute(module)
-                importlib.import_module(".models", __name__)
-
-            spec.loader.exec_module = execute_and_register
-        return spec
-
-
-if "transformers" in sys.modules:
-    importlib.import_module(".models", __name__)
-else:
-    sys.meta_path.insert(0, _BehindTransformers())
+install()

@@ -171,7 +171,7 @@ class TestWrongSources:
             convert(language_model=tmp_path / "llama")
 
     def test_missing_clip(self, convert, tmp_path):
-        with pytest.raises(ConversionError, match="is no folder"):
+        with pytest.raises(ConversionError, match="neither a folder here"):
             convert(vision_tower=tmp_path / "nothing")
 
     def test_folder_with_config_only(self, convert, golden, tmp_path):

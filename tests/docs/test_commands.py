@@ -11,15 +11,14 @@ import pytest
 import yaml
 
 from otter_hf.cli import build_parser
-from otter_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from otter_hf.training.arguments import DataArguments, ModelArguments, PretrainingDataArguments, TrainingArguments
 
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CARDS = sorted((ROOT / "model_cards").glob("*.md"))
-TRAINING_FLAGS = {"plan"} | {
-    field.name for arguments in (ModelArguments, DataArguments, TrainingArguments) for field in fields(arguments)
-}
+KINDS = (ModelArguments, DataArguments, PretrainingDataArguments, TrainingArguments)
+TRAINING_FLAGS = {"plan"} | {field.name for arguments in KINDS for field in fields(arguments)}
 
 
 def commands(page: Path) -> list[str]:
@@ -46,7 +45,7 @@ def test_command_parses(page, line):
             build_parser().parse_args(words)
         return
     arguments, rest = build_parser().parse_known_args(words)
-    if words[0] == "train":
+    if words[0] in ("train", "pretrain"):
         flags = {word.removeprefix("--") for word in words if word.startswith("--")}
         assert flags <= TRAINING_FLAGS
     else:

@@ -155,7 +155,10 @@ def resolve_folder(name_or_path: str | Path) -> Path:
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     # a tokenizer's repository has no config.json
-    check_model_name(name_or_path, config=False)
+    try:
+        check_model_name(name_or_path, config=False)
+    except ValueError as error:
+        raise ConversionError(error) from None
     path, revision = split_revision(str(name_or_path))
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=_PATTERNS))

@@ -8,6 +8,7 @@ from transformers.core_model_loading import apply_renamings
 
 from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 from ..models.legacy import mosaic_gpt_renamings, weight_renamings
+from ..models.legacy_names import rename_openflamingo_parts
 from .tensors import ConversionError, LazyTensor
 
 
@@ -28,14 +29,7 @@ def rename_2023(text_config: PreTrainedConfig) -> Rename:
 def rename_openflamingo(text_config: PreTrainedConfig) -> Rename:
     """Names of an OpenFlamingo checkpoint (v1 or v2) -> ours."""
     rename = rename_2023(text_config)
-
-    def rename_parts(key: str) -> str:
-        key = re.sub(r"^(perceiver\.layers\.\d+)\.0\.", r"\1.", key)
-        key = re.sub(r"^(perceiver\.layers\.\d+)\.1\.", r"\1.feed_forward.", key)
-        key = re.sub(r"(gated_cross_attn_layer)\.ff\.", r"\1.feed_forward.", key)
-        return rename(key)
-
-    return rename_parts
+    return lambda key: rename(rename_openflamingo_parts(key))
 
 
 def base_class(config: PreTrainedConfig) -> type:

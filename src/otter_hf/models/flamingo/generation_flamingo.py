@@ -16,13 +16,25 @@ logger = logging.get_logger(__name__)
 
 # argument names of the 2023 code -> ours
 _LEGACY_ARGUMENTS = {"vision_x": "pixel_values", "lang_x": "input_ids"}
+# their order then
+_LEGACY_ORDER = ("vision_x", "lang_x", "attention_mask", "labels")
 
 
 def accept_legacy_arguments(method):
-    """Let a method also take `vision_x` and `lang_x`, the argument names of 2023, with one deprecation warning."""
+    """
+    Let a method also take `vision_x` and `lang_x`, the argument names of 2023, with one deprecation warning; by
+    position too, as then: pictures, text, its mask.
+    """
 
     @functools.wraps(method)
     def wrapper(self, *args, **kwargs):
+        if args and isinstance(args[0], torch.Tensor) and args[0].dim() in (5, 6):  # text has two dimensions
+            if len(args) > len(_LEGACY_ORDER):
+                raise ValueError(f"Only {', '.join(_LEGACY_ORDER)} go by position; name the arguments behind them.")
+            for name, value in zip(_LEGACY_ORDER, args, strict=False):
+                if kwargs.setdefault(name, value) is not value:
+                    raise ValueError(f"{name} is given twice, by position and by name.")
+            args = ()
         for old in _LEGACY_ARGUMENTS.keys() & kwargs.keys():
             new = _LEGACY_ARGUMENTS[old]
             if kwargs.get(new) is not None:

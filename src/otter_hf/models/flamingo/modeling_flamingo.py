@@ -25,6 +25,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..decoding_masks import mask_without_reading
 from ..legacy import name_lora_layers
+from ..legacy_names import NamesOf2023, refuse_arguments_of_2023
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import running_media_index
 from ..media_cache import MediaDynamicCache, with_media
@@ -117,6 +118,12 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in the parent class; what transformers took in 2023 ends in a ValueError with today's line."""
+        refuse_arguments_of_2023(kwargs)
+        return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -368,7 +375,7 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
         )
 
 
-class FlamingoForConditionalGeneration(FlamingoPreTrainedModel, FlamingoGenerationMixin):
+class FlamingoForConditionalGeneration(NamesOf2023, FlamingoPreTrainedModel, FlamingoGenerationMixin):
     """Flamingo with a language-modelling head: loss and generation."""
 
     _tp_plan = {"lm_head": "colwise_gather_output"}

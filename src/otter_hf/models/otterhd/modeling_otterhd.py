@@ -36,6 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
+from ..legacy_names import refuse_arguments_of_2023
 from ..lm_loss import supervised_loss
 from ..mixed_dtypes import in_dtype_of
 from ..offloading import index_tied_weights
@@ -197,6 +198,12 @@ class OtterHDPreTrainedModel(FuyuPreTrainedModel):
     _no_split_modules = ["OtterHDDecoderLayer"]
     # Persimmon refuses flex attention, whatever Fuyu says
     _supports_flex_attn = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in the parent class; what transformers took in 2023 ends in a ValueError with today's line."""
+        refuse_arguments_of_2023(kwargs)
+        return super().from_pretrained(*args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, *args, **kwargs):

@@ -1,0 +1,54 @@
+"""Two finders of Python's import system: one registers the families behind transformers, one knows modules of 2023."""
+
+import importlib
+import importlib.abc
+import sys
+
+
+# packages of 2023 that are not installed by anybody today, and what to write in their place
+_LINE = "from otter_hf import OtterForConditionalGeneration, OtterProcessor"
+_OF_2023 = {
+    "otter_ai": _LINE,
+    "otter": _LINE,
+    "flamingo": "from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor",
+}
+
+
+class BehindTransformers(importlib.abc.MetaPathFinder):
+    """Finds transformers as the other finders do, and registers the families as soon as it has been executed."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "transformers":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module):
+                execute(module)
+                importlib.import_module("otter_hf.models")
+
+            spec.loader.exec_module = execute_and_register
+        return spec
+
+
+class ModulesOf2023(importlib.abc.MetaPathFinder):
+    """The last to be asked: says what replaces a module of 2023, where no other finder has one of that name."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname in _OF_2023:
+            raise ModuleNotFoundError(
+                f"No module named {fullname!r}: it is of 2023, today write `{_OF_2023[fullname]}`.",
+                name=fullname,
+            )
+        return None
+
+
+def install() -> None:
+    """Register the families now or behind transformers; from now on modules of 2023 are known by name."""
+    sys.meta_path.append(ModulesOf2023())
+    if "transformers" in sys.modules:
+        importlib.import_module("otter_hf.models")
+    else:
+        sys.meta_path.insert(0, BehindTransformers())
