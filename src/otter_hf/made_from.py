@@ -1,12 +1,13 @@
 """What a result was made from, by which commands that go on or keep what is there know that their inputs changed."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+
+from .files import write_text
 
 
 # of a model's folder, what its replies depend on; beside it lie logs, checkpoints, and results of ours
@@ -129,9 +130,7 @@ def kept(folder: str | Path) -> dict[str, Any]:
 def keep(folder: str | Path, results: Mapping[str, MadeFrom]) -> None:
     """Adds to the folder of some results, in the hidden file `.made_from.json`, what they were made from."""
     content = {**kept(folder), **{name: made_from.to_json() for name, made_from in results.items()}}
-    temporary = Path(folder, f"{_FILE}.incomplete")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, Path(folder, _FILE))
+    write_text(Path(folder, _FILE), json.dumps(content))
 
 
 def _joint(files: Iterable[tuple[Any, Path]]) -> list:

@@ -4,13 +4,12 @@ import contextlib
 import hashlib
 import json
 import math
-import shutil
 import struct
-import tempfile
 from pathlib import Path
 
 import torch
 
+from ..files import claim, replacing
 from .tensors import SAFETENSORS_DTYPES, ConversionError, LazyTensor
 
 
@@ -24,20 +23,14 @@ def output_folder(path: str | Path):
 
     Raises:
         ConversionError: if `path` exists and is not an empty folder.
+        OSError: if another process writes it, or the disk is full.
     """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConversionError(f"{path} exists already; give an empty or a new folder as output.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with claim(path.with_name(f".{path.name}.lock"), path), replacing(path) as written:
+        written.mkdir()
+        yield written
 
 
 def write_safetensors(

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
+from ..files import replacing
+
 
 _FORMAT_VERSION = 5  # raise it when the content of cached files changes
 
@@ -48,14 +50,13 @@ def cached_arrow_file(
     with FileLock(f"{path}.lock"):
         if not path.exists():
             schema, batches = build()
-            incomplete = Path(f"{path}.incomplete")
-            try:
-                with pa.OSFile(str(incomplete), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-                    for batch in batches:
-                        writer.write_batch(batch)
-                os.replace(incomplete, path)
-            finally:
-                incomplete.unlink(missing_ok=True)
+            with (
+                replacing(path) as written,
+                pa.OSFile(str(written), "wb") as file,
+                pa.ipc.new_stream(file, schema) as writer,
+            ):
+                for batch in batches:
+                    writer.write_batch(batch)
     return path
 
 

@@ -5,7 +5,6 @@ them. Ids are opaque strings.
 """
 
 import json
-import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from datasets import Dataset, Features, List, Value
 from PIL import Image
 from transformers.utils import logging
 
+from ..files import claim, disk_full_told, move
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
 from .json_stream import iter_json_object
@@ -296,6 +296,8 @@ def write_mimicit(
         None if train_config is None else folder / f"{name}_train.json",
     )
     with ExitStack() as cleanup:
+        cleanup.enter_context(claim(folder / f".{name}.lock", folder / name))
+        cleanup.enter_context(disk_full_told(folder / name))
         texts = [path for path in (files.train_config_path, files.instructions_path) if path]
         temporary = {path: path.with_name(f".{path.name}.incomplete") for path in texts}
         for path in temporary.values():
@@ -322,7 +324,7 @@ def write_mimicit(
         if new_images:
             move_image_parts(parts, files.images_path)
         for path, incomplete in temporary.items():
-            os.replace(incomplete, path)
+            move(incomplete, path)
     return files
 
 

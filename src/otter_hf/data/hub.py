@@ -6,8 +6,6 @@ add `X_Train` (`id`, `context`) where there is a train config, and the columns `
 record has them.
 """
 
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha1
 from pathlib import Path
@@ -18,6 +16,7 @@ from datasets import Features, Image, List, Value, get_dataset_config_names, loa
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
+from ..files import replacing
 from ..made_from import MadeFrom, keep, kept
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .image_store import ImageStore
@@ -61,11 +60,9 @@ def write_hub_form(
     folder = Path(folder)
     if folder.exists():
         raise ValueError(f"The folder {folder} exists: name a new one.")
-    incomplete = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(incomplete, ignore_errors=True)
     made_from = _made_from(entries)
     configurations = []
-    try:
+    with replacing(folder) as incomplete:
         for entry in entries:
             for suffix, features, rows in _configurations(entry, cache_dir):
                 configuration = f"{entry.name}_{suffix}"
@@ -73,9 +70,6 @@ def write_hub_form(
                 configurations.append(configuration)
         (incomplete / "README.md").write_text(_card(configurations), encoding="utf-8")
         keep(incomplete, {"mixture": made_from})
-        os.replace(incomplete, folder)
-    finally:
-        shutil.rmtree(incomplete, ignore_errors=True)
     return configurations
 
 

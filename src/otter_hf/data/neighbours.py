@@ -1,7 +1,6 @@
 """In-context examples by nearest neighbours, as MIMIC-IT made its LACR sets: records alike in text or in picture."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ..files import write_text
 from ..model_names import check_model_name
 from .formats import stream_records
 from .image_store import ImageStore
@@ -165,9 +165,6 @@ def write_neighbours(
         id: {**record, "rel_ins_ids": neighbours[id]} for id, record in iter_json_object(instructions_path, "data")
     }
     config = {id: nearest[:context] for id, nearest in neighbours.items()}
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for path, content in zip(paths, (config, {"meta": {"version": "0.0.1"}, "data": data}), strict=True):
-        temporary = path.with_name(f".{path.name}.incomplete")
-        temporary.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(content, ensure_ascii=False))
     return paths[1], paths[0]

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, Value
 
+from ..files import is_disk_full, move, replacing, write_text
 from .images import encode_base64, image_bytes
 
 
@@ -84,8 +85,6 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
 def append_image_parts(folder: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
     """Like `write_image_parts`, for what comes behind the parts that are complete; returns all ids."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("incomplete.*"):
-        path.unlink()
     ids = ids_of_parts(folder)
     _write_parts(folder, len(list(folder.glob("part.*"))), _unique(images, ids), "bytes")
     return ids
@@ -99,11 +98,12 @@ def ids_of_parts(folder: Path) -> set[str]:
 
 @contextmanager
 def kept_for_next_run(folder: Path):
-    """Parts outlive a kill or Ctrl-C in this block; a mistake in the data needs no memory, so they go with it."""
+    """Parts outlive a kill, Ctrl-C or a full disk in this block; a mistake in the data needs no memory of them."""
     try:
         yield
-    except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+    except Exception as error:
+        if not is_disk_full(error):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -112,18 +112,8 @@ def move_image_parts(folder: Path, path: Path):
     parts = list(folder.glob("part.*"))
     for sources in folder.glob("sources.*"):
         sources.unlink()
-    old = path.with_name(f".{path.name}.old")
-    if path.exists():
-        _remove(old)
-        # a folder neither replaces a file nor is replaced by one
-        os.replace(path, old)
-    os.replace(parts[0] if len(parts) == 1 else folder, path)
+    move(parts[0] if len(parts) == 1 else folder, path)
     shutil.rmtree(folder, ignore_errors=True)
-    _remove(old)
-
-
-def _remove(path: Path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _write_parts(folder: Path, number: int, images: Iterator[tuple[str, Any]], encoding: str):
@@ -135,13 +125,10 @@ def _write_parts(folder: Path, number: int, images: Iterator[tuple[str, Any]], e
 
 
 def _write_part(folder: Path, number: int, images: Iterable[tuple[str, Any]], encoding: str):
-    # its own for each process: two at one output must not mix in one file
-    incomplete, sources = folder / f"incomplete.{os.getpid()}", []
-    write_rows(incomplete, _schema(encoding), _rows_of_part(images, encoding, sources))
-    incomplete_sources = folder / f"incomplete.{os.getpid()}.json"
-    incomplete_sources.write_text(json.dumps(sources), encoding="utf-8")
-    os.replace(incomplete_sources, _sources(folder, number))
-    os.replace(incomplete, folder / f"part.{number}.parquet")
+    sources = []
+    with replacing(folder / f"part.{number}.parquet") as written:
+        write_rows(written, _schema(encoding), _rows_of_part(images, encoding, sources))
+        write_text(_sources(folder, number), json.dumps(sources))
 
 
 def _sources(folder: Path, number: int) -> Path:

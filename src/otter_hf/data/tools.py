@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from glob import escape
@@ -14,6 +13,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ..files import claim, disk_full_told, replacing
 from ..films import is_film
 from .formats import MimicitFiles, make_train_config, write_mimicit
 from .image_store import ImageStore, iter_pictures, store_files
@@ -78,14 +78,15 @@ def store_to_parquet(
             raise ValueError(f"There is no picture in {names} that can be decoded: is it an image store?")
         return len(ids)
 
-    if encoding != "bytes":
-        with _replacing(output) as temporary:
-            count = checked(write_images(temporary, pictures(set()), encoding))
-    else:
-        parts = _parts_folder(output, sources, resize)
-        with kept_for_next_run(parts):
-            count = checked(append_image_parts(parts, pictures(ids_of_parts(parts))))
-            move_image_parts(parts, output)
+    with claim(output.with_name(f".{output.name}.lock"), output), disk_full_told(output):
+        if encoding != "bytes":
+            with replacing(output) as temporary:
+                count = checked(write_images(temporary, pictures(set()), encoding))
+        else:
+            parts = _parts_folder(output, sources, resize)
+            with kept_for_next_run(parts):
+                count = checked(append_image_parts(parts, pictures(ids_of_parts(parts))))
+                move_image_parts(parts, output)
     return count, left_out
 
 
@@ -122,7 +123,7 @@ def write_train_config(instructions: str | Path, output: str | Path, *, keep_con
     config = make_train_config(iter_json_object(instructions, "data"))
     if not keep_context:
         config = dict.fromkeys(config, [])
-    with _replacing(output) as temporary:
+    with replacing(output) as temporary:
         temporary.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
     return len(config)
 
@@ -163,21 +164,3 @@ def _records(files: MimicitFiles) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _paths(images_path: Any) -> list[str | Path]:
     return [images_path] if isinstance(images_path, (str, Path)) else list(images_path)
-
-
-class _replacing:
-    """A temporary path that takes the place of `path` when the block ends well."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.temporary = self.path.with_name(f".{self.path.name}.incomplete")
-        return self.temporary
-
-    def __exit__(self, kind, *error):
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """Checks a training mixture before a run: every file, record, id and picture, with all that is wrong in one report."""
 
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ..files import write_json
 from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from .image_store import ImageStore
@@ -423,7 +423,4 @@ def _check_film(film: bytes | Path) -> tuple[str, str, str] | None:
 
 def write_report(report: ValidationReport, path: str | Path):
     """Writes the report as JSON, whole or not at all."""
-    temporary = Path(f"{path}.incomplete")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(report.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, report.to_dict())

@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..files import replacing
 from ..pictures import decode_base64
 
 
@@ -381,7 +382,5 @@ def write_table(path: Path, rows: list[dict]) -> None:
         return {"bytes": picture, "path": None} if isinstance(picture, bytes) else {"bytes": None, "path": picture}
 
     table = pa.Table.from_pylist([{**row, "image": cell(row["image"])} for row in rows])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    pq.write_table(table, temporary, dictionary_pagesize_limit=1 << 30)
-    temporary.replace(path)
+    with replacing(path) as written:
+        pq.write_table(table, written, dictionary_pagesize_limit=1 << 30)

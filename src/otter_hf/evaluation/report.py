@@ -1,23 +1,11 @@
 """Results on disk: JSON, a table to read, a log of samples. No file holds a time: the same run, the same bytes."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in one step: it is there whole, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON, indented."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+from ..files import write_text
 
 
 def write_samples(path: Path, samples: Iterable[Mapping]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,13 +18,14 @@ from PIL import ImageFile
 from transformers.utils import logging
 
 from ..extras import pip_install, requirements
+from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
 from .config import DatasetSpec, EvalConfig, ModelSpec
 from .judge import Judge
 from .published import read_published, write_table
 from .replies import ReplyLog
-from .report import table, write_json, write_samples, write_text
+from .report import table, write_samples
 from .scoring import mmbench
 from .scoring.replies import count_fates, fate
 
@@ -61,12 +62,20 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
     Raises:
         ValueError: for data, models or settings that do not fit, before anything is asked where possible.
+        OSError: if another process evaluates into the same folder, or the disk is full.
     """
     _require_lmms_eval()
     # without an accelerator, processes of torchrun meet on the CPU; accelerate would take each for the only one
-    PartialState(cpu=not torch.accelerator.is_available())
+    state = PartialState(cpu=not torch.accelerator.is_available())
     for dataset in config.datasets:
         _check_dataset(dataset)
+    # the others share the folder with the first one
+    claimed = claim(config.output / ".lock", config.output) if state.is_main_process else nullcontext()
+    with claimed, disk_full_told(config.output):
+        return _evaluate(config)
+
+
+def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for spec in config.models:
         folder = config.output / _file_name(spec.name)
@@ -81,7 +90,7 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
                 figures = run_benchmark(lm, dataset, folder, config)
             results[spec.name][dataset.name] = figures
             if lm.rank == 0:
-                write_json(config.output / "results.json", results)
+                write_json(config.output / "results.json", results, indent=2)
                 write_text(config.output / "report.txt", table(results))
         del lm
         gc.collect()
@@ -268,9 +277,8 @@ def _is_figure(name: str, value) -> bool:
 def _write_submission(path: Path, records: list[Mapping]) -> None:
     import pandas as pd
 
-    temporary = path.with_name(f".{path.stem}.part.xlsx")
-    pd.DataFrame(mmbench.submission_rows(records)).to_excel(temporary, index=False)
-    temporary.replace(path)
+    with replacing(path) as written, written.open("wb") as file:
+        pd.DataFrame(mmbench.submission_rows(records)).to_excel(file, index=False)
 
 
 def _file_name(name: str) -> str:

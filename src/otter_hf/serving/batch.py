@@ -1,10 +1,10 @@
 """Questions from a YAML file, answered into a JSON file, as the demo of 2023 did (`pipeline/demos/inference.py`)."""
 
-import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
+from ..files import write_json
 from ..reading import load_yaml
 from .media import image_part, is_address, local_path, local_source, open_image, read_frames, video_part
 from .session import ChatSession
@@ -68,9 +68,7 @@ def write_log(
         results[f"{index:03d}"] = {"image_path": "", **entry, "answer": answer}
         report(entry, answer)
     log = {"model_name": model_name, "checkpoint": checkpoint, "results": results}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(log, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_json(path, log, indent=4)
     return path
 
 

@@ -1,28 +1,34 @@
 """Checkpoints that are there completely or not at all, and stopping and going on with training.
 
 A folder `checkpoint-N` always holds a whole checkpoint: it is written under `_unfinished/` and gets its name when all
-of it is on disk, so that a process may be killed at any moment. Otherwise the files are those of transformers'
-`Trainer`: weights as safetensors, processor, optimizer, schedule, random generators and `trainer_state.json`, from
-whose step the data are skipped to the right batch.
+of it is on disk, so that a process may be killed at any moment; the model in the output folder likewise. `files.json`
+holds sizes and checksums, by which a checkpoint that was damaged later is recognised. Otherwise the files are those of
+transformers' `Trainer`: weights as safetensors, processor, optimizer, schedule, random generators and
+`trainer_state.json`, from whose step the data are skipped to the right batch.
 """
 
+import contextlib
 import json
 import logging
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..files import claim, disk_full_told, move, remove, sync
 from .arguments import TrainingArguments
+from .manifest import MANIFEST, damage_of, write_manifest
 from .run_record import RunRecord, read_run
 
 
@@ -40,28 +46,32 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> str | 
     The checkpoint to go on from, or None to start from the beginning.
 
     Args:
-        resume: `auto` or true, for the last checkpoint in `output_dir` of the run that was started there last, if
-            there is one; the path of a checkpoint; None or false.
+        resume: `auto` or true, for the last undamaged checkpoint in `output_dir` of the run that was started there
+            last, if there is one; the path of a checkpoint; None or false.
         output_dir: the output folder of the training.
 
     Raises:
-        ValueError: if a path is given and there is no complete checkpoint.
+        ValueError: if a path is given and there is no complete checkpoint, or a damaged one; if all are damaged.
     """
     wish = str(resume).lower()
     if resume is None or wish in ("false", "no", "none", ""):
         return None
     if wish not in ("auto", "true", "yes"):
-        if not (Path(resume) / TRAINER_STATE_NAME).is_file():
+        if not any((Path(resume) / name).is_file() for name in (TRAINER_STATE_NAME, MANIFEST)):
             raise ValueError(
                 f"resume_from_checkpoint: {str(resume)!r} is no checkpoint folder (it has no {TRAINER_STATE_NAME}); "
                 "name a checkpoint-N folder, or set it to auto for the last one of the output folder."
             )
+        if damage := damage_of(resume):
+            raise ValueError(f"resume_from_checkpoint: {resume} is damaged, {damage}: name another one, or auto.")
         return str(resume)
     steps, run, others = {}, read_run(output_dir), []
     for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
-        if number and (folder / TRAINER_STATE_NAME).is_file():
-            if run is None or getattr(read_run(folder), "id", None) == run.id:
+        if number and any((folder / name).exists() for name in (TRAINER_STATE_NAME, MANIFEST)):
+            its_run = read_run(folder)
+            # one whose record cannot be read is found damaged below
+            if run is None or (its_run is None and (folder / MANIFEST).exists()) or its_run and its_run.id == run.id:
                 steps[int(number[1])] = folder
             else:
                 others.append(folder.name)
@@ -70,9 +80,28 @@ def find_checkpoint(resume: str | bool | None, output_dir: str | Path) -> str | 
     if not steps:
         logger.info(f"No checkpoint in {output_dir}: training starts from the beginning.")
         return None
-    checkpoint = steps[max(steps)]
-    logger.info(f"Going on from {checkpoint}.")
-    return str(checkpoint)
+    for step in sorted(steps, reverse=True):
+        damage = damage_of(steps[step])
+        if damage is None:
+            logger.info(f"Going on from {steps[step]}.")
+            return str(steps[step])
+        logger.warning(f"{steps[step]} is damaged, {damage}: it is passed over.")
+    raise ValueError(
+        f"Every checkpoint in {output_dir} is damaged, of {steps[max(steps)].name} {damage_of(steps[max(steps)])}: "
+        "restore one, or remove them to start from the beginning."
+    )
+
+
+def claim_output(training_args: TrainingArguments):
+    """
+    The output folder, for this run alone until the block ends; its other processes share it with the first one.
+
+    Raises:
+        OSError: if another run is there, with its process, host and time.
+    """
+    if training_args.process_index > 0:
+        return contextlib.nullcontext()
+    return claim(Path(training_args.output_dir) / ".lock", training_args.output_dir)
 
 
 def resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord, str | None, bool]:
@@ -84,7 +113,8 @@ def resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord,
     """
     if run.steps is not None and run.steps < 1:
         raise ValueError(f"The run has {run.steps} steps, nothing would be trained: look at max_steps and the data.")
-    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
+    # the first process looks, so that all go on from the same, and large files are read once
+    checkpoint = _of_first_process(find_checkpoint, training_args.resume_from_checkpoint, training_args.output_dir)
     if checkpoint is not None:
         run = run.going_on_from(checkpoint, new_data=training_args.ignore_data_skip)
     asked = str(training_args.resume_from_checkpoint).lower() not in ("false", "no", "none", "")
@@ -92,6 +122,20 @@ def resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord,
     if is_complete:
         logger.info(f"The run in {training_args.output_dir} has made its {run.steps} steps: nothing is left to do.")
     return run, checkpoint, is_complete
+
+
+def _of_first_process(function: Callable, *args):
+    """What a function returns or raises in the first process, in all."""
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = function(*args)
+        except Exception as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 class CheckpointTrainer(Trainer):
@@ -127,12 +171,26 @@ class CheckpointTrainer(Trainer):
         return getattr(self.args, "trainable_only", False)
 
     def train(self, *args, **kwargs):
-        """As in the parent class; SIGTERM ends it after the step at hand."""
-        self.accelerator.wait_for_everyone()  # all have looked for a checkpoint
-        if self.run is not None and self.args.should_save:
-            self.run.write(self.args.output_dir)
-        with self._stop_on_sigterm.listening():
-            return super().train(*args, **kwargs)
+        """
+        As in the parent class; SIGTERM ends it after the step at hand.
+
+        Raises:
+            OSError: if another run is at work in the output folder, or the disk is full.
+        """
+        with claim_output(self.args), disk_full_told(self.args.output_dir):
+            self.accelerator.wait_for_everyone()  # all have looked for a checkpoint
+            if self.args.should_save:
+                # that of an earlier run, which would tell that this one is complete
+                (Path(self.args.output_dir) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                if self.run is not None:
+                    self.run.write(self.args.output_dir)
+            with self._stop_on_sigterm.listening():
+                return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As in the parent class."""
+        with self._stop_on_sigterm.held_back():
+            return super().evaluation_loop(*args, **kwargs)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -157,8 +215,9 @@ class CheckpointTrainer(Trainer):
         if self.args.should_save:
             if self.run is not None:
                 self.run.write(staged)
+            write_manifest(staged)
             self._discard(final)
-            staged.rename(final)
+            move(staged, final)
             self._remove_old_checkpoints(run_dir)
             shutil.rmtree(run_dir / UNFINISHED)
         self.accelerator.wait_for_everyone()
@@ -195,7 +254,28 @@ class CheckpointTrainer(Trainer):
         super()._push_from_checkpoint(str(checkpoint))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        """As in the parent class; with sharded FSDP too: whole weights as safetensors, and the processor."""
+        """
+        As in the parent class; with sharded FSDP too: whole weights as safetensors, and the processor. What is in the
+        output folder is replaced when all is written.
+        """
+        final = Path(self.args.output_dir)
+        if output_dir is not None and Path(output_dir) != final:
+            return self._write_model(output_dir, _internal_call)
+        staged = final / UNFINISHED / "model"
+        with disk_full_told(final):
+            if self.args.should_save:
+                remove(staged)
+            self.accelerator.wait_for_everyone()
+            self._write_model(str(staged), True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save and staged.is_dir():
+                _move_files(staged, final)
+                remove(final / UNFINISHED)
+            self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write_model(self, output_dir: str, _internal_call: bool):
         if self.is_fsdp_enabled and "FULL_STATE_DICT" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
@@ -225,6 +305,19 @@ class CheckpointTrainer(Trainer):
             read_trainable(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Moves all that is in a folder into another one, and deletes there what is left of a model of another layout."""
+    sync(source)
+    paths = list(source.iterdir())
+    if any(path.suffix == ".safetensors" for path in paths):
+        for pattern in ("*.safetensors*", "adapter_config.json", TRAINABLE_INFO):
+            for path in target.glob(pattern):
+                if not (source / path.name).exists():
+                    path.unlink()
+    for path in paths:
+        move(path, target / path.name)
 
 
 def save_trainable(model: PreTrainedModel, folder: str | Path) -> None:
@@ -296,11 +389,16 @@ def read_trainable(model: PreTrainedModel, folder: str | Path) -> None:
 
 
 class _StopOnSigterm(TrainerCallback):
-    """Ends training after the step in which SIGTERM came, with a checkpoint."""
+    """
+    Ends training after the step in which SIGTERM came, with a checkpoint.
+
+    The signal often goes to all processes of a job. Data workers, whose death would end the training, are started
+    while it is held back, which they inherit: they do not take it.
+    """
 
     def __init__(self, trainer: CheckpointTrainer):
         self.trainer = trainer
-        self.asked = False
+        self.asked = self.listens = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -310,10 +408,32 @@ class _StopOnSigterm(TrainerCallback):
             yield
             return
         previous = signal.signal(signal.SIGTERM, self._ask)
+        self.listens = True
         try:
             yield
         finally:
+            self._hold_back(False)  # one that is waiting is taken now
+            self.listens = False
             signal.signal(signal.SIGTERM, previous)
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """While training, leaves SIGTERM waiting until the block ends."""
+        self._hold_back(True)
+        try:
+            yield
+        finally:
+            self._hold_back(False)
+
+    def _hold_back(self, is_held_back: bool):
+        if self.listens and hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK if is_held_back else signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._hold_back(True)  # workers start with the first batch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._hold_back(False)
 
     def _ask(self, *signal_and_frame):
         self.asked = True

@@ -1,8 +1,6 @@
 """What a frozen vision tower makes of a picture, kept on disk: the tower sees each picture once, not each epoch."""
 
 import hashlib
-import os
-import threading
 from pathlib import Path
 
 import torch
@@ -10,6 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ..files import replacing
 
 
 class VisionFeatureCache:
@@ -69,10 +69,8 @@ def _read(file: Path) -> torch.Tensor | None:
 
 
 def _write(file: Path, features: torch.Tensor) -> None:
-    file.parent.mkdir(exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.part")
-    save_file({"features": features.cpu().contiguous()}, unfinished)
-    unfinished.rename(file)
+    with replacing(file, shared=True) as written:
+        save_file({"features": features.cpu().contiguous()}, written)
 
 
 def _hash_of_tensor(tensor: torch.Tensor) -> str:

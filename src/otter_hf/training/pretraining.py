@@ -19,7 +19,7 @@ from ..errors import ending_in_a_sentence
 from ..models.host_reads import numbers_on
 from ..serving.loading import read_model, read_processor
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
-from .checkpoints import STOPPED_EXIT_CODE, resume
+from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .fields import PretrainingDataArguments
 from .freezing import freeze, train_only_rows
 from .limits import check_numbers
@@ -79,30 +79,31 @@ def pretrain(
     training_args.per_device_train_batch_size = sum(one.batch_size for one in stream.sets)
     logger.info(_table(stream))
     record = _run_record(model_args, data_args, training_args, stream)
-    record, checkpoint, is_complete = resume(record, training_args)
-    if is_complete:
-        return None
-    model = read_model(
-        model_args.model_name_or_path,
-        model_args.tokenizer,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-    )
-    _stop_generation_at(model, processor.end_of_chunk_token_id)
-    freeze(model, model_args.freeze)
-    if model_args.train_embedding_rows:
-        train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))
-    trainer = PretrainingTrainer(
-        model=model, args=training_args, train_dataset=stream, processing_class=processor, run=record
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.stopped:
-        raise SystemExit(STOPPED_EXIT_CODE)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        trainer.save_state()
-        logger.info(f"left out in this process: {stream.skipped or 'nothing'}")
-    return trainer
+    with claim_output(training_args):
+        record, checkpoint, is_complete = resume(record, training_args)
+        if is_complete:
+            return None
+        model = read_model(
+            model_args.model_name_or_path,
+            model_args.tokenizer,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+        )
+        _stop_generation_at(model, processor.end_of_chunk_token_id)
+        freeze(model, model_args.freeze)
+        if model_args.train_embedding_rows:
+            train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))
+        trainer = PretrainingTrainer(
+            model=model, args=training_args, train_dataset=stream, processing_class=processor, run=record
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.stopped:
+            raise SystemExit(STOPPED_EXIT_CODE)
+        trainer.save_model()
+        if trainer.is_world_process_zero():
+            trainer.save_state()
+            logger.info(f"left out in this process: {stream.skipped or 'nothing'}")
+        return trainer
 
 
 def _run_record(model_args, data_args, training_args, stream: PretrainingStream) -> RunRecord:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..data.collator import IGNORE_INDEX
 from ..data.samples import Sample, SampleError
+from ..files import write_text
 
 
 logger = logging.getLogger(__name__)
@@ -196,10 +197,7 @@ td, th {{ text-align: left; padding: 0.1em 0.8em 0.1em 0; vertical-align: top; }
 {planned}
 </html>
 """
-    path = Path(path)
-    part = path.with_name(f"_{path.name}")
-    part.write_text(page, encoding="utf-8")
-    part.rename(path)
+    write_text(path, page)
 
 
 def _thumbnail(image: Image.Image) -> str:

@@ -33,7 +33,7 @@ from ..models.otterhd import OtterHDProcessor
 from ..models.quantization import quantization_config
 from ..serving.loading import read_config, read_model, read_processor
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
-from .checkpoints import STOPPED_EXIT_CODE, resume
+from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .features import VisionFeatureCache
 from .freezing import freeze, train_only_rows
 from .kernels import can_pack, choose_attention, use_liger_kernels
@@ -144,45 +144,45 @@ def train(
         samples_per_step=plan.samples_per_step,
         steps=plan.steps,
     )
-    record, checkpoint, is_complete = resume(record, training_args)
-    if is_complete:
-        return None
-    # last, because it takes longest: a mistake in the data shows before
-    model = _load_model(model_args, data_args, training_args, processor, config, attention)
-    trainer = OtterTrainer(
-        model=model,
-        args=training_args,
-        data_collator=collator,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        compute_loss_func=idefics_loss if config.model_type == "idefics" else None,
-        compute_metrics=answer_accuracy,
-        preprocess_logits_for_metrics=most_likely_tokens,
-        flops=plan.flops,
-        recipe=given,
-        run=record,
-    )
-    samples = sample_evenly(eval_dataset, training_args.report_samples)
-    trainer.add_callback(TrainingReport(trainer, samples, settings=trainer.settings(), plan=str(plan)))
-    if training_args.early_stopping_patience is not None:
-        patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
-        trainer.add_callback(EarlyStoppingCallback(patience, threshold))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if train_dataset.skipped:
-        logger.warning(f"Left out in training: {train_dataset.skipped}.")
-    if trainer.stopped:
-        raise SystemExit(STOPPED_EXIT_CODE)
-    if trainer.is_world_process_zero():
-        trainer.save_state()
-        _plot(trainer.state.log_history, Path(training_args.output_dir) / "training.png")
-    if training_args.push_to_hub:
-        trainer.push_to_hub()  # saves it too
-    else:
-        trainer.save_model()
-    if trainer.is_world_process_zero():
-        logger.info(_farewell(model_args, training_args))
-    return trainer
+    with claim_output(training_args):
+        record, checkpoint, is_complete = resume(record, training_args)
+        if is_complete:
+            return None
+        # last, because it takes longest: a mistake in the data shows before
+        model = _load_model(model_args, data_args, training_args, processor, config, attention)
+        trainer = OtterTrainer(
+            model=model,
+            args=training_args,
+            data_collator=collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processor,
+            compute_loss_func=idefics_loss if config.model_type == "idefics" else None,
+            compute_metrics=answer_accuracy,
+            preprocess_logits_for_metrics=most_likely_tokens,
+            flops=plan.flops,
+            recipe=given,
+            run=record,
+        )
+        samples = sample_evenly(eval_dataset, training_args.report_samples)
+        trainer.add_callback(TrainingReport(trainer, samples, settings=trainer.settings(), plan=str(plan)))
+        if training_args.early_stopping_patience is not None:
+            patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
+            trainer.add_callback(EarlyStoppingCallback(patience, threshold))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if train_dataset.skipped:
+            logger.warning(f"Left out in training: {train_dataset.skipped}.")
+        if trainer.stopped:
+            raise SystemExit(STOPPED_EXIT_CODE)
+        trainer.save_model(_internal_call=True)
+        if trainer.is_world_process_zero():
+            trainer.save_state()  # behind the model: it says that the run is complete
+            _plot(trainer.state.log_history, Path(training_args.output_dir) / "training.png")
+        if training_args.push_to_hub:
+            trainer.push_to_hub()
+        if trainer.is_world_process_zero():
+            logger.info(_farewell(model_args, training_args))
+        return trainer
 
 
 def _farewell(model_args: ModelArguments, training_args: TrainingArguments) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..files import write_json
 from .arguments import ModelArguments, TrainingArguments
 
 
@@ -89,11 +90,7 @@ class RunRecord:
 
     def write(self, folder: str | Path) -> None:
         """Puts `run.json` into a folder, complete or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"_{RUN_FILE}"
-        part.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
-        part.rename(folder / RUN_FILE)
+        write_json(Path(folder) / RUN_FILE, dataclasses.asdict(self))
 
     def going_on_from(self, checkpoint: str | Path, *, new_data: bool = False) -> "RunRecord":
         """
@@ -144,7 +141,10 @@ class RunRecord:
             return False
         if checkpoint is None and getattr(read_run(folder), "settings", None) != self.settings:
             return False
-        return json.loads(state.read_text(encoding="utf-8"))["global_step"] >= self.steps
+        try:
+            return json.loads(state.read_text(encoding="utf-8"))["global_step"] >= self.steps
+        except (ValueError, KeyError, TypeError):
+            return False
 
 
 def read_run(folder: str | Path) -> RunRecord | None:

@@ -6,7 +6,6 @@ case, tells its parts.
 
 import io
 import itertools
-import json
 import os
 import re
 import tarfile
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 from transformers.utils import logging
 
+from ...files import move, write_json
 from ...reading import parse_json, refuse_lfs_pointer
 
 
@@ -361,7 +361,7 @@ class ShardWriter:
 
     def _close_shard(self) -> None:
         self._tar.close()
-        os.replace(self._incomplete, self.folder / self._name)
+        move(self._incomplete, self.folder / self._name)
         self.sizes[self._name] = self._count
         self._tar, self._count, self._bytes = None, 0, 0
 
@@ -392,6 +392,4 @@ def remove_shards(folder: Path, names: Sequence[str]) -> None:
 
 
 def _replace_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
-    temporary = folder / f".{_SIZES_FILE}.incomplete"
-    temporary.write_text(json.dumps(dict(sorted(sizes.items())), indent=0) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / _SIZES_FILE)
+    write_json(folder / _SIZES_FILE, dict(sorted(sizes.items())), indent=0)

@@ -1,7 +1,6 @@
 """Conversations of any source, and how they become MIMIC-IT records."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from transformers.utils import logging
 
+from ...files import write_text
 from ...reading import parse_json, refuse_lfs_pointer
 from ..formats import MimicitFiles, write_mimicit
 from ..images import image_bytes
@@ -183,9 +183,7 @@ def write_mixture(path: str | Path, files: MimicitFiles) -> None:
     name = files.instructions_path.name.removesuffix("_instructions.json")
     group = IMAGE_TEXT if files.images_path else TEXT_ONLY  # in which films are media of their own, too
     text = yaml.safe_dump({group: {name: entry}}, sort_keys=False, allow_unicode=True)
-    incomplete = Path(path).with_name(f".{Path(path).name}.incomplete")
-    incomplete.write_text(text, encoding="utf-8")
-    os.replace(incomplete, path)
+    write_text(path, text)
 
 
 def _records(conversation: Conversation, image_ids: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ...data.neighbours import embed_images
+from ...files import replacing
 
 
 def query_set(size: int, num_train: int, seed: int) -> list[int]:
@@ -105,8 +106,6 @@ def picture_features(rows, numbers: Sequence[int], encoder: str, cache: Path, ba
     if cache.is_file():
         return torch.load(cache, weights_only=True)
     features = embed_images((rows[number]["image"] for number in numbers), encoder, batch_size)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f".{cache.name}.part")
-    torch.save(features, temporary)
-    temporary.replace(cache)
+    with replacing(cache) as written:
+        torch.save(features, written)
     return features

@@ -12,12 +12,12 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from filelock import FileLock, Timeout
 from PIL import Image
 from transformers.utils import logging
 
 from ...data.images import decode_image, image_bytes
 from ...data.parquet_writer import write_images
+from ...files import claim, disk_full_told, move, write_json
 from ...made_from import state
 from ...pictures import read_image
 from .base import Converter, LeftOut, Source
@@ -90,15 +90,12 @@ def convert(
     if store.exists() and not (progress / "conversion.json").exists():
         raise ValueError(f"{store} is there already: remove it, or choose another output.")
     progress.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(progress / "lock", timeout=0):
-            asked = {"size": size, "encoding": encoding, "sources_per_shard": sources_per_shard}
-            settings = _settings(progress / "conversion.json", name, sources, asked, default)
-            shards = _Shards(converter, sources, settings, store, progress)
-            shards.write(num_threads, retry)
-            return shards.report(Path(output, f"{name}_report.json"))
-    except Timeout:
-        raise OSError(f"Another process is writing {store}: wait for it, or choose another output.") from None
+    with claim(progress / "lock", store), disk_full_told(store):
+        asked = {"size": size, "encoding": encoding, "sources_per_shard": sources_per_shard}
+        settings = _settings(progress / "conversion.json", name, sources, asked, default)
+        shards = _Shards(converter, sources, settings, store, progress)
+        shards.write(num_threads, retry)
+        return shards.report(Path(output, f"{name}_report.json"))
 
 
 def _unique_sources(converter: Converter) -> list[Source]:
@@ -133,7 +130,7 @@ def _settings(
     }
     if not path.exists():
         now["sources_per_shard"] = now["sources_per_shard"] or default_per_shard
-        _write_json(path, now)
+        write_json(path, now)
         return now
     begun = json.loads(path.read_text(encoding="utf-8"))
     now["sources_per_shard"] = now["sources_per_shard"] or begun["sources_per_shard"]
@@ -182,7 +179,7 @@ class _Shards:
                 self.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-        os.replace(self.incomplete_store, self.store)
+        move(self.incomplete_store, self.store)
 
     def _is_pending(self, number: int, retry: bool) -> bool:
         if not self._shard_path(number).exists():
@@ -217,8 +214,8 @@ class _Shards:
             # one to be replaced must not be found with the report of the new one
             self._shard_path(number).unlink(missing_ok=True)
             # the shard last: who finds it finds its report
-            _write_json(self._report_path(number), {"images": len(ids), "left_out": left_out, "made_from": made_from})
-            os.replace(incomplete, self._shard_path(number))
+            write_json(self._report_path(number), {"images": len(ids), "left_out": left_out, "made_from": made_from})
+            move(incomplete, self._shard_path(number))
         finally:
             incomplete.unlink(missing_ok=True)
 
@@ -246,7 +243,7 @@ class _Shards:
             shard = json.loads(self._report_path(number).read_text(encoding="utf-8"))
             report.images += shard["images"]
             report.left_out += shard["left_out"]
-        _write_json(path, {**asdict(report), "store": str(self.store), "kinds": report.kinds()})
+        write_json(path, {**asdict(report), "store": str(self.store), "kinds": report.kinds()})
         return report
 
 
@@ -276,9 +273,3 @@ def encode_picture(picture: bytes | Path | Image.Image, size: int | None) -> byt
     buffer = BytesIO()
     decoded.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.incomplete")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-    os.replace(temporary, path)

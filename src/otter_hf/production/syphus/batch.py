@@ -1,13 +1,13 @@
 """Files of OpenAI's batch API, which providers and `vllm run-batch` take: a run without an endpoint at hand."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from ...files import replacing
 from .client import RejectedError, TransientError, read_completion, request_options
 from .journal import Journal
 from .queries import Query
@@ -41,9 +41,8 @@ def write_batch_files(
     with run.writing() as journal:
         for ids, lines in _files(_pending(run, journal, retry_failed), max_requests, max_bytes):
             path = folder / f"requests-{len(journal.batch_files):05d}.jsonl"
-            incomplete = path.with_name(f".{path.name}.incomplete")
-            incomplete.write_bytes(b"".join(lines))
-            os.replace(incomplete, path)
+            with replacing(path) as incomplete:
+                incomplete.write_bytes(b"".join(lines))
             # until then the file has no number of its own: the next call writes it again
             journal.append("batch", path.name, ids=ids)
             written.append(path)

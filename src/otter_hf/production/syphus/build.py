@@ -1,9 +1,9 @@
 """Replies to a MIMIC-IT dataset: read, filtered, given ids, pictures and context."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from ...data.formats import MimicitFiles, make_train_config, write_mimicit
 from ...data.image_store import ImageStore
+from ...files import replacing, write_text
 from .filters import FilterRules
 from .pictures import PictureFinder
 from .queries import Query
@@ -89,18 +90,16 @@ class InvalidFile:
 
     def __init__(self, path: Path):
         self.path, self.counts = path, Counter()
-        self._incomplete = path.with_name(f".{path.name}.incomplete")
 
     def __enter__(self):
-        self._file: TextIO = open(self._incomplete, "w", encoding="utf-8", errors="replace")
+        with ExitStack() as stack:
+            written = stack.enter_context(replacing(self.path))
+            self._file: TextIO = stack.enter_context(open(written, "w", encoding="utf-8", errors="replace"))
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind, *error):
-        self._file.close()
-        if kind is None:
-            os.replace(self._incomplete, self.path)
-        else:
-            self._incomplete.unlink()
+    def __exit__(self, *error):
+        self._stack.__exit__(*error)
 
     def add(self, id: str, text: str, reason: str, group: str | None = None) -> None:
         """Writes one down and counts it under `group`, by default the reason."""
@@ -111,9 +110,7 @@ class InvalidFile:
 
 def write_report(path: Path, report: Any) -> None:
     """Writes a report as JSON, complete or not at all."""
-    incomplete = path.with_name(f".{path.name}.incomplete")
-    incomplete.write_text(json.dumps(asdict(report), ensure_ascii=False, indent=1, default=str), encoding="utf-8")
-    os.replace(incomplete, path)
+    write_text(path, json.dumps(asdict(report), ensure_ascii=False, indent=1, default=str))
 
 
 class _Builder:

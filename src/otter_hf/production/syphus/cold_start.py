@@ -1,9 +1,8 @@
 """In-context examples to begin with: replies to the bare system message, to be chosen from and corrected by hand."""
 
-import json
-import os
 from pathlib import Path
 
+from ...files import write_json
 from .prompts import parse_prompt, without_examples
 from .replies import parse_pairs
 from .run import SyphusRun
@@ -37,8 +36,5 @@ def write_draft_prompt(run: SyphusRun, output: str | Path) -> int:
         raise ValueError(f"The run in {run.folder} has no reply yet.")
     draft = {**without_examples(run.prompt).to_json(), "in_context": turns}
     parse_prompt(draft, str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    incomplete = path.with_name(f".{path.name}.incomplete")
-    incomplete.write_text(json.dumps(draft, ensure_ascii=False, indent=2), encoding="utf-8")
-    os.replace(incomplete, path)
+    write_json(path, draft, indent=2)
     return len(turns) // 2

@@ -1,7 +1,6 @@
 """A run: its queries, asked many at a time within a budget, and taken up again where it ended."""
 
 import json
-import os
 import random
 import threading
 import time
@@ -13,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from ...files import claim, disk_full_told, replacing, write_text
 from ...made_from import MadeFrom
 from .budget import Budget, RunSummary
 from .client import (
@@ -136,7 +135,7 @@ class SyphusRun:
         settings["made_from"] = MadeFrom(files).to_json()
         (folder / "journal.jsonl").touch()
         # the run is there when this file is
-        _replace(folder / "run.json", json.dumps(settings, ensure_ascii=False, indent=1))
+        write_text(folder / "run.json", json.dumps(settings, ensure_ascii=False, indent=1))
         return cls(folder)
 
     def changes(self) -> str:
@@ -181,12 +180,12 @@ class SyphusRun:
     @contextmanager
     def writing(self) -> Iterator[Journal]:
         """The run's journal for writing; `OSError` if another process has it."""
-        try:
-            with FileLock(self.folder / ".lock", timeout=0):
-                with Journal(self.folder / "journal.jsonl", writable=True) as journal:
-                    yield journal
-        except Timeout:
-            raise OSError(f"Another process is at the run in {self.folder}: wait for it.") from None
+        with (
+            claim(self.folder / ".lock", f"The run in {self.folder}"),
+            disk_full_told(self.folder),
+            Journal(self.folder / "journal.jsonl", writable=True) as journal,
+        ):
+            yield journal
 
     def ask(
         self,
@@ -269,7 +268,7 @@ class SyphusRun:
             "requests": summary.requests,
             "lost_requests": summary.lost,
         }
-        _replace(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
+        write_text(self.folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=1))
 
 
 class _Asking:
@@ -435,18 +434,10 @@ def _select(
 
 def _write_queries(path: Path, queries: list[Query]) -> int:
     seen: set[str] = set()
-    incomplete = path.with_name(f".{path.name}.incomplete")
-    with open(incomplete, "w", encoding="utf-8", errors="replace") as file:
+    with replacing(path) as written, open(written, "w", encoding="utf-8", errors="replace") as file:
         for query in queries:
             if query.id in seen:
                 raise ValueError(f"The annotations have two records {query.id!r}: ids must be unique.")
             seen.add(query.id)
             file.write(json.dumps(asdict(query), ensure_ascii=False) + "\n")
-    os.replace(incomplete, path)
     return len(seen)
-
-
-def _replace(path: Path, text: str) -> None:
-    incomplete = path.with_name(f".{path.name}.incomplete")
-    incomplete.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(incomplete, path)

@@ -6,7 +6,6 @@ one does.
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
+from ...files import write_text
 from .datasets import VERIFICATION
 from .filters import FilterRules
 from .pictures import PictureOptions
@@ -79,9 +79,7 @@ def make_verification(run: SyphusRun, rules: FilterRules | None = None) -> Syphu
     folder = run.folder / f"verify-{len(verifications(run)):05d}"
     folder.mkdir(exist_ok=True)
     annotations = folder / "pairs.jsonl"
-    incomplete = annotations.with_name(f".{annotations.name}.incomplete")
-    incomplete.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8", "replace")
-    os.replace(incomplete, annotations)
+    write_text(annotations, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     options = PictureOptions(**run.settings["pictures"])
     return SyphusRun.create(
         folder,

@@ -1,0 +1,216 @@
+"""Files and folders that are replaced whole or not at all, and places in which one process works at a time."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+
+# a full disk, a quota, a file that may not grow; and what libraries say whose errors have no number
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "os error 28", "disk is full", "Disk quota exceeded")
+# seconds in which what a killed process has left running ends by itself
+_UNTIL_CHILDREN_END = 30
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
+    """
+    A temporary path beside `path`, for a file or a folder, that takes its name when the block ends well.
+
+    What had the name stays as it was until then, and for good if the block fails, whose part is deleted. All of it is
+    on the disk before it has the name, so that after a loss of power, too, the name stands for something whole.
+
+    Args:
+        path: its folder is made where there is none.
+        shared: whether other threads or processes may be writing the same at the same time.
+
+    Raises:
+        OSError: if the disk is full, naming `path`.
+    """
+    path = Path(path)
+    own = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    written = path.with_name(f".{path.name}{own}.incomplete")
+    with disk_full_told(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove(written)
+            yield written
+            move(written, path)
+        finally:
+            remove(written)
+
+
+def move(written: str | Path, path: str | Path) -> None:
+    """Gives a complete file or folder its name, after all of it is on the disk; what had the name is deleted."""
+    written, path = Path(written), Path(path)
+    sync(written)
+    if path.is_dir() or (path.exists() and written.is_dir()):
+        # a folder neither replaces a file nor is replaced by one, and what is deleted by halves shall have no name
+        old = path.with_name(f".{path.name}.old")
+        remove(old)
+        os.replace(path, old)
+        os.replace(written, path)
+        remove(old)
+    else:
+        os.replace(written, path)
+    _sync_one(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replaces a text file, see [`replacing`]; surrogates, which UTF-8 has not, become question marks."""
+    with replacing(path) as written:
+        written.write_text(text, encoding="utf-8", errors="replace")
+
+
+def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
+    """Replaces a JSON file, see [`replacing`]."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
+
+
+def sync(path: str | Path) -> None:
+    """Waits until a file, or a folder with all that is in it, is on the disk."""
+    path = Path(path)
+    if path.is_dir():
+        for inner in path.rglob("*"):
+            _sync_one(inner)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name == "nt" or path.is_symlink():  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of file systems without such a wait
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: str | Path) -> None:
+    """Deletes a file or a folder, if it is there."""
+    path = Path(path)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_full_told(path: str | Path) -> Iterator[None]:
+    """
+    Makes one OSError that names `path` of what libraries raise while they write to a full disk.
+
+    Raises:
+        OSError: see above; other errors pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        number = error.errno if isinstance(error, OSError) and error.errno in _FULL else errno.ENOSPC
+        message = f"{os.strerror(number)} (nothing that was complete has been touched; make room, and run it again)"
+        raise OSError(number, message, str(path)) from error
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether this error, or one that led to it, is of a full disk."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in _FULL or any(words in text for words in _FULL_WORDS):
+            return True
+        if "inline_container" in text and ("unexpected pos" in text or "write failed" in text):  # torch.save
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def claim(lock: str | Path, what: str) -> Iterator[None]:
+    """
+    Makes this process the only one at a place until the block ends; within the thread that has it, it may be nested.
+
+    The operating system gives it back when its owner ends, however that comes about.
+
+    Args:
+        lock: a file for it, deleted at the end, which names the owner.
+        what: the place, as the error calls it.
+
+    Raises:
+        OSError: if another process is there, with its number, its host and the time since when.
+    """
+    lock = Path(lock)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    taken = FileLock(lock, is_singleton=True)
+    is_first = not taken.is_locked
+    try:
+        try:
+            taken.acquire(timeout=0)
+        except Timeout:
+            # the data workers of a killed process live on for seconds, and with them what they inherited
+            taken.acquire(timeout=_UNTIL_CHILDREN_END if _is_dead(_owner(lock)) else 0, poll_interval=0.1)
+    except Timeout:
+        raise OSError(
+            f"{what} is in use by {_tell(_owner(lock))}: wait until it ends, or choose another output."
+        ) from None
+    try:
+        if is_first:
+            since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+            owner = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+            with disk_full_told(lock):
+                lock.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+        yield
+    finally:
+        if is_first:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
+        taken.release()
+
+
+def _owner(lock: Path) -> dict | None:
+    try:
+        owner = json.loads(lock.read_text(encoding="utf-8"))
+        return owner if isinstance(owner["process"], int) and owner["process"] > 0 else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _is_dead(owner: dict | None) -> bool:
+    if owner is None or owner.get("host") != socket.gethostname() or os.name == "nt":  # where kill has no test
+        return False
+    try:
+        os.kill(owner["process"], 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return False
+
+
+def _tell(owner: dict | None) -> str:
+    if owner is None:
+        return "another process"
+    return f"process {owner['process']} on {owner.get('host')} since {owner.get('since')}"
+
+
+__all__ = [
+    "claim",
+    "disk_full_told",
+    "is_disk_full",
+    "move",
+    "remove",
+    "replacing",
+    "sync",
+    "write_json",
+    "write_text",
+]

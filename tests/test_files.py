@@ -1,0 +1,173 @@
+"""Files and folders are replaced whole or not at all; one process at a time works at a place; a full disk is told."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from otter_hf import files
+from otter_hf.cli import main
+from otter_hf.files import claim, disk_full_told, is_disk_full, move, replacing, write_json, write_text
+
+
+def test_a_file_or_folder_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "result.json"
+    write_json(path, {"a": "ä"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ä"}
+    write_text(path, "second \ud800\n")
+    assert path.read_text() == "second ?\n"
+    with pytest.raises(KeyError), replacing(path) as written:
+        written.write_text("half")
+        raise KeyError
+    assert path.read_text() == "second ?\n" and list(path.parent.iterdir()) == [path]
+
+    folder = tmp_path / "folder"
+    for content in ("one", "two"):
+        with replacing(folder) as written:
+            (written / "inner").mkdir(parents=True)
+            (written / "inner" / "file").write_text(content)
+        assert (folder / "inner" / "file").read_text() == content
+    # a folder in the place of a file, and a file in that of a folder
+    with replacing(path) as written:
+        written.mkdir()
+    write_text(folder, "file")
+    assert path.is_dir() and folder.read_text() == "file"
+    assert sorted(item.name for item in tmp_path.rglob("*")) == ["folder", "new", "result.json"]
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A loss of power behind the renaming must not leave an empty file under the name."""
+    events, names = [], {}
+    replace, fsync, opened = os.replace, os.fsync, os.open
+
+    def note_open(path, *args, **kwargs):
+        descriptor = opened(path, *args, **kwargs)
+        names[descriptor] = os.path.basename(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", note_open)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append(names[descriptor]), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (events.append("renamed"), replace(*paths)))
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "weights").write_text("1")
+    move(tmp_path / "part", tmp_path / "whole")
+    assert events == ["weights", "part", "renamed", tmp_path.name]
+
+
+def test_what_several_write_is_whole(tmp_path):
+    """Threads that write one file at a time, as those that cache features do."""
+    errors = []
+
+    def write():
+        try:
+            with replacing(tmp_path / "file", shared=True) as written:
+                written.write_text("x" * 1000)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and (tmp_path / "file").read_text() == "x" * 1000 and len(list(tmp_path.iterdir())) == 1
+
+
+OWNER = """
+import importlib.util, os, sys, time
+
+# alone: the package takes long to import
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+with files.claim(sys.argv[2], "here"):
+    if os.fork() == 0:  # as a data worker, it lives on for a moment
+        time.sleep(0.3)
+        os._exit(0)
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_claim(tmp_path):
+    """It names its owner, may be nested, and goes when its owner is killed, though a child of it lives on."""
+    lock = tmp_path / "folder" / ".lock"
+    with claim(lock, "here"), claim(lock, "here"):
+        assert lock.exists()
+        refused = []
+        thread = threading.Thread(target=lambda: refused.append(claim_error(lock)))
+        thread.start()
+        thread.join()
+        assert f"here is in use by process {os.getpid()} on " in refused[0] and " since 2" in refused[0]
+    assert not lock.exists()
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, files.__file__, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "claimed\n"
+    assert f"in use by process {process.pid} on " in claim_error(lock)
+    process.kill()
+    process.wait()
+    with claim(lock, "here"):
+        assert json.loads(lock.read_text())["process"] == os.getpid()
+    process.stdin.close()
+    process.stdout.close()
+
+
+def claim_error(lock):
+    try:
+        with claim(lock, "here"):
+            return ""
+    except OSError as error:
+        return str(error)
+
+
+def test_an_unreadable_owner_is_another_process(tmp_path):
+    from filelock import FileLock
+
+    for content in ("", "[]", '{"process": -1}', '{"process": "a"}'):
+        with FileLock(tmp_path / "lock"):
+            (tmp_path / "lock").write_text(content)
+            assert "is in use by another process: wait" in claim_error(tmp_path / "lock")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),  # torch.save
+    ],
+)
+def test_a_full_disk_is_told_in_one_sentence(tmp_path, error):
+    """Whatever library meets it; what was there stays."""
+    path = tmp_path / "file"
+    path.write_text("before")
+    with pytest.raises(OSError, match="make room, and run it again") as told, replacing(path) as written:
+        written.write_text("half")
+        raise error
+    assert told.value.filename == str(path) and is_disk_full(told.value)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="no such thing"), disk_full_told(path):
+        raise ValueError("no such thing")
+
+
+def test_the_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
+    def fill(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source, output = tmp_path / "X_instructions.json", tmp_path / "X_train.json"
+    source.write_text(json.dumps({"data": {"a": {"instruction": "Q", "answer": "A", "rel_ins_ids": []}}}))
+    monkeypatch.setattr("otter_hf.files.sync", fill)
+    assert main(["data", "make-train-config", str(source), "--output", str(output)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("otter-hf: No space left on device") and str(output) in told and told.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
