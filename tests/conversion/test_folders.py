@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from filelock import FileLock
 from otter_tiny import build_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA, MPT, TEXT_CONFIGS, assert_equal_tensors, logits, save_model, tensors_of
@@ -354,6 +355,35 @@ class TestDamage:
         del stored["model.perceiver.latents"]
         save_file(stored, folder / "model.safetensors")
         self.refuse(folder, tmp_path, "model.perceiver.latents is in none of")
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda tensor: tensor * float("nan"), "model.perceiver.latents holds values that are NaN or infinite"),
+            (
+                lambda tensor: tensor.to(torch.int64),
+                "model.perceiver.latents holds int64, where the model has floating",
+            ),
+        ],
+    )
+    def test_weights_of_no_use(self, folder, tmp_path, change, told):
+        tensors = tensors_of(folder)
+        tensors["model.perceiver.latents"] = change(tensors["model.perceiver.latents"])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        self.refuse(folder, tmp_path, told)
+
+    def test_a_dtype_too_small(self, folder, tmp_path):
+        tensors = tensors_of(folder)
+        tensors["model.perceiver.latents"] *= 1e6
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ConversionError, match="NaN or infinite in float16: the source is of no use, or --dtype"):
+            finish(plan_folder(folder), tmp_path / "output", dtype="float16")
+        finish(plan_folder(folder), tmp_path / "output", dtype="float16", allow=True)
+
+    def test_another_process_writes_the_same(self, folder, tmp_path):
+        with FileLock(tmp_path / ".output.lock"), pytest.raises(OSError, match="output is in use by another process"):
+            finish(plan_folder(folder), tmp_path / "output")
+        assert not (tmp_path / "output").exists()
 
     def test_2023_folder_without_tokenizer(self, folder, tmp_path):
         export_legacy(folder, tmp_path / "2023")

@@ -37,7 +37,7 @@ def _add_output(parser, run, *, verify: bool = True) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), help="of the result; by default as stored"
     )
-    parser.add_argument("--allow", action="store_true", help="convert even if a tensor remains unexplained")
+    parser.add_argument("--allow", action="store_true", help="convert even if a tensor is unexplained, or not finite")
     parser.add_argument(
         "--max-shard-size", type=number(float, above=0), default=5.0, help="of a weight file, in GB (default: 5)"
     )

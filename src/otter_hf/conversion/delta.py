@@ -86,7 +86,7 @@ def _combine(
         ]
     with output_folder(output) as folder:
         shutil.copytree(other_folder.path, folder, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"), dirs_exist_ok=True)
-        report.files = write_safetensors(folder, cast(result, dtype), max_shard_size)
+        report.files = write_safetensors(folder, cast(result, dtype), max_shard_size, allow=allow)
         report.save(folder)
     return report
 

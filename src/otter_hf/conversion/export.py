@@ -95,7 +95,7 @@ def export_legacy(
     report.tensors = {what: legacy_name(name, config) for what, name in report.tensors.items()}
     report.dtype = legacy_config["torch_dtype"] = dtype or stored
     with output_folder(output) as folder:
-        report.files = write_safetensors(folder, renamed, max_shard_size)
+        report.files = write_safetensors(folder, renamed, max_shard_size, allow=allow)
         (folder / "config.json").write_text(json.dumps(legacy_config, indent=2) + "\n")
         save_tokenizer_2023(processor.tokenizer, folder)
         report.save(folder)

@@ -69,7 +69,7 @@ def convert_fuyu(
     report.token_table = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in _TOKENS}
     stored = {_name_of_2023(name): tensor for name, tensor in cast(tensors, dtype).items()}
     with output_folder(output) as new_folder:
-        report.files = write_safetensors(new_folder, stored, max_shard_size)
+        report.files = write_safetensors(new_folder, stored, max_shard_size, allow=allow)
         config.save_pretrained(new_folder)
         end = processor.end_of_text_id
         GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(new_folder)

@@ -80,7 +80,7 @@ def finish(
     config.architectures = [model_class(config).__name__]
     report.token_table = token_table(config)
     with output_folder(output) as folder:
-        report.files = write_safetensors(folder, tensors, max_shard_size)
+        report.files = write_safetensors(folder, tensors, max_shard_size, allow=allow)
         config.save_pretrained(folder)
         generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -110,7 +110,8 @@ def finish_with_adapter(
         model = folder / "model"
         report = finish(job, model, **options)
         (model / "adapter").mkdir()
-        write_safetensors(model / "adapter", cast(adapter, options.get("dtype")), name="adapter_model")
+        factors, allow = cast(adapter, options.get("dtype")), options.get("allow", False)
+        write_safetensors(model / "adapter", factors, name="adapter_model", allow=allow)
         (model / "adapter" / "adapter_config.json").write_text(json.dumps(adapter_config, indent=2) + "\n")
         for path in list(model.iterdir()):
             path.rename(folder / path.name)

@@ -76,7 +76,7 @@ def plan_model(
         fill: for a tensor that no source has, a tensor and how it is made, or None.
 
     Raises:
-        ConversionError: if a tensor has a wrong shape.
+        ConversionError: if a tensor has a wrong shape, or integers where the model has floating-point numbers.
     """
     meta = build_meta_model(config)
     embedding = embedding_name(meta)
@@ -84,6 +84,7 @@ def plan_model(
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
         report.notes.append("the stored output layer differs from the embeddings, so the two are not tied")
     wanted = {name: tuple(tensor.shape) for name, tensor in meta.state_dict().items()}
+    floating = {name for name, tensor in meta.state_dict().items() if tensor.dtype.is_floating_point}
     if config.tie_word_embeddings:
         del wanted[HEAD]
 
@@ -106,6 +107,11 @@ def plan_model(
             elif target not in wanted:
                 report.unexplained.append(f"{what} has no place in the result")
             else:
+                if tensor.dtype.is_floating_point != (target in floating):
+                    raise ConversionError(
+                        f"{what} holds {str(tensor.dtype).removeprefix('torch.')}, where the model has "
+                        f"{'floating-point numbers' if target in floating else 'integers'} ({target})."
+                    )
                 resizable = source.resize and target in (embedding, HEAD)
                 planned[target] = _fit(what, target, tensor, wanted[target], resizable, report)
                 origin[target] = source.label

@@ -28,6 +28,7 @@ SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_LFS = b"version https://git-lfs.github.com/spec/"
 # keys under which training scripts wrap a state dict
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 
@@ -65,6 +66,7 @@ def open_checkpoint(path: str | Path) -> dict[str, LazyTensor]:
         ConversionError: if something is missing, damaged, or holds more than tensors.
     """
     path = Path(path)
+    refuse_lfs_pointers(path)
     if path.is_dir():
         tensors = {}
         for file in weight_files(path):
@@ -84,7 +86,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     for filename in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{filename}.index.json"
         if index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            files = [folder / name for name in sorted(_shard_names(index))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise ConversionError(f"{folder} lacks {missing[0]}, which its {index.name} lists.")
@@ -96,25 +98,91 @@ def weight_files(folder: str | Path) -> list[Path]:
     )
 
 
+def _shard_names(index: Path) -> set[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        strange = next((name for name in names if Path(name).name != name), None)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(f"{index} is damaged: it names no weight files; copy it again.") from error
+    if strange is not None:
+        raise ConversionError(f"{index} names {strange!r}, which is no file beside it.")
+    return names
+
+
+def check_weights(folder: str | Path) -> None:
+    """
+    Raise ConversionError if a local model folder holds damaged weights or index, or pointers in the place of files.
+
+    Of safetensors the header and the size are read, so that it takes no time; a folder of an adapter may have no other
+    weights.
+    """
+    folder = Path(folder)
+    refuse_lfs_pointers(folder)
+    adapter = folder / "adapter_model.safetensors"
+    names = ("model.safetensors", "pytorch_model.bin")
+    has_weights = any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
+    for path in [*(weight_files(folder) if has_weights else ()), *((adapter,) if adapter.is_file() else ())]:
+        if path.suffix == ".safetensors":
+            _open_safetensors(path)
+        elif not path.stat().st_size:
+            raise ConversionError(f"{path} is empty: copy it again.")
+
+
+def refuse_lfs_pointers(path: str | Path) -> None:
+    """Raise ConversionError for a file, or a file in a folder, of which git has fetched the pointer only."""
+    path = Path(path)
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file() and file.stat().st_size < 1024:
+            with file.open("rb") as opened:
+                if opened.read(len(_LFS)) == _LFS:
+                    raise ConversionError(
+                        f"{file} is a pointer of Git LFS, not the file: run `git lfs pull` there, or `hf download`."
+                    )
+
+
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    size = path.stat().st_size
     try:
         with path.open("rb") as file:
             header_size = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(header_size))
+            header = json.loads(file.read(min(header_size, size)))
         header.pop("__metadata__", None)
-        expected = 8 + header_size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (struct.error, ValueError, OverflowError, MemoryError) as error:
-        raise ConversionError(f"{path} is damaged: its safetensors header cannot be read.") from error
-    if path.stat().st_size != expected:
+        entries = {name: _entry(name, entry) for name, entry in header.items()}
+    except ConversionError as error:
+        raise ConversionError(f"{path} is damaged: {error}") from error
+    except (struct.error, ValueError, AttributeError, RecursionError) as error:
+        raise ConversionError(f"{path} is damaged: its safetensors header cannot be read; copy it again.") from error
+    # one behind the other, without gap or overlap, as the format has it
+    end = 0
+    for name, (_, _, start, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if start != end:
+            raise ConversionError(f"{path} is damaged: the bytes of {name} overlap others or leave a gap.")
+        end = stop
+    expected = 8 + header_size + end
+    if size != expected:
         raise ConversionError(
-            f"{path} is damaged: it has {path.stat().st_size} bytes where its header says {expected}; copy it again."
+            f"{path} is damaged: it has {size} bytes where its header says {expected}; copy it again."
         )
-    tensors = {}
-    for name, entry in header.items():
-        start = 8 + header_size + entry["data_offsets"][0]
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-        tensors[name] = LazyTensor(shape, dtype, _reader(path, start, dtype, math.prod(shape), shape))
-    return tensors
+    return {
+        name: LazyTensor(shape, dtype, _reader(path, 8 + header_size + start, dtype, math.prod(shape), shape))
+        for name, (dtype, shape, start, _) in entries.items()
+    }
+
+
+def _entry(name: str, entry: dict) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """dtype, shape, first byte and the one behind the last, of a tensor in a safetensors header."""
+    try:
+        kind, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"its header does not say where {name} is; copy it again.") from error
+    if kind not in SAFETENSORS_DTYPES:
+        raise ConversionError(f"{name} has dtype {kind!r}, which is none of {', '.join(SAFETENSORS_DTYPES)}.")
+    dtype, numbers = SAFETENSORS_DTYPES[kind], (*shape, start, stop)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ConversionError(f"{name} has shape {list(shape)} at bytes {start} to {stop}; copy it again.")
+    if stop - start != math.prod(shape) * dtype.itemsize:
+        raise ConversionError(f"{name} has {stop - start} bytes, which shape {list(shape)} in {kind} has not.")
+    return dtype, shape, start, stop
 
 
 def _open_torch(path: Path) -> dict[str, LazyTensor]:
@@ -127,10 +195,14 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
             f"{path} holds pickled objects other than tensors, which could run code, and is not opened; ask its "
             "author for a file of plain tensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever its bytes make of the reader
         raise ConversionError(f"{path} is damaged or is no file of torch.save; copy it again.") from error
+    opened: list = []
     while isinstance(content, dict) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
+        opened.append(content)
         content = content[wrapper]
+        if any(content is outer for outer in opened):
+            raise ConversionError(f"{path} is not a state dict: its {wrapper!r} contains itself.")
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ConversionError(f"{path} is not a state dict: it holds values that are no tensors.")
     return {name: _lazy_fake_tensor(path, tensor) for name, tensor in content.items()}

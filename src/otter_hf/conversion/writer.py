@@ -34,16 +34,26 @@ def output_folder(path: str | Path):
 
 
 def write_safetensors(
-    folder: Path, tensors: dict[str, LazyTensor], max_shard_size: int = 5 * 10**9, name: str = "model"
+    folder: Path,
+    tensors: dict[str, LazyTensor],
+    max_shard_size: int = 5 * 10**9,
+    name: str = "model",
+    *,
+    allow: bool = False,
 ) -> list[dict]:
     """
     Write tensors as `{name}.safetensors`, or as shards with an index. At most one tensor is in memory at a time.
 
     Args:
         max_shard_size: in bytes; a single larger tensor gets a shard of its own.
+        allow: whether tensors may hold numbers that are not finite.
 
     Returns:
         for each file its `file` name, `bytes` and `sha256`.
+
+    Raises:
+        ConversionError: naming a tensor with NaN or infinite values, as of a training that diverged or a dtype that
+            is too small.
     """
     shards, size = [[]], 0
     for key, tensor in tensors.items():
@@ -54,11 +64,11 @@ def write_safetensors(
         shards[-1].append(key)
         size += num_bytes
     if len(shards) == 1:
-        return [_write_file(folder / f"{name}.safetensors", tensors)]
+        return [_write_file(folder / f"{name}.safetensors", tensors, allow)]
     files, weight_map = [], {}
     for number, keys in enumerate(shards, 1):
         file = folder / f"{name}-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.append(_write_file(file, {key: tensors[key] for key in keys}))
+        files.append(_write_file(file, {key: tensors[key] for key in keys}, allow))
         weight_map |= dict.fromkeys(keys, file.name)
     total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -66,7 +76,7 @@ def write_safetensors(
     return files
 
 
-def _write_file(path: Path, tensors: dict[str, LazyTensor]) -> dict:
+def _write_file(path: Path, tensors: dict[str, LazyTensor], allow: bool) -> dict:
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for key, tensor in tensors.items():
         end = offset + math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -83,6 +93,11 @@ def _write_file(path: Path, tensors: dict[str, LazyTensor]) -> dict:
             value = tensor.load()
             if tuple(value.shape) != tensor.shape or value.dtype != tensor.dtype:
                 raise RuntimeError(f"{key} came out as {value.dtype} {tuple(value.shape)}, planned as {tensor}.")
+            if not allow and value.is_floating_point() and not value.isfinite().all():
+                raise ConversionError(
+                    f"{key} holds values that are NaN or infinite in {str(value.dtype).removeprefix('torch.')}: the "
+                    "source is of no use, or --dtype too small for it; --allow writes it nevertheless."
+                )
             chunk = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
             digest.update(chunk)
             file.write(chunk)

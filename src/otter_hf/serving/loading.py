@@ -1,13 +1,16 @@
 """Where folders and repositories of models are read, for chat, server, evaluation and training alike."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 import otter_hf  # noqa: F401  registers the families
 
+from ..conversion.tensors import check_weights, refuse_lfs_pointers
 from ..data.prompts import FORMATS
 from ..data.prompts import chat_template as format_chat_template
 from ..model_names import check_model_name, split_revision
@@ -70,10 +73,43 @@ def load_model(
 
 
 def read_model(name: str, tokenizer: str | None = None, **options) -> PreTrainedModel:
-    """A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors."""
+    """
+    A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors.
+
+    Raises:
+        ValueError: if its weights are damaged, or not all there: `from_pretrained` would fill them up at random.
+    """
     path, revision = _locate(name, weights=True)
     options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
-    return AutoModelForImageTextToText.from_pretrained(path, revision=revision, **options)
+    try:
+        model, told = AutoModelForImageTextToText.from_pretrained(
+            path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"The weights of {name} are damaged ({error}): fetch them again.") from error
+    refuse_incomplete(name, told)
+    return model
+
+
+def refuse_incomplete(name: str, told: dict) -> None:
+    """Raise ValueError, with names, if the `output_loading_info` of `from_pretrained` tells of weights made up."""
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(
+            f"{name} lacks {_some(missing)}, which would be random numbers: its weights are not all there or are of "
+            "another model; fetch or convert it again."
+        )
+    if mismatched := sorted(told["mismatched_keys"]):
+        shapes = [f"{key} as {list(stored)} for {list(wanted)}" for key, stored, wanted in mismatched]
+        raise ValueError(
+            f"{name} holds {_some(shapes)}, which would be random numbers: weights and config.json do not belong "
+            "together."
+        )
+
+
+def _some(names: list[str]) -> str:
+    """Up to three of the names, and how many there are more."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def read_config(name: str, tokenizer: str | None = None) -> PreTrainedConfig:
@@ -150,6 +186,9 @@ def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:
 
 
 def _locate(name: str, weights: bool = False) -> tuple[str, str]:
-    """Path and revision of `path` or `path@revision`. ValueError unless that is a model."""
+    """Path and revision of `path` or `path@revision`. ValueError unless it is a model, and a folder whole."""
     check_model_name(name, weights=weights)
-    return split_revision(name)
+    path, revision = split_revision(name)
+    if Path(path).is_dir():
+        check_weights(path) if weights else refuse_lfs_pointers(path)
+    return path, revision

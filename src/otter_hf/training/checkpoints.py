@@ -22,11 +22,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..files import claim, disk_full_told, move, remove, sync
+from ..serving.loading import read_model
 from .arguments import TrainingArguments
 from .manifest import MANIFEST, damage_of, write_manifest
 from .run_record import RunRecord, read_run
@@ -364,7 +365,7 @@ def load_trainable(folder: str | Path, base: str | Path | None = None, **kwargs)
         if Path(base).is_absolute() and not Path(base).is_dir():
             raise ValueError(f"{folder} was trained on {base}, which is gone: say where that model is with base=.")
     config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForImageTextToText.from_pretrained(base, config=config, **kwargs)
+    model = read_model(str(base), config=config, **kwargs)
     read_trainable(model, folder)
     return model
 
