@@ -96,8 +96,9 @@ with files.claim(sys.argv[2], "here"):
 def test_a_claim(tmp_path):
     """It names its owner, may be nested, and goes when its owner is killed, though a child of it lives on."""
     lock = tmp_path / "folder" / ".lock"
-    with claim(lock, "here"), claim(lock, "here"):
+    with claim(lock, "here", nested=True), claim(lock, "here", nested=True):
         assert lock.exists()
+        assert "here is in use by process" in claim_error(lock)
         refused = []
         thread = threading.Thread(target=lambda: refused.append(claim_error(lock)))
         thread.start()

@@ -136,22 +136,23 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 @contextlib.contextmanager
-def claim(lock: str | Path, what: str) -> Iterator[None]:
+def claim(lock: str | Path, what: str | Path, *, nested: bool = False) -> Iterator[None]:
     """
-    Makes this process the only one at a place until the block ends; within the thread that has it, it may be nested.
+    Makes this block the only one at a place, on all that share its file system, until it ends.
 
     The operating system gives it back when its owner ends, however that comes about.
 
     Args:
         lock: a file for it, deleted at the end, which names the owner.
         what: the place, as the error calls it.
+        nested: whether the thread that has it may claim it again.
 
     Raises:
-        OSError: if another process is there, with its number, its host and the time since when.
+        OSError: if another one is there, with its process, its host and the time since when.
     """
     lock = Path(lock)
     lock.parent.mkdir(parents=True, exist_ok=True)
-    taken = FileLock(lock, is_singleton=True)
+    taken = FileLock(lock, is_singleton=nested)
     is_first = not taken.is_locked
     try:
         try:

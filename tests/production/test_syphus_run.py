@@ -216,7 +216,7 @@ def test_a_run_does_not_need_its_annotations(make_run, tmp_path):
 
 def test_one_process_at_a_time(make_run):
     run = make_run(2)
-    with run.writing(), pytest.raises(OSError, match="Another process is at the run in"):
+    with run.writing(), pytest.raises(OSError, match="The run in .* is in use by process"):
         ask(run, Model())
 
 

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +216,33 @@ def test_sigterm(files, unbroken):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     main(arguments)
     assert_same_training(files / "stopped", unbroken)
+
+
+def test_sigterm_to_data_workers(files):
+    """It often goes to all processes of a job; workers that it ended would take the training with them."""
+    trainer_process = os.getpid()
+
+    def shoot(sample, generator):
+        if os.getpid() != trainer_process:
+            signal.raise_signal(signal.SIGTERM)
+        return sample
+
+    settings = {"dataloader_num_workers": 2, "eval_mixture": str(files / "eval.yaml"), "eval_strategy": "epoch"}
+    main(command(files, "with_workers", **settings), transform=shoot)
+    assert len(losses(files / "with_workers")) == 4
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["train", "pretrain", "torchrun", "torchrun-pretrain", "accelerate"])
+def test_sigterm_to_the_process_group(tmp_path, monkeypatch, kind):
+    """A few of what `tests/drills/sigterm.py` does."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "drills"))
+    import sigterm
+
+    sigterm.prepare(tmp_path)
+    results = sigterm.run(tmp_path, kind, 2)
+    assert not [result for result in results if result["faults"]], results
 
 
 def test_a_training_that_fails_gives_sigterm_back(files):

@@ -150,7 +150,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         entries = {name: _entry(name, entry) for name, entry in header.items()}
     except ConversionError as error:
         raise ConversionError(f"{path} is damaged: {error}") from error
-    except (struct.error, ValueError, AttributeError, RecursionError) as error:
+    except (struct.error, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{path} is damaged: its safetensors header cannot be read; copy it again.") from error
     # one behind the other, without gap or overlap, as the format has it
     end = 0

@@ -102,7 +102,8 @@ def claim_output(training_args: TrainingArguments):
     """
     if training_args.process_index > 0:
         return contextlib.nullcontext()
-    return claim(Path(training_args.output_dir) / ".lock", training_args.output_dir)
+    # by the run, and by its trainer
+    return claim(Path(training_args.output_dir) / ".lock", training_args.output_dir, nested=True)
 
 
 def resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord, str | None, bool]:
