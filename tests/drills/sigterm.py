@@ -121,7 +121,7 @@ def drill(folder: Path, kind: str, output: Path, wait: float) -> dict:
     deadline = time.monotonic() + 30
     while alive := members(process.pid):
         if time.monotonic() > deadline:
-            faults.append(f"{len(alive)} processes live on")
+            faults.append(f"live on: {[describe(number) for number in alive]}")
             os.killpg(process.pid, signal.SIGKILL)
             break
         time.sleep(0.1)
@@ -135,6 +135,16 @@ def alone(module: str, arguments: list[str], log: Path) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     importlib.import_module(module).main(arguments)
+
+
+def describe(process: int) -> str:
+    """Command, state and where in the kernel a process waits."""
+    try:
+        folder = Path("/proc", str(process))
+        parts = [(folder / name).read_text().replace("\0", " ").strip() for name in ("cmdline", "stat", "wchan")]
+        return f"{parts[0][:80]} | {' '.join(parts[1].rpartition(')')[2].split()[:3])} | {parts[2]}"
+    except OSError as error:
+        return str(error)
 
 
 def members(group: int) -> list[int]:

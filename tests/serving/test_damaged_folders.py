@@ -55,9 +55,9 @@ def escape(folder):
         (lambda folder: cut(folder, 0), "model.safetensors is damaged: its safetensors header cannot be read"),
         (
             lambda folder: (folder / "model.safetensors").write_text(POINTER),
-            "model.safetensors is a pointer of Git LFS, not the file: run `git lfs pull`",
+            "model.safetensors is a Git LFS pointer, not the file itself: download it with git lfs pull",
         ),
-        (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "tokenizer.json is a pointer of Git LFS"),
+        (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "tokenizer.json is a Git LFS pointer"),
         (escape, "index.json names '../other.safetensors', which is no file beside it"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
@@ -128,7 +128,7 @@ def test_other_checkpoints_that_are_none(tmp_path):
     with pytest.raises(ConversionError, match="cyclic.pt is not a state dict: its 'model' contains itself"):
         open_checkpoint(tmp_path / "cyclic.pt")
     (tmp_path / "pointer.pt").write_text(POINTER)
-    with pytest.raises(ConversionError, match="pointer.pt is a pointer of Git LFS"):
+    with pytest.raises(ConversionError, match="pointer.pt is a Git LFS pointer"):
         open_checkpoint(tmp_path / "pointer.pt")
     torch.save({"x": torch.ones(1000)}, tmp_path / "cut.pt")
     data = (tmp_path / "cut.pt").read_bytes()

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..reading import refuse_lfs_pointer
+
 
 class ConversionError(ValueError):
     """A source that cannot be converted; the message is one sentence for the user."""
@@ -28,7 +30,6 @@ SAFETENSORS_DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_LFS = b"version https://git-lfs.github.com/spec/"
 # keys under which training scripts wrap a state dict
 _WRAPPERS = ("model_state_dict", "state_dict", "model")
 
@@ -131,13 +132,11 @@ def check_weights(folder: str | Path) -> None:
 def refuse_lfs_pointers(path: str | Path) -> None:
     """Raise ConversionError for a file, or a file in a folder, of which git has fetched the pointer only."""
     path = Path(path)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.is_file() and file.stat().st_size < 1024:
-            with file.open("rb") as opened:
-                if opened.read(len(_LFS)) == _LFS:
-                    raise ConversionError(
-                        f"{file} is a pointer of Git LFS, not the file: run `git lfs pull` there, or `hf download`."
-                    )
+    try:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            refuse_lfs_pointer(file)
+    except ValueError as error:
+        raise ConversionError(str(error)) from None
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
