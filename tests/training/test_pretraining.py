@@ -14,7 +14,9 @@ from transformers import AutoModelForImageTextToText
 
 from otter_hf.data.pretraining import PretrainingSet, PretrainingStream
 from otter_hf.training.arguments import TrainingArguments
+from otter_hf.training.manifest import write_manifest
 from otter_hf.training.pretraining import PretrainingTrainer
+from otter_hf.training.manifest import write_manifest
 from otter_hf.training.pretraining import run as main
 
 
@@ -149,7 +151,8 @@ def test_checkpoint_of_other_processes_is_refused(files):
     checkpoint = files / "out" / "checkpoint-1"
     with pytest.raises(ValueError, match="saved with num_workers 0, now it is 1"):
         main(command(files, *flags, "--resume_from_checkpoint", str(checkpoint), workers=1))
-    (checkpoint / "pretraining_stream_0.json").unlink()
+    (checkpoint / "pretraining_stream_0.json").rename(checkpoint / "pretraining_stream_5.json")
+    write_manifest(checkpoint)
     with pytest.raises(ValueError, match="written by another number of processes"):
         main(command(files, *flags, "--resume_from_checkpoint", str(checkpoint)))
     main(command(files, *flags, "--resume_from_checkpoint", str(checkpoint), "--ignore_data_skip", "True"))
