@@ -16,7 +16,6 @@ from otter_hf.data.pretraining import PretrainingSet, PretrainingStream
 from otter_hf.training.arguments import TrainingArguments
 from otter_hf.training.manifest import write_manifest
 from otter_hf.training.pretraining import PretrainingTrainer
-from otter_hf.training.manifest import write_manifest
 from otter_hf.training.pretraining import run as main
 
 
