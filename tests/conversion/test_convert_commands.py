@@ -30,7 +30,8 @@ def test_dtype_and_export(tmp_path, capsys):
     command = ["convert", "dtype", "--source", tmp_path / "model", "--dtype", "bfloat16"]
     assert run(convert, *command, "--output", tmp_path / "half", "--verify") == 0
     printed = capsys.readouterr().out
-    assert "0 unexplained; dtype bfloat16" in printed and "verified" in printed
+    assert "0 unexplained; dtype bfloat16" in printed and "verified: the folder was loaded" in printed
+    assert "the most likely token is the same at" in printed
     stored = load_file(tmp_path / "half" / "model.safetensors")
     assert all(torch.equal(tensor, model.state_dict()[name].bfloat16()) for name, tensor in stored.items())
     command = ["convert", "export-legacy", "--source", tmp_path / "half", "--output", tmp_path / "2023"]

@@ -160,5 +160,6 @@ def test_show_and_stats_commands(tmp_path, mixture, tiny_processor, capsys):
     assert "{yes<|endofchunk|></s>}" in capsys.readouterr().out
     assert main(["data", "stats", str(mixture), "--tokenizer", str(tmp_path / "model"), "--png", str(png)]) == 0
     out = capsys.readouterr().out
-    assert "IMAGE_TEXT_IN_CONTEXT" in out and "turns      1    2       2    2    2" in out
+    assert "IMAGE_TEXT_IN_CONTEXT" in out and "turns (of a sample)      1    2       2    2    2" in out
+    assert "length (tokens of a sample's text)" in out and "width (of a picture, pixels)" in out
     assert Image.open(png).format == "PNG"

@@ -10,6 +10,7 @@ from otter_hf.data.formats import write_mimicit
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MixtureEntry
 from otter_hf.data.validate import check_mixture
+from otter_hf.training.fields import DataArguments
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +83,14 @@ def test_over_long_examples(tmp_path, dataset, tiny_processor):
         assert (found and found.ids) == ids
     with pytest.raises(ValueError, match="max_length=5 needs a tokenizer"):
         check_mixture(mixture(tmp_path), max_length=5)
+
+
+def test_an_over_long_answer_is_seen_without_a_tokenizer(tmp_path, dataset):
+    records = {"r1": {**RECORDS["r1"], "answer": "so " * 3000}, "r2": RECORDS["r2"]}
+    write(tmp_path / "X_instructions.json", {"data": records})
+    found = rules(check_mixture(mixture(tmp_path)), "warning")["over-long"]
+    assert "words, and training keeps 2048 tokens unless max_length says otherwise" in found.message
+    assert DataArguments.max_length == 2048
 
 
 def test_turned_and_deep_pictures_are_noted(tmp_path, dataset):

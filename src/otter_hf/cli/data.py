@@ -89,7 +89,7 @@ def _run_show(args) -> None:
     from ..data.preview import contact_sheet, describe_sample, prompt_of
 
     if args.processor:
-        check_model_name(args.processor, "--processor")
+        check_model_name(args.processor, "--processor", config=False)
     mixture = MimicitMixture(args.mixture, populate_rel_ins=args.populate_rel_ins, cache_dir=args.cache_dir)
     if not 0 <= args.index < len(mixture):
         raise ValueError(f"sample {args.index} does not exist: the mixture has {len(mixture)}, counted from 0.")
@@ -129,7 +129,7 @@ def _run_stats(args) -> None:
     mixture = MimicitMixture(args.mixture, on_error="skip", cache_dir=args.cache_dir)
     print(mixture.summary())
     values = mixture_statistics(mixture, tokenizer, args.limit)
-    print(statistics_table(values))
+    print(statistics_table(values, in_tokens=tokenizer is not None))
     if mixture.skipped:
         print("skipped: " + ", ".join(f"{count} {reason}" for reason, count in mixture.skipped.items()))
     if args.png:

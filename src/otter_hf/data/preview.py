@@ -82,6 +82,15 @@ def contact_sheet(sample: Sample) -> Image.Image:
     return sheet
 
 
+_UNITS = {
+    "turns": "of a sample",
+    "media": "of a sample",
+    "frames": "of a sample",
+    "width": "of a picture, pixels",
+    "height": "of a picture, pixels",
+}
+
+
 def mixture_statistics(mixture: MimicitMixture, tokenizer: Any = None, limit: int | None = 1000) -> dict[str, list]:
     """Lengths and sizes of the first `limit` samples of a mixture.
 
@@ -102,13 +111,18 @@ def mixture_statistics(mixture: MimicitMixture, tokenizer: Any = None, limit: in
     return values
 
 
-def statistics_table(values: Mapping[str, Sequence[int]]) -> str:
-    """Number, least, median, 95th percentile and largest of each list, as a table."""
+def statistics_table(values: Mapping[str, Sequence[int]], in_tokens: bool = False) -> str:
+    """
+    Number, least, median, 95th percentile and largest of each list of `mixture_statistics`, as a table with units;
+    `in_tokens` says that it had a tokenizer.
+    """
+    units = _UNITS | {"length": "tokens of a sample's text" if in_tokens else "characters of a sample's text"}
     lines = [("", "count", "min", "median", "p95", "max")]
     for key, numbers in values.items():
         ordered = sorted(numbers)
         if ordered:
             p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+            key = f"{key} ({units[key]})" if key in units else key
             lines.append((key, *map(str, (len(ordered), ordered[0], median(ordered), p95, ordered[-1]))))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

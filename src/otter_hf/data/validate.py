@@ -117,6 +117,10 @@ class ValidationReport:
         return "\n".join(text)
 
 
+# of training, where nothing else is said
+_MAX_LENGTH = 2048
+
+
 def check_mixture(
     mixture: str | Path | Sequence[MixtureEntry],
     *,
@@ -144,7 +148,8 @@ def check_mixture(
         num_threads: threads that decode; default: one per processor.
         cache_dir: where the index files of image stores are kept.
         tokenizer: a transformers tokenizer, to count with for `max_length`.
-        max_length: of an example in tokens, context included and pictures not; without, none is too long.
+        max_length: of an example in tokens, context included and pictures not; without a tokenizer, examples are
+            told that have more words than training keeps tokens by default.
         max_image_pixels: as for `SampleOptions`.
 
     Raises:
@@ -239,8 +244,7 @@ class _DatasetCheck:
             self.related[id] = self._id_list(id, record, "rel_ins_ids")
             self._check_places(id, record)
             self._check_marks(id, record)
-            if self.max_length is not None:
-                self.lengths[id] = self._length_of(record)
+            self.lengths[id] = self._length_of(record)
             content = repr((record.get("instruction"), record.get("answer"), self.images[id], self.related[id]))
             digest = blake2b(content.encode("utf-8", "replace"), digest_size=8).digest()
             if digest in seen:
@@ -269,6 +273,8 @@ class _DatasetCheck:
 
     def _length_of(self, record: dict[str, Any]) -> int:
         texts = [str(record.get(key) or "") for key in ("instruction", "answer")]
+        if self.max_length is None:
+            return sum(len(text.split()) for text in texts)  # no token holds two words
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return sum(map(len, ids))
 
@@ -314,11 +320,16 @@ class _DatasetCheck:
                 elif self.images[other] != self.images.get(id):
                     message = f"example {id!r} has {other!r} as context, which is about other images"
                     self._add("warning", "context about other images", message, id)
-            if self.max_length is not None:
-                length = sum(self.lengths.get(other, 0) for other in (*(context if in_use else ()), id))
-                if length > self.max_length:
-                    message = f"the texts of example {id!r} have {length} tokens, more than {self.max_length}"
-                    self._add("warning", "over-long", message, id)
+            length = sum(self.lengths.get(other, 0) for other in (*(context if in_use else ()), id))
+            if self.max_length is not None and length > self.max_length:
+                message = f"the texts of example {id!r} have {length} tokens, more than {self.max_length}"
+                self._add("warning", "over-long", message, id)
+            elif self.max_length is None and length > _MAX_LENGTH:
+                message = (
+                    f"the texts of example {id!r} have {length} words, and training keeps {_MAX_LENGTH} tokens unless "
+                    "max_length says otherwise; --tokenizer and --max-length count exactly"
+                )
+                self._add("warning", "over-long", message, id)
         unused = sum(map(bool, self.related.values()))
         if unused and not in_use and self.entry.task_group in (IMAGE_TEXT, TEXT_ONLY):
             message = (
