@@ -61,7 +61,7 @@ _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _PROGRAMS = ("EPS",)
 # half of one of 255 steps: what rounds to a level is one, so that resized floats may overshoot a little
 _TOLERANCE = 0.5 / 255
-# of the longer to the shorter side; Qwen2-VL has the same limit
+# of the longer to the shorter side; beyond it OtterHD's pictures shrink to a line. Qwen2-VL has the same limit
 MAX_ASPECT_RATIO = 200
 _pillow_settings = threading.Lock()
 
@@ -272,7 +272,7 @@ def check_size(width: int, height: int, name: str, max_pixels: float | None = No
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageTooLarge(
-            f"{name} is too long and narrow ({width} x {height} pixels, at most {MAX_ASPECT_RATIO} to 1): cut it."
+            f"{name} of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide: crop it."
         )
 
 

@@ -17,10 +17,6 @@ from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImagesKwargs
 from ...pictures import read_image
 
 
-# beyond this an image shrinks to a line; 2023 failed on most of them in the middle of Pillow
-MAX_ASPECT_RATIO = 200
-
-
 class OtterHDImagesKwargs(FuyuImagesKwargs, total=False):
     r"""
     resolution (`int` or `tuple[int, int]`, *optional*):
@@ -98,19 +94,13 @@ class OtterHDImageProcessor(FuyuImageProcessorPil):
         name = f"Image {index}"
         if not do_convert_rgb and isinstance(image, Image.Image) and image.mode != "RGB":
             raise ValueError(f"{name} has mode {image.mode}, not RGB: set do_convert_rgb=True.")
-        image = read_image(
+        return read_image(
             image,
             name,
             legacy=legacy_pictures,
             rescaled=do_rescale is False,
             input_data_format=input_data_format,
         )
-        width, height = image.size
-        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-            raise ValueError(
-                f"{name} of {width} x {height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide: crop it."
-            )
-        return image
 
     def target_size(
         self,
