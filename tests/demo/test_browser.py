@@ -71,14 +71,22 @@ class Page:
         files = [
             element for element in self.all("input[type=file]") if "image" in (element.get_attribute("accept") or "")
         ]
+        self.driver.execute_script("arguments[0].value = ''", files[-1])  # the browser's driver adds to it
         files[-1].send_keys(str(path))
         self.one(".thumbnails img, .thumbnail-item")
+
+    def rest(self):
+        """Wait until the page can be asked: its arrow is there, and the button that stops is not."""
+        wait_until(lambda: self.all("button.submit-button") and not self.all("button.stop-button"), 60)
 
     def say(self, text):
         box = self.one("textarea[data-testid=textbox]")
         box.clear()
         box.send_keys(text)
-        self.click("button[aria-label=Submit]")
+        self.click("button.submit-button")
+
+    def box(self):
+        return self.one("textarea[data-testid=textbox]").get_attribute("value")
 
     def shot(self, name):
         self.driver.save_screenshot(str(self.folder / f"{name}.png"))
@@ -86,16 +94,17 @@ class Page:
 
 @pytest.fixture
 def page(server, browser, tmp_path):
-    from otter_hf.demo.page import EXAMPLES, THEME, build_page
+    from otter_hf.demo.page import CSS, EXAMPLES, THEME, build_page
 
     slow_down(server.model_of(), 0.05)
     blocks = build_page(server.client(), tmp_path / "flags")
-    _, url, _ = blocks.launch(theme=THEME, prevent_thread_lock=True, quiet=True, footer_links=[])
+    _, url, _ = blocks.launch(theme=THEME, css=CSS, prevent_thread_lock=True, quiet=True, footer_links=[])
     browser.get(url)
     page = Page(browser, tmp_path)
     page.examples = EXAMPLES
     page.one("textarea[data-testid=textbox]")
     yield page
+    page.shot("end")  # what there was if the test has failed
     blocks.close()
 
 
@@ -133,14 +142,20 @@ def test_a_visit(page, server, tmp_path):
     wait_until(lambda: not page.answers())
 
 
+def choose_example(page, label):
+    page.one("button.example")
+    page.driver.execute_script(
+        "[...document.querySelectorAll('button.example')].find(e => e.innerText.trim() == arguments[0]).click()", label
+    )
+
+
 def test_examples_fill_the_boxes(page, server):
     answer_briefly(server)
-    labels = [button.text for button in page.all("button.gallery-item")]
-    number = labels.index("A picture after two worked examples")
-    page.driver.execute_script("arguments[0].click()", page.all("button.gallery-item")[number])
-    wait_until(lambda: page.one("textarea[data-testid=textbox]").get_attribute("value") == "What shape is it?")
-    page.click("button.label-wrap")  # parameters
-    page.driver.execute_script("arguments[0].click()", page.all("button.label-wrap")[0])  # worked examples
+    assert len(page.all("button.example img, button.example video")) == 5  # their thumbnails
+    choose_example(page, "A picture after two worked examples")
+    wait_until(lambda: page.box() == "What shape is it?")
+    for button in page.all("button.label-wrap"):  # parameters and worked examples
+        page.driver.execute_script("arguments[0].click()", button)
     wait_until(lambda: any(box.get_attribute("value") == "A green triangle." for box in page.all("textarea, input")))
     page.shot("4_worked_examples")
     page.click("button[aria-label=Submit]")
@@ -148,30 +163,88 @@ def test_examples_fill_the_boxes(page, server):
     page.shot("5_answered")
 
 
-def test_a_narrow_screen(page, server):
+def test_a_narrow_dark_screen(page, server):
     """Nothing sticks out of a telephone's screen, and everything can be reached."""
     answer_briefly(server)
     page.driver.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": NARROW[0], "height": NARROW[1], "deviceScaleFactor": 2, "mobile": True},
     )
+    page.driver.get(page.driver.current_url + "?__theme=dark")
+    page.one("button.example")
+    time.sleep(0.5)
+    page.shot("6_narrow_empty")
     page.attach(page.examples / "square.png")
     page.say("what is in the picture?")
     wait_until(lambda: page.last_answer() and server.gate.admitted == 0, 60)
+    page.shot("7_narrow_answered")
     for button in page.all("button.label-wrap"):
         page.driver.execute_script("arguments[0].click()", button)
     time.sleep(0.5)
-    page.shot("6_narrow")
+    page.shot("8_narrow_open")
     width = page.driver.execute_script("return document.documentElement.scrollWidth")
     assert width <= NARROW[0]
     box = page.one("textarea[data-testid=textbox]").rect
     assert 0 <= box["x"] and box["x"] + box["width"] <= NARROW[0] and box["width"] > 150
 
 
-def test_a_refusal_is_shown(page, tmp_path):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
-    page.attach(bad)
-    page.say("what?")
-    wait_until(lambda: any("cannot be read as an image" in toast.text for toast in page.all(".toast-body")), 30)
-    page.shot("7_refused")
+def test_the_page_goes_on_after_errors(page, server, tmp_path):
+    answer_briefly(server)
+    for number, name in enumerate(("bad.png", "bad.mp4")):
+        (tmp_path / name).write_bytes(b"nothing")
+        page.attach(tmp_path / name)
+        page.say("what?")
+        wait_until(lambda number=number: len(page.answers()) > number, 60)
+        wait_until(lambda name=name: f"{name} cannot be read" in page.last_answer(), 60)
+        page.rest()
+    page.shot("9_refused")
+    assert not [button for button in page.all("button[aria-label=Share]") if button.is_displayed()]
+    # a picture of a worked example, which Gradio itself reads
+    page.driver.execute_script("arguments[0].click()", page.all("button.label-wrap")[0])
+    page.one("input[type=file][data-testid=file-upload]")
+    page.all("input[type=file][data-testid=file-upload]")[0].send_keys(str(tmp_path / "bad.png"))
+    wait_until(lambda: any("cannot be read as a picture" in toast.text for toast in page.all(".toast-body")))
+    page.shot("10_toast")
+    page.say("and now?")
+    wait_until(lambda: len(page.answers()) == 3 and "No answer" not in page.last_answer() and page.last_answer(), 60)
+    page.shot("11_goes_on")
+
+
+def test_again_edited_and_taken_back_with_a_picture(page, server, monkeypatch):
+    from otter_hf.demo import page as module
+
+    answer_briefly(server)
+    asked = []
+    to_messages = module.to_messages
+
+    def listen(*arguments):
+        messages = to_messages(*arguments)
+        asked.append([[*(part["type"] for part in m["content"]), m["content"][-1].get("text")] for m in messages])
+        return messages
+
+    monkeypatch.setattr(module, "to_messages", listen)
+
+    def wait_for(number):
+        wait_until(lambda: len(asked) == number and page.last_answer() and server.gate.admitted == 0, 60)
+        page.rest()
+        return asked[-1]
+
+    page.attach(page.examples / "circle.png")
+    page.say("what is it?")
+    first = wait_for(1)
+    assert first == [["image_url", "text", "what is it?"]]
+    page.click("button[aria-label=Retry]")
+    assert wait_for(2) == first
+    page.shot("12_again")
+    page.click("button[aria-label=Edit]")
+    box = page.one(".message.user textarea")
+    box.clear()
+    box.send_keys("what color?")
+    page.shot("13_editing")
+    page.click("button.icon-button[aria-label=Submit]")
+    assert wait_for(3) == [["image_url", "text", "what color?"]]
+    page.shot("14_edited")
+    page.click("button[aria-label=Undo]")
+    wait_until(lambda: page.box() == "what color?")
+    assert page.all(".thumbnails img, .thumbnail-item") and not page.answers()
+    page.shot("15_taken_back")

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from otter_hf.demo.history import to_messages
+from otter_hf.demo.history import FAILED, edited, last_question, to_messages
 
 
 @pytest.fixture
@@ -46,3 +46,35 @@ def test_videos_and_other_files(tmp_path):
     assert film[0]["content"][0]["video_url"]["url"].startswith("data:video/mp4;base64,")
     with pytest.raises(ValueError, match="notes.txt is neither a picture nor a video"):
         to_messages([{"role": "user", "content": {"path": str(tmp_path / "notes.txt")}}])
+
+
+def test_a_question_without_an_answer_is_left_out(picture):
+    history = [
+        {"role": "user", "content": "one", "metadata": None},
+        {"role": "assistant", "content": "1", "metadata": {}},
+        {"role": "user", "content": {"path": picture}},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "it is broken", "metadata": {"title": FAILED}},
+        {"role": "user", "content": "three"},
+    ]
+    assert [message["content"][0]["text"] for message in to_messages(history)] == ["one", "1", "three"]
+
+
+def test_the_last_question_and_an_edited_one_keep_their_files(picture):
+    file = {"type": "file", "file": {"path": picture}}
+    history = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": [file]},
+        {"role": "user", "content": [{"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "2"},
+        {"role": "assistant", "content": "and more"},
+    ]
+    assert last_question(history) == (history[:2], {"text": "two", "files": [picture]})
+    for index in (3, [3, 0]):
+        assert last_question(edited(history, index, "new")) == (history[:2], {"text": "new", "files": [picture]})
+    together = [{"role": "user", "content": [file, {"type": "text", "text": "two"}]}]
+    for index in (0, [0], [0, 0], [0, 1]):
+        assert last_question(edited(together, index, "new"))[1] == {"text": "new", "files": [picture]}
+    assert last_question(edited(history, 0, "new")) == ([], {"text": "new", "files": []})
+    assert last_question([]) == ([], {"text": "", "files": []})

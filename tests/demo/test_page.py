@@ -50,21 +50,73 @@ def test_stopping_tells_the_server(page, server):
     wait_until(lambda: server.gate.admitted == 0)
 
 
-def test_what_the_server_refuses_is_shown(page, server, tmp_path):
-    import gradio
-
+def test_what_is_refused_is_an_answer_that_says_so(page, server, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     (tmp_path / "notes.txt").write_bytes(b"no picture")
-    for name, message in (("bad.png", "cannot be read as an image"), ("notes.txt", "neither a picture nor a video")):
-        with pytest.raises(gradio.Error, match=message):
-            list(ask(page, server, {"text": "what?", "files": [str(tmp_path / name)]}))
+    for name, message in (
+        ("bad.png", "bad.png cannot be read as an image"),
+        ("notes.txt", "notes.txt is neither a picture nor a video"),
+        ("gone.png", "No such file"),
+    ):
+        (failure,) = ask(page, server, {"text": "what?", "files": [{"path": str(tmp_path / name)}]})
+        assert isinstance(failure, page.Failure) and message in failure
+    nowhere = openai_client("http://127.0.0.1:1/v1")
+    (failure,) = page.answer(nowhere, "what?", [], *NO_EXAMPLES, "model", *SETTINGS)
+    assert isinstance(failure, page.Failure)
+
+
+def openai_client(url):
+    import openai
+
+    return openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+def test_a_message_is_a_text_or_has_files_as_gradio_has_them(page, server):
+    picture = next(iter(page.page_examples().values()))[0]["files"][0]
+    of_path, of_dict = (
+        list(ask(page, server, {"text": "what?", "files": [file]}))[-1] for file in (picture, {"path": picture})
+    )
+    of_text = list(ask(page, server, "what?"))[-1]
+    assert of_path == of_dict != of_text
+    # an edited question behind its picture, which is a message of its own
+    history = [{"role": "user", "content": [{"type": "file", "file": {"path": picture}}], "metadata": None}]
+    assert list(ask(page, server, "what?", history))[-1] == of_path
+
+
+def test_the_app_is_asked_goes_on_after_an_error_and_answers_again(page, server, tmp_path):
+    """The real app, as its browser side and `gradio_client` call it."""
+    from gradio_client import Client, handle_file
+
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    blocks = page.build_page(server.client(), tmp_path / "flags")
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True)
+    try:
+        client = Client(url, verbose=False)
+        inputs = [*NO_EXAMPLES, server.models.names[0], *(16, 0, 1, 0, 1, 0, 1)]
+
+        def say(text, history, *files):
+            message = {"text": text, "files": [handle_file(file) for file in files]}
+            box, history = client.predict(message, history, *inputs, api_name="/chat")
+            assert box["submit_btn"] is True and box["stop_btn"] is False
+            return history
+
+        failed = say("what?", [], tmp_path / "bad.png")
+        assert failed[-1]["metadata"]["title"] == "No answer"
+        assert "bad.png cannot be read as an image" in failed[-1]["content"][0]["text"]
+        asked = {"role": "user", "content": [{"type": "text", "text": "and this?"}]}
+        after = say("what?", [asked, failed[-1]])
+        alone = say("what?", [])
+        assert after[-1]["content"] == alone[-1]["content"]  # the failure is no part of the conversation
+    finally:
+        blocks.close()
 
 
 def test_the_page_is_built_and_loads_nothing_from_elsewhere(page, server, tmp_path):
     blocks = page.build_page(server.client(), tmp_path / "flags")
     labels = {component.get("props", {}).get("label") for component in blocks.get_config_file()["components"]}
     assert {"Picture 1", "Question 2", "Answer 2", "Top p", "Beams (more than 1: the answer comes at once)"} <= labels
-    assert not page.THEME._stylesheets
+    assert {"Model", "Conversation"} <= labels
+    assert not page.THEME._stylesheets and "Share" in page.CSS
 
 
 def test_the_command_serves_and_shows(page, folders, tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(missing("the page", "demo")) from error
     import openai
 
-    from ..demo.page import THEME, build_page
+    from ..demo.page import CSS, THEME, build_page
 
     with contextlib.ExitStack() as stack:
         url, key = arguments.url, os.environ.get(API_KEY_VARIABLE) or "none"
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
             server_name=arguments.host,
             server_port=arguments.port,
             theme=THEME,
+            css=CSS,
             max_file_size=settings_from(arguments).body_bytes,
             footer_links=[],
         )
