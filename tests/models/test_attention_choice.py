@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny_flamingo import tiny_config
+from tiny_flamingo import DECODERS, tiny_config
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from otter_hf import OtterHDConfig
 from otter_hf.models import attention_choice
-from otter_hf.models.attention_choice import best_varlen_attention, fits, tell_choice, why_not
+from otter_hf.models.attention_choice import best_varlen_attention, fits, read_attention, tell_choice, why_not
 from otter_hf.models.varlen_attention import has_varlen_kernel, torch_varlen_kernel
 
 
@@ -73,3 +74,77 @@ def test_torch_has_the_kernel_in_this_version_and_not_for_a_cpu(machine):
     assert has_varlen_kernel(CUDA, HALF) and not has_varlen_kernel(CUDA, torch.float32)
     machine([], (7, 5))
     assert not has_varlen_kernel(CUDA, HALF)
+
+
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+
+
+def build(config, attention):
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
+
+
+def chosen(model) -> list:
+    parts = (model.config, model.config.vision_config, model.config.text_config)
+    return [part._attn_implementation for part in parts]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_what_is_asked_for_is_set_on_the_parts_that_have_it(decoder, caplog):
+    """A convolutional tower has none but `eager`; which part that is is said."""
+    config = tiny_config(decoder)
+    config.vision_config = AutoConfig.for_model(**RESNET)
+    if decoder == "falcon":  # in whose layers it is not
+        assert chosen(build(config, "varlen_sdpa")) == ["varlen_sdpa", "eager", "sdpa"]
+        return
+    model = build(config, None)
+    for attention in ("eager", "sdpa", "varlen_sdpa"):
+        assert chosen(build(config, attention)) == [attention, "eager", attention]
+        model.set_attn_implementation(attention)
+        assert chosen(model) == [attention, "eager", attention]
+    model.set_attn_implementation({"text_config": "eager"})
+    assert chosen(model) == ["varlen_sdpa", "eager", "eager"]
+    by_part = {"vision_config": "sdpa", "text_config": "eager", "": "sdpa"}
+    assert chosen(build(config, by_part)) == ["sdpa", "eager", "eager"]
+
+
+def test_which_part_has_it_not_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(attention_choice.logger, "warning_once", said.append)
+    build(tiny_config(), "sdpa")
+    config = tiny_config()
+    config.vision_config = AutoConfig.for_model(**RESNET)
+    build(config, {"text_config": "sdpa"})
+    build(config, "eager")
+    assert not said
+    build(config, "sdpa")
+    assert len(said) == 1 and "ResNetModel (vision_config) has not, and takes 'eager'" in said[0]
+
+
+@pytest.mark.parametrize("config", [tiny_config(), OtterHDConfig()], ids=["flamingo", "otterhd"])
+def test_a_part_that_there_is_not_is_refused(config):
+    with pytest.raises(ValueError, match="has no part 'text'; did you mean 'text_config'"):
+        config._attn_implementation = {"text": "sdpa"}
+    with pytest.raises(ValueError, match="has no part 'text'; did you mean 'text_config'"):
+        build(config, {"text": "sdpa"})
+
+
+def test_a_part_that_there_is_not_is_refused_later_too():
+    model = build(tiny_config(), None)
+    with pytest.raises(ValueError, match="has no part 'vision'; did you mean 'vision_config'"):
+        model.set_attn_implementation({"vision": "sdpa"})
+
+
+def test_attention_as_typed():
+    parts = {"text_config": "sdpa", "vision_config": "eager"}
+    for given in ("text_config=sdpa, vision_config=eager", '{"text_config": "sdpa", "vision_config": "eager"}', parts):
+        assert read_attention(given) == parts
+    assert read_attention("sdpa") == "sdpa" and read_attention(None) is None
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_attention("{text_config: sdpa")

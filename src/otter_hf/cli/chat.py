@@ -83,6 +83,11 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="a device such as cuda or cpu, or auto to spread over several; by default the accelerator, if any",
     )
+    parser.add_argument(
+        "--attn-implementation",
+        metavar="NAME",
+        help="eager, sdpa, flash_attention_2, ..., or by part: text_config=sdpa,vision_config=eager",
+    )
     parser.add_argument("--load-in-4bit", action="store_true", help="quantise with bitsandbytes")
     parser.add_argument(
         "--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer, for a repository of 2023 without one"
@@ -103,7 +108,8 @@ def add_reference_argument(parser: argparse.ArgumentParser) -> None:
 
 def loading_options(arguments: argparse.Namespace) -> dict:
     """The keyword arguments of `otter_hf.serving.loading.load` among the parsed ones."""
-    names = ("dtype", "device_map", "load_in_4bit", "tokenizer", "tokenizer_reference", "chat_template")
+    names = ("dtype", "device_map", "attn_implementation", "load_in_4bit")
+    names += ("tokenizer", "tokenizer_reference", "chat_template")
     return {name: getattr(arguments, name) for name in names}
 
 

@@ -1,11 +1,16 @@
 """Which attention implementations there are on a machine, and which of them is best for a model."""
 
+import difflib
+import json
+
 import torch
-from transformers import PreTrainedConfig
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_flash_attn_4_available, logging
 
 from .varlen_attention import has_varlen_kernel
 
+
+logger = logging.get_logger(__name__)
 
 # how to get each, and for which compute capabilities its kernels are made
 _FLASH = {
@@ -40,6 +45,57 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"not installed: {how}"
     major = torch.cuda.get_device_capability(device)[0]
     return None if first <= major <= last else f"not made for a GPU of compute capability {major}.x"
+
+
+def read_attention(given: str | dict | None) -> str | dict | None:
+    """
+    `attn_implementation` as typed: a name, `part=name,...` or a JSON object, as transformers takes it in Python.
+
+    Raises:
+        ValueError: for JSON that is none.
+    """
+    if not isinstance(given, str) or not (given.lstrip().startswith("{") or "=" in given):
+        return given
+    if "{" not in given:
+        return {part.strip(): name.strip() for part, _, name in (pair.partition("=") for pair in given.split(","))}
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise ValueError(f"attn_implementation: {given!r} cannot be read: {error}.") from None
+
+
+def check_parts(config: PreTrainedConfig, requested: str | dict | None) -> None:
+    """
+    Raise ValueError for an `attn_implementation` by part that names a part which the configuration does not have:
+    transformers would ignore it.
+    """
+    if not isinstance(requested, dict):
+        return
+    parts = ["", *config.sub_configs]
+    for name in requested:
+        if name not in parts:
+            close = difflib.get_close_matches(str(name), parts, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(repr, parts))}."
+            raise ValueError(f"attn_implementation: {config.model_type} has no part {name!r}; {hint}")
+
+
+def attention_for(model_class: type[PreTrainedModel], requested: str | None, part: str) -> str | None:
+    """
+    The `attn_implementation` of a part: what is requested, or `eager` for an architecture without it, which is said.
+
+    Args:
+        model_class: of the part.
+        requested: None leaves the choice to transformers.
+        part: its name, e.g. `vision_config`.
+    """
+    declared = {"flash": "_supports_flash_attn", "flex": "_supports_flex_attn", "sdpa": "_supports_sdpa"}
+    if all(kind not in (requested or "") or getattr(model_class, name) for kind, name in declared.items()):
+        return requested
+    logger.warning_once(
+        f"attn_implementation {requested!r} is set on the parts that have it; {model_class.__name__} ({part}) has "
+        "not, and takes 'eager'."
+    )
+    return "eager"
 
 
 def fits(name: str, config: PreTrainedConfig) -> bool:

@@ -14,6 +14,7 @@ from ..conversion.tensors import check_weights, refuse_lfs_pointers
 from ..data.prompts import FORMATS
 from ..data.prompts import chat_template as format_chat_template
 from ..model_names import check_model_name, split_revision
+from ..models.attention_choice import read_attention
 from ..models.flamingo import FlamingoConfig, FlamingoProcessor
 from ..models.legacy_tokens import load_tokenizer
 from ..models.otter import OtterConfig
@@ -44,6 +45,7 @@ def load_model(
     device_map: str | torch.device | None = None,
     load_in_4bit: bool = False,
     tokenizer: str | None = None,
+    attn_implementation: str | dict[str, str] | None = None,
 ) -> PreTrainedModel:
     """
     An image-text-to-text model for inference.
@@ -54,12 +56,15 @@ def load_model(
         device_map: a device, or `auto` to spread over devices; by default the accelerator if there is one.
         load_in_4bit: quantise with bitsandbytes (NF4).
         tokenizer: folder or Hub id of the tokenizer, for an Otter or Flamingo repository of 2023 that has none.
+        attn_implementation: a name, or names by part; as `from_pretrained` takes them, or as typed in a command.
 
     Raises:
         ValueError: if bitsandbytes is missing, or a tokenizer is given for a model of another family.
         OSError: if there is no such model.
     """
     loading = {"quantization_config": quantization_config()} if load_in_4bit else {}
+    if attn_implementation is not None:
+        loading["attn_implementation"] = read_attention(attn_implementation)
     if device_map is None:
         device_map = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = read_model(name, tokenizer, dtype=dtype, device_map=device_map, **loading).eval()

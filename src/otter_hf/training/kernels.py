@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_liger_kernel_available
 
 from ..extras import missing
-from ..models.attention_choice import best_varlen_attention
+from ..models.attention_choice import best_varlen_attention, read_attention
 from .arguments import DataArguments, ModelArguments, TrainingArguments
 
 
@@ -27,7 +27,7 @@ def choose_attention(
     """
     packing = can_pack(config) if data_args.packing is None else data_args.packing
     if model_args.attn_implementation is not None or not packing or training_args.torch_compile:
-        return model_args.attn_implementation
+        return read_attention(model_args.attn_implementation)
     kernel = best_varlen_attention(config, training_args.device, compute_dtype(config, model_args, training_args))
     if not hasattr(config, "vision_config"):
         return None if kernel == "varlen_sdpa" else kernel  # OtterHD's `sdpa` goes sample by sample itself

@@ -16,6 +16,7 @@ from transformers import set_seed
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from ..errors import ending_in_a_sentence
+from ..models.attention_choice import read_attention
 from ..models.host_reads import numbers_on
 from ..serving.loading import read_model, read_processor
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
@@ -87,7 +88,7 @@ def pretrain(
             model_args.model_name_or_path,
             model_args.tokenizer,
             dtype=model_args.dtype,
-            attn_implementation=model_args.attn_implementation,
+            attn_implementation=read_attention(model_args.attn_implementation),
         )
         _stop_generation_at(model, processor.end_of_chunk_token_id)
         freeze(model, model_args.freeze)

@@ -18,11 +18,13 @@ from transformers.cache_utils import Cache
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import load_state_dict, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from ..attention_choice import attention_for, check_parts
 from ..decoding_masks import mask_without_reading
 from ..legacy import name_lora_layers
 from ..legacy_names import NamesOf2023, refuse_arguments_of_2023
@@ -131,6 +133,25 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         # loaded weights. Ours does not, and needs those modules: the one that sets the gates, and CLIP's layers
         return False
 
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """
+        As in the parent class: a name for all parts that have it (others take `eager`, which is said), or a dict by
+        part: `""` (gated blocks and resampler), `vision_config`, `text_config`.
+
+        Raises:
+            ValueError: for a part that there is not.
+        """
+        check_parts(self.config, attn_implementation)
+        if isinstance(attn_implementation, str):
+            attn_implementation = dict.fromkeys(["", *self.config.sub_configs], attn_implementation)
+        parts = {id(getattr(self.config, name)): name for name in self.config.sub_configs}
+        for module in self.modules():
+            name = parts.get(id(module.config)) if isinstance(module, PreTrainedModel) else None
+            requested = attn_implementation.get(name)
+            if name is not None and isinstance(requested, str):
+                attn_implementation = {**attn_implementation, name: attention_for(type(module), requested, name)}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, PerceiverResampler):
@@ -194,6 +215,10 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
 
     def __init__(self, config: FlamingoConfig):
         super().__init__(config)
+        tower_class = MODEL_MAPPING[type(config.vision_config)]
+        config.vision_config._attn_implementation = attention_for(
+            tower_class, config.vision_config._attn_implementation, "vision_config"
+        )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         _freeze_unused_modules(self.vision_tower)
         self.perceiver = PerceiverResampler(config)
