@@ -2,9 +2,13 @@
 
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from models.tiny_flamingo import tiny_config
 from otterhd_tiny import tiny_model, tiny_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -13,7 +17,8 @@ from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.flops import count_training_flops
 from otter_hf.training.freezing import freeze
 from otter_hf.training.kernels import choose_attention, use_liger_kernels
-from otter_hf.training.plan import make_plan, meta_model
+from otter_hf.training.outlook import network_bytes, outlook, step_seconds
+from otter_hf.training.plan import SHARDINGS, make_plan, meta_model
 from otter_hf.training.run import run as main
 
 
@@ -152,6 +157,103 @@ def test_plan_of_otterhd(tmp_path):
     assert plan.memory["weights"] == 4 * model.num_parameters()
     assert plan.attention == {"language": "sdpa"}
     assert plan.flops.per_pixel == plan.flops.per_medium == 0
+
+
+def plan_flags(flags, model="base"):
+    return parse_arguments(f"--model_name_or_path {model} --train_mixture t.yaml --output_dir out {flags}".split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--nodes 2", "nodes is for a plan: add --plan"),
+        ("--plan_device h100-80gb", "plan_device is for a plan"),
+        ("--plan --plan_device h100", "'h100' is not known; did you mean h100"),
+        ("--plan --plan_device abacus", "'abacus' is not known; there are b200-180gb"),
+        ("--plan --gpus 0", "gpus must be at least 1, got 0"),
+        ("--plan --mfu 40", "mfu must be above 0 and at most 1, got 40.0"),
+    ],
+)
+def test_what_a_plan_does_not_take(flags, message):
+    with pytest.raises(ValueError, match=message):
+        plan_flags(flags)
+
+
+RESNET = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16],
+    "depths": [1, 1],
+    "layer_type": "basic",
+}
+
+
+def families():
+    yield from ((f"flamingo {decoder}", tiny_config(decoder)) for decoder in ("llama", "otter_mpt", "falcon", "opt"))
+    config = tiny_config()
+    config.vision_config = AutoConfig.for_model(**RESNET)
+    yield "resnet", config
+    yield "otterhd", tiny_model(tiny_processor()).config
+
+
+@pytest.mark.parametrize(("family", "config"), families(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "--lora True --lora_target_modules language:all-linear",
+        "--load_in_4bit True --lora True --lora_target_modules language:all-linear",
+        "--activation_checkpointing True",
+    ],
+)
+def test_a_plan_for_another_machine(family, config, how):
+    """Whatever device is here: a card that computes in bfloat16, and 128 of them."""
+    parsed = plan_flags(f"--bf16 True --plan --plan_device H100-80gb --nodes 16 --gpus 8 --max_length 64 {how}")
+    model = meta_model(parsed[0], config)
+    plan = make_plan(model, *parsed, num_samples=10_000)
+    assert (plan.world_size, plan.compute_dtype, plan.samples_per_step) == (128, "bfloat16", 1024)
+    text = outlook(plan, model, *parsed)
+    assert "989 TFLOP/s" in text and "128 of them" in text and "hours" in text
+    assert text.count("  yes") == 5
+    rows = {line.split()[0]: line for line in text.splitlines()}
+    assert {"none", "zero1", "zero2", "zero3", "fsdp"} <= set(rows)
+
+
+def test_a_card_without_bfloat16_and_one_that_is_too_small(arguments):
+    parsed = arguments("--plan --plan_device v100-16gb")
+    parsed[2].bf16 = True
+    with pytest.raises(ValueError, match="v100-16gb does not compute in bfloat16: set bf16 to false and fp16 to true"):
+        plan_of(parsed)
+    parsed = arguments("--plan --plan_device t4-16gb --fp16 True")
+    plan = plan_of(parsed)
+    plan.memory["activations"] = 15 * 2**30
+    model = meta_model(parsed[0])
+    assert "  no" in outlook(plan, model, *parsed)
+
+
+def test_time_and_network_of_a_step(arguments):
+    """By hand: 4 devices, all trained in float32."""
+    parsed = arguments("--plan --plan_device a100-80gb --gpus 4 --mfu 0.5 --max_length 64")
+    model = meta_model(parsed[0])
+    plan = plan_of(parsed)
+    weights, trained = (3 / 4 * 4 * model.num_parameters(only_trainable=only) for only in (False, True))
+    sent = {name: network_bytes(model, parsed[0], parsed[2], 4, name) for name in SHARDINGS}
+    once, every_pass = 2 * trained, 2 * weights + trained
+    assert sent == {"none": once, "zero1": once, "zero2": once, "zero3": every_pass, "fsdp": every_pass}
+    samples = plan.samples_per_step
+    work = plan.flops.count(64 * samples, 64 * samples, 28 * 28 * samples, samples, 64**2 * samples)
+    assert step_seconds(plan, model, *parsed[1:]) == pytest.approx(work / (4 * 312e12 * 0.5))
+
+
+@pytest.mark.slow
+def test_network_is_what_is_handed_to_the_collectives(tmp_path):
+    """DDP's and FSDP2's own calls, counted in a process group of 4 that exists in name only."""
+    script = Path(__file__).with_name("count_collectives.py")
+    output = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, timeout=600)
+    counted = json.loads(output.stdout.splitlines()[-1])
+    # buckets and shards are padded
+    assert counted["measured"]["none"] == pytest.approx(counted["planned"]["none"], rel=0.02)
+    assert counted["measured"]["fsdp"] == pytest.approx(counted["planned"]["fsdp"], rel=0.1)
 
 
 @pytest.mark.parametrize("flag", ["dry_run", "plan"])

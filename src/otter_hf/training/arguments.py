@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from transformers import HfArgumentParser
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..reading import load_yaml
+from .devices import find_device
 from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, PretrainingDataArguments, TrainingFields
 from .upstream import Option, add_unsaid, translate
 
@@ -32,6 +34,7 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
             self.accelerator_config = {"non_blocking": True}  # batches come while the device computes
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        self._check_plan()
         super().__post_init__()
         self.learning_rates = read_rates(self.learning_rates)
         self._check_early_stopping()
@@ -61,6 +64,28 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
                 os.environ[name.upper()] = value
             elif value is not None:
                 logger.warning(f"{name} has no effect without report_to wandb (2023: report_to_wandb).")
+
+    @property
+    def planned_world_size(self) -> int:
+        """Devices of the plan: `nodes` times `gpus` where one is given, else those of this process group."""
+        if self.nodes is None and self.gpus is None:
+            return self.world_size
+        return (self.nodes or 1) * (self.gpus or 1)
+
+    def _check_plan(self):
+        for name in ("plan_device", "nodes", "gpus"):
+            if getattr(self, name) is not None and not self.dry_run:
+                raise ValueError(f"{name} is for a plan: add --plan, or start processes with torchrun or accelerate.")
+        for name in ("nodes", "gpus"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu must be above 0 and at most 1, got {self.mfu}.")
+        if self.plan_device is not None:
+            find_device(self.plan_device)
+        if self.dry_run and (self.plan_device is not None or not torch.accelerator.is_available()):
+            self.use_cpu = True  # a plan needs no device, whatever precision the training has
+            self.tf32 = None
 
     def _check_early_stopping(self):
         patience = self.early_stopping_patience

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from ..data.prompts import FORMATS, get_format
 from ..model_names import check_model_name
+from .devices import DEVICES
 
 
 PARAMETER_GROUPS = ("vision", "perceiver", "cross_attention", "language", "embeddings")
@@ -44,7 +45,11 @@ class ModelArguments:
         default="auto", metadata={"help": "Precision of the weights: auto, float32, bfloat16, float16."}
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2 or flex_attention; default: transformers'."}
+        default=None,
+        metadata={
+            "help": "eager, sdpa, flash_attention_2 or flex_attention, or by part: "
+            "text_config=sdpa,vision_config=eager; default: transformers'."
+        },
     )
     lora: bool = field(
         default=False, metadata={"help": "Train low-rank updates of lora_target_modules only, and save them alone."}
@@ -240,6 +245,14 @@ class TrainingFields:
     )
     dry_run: bool = field(
         default=False, metadata={"aliases": ["--plan"], "help": "Print the plan of the training and stop."}
+    )
+    plan_device: str | None = field(
+        default=None, metadata={"help": f"With plan: the card to plan for, whatever is here: {', '.join(DEVICES)}."}
+    )
+    nodes: int | None = field(default=None, metadata={"help": "With plan: the number of machines (default: 1)."})
+    gpus: int | None = field(default=None, metadata={"help": "With plan: the cards of each machine (default: 1)."})
+    mfu: float = field(
+        default=0.4, metadata={"help": "With plan_device: the share of its peak that a step is taken to reach."}
     )
 
     # the Trainer would wait for the device in every step to keep a loss out of its logs that `OtterTrainer` refuses

@@ -16,6 +16,7 @@ from ..models.attention_choice import tell_choice
 from ..models.lm_loss import MAX_LOGITS
 from ..models.quantization import WHOLE_MODULES
 from .arguments import DataArguments, ModelArguments, TrainingArguments
+from .devices import check_dtype
 from .flops import TrainingFlops, count_training_flops
 from .freezing import freeze, group_of, parameter_counts, parameter_groups
 from .lora import with_updates
@@ -25,6 +26,14 @@ from .lora import with_updates
 # in the precision of the weight
 _BYTES_4BIT = 0.516
 _MOMENTS = {"8bit": 2.0, "adafactor": 0.0, "sgd": 0.0}
+# what is shared between devices
+SHARDINGS = {
+    "none": (),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer", "gradients"),
+    "zero3": ("optimizer", "gradients", "weights"),
+    "fsdp": ("optimizer", "gradients", "weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -138,14 +147,16 @@ def make_plan(
         model: see `meta_model`.
         num_samples: samples of an epoch.
         frames: of the one picture or video that each sample is taken to have.
-        world_size, sharding: by default those of this process.
+        world_size, sharding: by default those of the arguments and this process.
     """
-    world_size = training_args.world_size if world_size is None else world_size
+    world_size = training_args.planned_world_size if world_size is None else world_size
     sharding = sharding_of(training_args) if sharding is None else sharding
     batch_size = training_args.per_device_train_batch_size
     samples = batch_size * training_args.gradient_accumulation_steps * world_size
     compute = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else model.dtype
-    memory = _weights(model, model_args, training_args, world_size, sharding)
+    if training_args.plan_device:
+        check_dtype(training_args.plan_device, str(compute).removeprefix("torch."))
+    memory = state_bytes(model, model_args, training_args, sharding, world_size)
     memory["activations"] = _activations(
         model, batch_size, data_args.max_length, frames, compute.itemsize, training_args.activation_checkpointing
     )
@@ -193,8 +204,14 @@ def _steps(training_args: TrainingArguments, num_samples: int | None, world_size
     return -(-int(per_epoch * training_args.num_train_epochs * 1000) // 1000)
 
 
-def _weights(model, model_args, training_args, world_size: int, sharding: str) -> dict[str, int]:
-    """Bytes of weights, gradients and moments on each device."""
+def state_bytes(
+    model: PreTrainedModel,
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    sharding: str,
+    world_size: int = 1,
+) -> dict[str, int]:
+    """Bytes of `weights`, `gradients` and `optimizer` on each of so many devices; see `SHARDINGS`."""
     linear = {
         id(module.weight)
         for name, module in model.named_modules()
@@ -219,12 +236,7 @@ def _weights(model, model_args, training_args, world_size: int, sharding: str) -
         if parameter.requires_grad:
             total["gradients"] += count * weight
             total["optimizer"] += count * (master + (2 * size if moments is None else moments))
-    shared = {
-        "zero1": ("optimizer",),
-        "zero2": ("optimizer", "gradients"),
-        "zero3": tuple(total),
-        "fsdp": tuple(total),
-    }.get(sharding, ())
+    shared = SHARDINGS[sharding]
     return {name: int(size / (world_size if name in shared else 1)) for name, size in total.items()}
 
 

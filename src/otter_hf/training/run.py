@@ -40,6 +40,7 @@ from .kernels import can_pack, choose_attention, use_liger_kernels
 from .limits import check_numbers
 from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
+from .outlook import outlook
 from .plan import make_plan, meta_model, sharding_of
 from .publish import given_arguments
 from .report import REPORT_FILE, TrainingReport, plot_history, sample_evenly
@@ -116,15 +117,11 @@ def train(
         path = data_args.eval_mixture or data_args.train_mixture
         eval_dataset = _load_mixture(path, data_args, training_args, processor, held_out=True)
     shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
-    plan = make_plan(
-        shapes,
-        model_args,
-        data_args,
-        training_args,
-        num_samples=len(train_dataset),
-        frames=data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else 1,
-    )
+    frames = data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else 1
+    plan = make_plan(shapes, model_args, data_args, training_args, num_samples=len(train_dataset), frames=frames)
     logger.info(str(plan))
+    if training_args.plan_device or plan.world_size != training_args.world_size:
+        logger.info(outlook(plan, shapes, model_args, data_args, training_args, frames=frames))
     # FSDP and DeepSpeed keep float32 weights for the optimizer
     is_half = any(p.requires_grad and p.itemsize < 4 for p in shapes.parameters()) and not model_args.load_in_4bit
     if is_half and plan.sharding == "none":
