@@ -196,7 +196,9 @@ def families():
     yield "otterhd", tiny_model(tiny_processor()).config
 
 
-@pytest.mark.parametrize(("family", "config"), families(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("family", "config"), [*families()], ids=lambda value: value if isinstance(value, str) else ""
+)
 @pytest.mark.parametrize(
     "how",
     [
