@@ -26,7 +26,7 @@ from otter_hf.data.images import encode_base64, image_bytes  # noqa: E402
 from otter_hf.files import is_disk_full  # noqa: E402
 from otter_hf.training.checkpoints import find_checkpoint  # noqa: E402
 from otter_hf.training.manifest import damage_of  # noqa: E402
-from otter_hf.training.run import main as train  # noqa: E402
+from otter_hf.training.run import run as train  # noqa: E402
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -59,6 +59,7 @@ def run_conversion(source: Path, disk: Path) -> None:
         command = [
             "convert",
             "dtype",
+            "--source",
             str(source / "base"),
             "--dtype",
             "bfloat16",
@@ -123,7 +124,7 @@ def drill(folder: Path, kind: str, size: int, expected: dict[str, bytes]) -> dic
         if contents(disk) != expected:
             faults.append("another result")
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", "-l", disk], check=True)
     return {"kind": kind, "bytes": size, "faults": faults}
 
 
