@@ -151,6 +151,7 @@ def claim(lock: str | Path, what: str | Path, *, nested: bool = False) -> Iterat
         OSError: if another one is there, with its process, its host and the time since when.
     """
     lock = Path(lock)
+    is_new = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
     taken = FileLock(lock, is_singleton=nested)
     is_first = not taken.is_locked
@@ -176,6 +177,9 @@ def claim(lock: str | Path, what: str | Path, *, nested: bool = False) -> Iterat
             with contextlib.suppress(OSError):  # Windows keeps what is open
                 lock.unlink()
         taken.release()
+        if is_new:
+            with contextlib.suppress(OSError):  # it holds something by now
+                lock.parent.rmdir()
 
 
 def _owner(lock: Path) -> dict | None:

@@ -1,5 +1,6 @@
 """Two finders of Python's import system: one registers the families behind transformers, one knows modules of 2023."""
 
+import functools
 import importlib
 import importlib.abc
 import sys
@@ -15,22 +16,35 @@ _OF_2023 = {
 
 
 class BehindTransformers(importlib.abc.MetaPathFinder):
-    """Finds transformers as the other finders do, and registers the families as soon as it has been executed."""
+    """
+    Registers the families as soon as transformers has been executed. If it is loaded by a module of ours, they wait
+    until that module is complete: they may import it.
+    """
+
+    def __init__(self):
+        self._modules_at_work = 0
+        self._transformers_is_there = False
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != "transformers":
+        if fullname != "transformers" and not fullname.startswith("otter_hf."):
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module):
-                execute(module)
-                importlib.import_module("otter_hf.models")
-
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = functools.partial(self._execute, spec.loader.exec_module)
         return spec
+
+    def _execute(self, execute, module):
+        is_ours = module.__name__ != "transformers"
+        self._modules_at_work += is_ours
+        try:
+            execute(module)
+        finally:
+            self._modules_at_work -= is_ours
+        self._transformers_is_there |= not is_ours
+        if self in sys.meta_path and self._transformers_is_there and not self._modules_at_work:
+            sys.meta_path.remove(self)
+            importlib.import_module("otter_hf.models")
 
 
 class ModulesOf2023(importlib.abc.MetaPathFinder):

@@ -163,11 +163,11 @@ def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch,
     told = capsys.readouterr().out.replace("whole", "out")
 
     def ready():
-        return len(list(output.parent.glob(".X.*.parts/*[!n]"))) > complete
+        return len(list(output.parent.glob(".X.*.parts/*.parquet*"))) > complete
 
     kill_when(ready, to_parquet, source, output, sizes=TO_PARQUET)
     assert not output.exists()
-    (folder,) = output.parent.iterdir()
+    (folder,) = output.parent.glob(".X.*.parts")
     before = complete_parts(folder)
     assert len(before) >= complete
     decoded = []
@@ -206,7 +206,7 @@ def test_parts_of_another_source_or_size_are_not_used(tmp_path, pictures, monkey
             patch.setattr(tools, "decode_image", stop)
             with pytest.raises(KeyboardInterrupt):
                 tools.store_to_parquet(source, output, **options)
-        (folder,) = output.parent.iterdir()
+        (folder,) = output.parent.glob(".X.*.parts")
         # resized, they are too small to fill one
         assert bool(complete_parts(folder)) == (not options)
         return folder
@@ -270,7 +270,7 @@ def test_killed_conversion_goes_on_where_it_was(sources, kind, complete):
     convert(sources, kind, "whole")
     out = sources / "out"
     sizes = [(parquet_writer.__name__, "_PART_BYTES", 200_000)]
-    begun = ".S_instructions.json.incomplete" if kind == "alpaca" else ".S.parquet.parts/*[!n]"
+    begun = ".S_instructions.json.incomplete" if kind == "alpaca" else ".S.parquet.parts/*.parquet*"
     kill_when(lambda: len(list(out.glob(begun))) > complete, convert, sources, kind, "out", sizes=sizes)
     assert not list(out.glob("S*"))
     before = complete_parts(out / ".S.parquet.parts")

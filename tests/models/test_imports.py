@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 
 # of the package's own dependencies, all that only data, training and adapters need
 ABSENT = ["accelerate", "av", "datasets", "pandas", "peft", "pyarrow", "sentencepiece", "torchvision"]
@@ -22,3 +24,18 @@ assert type(AutoConfig.for_model("otter")) is otter_hf.OtterConfig in AutoModelF
 otter_hf.OtterConfig()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# imported first in a process of its own: what loads transformers itself and is needed by the models, and what is above
+FIRST = ["pictures", "films", "data.parquet_store", "serving.loading", "training.run", "evaluation.model"]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_any_module_can_be_the_first(name):
+    code = f"""
+import otter_hf.{name}
+from transformers import AutoConfig
+assert type(AutoConfig.for_model("fuyu")).__name__ == "OtterHDConfig"
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -48,7 +48,7 @@ def _check(commands) -> None:
     parser.add_argument("--max-length", type=positive, help="warn of longer examples, in tokens; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
     parser.add_argument(
-        "--max-image-pixels", type=int, help="pictures with more are errors, as in training (default: 89 million)"
+        "--max-image-pixels", type=positive, help="pictures with more are errors, as in training (default: 89 million)"
     )
 
 
