@@ -55,11 +55,16 @@ def test_float16_that_overflows_in_each_step(ragged, fit, monkeypatch):
         fit(max_steps=4)
 
 
-def test_float16_without_a_scaler(fit, monkeypatch):
+def test_float16_on_a_cpu_is_refused(fit):
+    with pytest.raises(ValueError, match="fp16 is True, but on a CPU .* set bf16 to true"):
+        fit(fp16=True)
+
+
+def test_an_overflow_that_nobody_leaves_out(fit, monkeypatch):
     def overflow(self, model):
         model.lm_head.weight.grad[0, 0] = float("inf")
         return torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
 
     monkeypatch.setattr(OtterTrainer, "_clip_grad_norm", overflow)
     with pytest.raises(ValueError, match="The gradient of step 1 is (inf|nan)"):
-        fit(fp16=True, max_steps=1)
+        fit(max_steps=1)

@@ -38,6 +38,7 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         super().__post_init__()
         self.learning_rates = read_rates(self.learning_rates)
         self._check_early_stopping()
+        self._check_float16()
         started = int(os.environ.get("WORLD_SIZE", 1))
         if started > 1 and self.world_size == 1:
             raise ValueError(
@@ -86,6 +87,13 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         if self.dry_run and (self.plan_device is not None or not torch.accelerator.is_available()):
             self.use_cpu = True  # a plan needs no device, whatever precision the training has
             self.tf32 = None
+
+    def _check_float16(self):
+        if self.fp16 and not self.dry_run and self.device.type == "cpu":
+            raise ValueError(
+                "fp16 is True, but on a CPU transformers' Trainer computes in float32 all the same: leave it out, or "
+                "set bf16 to true."
+            )
 
     def _check_early_stopping(self):
         patience = self.early_stopping_patience

@@ -135,7 +135,7 @@ class OtterTrainer(PublishingTrainer):
 
     @property
     def _leaves_out_overflow(self) -> bool:
-        """Whether a step in which float16 overflows is left out, and the next scaled less; on a CPU none is."""
+        """Whether a step in which float16 overflows is left out, and the next scaled less."""
         scaler = self.accelerator.scaler
         return self.args.fp16 and (self.is_deepspeed_enabled or (scaler is not None and scaler.is_enabled()))
 
