@@ -1,6 +1,7 @@
 """README and docs in an empty shell, literally; where a demo was trained (`make demo`, OTTER_DEMO) with its model."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,16 @@ def test_python_blocks_are_one_session(tmp_path):
     assert [(block.status, block.output) for block in blocks] == [(0, "a\n"), (0, "1\n"), (0, "2\n")]
     text = transcript(blocks, 1.0, Path("m"), str(tmp_path))
     assert "## 1. page.md: exit code 0" in text and "3 blocks, 3 with exit code 0" in text and "earlier run" in text
+
+
+@pytest.mark.slow
+def test_the_transcript_is_of_the_blocks_of_the_readme():
+    text = (ROOT / "docs" / "transcript.md").read_text(encoding="utf-8")
+    shown = re.split(r"^## \d+\. README.md: exit code ", text, flags=re.MULTILINE)[1:]
+    blocks = list(blocks_of(ROOT / "README.md"))
+    assert len(shown) == len(blocks)
+    for section, block in zip(shown, blocks, strict=True):
+        assert section.startswith("0, ") and f"\n{block.text.rstrip()}\n" in section, "run tests/docs/walk.py again"
 
 
 @pytest.mark.slow
