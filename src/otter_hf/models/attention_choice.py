@@ -79,6 +79,19 @@ def check_parts(config: PreTrainedConfig, requested: str | dict | None) -> None:
             raise ValueError(f"attn_implementation: {config.model_type} has no part {name!r}; {hint}")
 
 
+class AttentionByPart:
+    """For a configuration of several parts: an `attn_implementation` by part has no others, see [`check_parts`]."""
+
+    @property
+    def _attn_implementation(self):
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value):
+        check_parts(self, value)
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
+
 def attention_for(model_class: type[PreTrainedModel], requested: str | None, part: str) -> str | None:
     """
     The `attn_implementation` of a part: what is requested, or `eager` for an architecture without it, which is said.

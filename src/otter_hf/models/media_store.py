@@ -26,7 +26,7 @@ class MediaStore:
         self.model = model
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
-        self._latents: OrderedDict[bytes, torch.Tensor] = OrderedDict()  # (n, D) each
+        self._latents: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # (n, D) each
         self._bytes = 0
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class MediaStore:
         mask = mask.bool().cpu()
         places = mask.any(dim=2).nonzero().tolist()
         media = {(row, i): pixels[row, i, mask[row, i]] for row, i in places}  # (F, C, H, W) each
-        keys = {place: _key(medium) for place, medium in media.items()}
+        keys = {place: (tuple(medium.shape), hash_of_tensor(medium)) for place, medium in media.items()}
         latents = {key: self._latents[key] for key in keys.values() if key in self._latents}
         missing = {key: media[place] for place, key in keys.items() if key not in latents}
         self.hits += len(keys) - len(missing)
@@ -76,7 +76,7 @@ class MediaStore:
         mask = torch.arange(pixels.shape[1]) < counts[:, None]
         return self.model.get_image_features(pixels, mask.to(pixels.device)).pooler_output
 
-    def _keep(self, latents: dict[bytes, torch.Tensor]) -> None:
+    def _keep(self, latents: dict[tuple, torch.Tensor]) -> None:
         for key, value in latents.items():
             if key not in self._latents:
                 # a copy of its own, as a part of a batch would hold all of it
@@ -87,8 +87,7 @@ class MediaStore:
             self._bytes -= self._latents.popitem(last=False)[1].nbytes
 
 
-def _key(medium: torch.Tensor) -> bytes:
-    data = medium.detach().cpu().contiguous()
-    digest = hashlib.blake2b(f"{tuple(data.shape)} {data.dtype}".encode(), digest_size=16)
-    digest.update(data.view(torch.uint8).numpy())
-    return digest.digest()
+def hash_of_tensor(tensor: torch.Tensor) -> str:
+    """A checksum of a tensor's values and dtype, whatever its shape and device."""
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16, person=str(tensor.dtype).encode()[-16:]).hexdigest()

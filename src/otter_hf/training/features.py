@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..files import replacing
+from ..models.media_store import hash_of_tensor
 
 
 class VisionFeatureCache:
@@ -43,7 +44,7 @@ class VisionFeatureCache:
     @torch.no_grad()
     def _forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """`pixel_values (N, C, H, W)` -> an output with `last_hidden_state` alone."""
-        keys = [_hash_of_tensor(frame) for frame in pixel_values]
+        keys = [hash_of_tensor(frame) for frame in pixel_values]
         features = {key: _read(self._file(key)) for key in keys}
         missing = {key: index for index, key in enumerate(keys) if features[key] is None}
         self.hits += len(keys) - len(missing)
@@ -73,15 +74,10 @@ def _write(file: Path, features: torch.Tensor) -> None:
         save_file({"features": features.cpu().contiguous()}, written)
 
 
-def _hash_of_tensor(tensor: torch.Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16, person=str(tensor.dtype).encode()[-16:]).hexdigest()
-
-
 def _fingerprint(tower: nn.Module, dtype: torch.dtype | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     config = {key: value for key, value in tower.config.to_dict().items() if not key.startswith(("_", "transformers"))}
     digest.update(repr((sorted(config.items(), key=lambda item: item[0]), dtype)).encode())
     for name, tensor in sorted(tower.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {_hash_of_tensor(tensor.flatten())}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {hash_of_tensor(tensor.flatten())}".encode())
     return digest.hexdigest()

@@ -4,13 +4,13 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ..attention_choice import check_parts
+from ..attention_choice import AttentionByPart
 from ..legacy import upgrade_config_dict
 from ..legacy_tokens import HUB_ARGUMENTS
 
 
 @strict
-class FlamingoConfig(PreTrainedConfig):
+class FlamingoConfig(AttentionByPart, PreTrainedConfig):
     r"""
     Configuration of [`FlamingoModel`] and [`FlamingoForConditionalGeneration`].
 
@@ -141,15 +141,6 @@ class FlamingoConfig(PreTrainedConfig):
         tokenizer, hub_kwargs = kwargs.pop("tokenizer", None), kwargs.pop("hub_kwargs", {})
         config_dict = upgrade_config_dict(config_dict, kwargs.get("name_or_path"), tokenizer, **hub_kwargs)
         return super().from_dict(config_dict, **kwargs)
-
-    @property
-    def _attn_implementation(self):
-        return self._attn_implementation_internal
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value):
-        check_parts(self, value)
-        PreTrainedConfig._attn_implementation.fset(self, value)
 
     @property
     def vision_hidden_size(self) -> int:

@@ -5,10 +5,10 @@ MIMIC-IT; its checkpoints keep Fuyu's architecture, weight names and `model_type
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import FuyuConfig, PreTrainedConfig
+from transformers import FuyuConfig
 from transformers.utils import logging
 
-from ..attention_choice import check_parts
+from ..attention_choice import AttentionByPart
 
 
 logger = logging.get_logger(__name__)
@@ -38,7 +38,7 @@ _FLAT_TEXT_FIELDS = (
 
 
 @strict
-class OtterHDConfig(FuyuConfig):
+class OtterHDConfig(AttentionByPart, FuyuConfig):
     r"""
     Configuration of OtterHD, a decoder-only model that reads image patches through one linear layer.
 
@@ -71,15 +71,6 @@ class OtterHDConfig(FuyuConfig):
         if self.text_config is None or isinstance(self.text_config, dict):
             self.text_config = self._complete_text_config(dict(self.text_config or {}), kwargs)
         super().__post_init__(**kwargs)
-
-    @property
-    def _attn_implementation(self):
-        return self._attn_implementation_internal
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value):
-        check_parts(self, value)
-        PreTrainedConfig._attn_implementation.fset(self, value)
 
     def _complete_text_config(self, text_config: dict, top_level: dict) -> dict:
         """`text_config` with what it lacks taken from `top_level`, which loses the fields of the text model."""
