@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -41,13 +41,29 @@ class MediaStore:
         Raises:
             ValueError: as `get_image_features`.
         """
-        inputs = dict(inputs)
         if inputs.get("pixel_values") is None:
-            return inputs
-        pixels = batch_first_media(inputs.pop("pixel_values"), len(inputs["input_ids"]))
-        num_rows, num_media, longest = pixels.shape[:3]
+            return dict(inputs)
+        rows = self.media_of(inputs)
+        states = self.stack([[latents for _, latents in media] for media in rows])
+        num_media = batch_first_media(inputs["pixel_values"], len(rows)).shape[1]
+        # the mask beside it, and what is compiled, keep their number of media
+        states = torch.nn.functional.pad(states, (0, 0, 0, 0, 0, num_media - states.shape[1]))
+        return {**{k: v for k, v in inputs.items() if k != "pixel_values"}, "image_hidden_states": states}
+
+    @torch.no_grad()
+    def media_of(self, inputs: Mapping) -> list[list[tuple[tuple, torch.Tensor]]]:
+        """
+        For each row its media in order: what each is known by, and its latents `(n, D)`.
+
+        Args:
+            inputs: see `encode`.
+        """
+        num_rows = len(inputs["input_ids"])
+        if inputs.get("pixel_values") is None:
+            return [[] for _ in range(num_rows)]
+        pixels = batch_first_media(inputs["pixel_values"], num_rows)
         mask = inputs.get("pixel_attention_mask")
-        mask = torch.ones(num_rows, num_media, longest) if mask is None else mask
+        mask = torch.ones(pixels.shape[:3]) if mask is None else mask
         mask = mask.bool().cpu()
         places = mask.any(dim=2).nonzero().tolist()
         media = {(row, i): pixels[row, i, mask[row, i]] for row, i in places}  # (F, C, H, W) each
@@ -59,15 +75,23 @@ class MediaStore:
         if missing:
             latents |= dict(zip(missing, self._encode(list(missing.values())), strict=True))
         self._keep(latents)
+        rows: list[list] = [[] for _ in range(num_rows)]
+        for (row, _), key in keys.items():
+            rows[row].append((key, latents[key]))
+        return rows
+
+    def stack(self, media: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+        """`image_hidden_states (B, T, n, D)` of each row's latents; zeros where a row has fewer."""
         config = self.model.config
         states = torch.zeros(
-            *(num_rows, num_media, config.perceiver_num_latents, config.vision_hidden_size),
-            dtype=next(iter(latents.values())).dtype if latents else self.model.dtype,
+            *(len(media), max(map(len, media)), config.perceiver_num_latents, config.vision_hidden_size),
+            dtype=next((latents.dtype for row in media for latents in row), self.model.dtype),
             device=self.model.device,
         )
-        for place, key in keys.items():
-            states[place] = latents[key]
-        return {**inputs, "image_hidden_states": states}
+        for row, of_row in enumerate(media):
+            for place, latents in enumerate(of_row):
+                states[row, place] = latents
+        return states
 
     def _encode(self, media: list[torch.Tensor]) -> torch.Tensor:
         """The latents `(N, n, D)` of N media `(F, C, H, W)` of any number of frames."""

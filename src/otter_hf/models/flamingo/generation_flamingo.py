@@ -85,6 +85,8 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         is_media = self.model._find_media_tokens(input_ids, inputs_embeds)
         total = is_media.sum(dim=1)  # (B,)
         seen = getattr(past_key_values, "media_seen", None)
+        if seen is not None:
+            seen = seen[:: max(1, len(seen) // len(total))]  # with beams a cache has each row so many times
         new = total if seen is None else total - seen.to(total.device)
         if image_hidden_states is not None:
             check_latents(image_hidden_states, pixel_values, pixel_attention_mask, len(total), self.config)

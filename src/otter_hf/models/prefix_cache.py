@@ -1,0 +1,224 @@
+"""
+What prompts begin with alike, computed once: the keys and values of a prefix, as the cache of any batch that has it.
+
+A batch that is padded on the left has in its first columns the padding of each row and then what the row begins with.
+So the cache of a prefix becomes that of the batch by shifting it behind each row's padding, and positions, distances
+and sliding windows are those of a batch that was read from its beginning.
+
+Shape legend: B rows, L tokens, S tokens of the prefix, T media of a row, N patches (OtterHD), H heads, d head width.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import ModelOutput
+
+from .flamingo import FlamingoForConditionalGeneration
+from .media_cache import MediaCacheMixin, MediaDynamicCache
+from .otterhd import OtterHDForConditionalGeneration
+
+
+def can_share_prefixes(model: PreTrainedModel) -> bool:
+    """Whether the cache of a model holds all that later tokens need: that of Otter, Flamingo and OtterHD does."""
+    return isinstance(model, (FlamingoForConditionalGeneration, OtterHDForConditionalGeneration))
+
+
+def shared_length(ids: Sequence[torch.Tensor], media: Sequence[Sequence], image_token_id: int | None) -> int:
+    """
+    How many tokens all prompts begin with, the media among them included.
+
+    Args:
+        ids: of each prompt `(L_i,)` int64, without padding.
+        media: of each prompt one value per image token, equal where what stands there is the same.
+        image_token_id: of the model.
+
+    Returns:
+        At most one less than the shortest prompt has, as a model answers to the last token.
+    """
+    first, *others = ids
+    length = min(map(len, ids)) - 1
+    for other in others:
+        equal = first[:length] == other[:length]
+        length = int(equal.long().cumprod(0).sum())
+    places = (first[:length] == image_token_id).nonzero()[:, 0].tolist()
+    for number, place in enumerate(places):
+        if any(of_row[number] != media[0][number] for of_row in media[1:]):
+            return place
+    return length
+
+
+@torch.no_grad()
+def compute_prefix(
+    model: PreTrainedModel, inputs: Mapping, length: int | None = None, cache: Cache | None = None
+) -> Cache:
+    """
+    The cache of the first columns of a batch.
+
+    All layers keep all tokens, those with a sliding window, too, so that it can be cut and shifted.
+
+    Args:
+        model: an Otter, Flamingo or OtterHD.
+        inputs: as a processor or [`~otter_hf.models.media_store.MediaStore`] returns them: `input_ids (B, L)`,
+            `attention_mask (B, L)`, padded on the left, and the media of the whole rows.
+        length: how many columns; by default all.
+        cache: of the first so many columns already, which is extended in place.
+
+    Raises:
+        ValueError: as `forward` of the model.
+    """
+    length = inputs["input_ids"].shape[1] if length is None else length
+    if cache is not None and cache.get_seq_length() >= length:
+        return cache
+    return read_columns(model, inputs, length, cache).past_key_values
+
+
+@torch.no_grad()
+def read_columns(
+    model: PreTrainedModel, inputs: Mapping, length: int | None = None, cache: Cache | None = None
+) -> ModelOutput:
+    """What the model says to the last of the first `length` columns, `logits (B, 1, V)`; see `compute_prefix`."""
+    ids = inputs["input_ids"]
+    length = ids.shape[1] if length is None else length
+    if cache is None:
+        is_flamingo = isinstance(model, FlamingoForConditionalGeneration)
+        cache = MediaDynamicCache() if is_flamingo else DynamicCache()
+    start = cache.get_seq_length()
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    return model(
+        input_ids=ids[:, start:length],
+        attention_mask=mask[:, :length],
+        position_ids=positions[:, start:length],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **_media_between(model, inputs, start, length),
+    )
+
+
+def expand(cache: Cache, padding: Sequence[int]) -> Cache:
+    """
+    The cache of a batch of `len(padding)` rows that all begin with the same S tokens.
+
+    Args:
+        cache: of those tokens, of one row; it stays as it is.
+        padding: columns of padding in front of each row; such a row has the first `S - padding` of the tokens. With
+            beams each row's comes as many times as there are beams.
+
+    Returns:
+        A cache of S columns, on which the whole left-padded batch goes on: `model.generate(**batch,
+        past_key_values=cache)`.
+    """
+    has_media = isinstance(cache, MediaCacheMixin)
+    expanded = MediaDynamicCache() if has_media else DynamicCache()
+    for layer in cache.layers:
+        expanded.layers.append(_layer(_shift(layer.keys, padding, 2), _shift(layer.values, padding, 2)))
+    if has_media and cache.media_index is not None:
+        rows = len(padding)
+        expanded.media_key_values = {
+            index: states.expand(rows, *states.shape[1:]) for index, states in cache.media_key_values.items()
+        }
+        expanded.media_index = _shift(cache.media_index, padding, 1)
+    return expanded
+
+
+def crop(cache: Cache, length: int) -> Cache:
+    """The first `length` columns of a cache that keeps all, as a cache of its own over the same memory."""
+    return _part(cache, slice(None), slice(length))
+
+
+def row_of(cache: Cache, row: int, padding: int = 0) -> Cache:
+    """One row of a cache that keeps all, without its padding, as a cache of its own over the same memory."""
+    return _part(cache, slice(row, row + 1), slice(padding, None))
+
+
+def _part(cache: Cache, rows: slice, columns: slice) -> Cache:
+    has_media = isinstance(cache, MediaCacheMixin)
+    part = MediaDynamicCache() if has_media else DynamicCache()
+    for layer in cache.layers:
+        part.layers.append(_layer(layer.keys[rows, :, columns], layer.values[rows, :, columns]))
+    if has_media and cache.media_index is not None and part.get_seq_length():
+        part.media_key_values = {index: states[rows] for index, states in cache.media_key_values.items()}
+        part.media_index = cache.media_index[rows, columns]
+    return part
+
+
+def forget_media_behind(cache: Cache) -> None:
+    """
+    Keep, of each row's media, only the one its last token sees, where no new ones follow: all that tokens which are
+    generated look at.
+    """
+    if not isinstance(cache, MediaCacheMixin) or cache.num_media < 2:
+        return
+    rows = torch.arange(len(cache.media_index), device=cache.media_index.device)
+    number = (cache.media_in_view - 1).clamp(min=0)  # (B,)
+    cache.media_key_values = {
+        index: states[rows.to(states.device), number.to(states.device)][:, None]
+        for index, states in cache.media_key_values.items()
+    }  # (B, 1, n, 2 * inner)
+    cache.media_index = cache.media_index.clamp(max=1)
+
+
+def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    return layer
+
+
+def _shift(states: torch.Tensor, padding: Sequence[int], dim: int) -> torch.Tensor:
+    """`states` of one row, for each row behind so many zeros along `dim`; what does not fit is cut off."""
+    rows, length = len(padding), states.shape[dim]
+    if not any(padding):
+        return states.expand(rows, *states.shape[1:])
+    shifted = states.new_zeros(rows, *states.shape[1:])
+    for width in sorted(set(padding)):
+        at = torch.tensor([row for row, own in enumerate(padding) if own == width], device=states.device)
+        if width < length:
+            kept = states.narrow(dim, 0, length - width)
+            shifted.narrow(dim, width, length - width)[at] = kept.expand(len(at), *kept.shape[1:])
+    return shifted
+
+
+def _media_between(model: PreTrainedModel, inputs: Mapping, start: int, end: int) -> dict[str, torch.Tensor]:
+    """What `forward` wants of the media of whole rows for the columns from `start` to `end`."""
+    is_media = inputs["input_ids"] == model.config.image_token_id  # (B, L)
+    if isinstance(model, OtterHDForConditionalGeneration):
+        patches = inputs.get("pixel_values")  # (N, patch width), in the order of their tokens
+        if patches is None:
+            return {}
+        columns = torch.arange(is_media.shape[1], device=is_media.device)
+        is_new = ((columns >= start) & (columns < end)).expand_as(is_media)[is_media]
+        patches = patches.reshape(-1, patches.shape[-1])[is_new.to(patches.device)]
+        return {"pixel_values": patches} if len(patches) else {}
+    names = ("image_hidden_states", "pixel_values", "pixel_attention_mask")
+    media = {name: inputs[name] for name in names if inputs.get(name) is not None}  # (B, T, ...) each
+    seen, new = is_media[:, :start].sum(dim=1), is_media[:, start:end].sum(dim=1)  # (B,)
+    most = int(new.max())
+    if not media or not most:
+        return {}
+    place = torch.arange(most, device=seen.device)  # (T_new,)
+    chosen = {}
+    for name, values in media.items():
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        source = (place + seen[:, None]).clamp(max=values.shape[1] - 1).to(values.device)
+        chosen[name] = values[rows, source]
+    if "pixel_attention_mask" in chosen:
+        is_there = (place < new[:, None]).to(chosen["pixel_attention_mask"].device)
+        chosen["pixel_attention_mask"] = chosen["pixel_attention_mask"] * is_there[..., None]
+    return chosen
+
+
+__all__ = [
+    "can_share_prefixes",
+    "compute_prefix",
+    "crop",
+    "expand",
+    "forget_media_behind",
+    "read_columns",
+    "row_of",
+    "shared_length",
+]
