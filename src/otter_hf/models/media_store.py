@@ -66,19 +66,24 @@ class MediaStore:
         mask = torch.ones(pixels.shape[:3]) if mask is None else mask
         mask = mask.bool().cpu()
         places = mask.any(dim=2).nonzero().tolist()
-        media = {(row, i): pixels[row, i, mask[row, i]] for row, i in places}  # (F, C, H, W) each
-        keys = {place: (tuple(medium.shape), hash_of_tensor(medium)) for place, medium in media.items()}
-        latents = {key: self._latents[key] for key in keys.values() if key in self._latents}
-        missing = {key: media[place] for place, key in keys.items() if key not in latents}
+        media = self.encode_media([pixels[row, i, mask[row, i]] for row, i in places])
+        rows: list[list] = [[] for _ in range(num_rows)]
+        for (row, _), medium in zip(places, media, strict=True):
+            rows[row].append(medium)
+        return rows
+
+    @torch.no_grad()
+    def encode_media(self, media: Sequence[torch.Tensor]) -> list[tuple[tuple, torch.Tensor]]:
+        """Of each medium `(F, C, H, W)` what it is known by and its latents `(n, D)`, in one batch if new."""
+        keys = [(tuple(medium.shape), hash_of_tensor(medium)) for medium in media]
+        latents = {key: self._latents[key] for key in keys if key in self._latents}
+        missing = {key: medium for key, medium in zip(keys, media, strict=True) if key not in latents}
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
             latents |= dict(zip(missing, self._encode(list(missing.values())), strict=True))
         self._keep(latents)
-        rows: list[list] = [[] for _ in range(num_rows)]
-        for (row, _), key in keys.items():
-            rows[row].append((key, latents[key]))
-        return rows
+        return [(key, latents[key]) for key in keys]
 
     def stack(self, media: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """`image_hidden_states (B, T, n, D)` of each row's latents; zeros where a row has fewer."""
