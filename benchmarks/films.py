@@ -9,12 +9,11 @@ The film is made on the spot: 1280 x 720 at 25 frames a second, H.264 as x264 en
 
 import argparse
 import io
-import json
-import time
-from pathlib import Path
+from functools import partial
 
 import av
 import numpy as np
+from _common import compare, report
 
 from otter_hf.films import FilmLimits, open_film, read_video
 
@@ -46,33 +45,19 @@ def all_of_them(film: bytes, frames: int) -> list:
     return [picture.resize((398, 224)) for picture in chosen]
 
 
-def best(call, *arguments, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call(*arguments)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    results = {"pyav": av.__version__, "seconds": arguments.seconds, "frames": arguments.frames}
+    rows = []
     for keyint in (250, 25):
         film = make_film(arguments.seconds, keyint)
-        ours = best(asked_for, film, arguments.frames, repeats=arguments.repeats)
-        every = best(all_of_them, film, arguments.frames, repeats=arguments.repeats)
-        results[f"keyint {keyint}"] = {
-            "asked_for_ms": round(ours * 1000, 1),
-            "all_ms": round(every * 1000, 1),
-            "ratio": round(every / ours, 2),
-        }
-    print(json.dumps(results, indent=1))
-    Path(__file__).parent.joinpath("results", "films.json").write_text(json.dumps(results, indent=1) + "\n")
+        title = f"{arguments.frames} frames of {arguments.seconds} s, keyframes {keyint} frames apart"
+        sides = (partial(side, film, arguments.frames) for side in (asked_for, all_of_them))
+        rows.append(compare(title, *sides, arguments.repeats))
+    report("films", f"every frame decoded and converted, PyAV {av.__version__}", rows)
 
 
 if __name__ == "__main__":

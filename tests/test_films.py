@@ -112,6 +112,19 @@ def test_stored_rotation_is_applied_everywhere(rotation, corner, container, tmp_
         assert frame.getpixel((x, y))[0] > 200 and frame.getpixel((size[0] - 1 - x, size[1] - 1 - y))[0] < 60
 
 
+def noise_film(container, codec, options):
+    """40 frames of noise that moves."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as out:
+        stream = out.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
+        for number in range(40):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 3 * number, 1), format="rgb24")))
+        out.mux(stream.encode())
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     "container, codec, options",
     [
@@ -123,19 +136,24 @@ def test_stored_rotation_is_applied_everywhere(rotation, corner, container, tmp_
     ids=["keyframes", "open groups", "one keyframe", "no keyframes"],
 )
 def test_frames_found_by_keyframes_are_those_of_reading_all(container, codec, options):
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        noise = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
-        for number in range(40):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(noise, 3 * number, 1), format="rgb24")))
-        out.mux(stream.encode())
+    data = noise_film(container, codec, options)
     for wanted in (3, 9, 30):
-        found = [np.asarray(frame) for frame in read_video(buffer.getvalue(), num_frames=wanted)]
-        with open_film(buffer.getvalue()) as opened:
+        found = [np.asarray(frame) for frame in read_video(data, num_frames=wanted)]
+        with open_film(data) as opened:
             every = [np.asarray(frame.image()) for frame in opened.frames()]
         assert np.array_equal(found, [every[i * 40 // wanted] for i in range(wanted)])
+
+
+def test_a_keyframe_is_sought_itself_not_the_one_before():
+    data = noise_film("mp4", "h264", {"x264-params": "keyint=10:scenecut=0:bframes=3"})
+    with open_film(data) as opened:
+        opened.file.seek(0)
+        with opened._open() as container:
+            stream, landed = opened._stream(container), []
+            for key in opened._keys:
+                container.seek(key, stream=stream)
+                landed.append(next(container.demux(stream)).pts)
+    assert landed == opened._keys and len(landed) == 4
 
 
 def test_a_mirrored_film_is_mirrored_back():

@@ -378,18 +378,19 @@ class _FFmpegFilm(Film):
             for packet in container.demux(stream):
                 # frames behind the end of an edit list are in the file and not shown
                 if packet.size and not packet.is_discard:
-                    packets.append((packet.pts, packet.duration, packet.is_keyframe, packet.dts))
+                    packets.append((packet.pts, packet.duration, packet.is_keyframe))
                 if len(packets) % 1000 == 0:
                     self._check_frame(self.width, self.height)
                     self._check_pixels(len(packets))
             indexed = any(name in container.format.name.split(",") for name in _INDEXED)
         if any(packet[0] is None for packet in packets):
-            packets, indexed = [(index, 1, False, None) for index in range(len(packets))], False
+            packets, indexed = [(index, 1, False) for index in range(len(packets))], False
             self.time_base = 1 / Fraction(stream.guessed_rate or stream.average_rate or 25)
         packets.sort(key=lambda packet: packet[0])
         self.ticks = [packet[0] for packet in packets]
-        # ticks of the keyframes, and where to look for them
-        self._keys = [(pts, pts if dts is None else min(pts, dts)) for pts, _, key, dts in packets if key and indexed]
+        # ticks of the keyframes. One is sought by the time it is shown at: by its decoding time, which lies before,
+        # FFmpeg goes to the keyframe before (PyAV 18.1, H.264 in mp4), and twice as much is decoded
+        self._keys = [pts for pts, _, key in packets if key and indexed]
         gaps = [later - earlier for earlier, later in pairwise(self.ticks)]
         last = (packets[-1][1] if packets else None) or (sum(gaps) // len(gaps) if gaps else 1)
         self.end = self.ticks[-1] + max(last, 1) if packets else 0
@@ -404,7 +405,7 @@ class _FFmpegFilm(Film):
 
     def pick(self, targets):
         targets, done = None if targets is None else list(targets), 0
-        if targets and self._keys and self._keys[0][0] <= self.ticks[0]:
+        if targets and self._keys and self._keys[0] <= self.ticks[0]:
             try:
                 for frame in self._sought(targets):
                     yield frame
@@ -418,7 +419,7 @@ class _FFmpegFilm(Film):
 
     def _sought(self, targets: Sequence[Fraction]) -> Iterator[Frame]:
         """The frames shown at the given times, each decoded from the keyframe in front of it; fewer if one fails."""
-        rounding, keys = self._rounding(), [pts for pts, _ in self._keys]
+        rounding = self._rounding()
         shown = [
             self.ticks[bisect_right(self.ticks, self.ticks[0] + (time + rounding) / self.time_base) - 1]
             for time in targets
@@ -427,9 +428,9 @@ class _FFmpegFilm(Film):
         with self._open() as container:
             stream, frames, frame = self._stream(container), None, None
             for tick in shown:
-                number = bisect_right(keys, tick) - 1
-                if frames is None or frame.pts < keys[number]:
-                    container.seek(self._keys[number][1], stream=stream)
+                key = self._keys[bisect_right(self._keys, tick) - 1]
+                if frames is None or frame.pts < key:
+                    container.seek(key, stream=stream)
                     frames, frame = self._decoded(container, stream, set(shown)), None
                 while frame is None or frame.pts != tick:
                     frame = next(frames, None)
