@@ -1,6 +1,6 @@
 """This build beside the same project at a commit before: what a change cost, or saved.
 
-    OMP_NUM_THREADS=2 python benchmarks/commits.py --peer 9bb62d4      # about five minutes on two cores
+    OMP_NUM_THREADS=2 python benchmarks/commits.py --peer 9bb62d4      # about eight minutes on two cores
 
 The models and batches are those of `decoding.py`, `packing.py`, `otterhd.py` and `mpt.py`; only the package differs.
 Each side is a process of its own, and they run in turn. What both compute (tokens or losses) is compared first.

@@ -1,7 +1,7 @@
 """
 CPU seconds until a command has said how it is used, and that `import otter_hf` adds to transformers' Auto classes.
 
-    python benchmarks/startup.py [--repeats 7] [--before FOLDER]
+    python benchmarks/startup.py [--repeats 5] [--before FOLDER]
 
 `--before` names another checkout (`git worktree add FOLDER 2286065`), measured in turn with this one. Byte code is
 cached in a folder of the benchmark's own, as Python does for a user. docs: benchmarks/startup.md
@@ -21,7 +21,7 @@ from _common import report, summary
 ROOT = Path(__file__).resolve().parents[1]
 AUTO = "from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor"
 COMMAND = "import sys; from otter_hf.cli import main; sys.exit(main({!r}))"
-HELPS = ("chat", "serve", "demo", "train", "pretrain", "eval", "convert", "data", "syphus", "memory")
+HELPS = ("chat", "train", "eval", "data")
 PROGRAMS = {
     "python alone": "pass",
     "Auto classes of transformers": AUTO,
@@ -47,7 +47,7 @@ def cpu_seconds(program: str, source: Path, cache: str) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--before", type=Path, help="another checkout to measure in turn")
     arguments = parser.parse_args()
     sources = {"now": ROOT / "src"}
