@@ -1,6 +1,7 @@
 """What a training leaves to look at: the page without any tracker, and TensorBoard's files."""
 
 import json
+import re
 import xml.dom.minidom
 from html.parser import HTMLParser
 
@@ -140,3 +141,10 @@ def test_answers_survive_a_resume_and_change_nothing(files, monkeypatch):
     resumed = history("asked", resume_from_checkpoint=str(files / "asked" / "checkpoint-2"))
     steps = [entry["step"] for entry in resumed if "sample_answers" in entry]
     assert steps == [2, 4]
+
+
+def test_ticks_that_lie_close_are_told_apart():
+    """A memory peak that hardly moves had the same number at each line."""
+    svg = curves_svg([{"step": step, "peak_memory_gb": 0.49791 + 0.00001 * step} for step in range(4)])
+    labels = re.findall(r'text-anchor="end">(0\.49[^<]*)<', svg)
+    assert len(labels) >= 3 and len({*labels}) == len(labels)

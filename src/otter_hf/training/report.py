@@ -98,10 +98,10 @@ def _panel(title: str, curves: dict[str, list[tuple[int, float]]]) -> str:
         return left + (step - first) * across, top + (high - value) * up
 
     parts = [f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#ccc"/>']
-    for value in _ticks(low, high):
+    for value, label in _labelled(_ticks(low, high)):
         y = place(first, value)[1]
         parts.append(f'<path d="M{left} {y:.1f}h{width}" stroke="#eee"/>')
-        parts.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+        parts.append(f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     for step in dict.fromkeys(map(round, _ticks(first, last))):
         x = place(step, low)[0]
         parts.append(f'<path d="M{x:.1f} {top}v{height}" stroke="#eee"/>')
@@ -139,6 +139,15 @@ def _ticks(low: float, high: float) -> list[float]:
         if last - first >= 2:
             break
     return [number * gap for number in range(first, last + 1)]
+
+
+def _labelled(ticks: list[float]) -> list[tuple[float, str]]:
+    """Ticks and what is written beside them: four digits, or as many as tell them apart."""
+    for digits in range(4, 17):
+        labels = [f"{value:.{digits}g}" for value in ticks]
+        if len({*labels}) == len(ticks):
+            break
+    return list(zip(ticks, labels, strict=True))
 
 
 def write_report(
@@ -184,14 +193,16 @@ def write_report(
     page = f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>
-body {{ font-family: sans-serif; max-width: 1000px; margin: 2em auto; }}
+body {{ font-family: sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; }}
+.curves {{ overflow-x: auto; }}
+.curves svg {{ min-width: 700px; }}
 section {{ border-top: 1px solid #ccc; padding: 0.5em 0; overflow: hidden; }}
 img {{ float: right; margin-left: 0.5em; }}
 pre {{ white-space: pre-wrap; }}
 td, th {{ text-align: left; padding: 0.1em 0.8em 0.1em 0; vertical-align: top; }}
 </style>
 <h1>{html.escape(title)}</h1>
-{curves_svg(log_history)}
+<div class="curves">{curves_svg(log_history)}</div>
 {answers}
 {asked}
 {planned}
