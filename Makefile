@@ -54,9 +54,10 @@ conformance: $(VENV)/.installed ## transformers' own model and processor tests o
 parity-2023: $(VENV)/.installed ## the real code of 2023 and ours on the same folders; its environment is downloaded once
 	PYTHON=$(CURDIR)/$(BIN)/python tests/parity_2023/run.sh
 
-quality: $(VENV)/.installed ## lint
+quality: $(VENV)/.installed ## lint, and which package may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 style: $(VENV)/.installed ## lint and format in place
 	$(BIN)/ruff check --fix .

@@ -7,8 +7,8 @@ from hub_double import HubDouble, Repository, StoredFile
 from huggingface_hub import constants
 
 from otter_hf.cli import main
+from otter_hf.loading import load_processor
 from otter_hf.model_names import check_model_name, split_revision
-from otter_hf.serving.loading import load_processor
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import otterhd_tiny
 import pytest
 import yaml
 
-from otter_hf.data.prompts import render
+from otter_hf.prompts import render
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards"

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from otter_hf.data.collator_otterhd import OtterHDCollator
-from otter_hf.data.prompts import clean_text
 from otter_hf.data.samples import SampleError
+from otter_hf.prompts import clean_text
 
 
 @pytest.fixture(scope="module")

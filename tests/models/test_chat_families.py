@@ -10,7 +10,7 @@ from transformers import DynamicCache, ImageTextToTextPipeline
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.data.collator import OtterCollator
 from otter_hf.data.collator_otterhd import OtterHDCollator
-from otter_hf.data.prompts import chat_template
+from otter_hf.prompts import chat_template
 
 
 RED, BLUE = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))

@@ -27,7 +27,7 @@ otter_hf.OtterConfig()
 
 
 # imported first in a process of its own: what loads transformers itself and is needed by the models, and what is above
-FIRST = ["pictures", "films", "data.parquet_store", "serving.loading", "training.run", "evaluation.model"]
+FIRST = ["pictures", "films", "data.parquet_store", "loading", "training.run", "evaluation.model"]
 
 
 @pytest.mark.parametrize("name", FIRST)

@@ -17,10 +17,10 @@ from otter_hf import FlamingoProcessor, OtterProcessor
 from otter_hf.cli.chat import loading_options
 from otter_hf.conversion.export_tokenizer import save_tokenizer_2023
 from otter_hf.data import OtterCollator
-from otter_hf.data.prompts import FORMATS, render
+from otter_hf.loading import load_processor, read_processor
 from otter_hf.models.legacy_tokens import PAD_TOKEN, SPECIAL_TOKENS, load_tokenizer, read_token_table
 from otter_hf.models.otterhd.processing_otterhd import TokenizersBackend
-from otter_hf.serving.loading import load_processor, read_processor
+from otter_hf.prompts import FORMATS, render
 
 
 DATA = Path(__file__).parent / "tokens_2023"

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from otter_hf import FlamingoProcessor, OtterProcessor
-from otter_hf.data.prompts import render
+from otter_hf.prompts import render
 
 
 def question(text, *images):

@@ -9,9 +9,9 @@ from otterhd_tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlamaTokenizer, pipeline
 
-from otter_hf.data.prompts import render
 from otter_hf.models.otterhd import OtterHDImageProcessor, OtterHDProcessor
 from otter_hf.models.otterhd.processing_otterhd import RESERVED_TOKENS
+from otter_hf.prompts import render
 
 
 @pytest.fixture(scope="module")

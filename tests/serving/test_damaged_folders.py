@@ -10,7 +10,7 @@ from otter_tiny import tiny_model, tiny_processor
 from safetensors.torch import load_file, save_file
 
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
-from otter_hf.serving.loading import load_model, read_model
+from otter_hf.loading import load_model, read_model
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

@@ -9,7 +9,7 @@ from PIL import Image
 from serving_double import image_url, png, slow_down, video_url, wait_until
 from serving_files import write_video
 
-from otter_hf.serving.loading import load
+from otter_hf.loading import load
 from otter_hf.serving.media import image_part, read_frames, video_part
 from otter_hf.serving.session import ChatSession
 

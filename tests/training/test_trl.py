@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationM
 
 from otter_hf import OtterProcessor
 from otter_hf.data import OtterCollator, OtterHDCollator
-from otter_hf.data.prompts import chat_template
+from otter_hf.prompts import chat_template
 
 
 pytest.importorskip("trl", reason="TRL is not installed")

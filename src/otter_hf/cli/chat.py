@@ -70,7 +70,7 @@ def add_parser(subparsers):
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """How `otter_hf.serving.loading` loads a model."""
+    """How `otter_hf.loading` loads a model."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -107,7 +107,7 @@ def add_reference_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def loading_options(arguments: argparse.Namespace) -> dict:
-    """The keyword arguments of `otter_hf.serving.loading.load` among the parsed ones."""
+    """The keyword arguments of `otter_hf.loading.load` among the parsed ones."""
     names = ("dtype", "device_map", "attn_implementation", "load_in_4bit")
     names += ("tokenizer", "tokenizer_reference", "chat_template")
     return {name: getattr(arguments, name) for name in names}
@@ -130,8 +130,8 @@ def run(arguments: argparse.Namespace) -> None:
     # heavy imports wait until someone chats
     import torch
 
+    from ..loading import load
     from ..serving.batch import answer_all, read_questions, write_log
-    from ..serving.loading import load
     from ..serving.session import ChatSession
     from .chat_commands import read_media
     from .chat_terminal import Chat

@@ -2,7 +2,7 @@
 
 import json
 
-from ..data.prompts import FORMATS, render
+from ..prompts import FORMATS, render
 from .memory import memory_table
 from .report import ConversionReport
 

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..pictures import ImageError, read_image
-from .prompts import RESERVED_TOKENS, get_format, render
+from ..prompts import RESERVED_TOKENS, get_format, render
 from .samples import Sample, SampleError, drop_oldest_turn
 
 
@@ -85,7 +85,7 @@ class OtterCollator:
 
     Args:
         processor: an `OtterProcessor`.
-        format: instruction format, one of `otter_hf.data.prompts.FORMATS` with an image and an answer token.
+        format: instruction format, one of `otter_hf.prompts.FORMATS` with an image and an answer token.
         max_length: largest number of tokens of a row, or `None` for no limit.
         on_overlong: what to do with a sample whose last turn alone is longer than `max_length`. `"error"` raises;
             `"truncate"` cuts the end of its answer and trains on the rest, and leaves it out of the batch if not even

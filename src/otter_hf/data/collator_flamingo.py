@@ -3,8 +3,8 @@
 import copy
 from typing import TYPE_CHECKING
 
+from ..prompts import ANSWER_TOKEN
 from .collator import OtterCollator
-from .prompts import ANSWER_TOKEN
 
 
 if TYPE_CHECKING:

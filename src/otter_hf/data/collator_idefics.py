@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..prompts import ANSWER_TOKEN, IMAGE_TOKEN, get_format
 from .collator import OtterCollator
-from .prompts import ANSWER_TOKEN, IMAGE_TOKEN, get_format
 from .samples import Sample, frames_as_media
 
 

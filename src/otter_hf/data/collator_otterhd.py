@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from ..prompts import render
 from .collator import IGNORE_INDEX
-from .prompts import render
 from .samples import Sample, SampleError, drop_oldest_turn, frames_as_media
 
 

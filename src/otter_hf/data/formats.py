@@ -17,11 +17,11 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..files import claim, disk_full_told, move
+from ..prompts import IMAGE_TOKEN
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
 from .json_stream import iter_json_object
 from .parquet_writer import kept_for_next_run, move_image_parts, write_image_parts
-from .prompts import IMAGE_TOKEN
 
 
 logger = logging.get_logger(__name__)

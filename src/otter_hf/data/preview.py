@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 
+from ..prompts import render
 from .collator import IGNORE_INDEX, OtterCollator
 from .mixture import MimicitMixture
-from .prompts import render
 from .samples import Sample
 
 

@@ -12,8 +12,8 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..films import FilmLimits, is_film, read_video
+from ..prompts import IMAGE_TOKEN, clean_text
 from .image_store import ImageStore
-from .prompts import IMAGE_TOKEN, clean_text
 
 
 logger = logging.get_logger(__name__)

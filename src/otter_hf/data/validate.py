@@ -17,11 +17,11 @@ from transformers.utils import logging
 from ..files import write_json
 from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
+from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
 from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
 from .mixture import MixtureEntry, Problem, read_mixture
-from .prompts import IMAGE_TOKEN, RESERVED_TOKENS
 from .samples import IMAGE_TEXT, IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
 
 

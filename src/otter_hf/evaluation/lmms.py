@@ -12,8 +12,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from transformers.utils import logging
 
+from ..loading import read_processor
 from ..made_from import MadeFrom, keep, kept, state_of_model
-from ..serving.loading import read_processor
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
 from .config import FEWSHOT

@@ -8,11 +8,11 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..films import read_video
+from ..loading import load_model, read_processor
 from ..models.chat_processing import MEDIA_SOURCES, read_conversations
 from ..models.flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from ..models.media_store import MediaStore
 from ..pictures import read_image
-from ..serving.loading import load_model, read_processor
 from ..thinking import thinking_length
 
 

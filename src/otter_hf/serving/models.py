@@ -7,8 +7,8 @@ from pathlib import Path
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 
+from ..loading import load_model, load_processor
 from ..model_names import check_model_name
-from .loading import load_model, load_processor
 
 
 class ServedModels(ModelManager):

@@ -5,9 +5,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
-from ..data.prompts import IMAGE_TOKEN
 from ..models.flamingo import FlamingoForConditionalGeneration
 from ..models.otterhd import OtterHDForConditionalGeneration
+from ..prompts import IMAGE_TOKEN
 from .media import fit_media
 
 

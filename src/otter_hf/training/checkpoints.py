@@ -27,7 +27,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..files import claim, disk_full_told, move, remove, sync
-from ..serving.loading import read_model
+from ..loading import read_model
 from .arguments import TrainingArguments
 from .manifest import MANIFEST, damage_of, write_manifest
 from .run_record import RunRecord, read_run

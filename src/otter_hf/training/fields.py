@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from ..data.prompts import FORMATS, get_format
 from ..model_names import check_model_name
+from ..prompts import FORMATS, get_format
 from .devices import DEVICES
 
 

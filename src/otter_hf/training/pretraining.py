@@ -16,9 +16,9 @@ from transformers import set_seed
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from ..errors import ending_in_a_sentence
+from ..loading import read_model, read_processor
 from ..models.attention_choice import read_attention
 from ..models.host_reads import numbers_on
-from ..serving.loading import read_model, read_processor
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .fields import PretrainingDataArguments

@@ -23,15 +23,15 @@ from ..data.collator_flamingo import flamingo_collator
 from ..data.collator_idefics import IdeficsCollator, idefics_loss, prepare_idefics_tokenizer
 from ..data.collator_otterhd import OtterHDCollator
 from ..data.mixture import MimicitMixture
-from ..data.prompts import IMAGE_TOKEN, chat_template, get_format
 from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
 from ..errors import ending_in_a_sentence
 from ..extras import missing
+from ..loading import read_config, read_model, read_processor
 from ..models.flamingo import FlamingoProcessor
 from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
 from ..models.quantization import quantization_config
-from ..serving.loading import read_config, read_model, read_processor
+from ..prompts import IMAGE_TOKEN, chat_template, get_format
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .features import VisionFeatureCache

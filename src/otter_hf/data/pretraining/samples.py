@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
+from ...prompts import END_OF_CHUNK_TOKEN, IMAGE_TOKEN, RESERVED_TOKENS, escape_reserved_tokens
 from ...reading import parse_json
 from ..images import decode_base64, decode_image
-from ..prompts import END_OF_CHUNK_TOKEN, IMAGE_TOKEN, RESERVED_TOKENS, escape_reserved_tokens
 from ..samples import SampleError
 
 

@@ -12,10 +12,10 @@ import yaml
 from transformers.utils import logging
 
 from ...files import write_text
+from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ...reading import parse_json, refuse_lfs_pointer
 from ..formats import MimicitFiles, write_mimicit
 from ..images import image_bytes
-from ..prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ..samples import IMAGE_TEXT, TEXT_ONLY
 
 
@@ -101,31 +101,12 @@ def write_conversations(
         raise ValueError(f"max_tokens={max_tokens} needs a tokenizer to count with.")
     left_out = Counter()
 
-    def reason_to_leave_out(conversation: Conversation) -> str | None:
-        if conversation.left_out:
-            return conversation.left_out
-        if not conversation.turns:
-            return "no complete turn"
-        if max_tokens is not None:
-            texts = [text for turn in conversation.turns for text in turn] + [conversation.system or ""]
-            if sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) > max_tokens:
-                return f"more than {max_tokens} tokens"
-        for _, picture in conversation.pictures:
-            if isinstance(picture, Path) and not picture.is_file():
-                if on_error == "raise":
-                    raise FileNotFoundError(
-                        f"Conversation {conversation.id!r} needs the picture {picture}, which is not there: correct "
-                        "the image folder, or skip such conversations (--skip-missing)."
-                    )
-                return "missing picture"
-        return None
-
     kept = set()
     names = _PictureNames(name)
 
     def pictures() -> Iterator[tuple[str, Path | bytes]]:
         for number, conversation in enumerate(logging.tqdm(read(), desc=f"Pictures of {name}")):
-            reason = reason_to_leave_out(conversation)
+            reason = _reason_to_leave_out(conversation, max_tokens, tokenizer, on_error)
             if reason:
                 left_out[reason] += 1
                 continue
@@ -161,6 +142,29 @@ def write_conversations(
     if unused:
         logger.warning(f"Not used of {name}: {dict(unused)}.")
     return ConversionCounts(files, **counts, images=len(names), left_out=dict(left_out), unused=dict(unused))
+
+
+def _reason_to_leave_out(
+    conversation: Conversation, max_tokens: int | None, tokenizer: Any, on_error: str
+) -> str | None:
+    """Why a conversation becomes no record, if so; arguments and errors as for `write_conversations`."""
+    if conversation.left_out:
+        return conversation.left_out
+    if not conversation.turns:
+        return "no complete turn"
+    if max_tokens is not None:
+        texts = [text for turn in conversation.turns for text in turn] + [conversation.system or ""]
+        if sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])) > max_tokens:
+            return f"more than {max_tokens} tokens"
+    for _, picture in conversation.pictures:
+        if isinstance(picture, Path) and not picture.is_file():
+            if on_error == "raise":
+                raise FileNotFoundError(
+                    f"Conversation {conversation.id!r} needs the picture {picture}, which is not there: correct the "
+                    "image folder, or skip such conversations (--skip-missing)."
+                )
+            return "missing picture"
+    return None
 
 
 def made_from(path: str | Path) -> Any:

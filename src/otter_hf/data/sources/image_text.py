@@ -10,9 +10,9 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
+from ...prompts import IMAGE_TOKEN
 from ...reading import path_inside
 from ..images import decode_base64
-from ..prompts import IMAGE_TOKEN
 from .common import (
     Conversation,
     UnusableConversation,

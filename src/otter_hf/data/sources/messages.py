@@ -15,9 +15,9 @@ from typing import Any
 import datasets
 from filelock import FileLock
 
+from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ...reading import parse_json
 from ..images import decode_base64
-from ..prompts import IMAGE_TOKEN, escape_reserved_tokens
 from .common import (
     Conversation,
     UnusableConversation,

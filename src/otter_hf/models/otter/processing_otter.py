@@ -1,6 +1,6 @@
 """Text and images for Otter: a Flamingo processor that also knows `<answer>` and Otter's prompt."""
 
-from ...data.prompts import chat_template as otter_chat_template
+from ...prompts import chat_template as otter_chat_template
 from ..flamingo.processing_flamingo import FlamingoProcessor
 
 

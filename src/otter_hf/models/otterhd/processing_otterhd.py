@@ -18,8 +18,8 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs, Unpack
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from ...data.prompts import chat_template as format_chat_template
-from ...data.prompts import escape_reserved_tokens
+from ...prompts import chat_template as format_chat_template
+from ...prompts import escape_reserved_tokens
 from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, read_texts
 from .image_processing_otterhd import OtterHDImageProcessor, OtterHDImagesKwargs
 

@@ -10,15 +10,15 @@ from transformers.processing_utils import ProcessorMixin
 
 import otter_hf  # noqa: F401  registers the families
 
-from ..conversion.tensors import check_weights, refuse_lfs_pointers
-from ..data.prompts import FORMATS
-from ..data.prompts import chat_template as format_chat_template
-from ..model_names import check_model_name, split_revision
-from ..models.attention_choice import read_attention
-from ..models.flamingo import FlamingoConfig, FlamingoProcessor
-from ..models.legacy_tokens import load_tokenizer
-from ..models.otter import OtterConfig
-from ..models.quantization import quantization_config
+from .conversion.tensors import check_weights, refuse_lfs_pointers
+from .model_names import check_model_name, split_revision
+from .models.attention_choice import read_attention
+from .models.flamingo import FlamingoConfig, FlamingoProcessor
+from .models.legacy_tokens import load_tokenizer
+from .models.otter import OtterConfig
+from .models.quantization import quantization_config
+from .prompts import FORMATS
+from .prompts import chat_template as format_chat_template
 
 
 # with these Idefics was trained: its fast tokenizer dropped no blank

@@ -3,7 +3,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from otter_hf.data.prompts import FORMATS, chat_template, clean_text, escape_reserved_tokens, render
+from otter_hf.prompts import FORMATS, chat_template, clean_text, escape_reserved_tokens, render
 
 
 ONE = [("Q1", "A1")]
