@@ -115,7 +115,7 @@ def waits_of_decoding(family: str, machine: Machine) -> dict:
 def waits_of_training(family: str, machine: Machine) -> dict:
     """Forward, backward, and an optimizer's step which looks once whether loss and gradient are finite."""
     config = small(family, machine.tiny)
-    attention = "sdpa" if family == "otterhd" else "varlen_sdpa"
+    attention = "varlen_sdpa"
     model = build(config, machine, torch.float32, attention).train()
     batch = packed(config, samples(config, machine, [48, 31, 17], [3, 1, 0]), machine)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -82,7 +82,8 @@ def make_models(names=("ours", "peer"), **sizes) -> dict:
     torch.manual_seed(0)
     if "ours" in names:
         config = make_config(OtterHDConfig, **sizes)
-        models["ours"] = OtterHDForConditionalGeneration._from_config(config, attn_implementation="sdpa").train()
+        model = OtterHDForConditionalGeneration._from_config(config, attn_implementation="varlen_sdpa")
+        models["ours"] = model.train()
     if "peer" in names:
         config = make_config(FuyuConfig, **sizes)
         models["peer"] = FuyuForCausalLM._from_config(config, attn_implementation="sdpa").train()

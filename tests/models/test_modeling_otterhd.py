@@ -67,7 +67,7 @@ def logits_alone(model, rows):
 
 
 class TestPacking:
-    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    @pytest.mark.parametrize("attention", ["varlen_sdpa", "sdpa", "eager"])
     @pytest.mark.parametrize("use_cache", [None, True, False])
     def test_samples_do_not_see_each_other(self, model, rows, attention, use_cache):
         model = copy.deepcopy(model)
@@ -111,11 +111,16 @@ class TestPacking:
         for (name, a), b in zip(packed.named_parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-4, msg=name)
 
-    def test_several_rows_are_refused(self, model, rows):
+    @pytest.mark.parametrize("attention", ["varlen_sdpa", "sdpa"])
+    def test_several_rows(self, model, rows, attention):
+        model = copy.deepcopy(model)
+        model.set_attn_implementation(attention)
         ids = rows[2]["input_ids"].repeat(2, 2)
         positions = torch.arange(ids.shape[1] // 2).repeat(2, 2)
-        with pytest.raises(ValueError, match="must come as one row, got 2 rows"):
-            model(input_ids=ids, position_ids=positions)
+        with torch.no_grad():
+            logits = model(input_ids=ids, position_ids=positions).logits
+        expected = logits_alone(model, [rows[2]]).repeat(2, 2, 1)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 class TestBatches:
@@ -349,7 +354,7 @@ def test_other_outputs(model, rows):
     with torch.no_grad():
         states = model(**rows[0], output_hidden_states=True).hidden_states
     assert len(states) == model.config.text_config.num_hidden_layers + 1
-    assert "OtterHDDecoderLayer" in model._no_split_modules
+    assert "PersimmonDecoderLayer" in model._no_split_modules
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
     attentions = eager(**rows[0], output_attentions=True).attentions

@@ -1,11 +1,15 @@
 """Variable-length attention: torch's kernels, and the flash kernel, which a stand-in computes on the CPU."""
 
+import functools
+
 import flash_stand_in
 import pytest
 import torch
 from tiny_flamingo import assert_close, images, pad_rows, row, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModel, LlamaConfig, MistralConfig, PersimmonConfig, masking_utils
 
+from otter_hf.models import varlen_attention
 from otter_hf.models.varlen_attention import varlen_sdpa_attention_forward
 
 
@@ -48,6 +52,40 @@ def test_without_boundaries_or_with_a_shorter_window_the_mask_counts():
     flash_kwargs = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 6, "max_length_k": 6}
     got = varlen_sdpa_attention_forward(layer, query, query, query, mask, sliding_window=2, **flash_kwargs)[0]
     assert_close(got, expected)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, PersimmonConfig, MistralConfig])
+@pytest.mark.parametrize("window", [None, 5, 20])
+@torch.no_grad()
+def test_a_decoder_of_transformers_needs_no_mask_for_packed_rows(config_class, window, monkeypatch):
+    if window is not None and config_class is not MistralConfig:
+        pytest.skip("only Mistral has a window")
+    config = config_class(
+        vocab_size=40, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=window,
+    )  # fmt: skip
+    model = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+    lengths = [3, 9, 1, 11]
+    inputs = {
+        "input_ids": torch.randint(40, (2, 12), generator=torch.Generator().manual_seed(0)),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]).view(2, 12),
+    }
+    expected = model(**inputs, use_cache=False).last_hidden_state
+    model.set_attn_implementation("varlen_sdpa")
+    if window != 5:  # all samples are shorter
+        monkeypatch.setattr(varlen_attention, "sdpa_mask", None)
+    assert_close(model(**inputs, use_cache=False).last_hidden_state, expected)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 11, "max_length_k": 11}
+    assert_close(model(**inputs, **given, use_cache=False).last_hidden_state, expected)
+
+
+def test_masks_that_are_no_packing_are_made():
+    make = functools.partial(varlen_attention.varlen_mask, 1, 6, 6, allow_is_causal_skip=False)
+    assert torch.equal(make(), torch.ones(6, 6).tril().bool()[None, None])
+    images_see_ahead = masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1, -1, -1]]))
+    mask = make(mask_function=masking_utils.or_masks(masking_utils.causal_mask_function, images_see_ahead))
+    assert mask.shape == (1, 1, 6, 6) and mask[0, 0, 1, 2] and not mask[0, 0, 2, 3]
 
 
 def media_cases():

@@ -11,7 +11,6 @@ from transformers import (
     AutoProcessor,
 )
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.masking_utils import sdpa_mask
 
 from .flamingo import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoModel, FlamingoProcessor
 from .legacy import mosaic_gpt_renamings, weight_renamings
@@ -24,11 +23,11 @@ from .otterhd import (
     OtterHDModel,
     OtterHDProcessor,
 )
-from .varlen_attention import varlen_sdpa_attention_forward
+from .varlen_attention import varlen_mask, varlen_sdpa_attention_forward
 
 
 AttentionInterface.register("varlen_sdpa", varlen_sdpa_attention_forward)
-AttentionMaskInterface.register("varlen_sdpa", sdpa_mask)
+AttentionMaskInterface.register("varlen_sdpa", varlen_mask)
 for _config, _model, _conditional, _processor in (
     (FlamingoConfig, FlamingoModel, FlamingoForConditionalGeneration, FlamingoProcessor),
     (OtterConfig, OtterModel, OtterForConditionalGeneration, OtterProcessor),

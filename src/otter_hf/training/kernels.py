@@ -29,8 +29,6 @@ def choose_attention(
     if model_args.attn_implementation is not None or not packing or training_args.torch_compile:
         return read_attention(model_args.attn_implementation)
     kernel = best_varlen_attention(config, training_args.device, compute_dtype(config, model_args, training_args))
-    if not hasattr(config, "vision_config"):
-        return None if kernel == "varlen_sdpa" else kernel  # OtterHD's `sdpa` goes sample by sample itself
     return {"": kernel, "text_config": kernel}
 
 

@@ -27,10 +27,9 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
-from transformers.masking_utils import BlockMask, create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import BlockMask, create_causal_mask
 from transformers.modeling_flash_attention_utils import (
     FLASH_ATTN_KERNEL_FALLBACK,
-    FlashAttentionKwargs,
     _upad_input,
     lazy_import_flash_attention,
 )
@@ -38,7 +37,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils.import_utils import is_tracing
 
 from ..host_reads import reads_are_free
-from ..varlen_attention import varlen_sdpa_attention_forward
+from ..varlen_attention import packed_boundaries, varlen_sdpa_attention_forward
 
 
 # Score of a masked key: its softmax weight underflows to 0 against any ALiBi bias, and it is finite in float16, so
@@ -145,21 +144,6 @@ def prepare_alibi_attention(
     if maybe_packed and cu_seq_lens is None:
         kwargs |= packed_boundaries(position_ids.expand(inputs_embeds.shape[:2]))
     return attention_mask, kwargs
-
-
-def packed_boundaries(position_ids: torch.Tensor) -> FlashAttentionKwargs:
-    """
-    Where the samples packed into `position_ids (B, L)` begin and end, row after row; empty if no row holds more than
-    one sample. Reads the tensor, so it waits for the device.
-    """
-    samples = find_packed_sequence_indices(position_ids)  # (B, L): 0-based sample of each token in its row
-    if samples is None:
-        return FlashAttentionKwargs()
-    rows = torch.arange(samples.shape[0], device=samples.device)[:, None] * samples.shape[1]
-    lengths = torch.unique_consecutive((samples + rows).flatten(), return_counts=True)[1]
-    ends = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))  # (samples + 1,)
-    longest = int(lengths.max())
-    return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
 
 
 def _only_new_keys(attention_mask: torch.Tensor | None, past_key_values: Cache | None, length: int) -> bool:

@@ -1,4 +1,4 @@
-"""OtterHD: transformers' Fuyu with padding-free attention, a frugal loss and image inputs that survive `generate`.
+"""OtterHD: transformers' Fuyu with packed rows, a frugal loss and image inputs that survive `generate`.
 
 Architecture and numbers are those of Fuyu-8B (https://www.adept.ai/blog/fuyu-8b) as OtterHD
 (https://huggingface.co/papers/2311.04219, Luodian/Otter, MIT licence) fine-tuned it: no vision tower, image patches
@@ -10,184 +10,28 @@ Shapes: B rows, L positions, D hidden size, H heads, E head size, N image patche
 import torch
 from torch import nn
 from transformers import FuyuForCausalLM, FuyuModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.fuyu.modeling_fuyu import FuyuPreTrainedModel
-from transformers.models.persimmon.modeling_persimmon import (
-    PersimmonAttention,
-    PersimmonDecoderLayer,
-    PersimmonModel,
-    PersimmonPreTrainedModel,
-    PersimmonRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import capture_outputs
 
+from ..decoding_masks import mask_without_reading
 from ..legacy_names import refuse_arguments_of_2023
 from ..lm_loss import supervised_loss
 from ..mixed_dtypes import in_dtype_of
 from ..offloading import index_tied_weights
 from ..quantization import keep_stored_weights
-from ..varlen_attention import varlen_sdpa_attention_forward
+from ..varlen_attention import packed_boundaries
 from .configuration_otterhd import OtterHDConfig
 from .generation_otterhd import OtterHDGenerationMixin
-
-
-def packed_boundaries(position_ids: torch.Tensor) -> FlashAttentionKwargs:
-    """
-    Where the samples packed into one row begin and end. Reads the tensor, so it waits for the device.
-
-    Args:
-        position_ids (`(B, L)`, integer): positions; a sample starts wherever they do not go up by one.
-
-    Returns:
-        what variable-length attention takes; empty where the row holds a single sample.
-
-    Raises:
-        ValueError: when positions restart in a batch of several rows.
-    """
-    restarts = position_ids.diff(dim=1) != 1  # (B, L-1)
-    if not restarts.any():
-        return FlashAttentionKwargs()
-    if position_ids.shape[0] > 1:
-        raise ValueError(
-            f"Packed samples (position_ids that restart) must come as one row, got {position_ids.shape[0]} rows: "
-            "concatenate them, or pad and pass attention_mask."
-        )
-    ends = restarts[0].nonzero().flatten() + 1  # (S-1,)
-    ends = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), position_ids.shape[1])]).to(torch.int32)  # (S+1,)
-    longest = int(ends.diff().max())
-    return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
-
-
-class OtterHDAttention(PersimmonAttention):
-    """Persimmon's attention, whose `sdpa` goes sample by sample in packed rows: they need no block mask."""
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,  # (B, L, D)
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attended states `(B, L, D)` and, in eager, the weights."""
-        batch_size, length, _ = hidden_states.shape
-        query, key, value = self._split_heads(self.query_key_value(hidden_states))  # 3 x (B, L, H, E)
-        if self.qk_layernorm:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-
-        # only the first `rotary_ndims` channels of a head carry the position
-        rotated, passed = zip(
-            *(states.split([self.rotary_ndims, self.head_dim - self.rotary_ndims], dim=-1) for states in (query, key)),
-            strict=True,
-        )
-        rotated = apply_rotary_pos_emb(*rotated, *position_embeddings, unsqueeze_dim=2)
-        query, key = (torch.cat(halves, dim=-1) for halves in zip(rotated, passed, strict=True))
-        query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # 3 x (B, H, L, E)
-
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-
-        dropout = self.config.attention_dropout if self.training else 0.0
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa":
-            attend = varlen_sdpa_attention_forward
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )  # (B, L, H, E)
-        return self.dense(attended.reshape(batch_size, length, -1)), weights
-
-
-class OtterHDDecoderLayer(PersimmonDecoderLayer):
-    """Persimmon's decoder layer with `OtterHDAttention`."""
-
-    def __init__(self, config, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.self_attn = OtterHDAttention(config, layer_idx)
-
-
-class OtterHDTextModel(PersimmonModel):
-    """Persimmon's decoder without a language modeling head, which builds no mask where none is needed."""
-
-    _no_split_modules = ["OtterHDDecoderLayer"]
-    _can_record_outputs = {"hidden_states": OtterHDDecoderLayer, "attentions": OtterHDAttention}
-
-    def __init__(self, config):
-        PersimmonPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.pad_token_id
-        self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList([OtterHDDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.rotary_emb = PersimmonRotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
-        """As in the parent class; samples between `cu_seq_lens_q` attend to themselves only."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)  # (B, L, D)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-
-        causal_mask = None
-        if kwargs.get("cu_seq_lens_q") is None or self.config._attn_implementation == "eager":
-            causal_mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-                # to leave out a mask that hides nothing, a decoding step would have to look at it
-                allow_is_causal_skip=inputs_embeds.shape[1] > 1 or attention_mask is None,
-            )
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers:
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )  # (B, L, D)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.final_layernorm(hidden_states), past_key_values=past_key_values
-        )
 
 
 class OtterHDPreTrainedModel(FuyuPreTrainedModel):
@@ -195,7 +39,7 @@ class OtterHDPreTrainedModel(FuyuPreTrainedModel):
 
     config: OtterHDConfig
     config_class = OtterHDConfig
-    _no_split_modules = ["OtterHDDecoderLayer"]
+    _no_split_modules = ["PersimmonDecoderLayer"]
     # Persimmon refuses flex attention, whatever Fuyu says
     _supports_flex_attn = False
 
@@ -217,22 +61,11 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
     """
     Decoder and patch embedding without a language modeling head.
 
-    Several samples may share one row ("packing"): pass `position_ids` that restart at 0 with each sample and no
-    `attention_mask`. With `sdpa` attention each sample is attended on its own, by torch's variable-length kernel where
-    that runs, with flash attention by its own (give `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
-    `max_length_k` to spare their computation), and with `eager` a block mask is built. A packed row makes no cache.
+    Several samples may share a row ("packing"): pass `position_ids` that restart at 0 with each sample and no
+    `attention_mask`. With `varlen_sdpa` attention each sample is attended on its own, by torch's variable-length
+    kernel where that runs, with flash attention by its own (give `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and
+    `max_length_k` to spare their computation); `sdpa` and `eager` take a mask of L x L. A packed row makes no cache.
     """
-
-    def __init__(self, config: OtterHDConfig):
-        FuyuPreTrainedModel.__init__(self, config)
-        self.padding_idx = config.text_config.pad_token_id
-        self.vocab_size = config.text_config.vocab_size
-        self.language_model = OtterHDTextModel._from_config(config.text_config)
-        self.vision_embed_tokens = nn.Linear(
-            config.patch_size * config.patch_size * config.num_channels, config.text_config.hidden_size
-        )
-        self.gradient_checkpointing = False
-        self.post_init()
 
     @can_return_tuple
     def get_image_features(
@@ -280,7 +113,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
 
         Raises:
             ValueError: when image tokens and patches do not match in number, when patches have the wrong width, when
-                there are image tokens but no patches, and when packed samples come in several rows.
+                and when there are image tokens but no patches.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -319,7 +152,13 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
 
         return self.language_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
+            attention_mask=mask_without_reading(
+                self.config.text_config,
+                attention_mask,
+                past_key_values,
+                inputs_embeds.shape[:2],
+                kwargs.get("cu_seq_lens_q"),
+            ),
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -474,4 +313,4 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-__all__ = ["OtterHDForConditionalGeneration", "OtterHDModel", "OtterHDPreTrainedModel", "OtterHDTextModel"]
+__all__ = ["OtterHDForConditionalGeneration", "OtterHDModel", "OtterHDPreTrainedModel"]
