@@ -15,7 +15,7 @@ _MODULES = {
     "image_store": ("ImageStore",),
     "mixture": ("GroupedSampler", "MimicitMixture", "MixtureEntry", "read_mixture", "sample_rows"),
     "neighbours": ("nearest_neighbours", "write_neighbours"),
-    "prompts": ("FORMATS", "chat_template", "clean_text", "escape_reserved_tokens", "render"),
+    ".prompts": ("FORMATS", "chat_template", "clean_text", "escape_reserved_tokens", "render"),
     "samples": ("TASK_GROUPS", "Sample", "SampleError", "SampleOptions", "build_sample", "frame_indices"),
     "stream": ("StreamedMixture",),
     "validate": ("ValidationReport", "check_mixture"),
