@@ -45,15 +45,20 @@ class Server:
         self.server = BackgroundServer(self.app)
         self.url = self.server.url
         self.key = settings.get("api_key") or "none"
+        self.clients = {}
 
     @property
     def gate(self):
         return self.app.state.chat.gate
 
     def client(self, **options):
+        """A client; without options the same again for the same key, as making one takes a moment."""
         import openai
 
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, **options)
+        if options or self.key not in self.clients:
+            made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, **options)
+            return made if options else self.clients.setdefault(self.key, made)
+        return self.clients[self.key]
 
     def ask(self, text="what?", *media, model=None, **options):
         """One user message with media in front."""

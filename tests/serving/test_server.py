@@ -139,12 +139,12 @@ def test_a_browser_asks_before_it_sends(folders, serve):
 def test_order_of_parts_is_kept(folders, serve, pictures):
     server = serve(folders["otter"])
     seen = []
-    server.model_of().register_forward_pre_hook(
+    server.model_of().model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     parts = [{"type": "text", "text": "first:"}, image_url(pictures[0]), {"type": "text", "text": "second:"}]
     server.ask("?", *parts, image_url(pictures[1]), max_tokens=1)
-    prompt = server.processor_of().decode(seen[0][0])
+    prompt = server.processor_of().decode(torch.cat(seen, dim=1)[0])
     assert prompt == "<s>User: first:<image>second:<image>? GPT:<answer>"
 
 

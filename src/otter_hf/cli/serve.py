@@ -72,10 +72,23 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         "--request-timeout", type=number(float, above=0), default=300, help="seconds, waiting included (default: 300)"
     )
     limits.add_argument(
-        "--slots", type=positive, default=2, help="requests prepared or answered at a time (default: 2)"
+        "--slots", type=positive, default=16, help="requests prepared or answered at a time (default: 16)"
     )
     limits.add_argument(
-        "--queue", type=not_negative, default=32, help="requests that may wait, then 429 (default: 32)"
+        "--batch-tokens",
+        type=positive,
+        default=16_384,
+        help="answers at a time by the length of the longest, prompt included, that memory is taken for; others wait "
+        "(default: 16,384)",
+    )
+    limits.add_argument(
+        "--prefill-tokens",
+        type=positive,
+        default=512,
+        help="of new prompts read before others get their next token (default: 512)",
+    )
+    limits.add_argument(
+        "--queue", type=not_negative, default=64, help="requests that may wait, then 429 (default: 64)"
     )
     limits.add_argument(
         "--shutdown-timeout", type=not_negative, default=30, help="seconds to finish answers in (default: 30)"
@@ -168,6 +181,8 @@ def settings_from(arguments: argparse.Namespace):
         body_seconds=arguments.body_timeout,
         request_seconds=arguments.request_timeout,
         slots=arguments.slots,
+        batch_tokens=arguments.batch_tokens,
+        prefill_tokens=arguments.prefill_tokens,
         queue=arguments.queue,
         num_frames=arguments.num_frames,
         allow_origins=tuple(arguments.allow_origin),

@@ -70,6 +70,7 @@ class BatchRow:
         self.max_new_tokens = max_new_tokens
         self.finish: str | None = None
         self.future: Future[BatchRow] = Future()
+        self.future.set_running_or_notify_cancel()  # who waits for it may give up, which is not to stop the batch
         self.ends: frozenset[int] = frozenset()
         self.processors = LogitsProcessorList()
         self.settings: tuple | None = None  # equal where processors do the same to any scores
@@ -253,13 +254,21 @@ class ContinuousBatch:
     @torch.inference_mode()
     def step(self) -> bool:
         """Read a piece of the prompts of newcomers, and choose a token for every running row; False without any."""
-        self._drop_cancelled()
-        if self._reading is None:
-            self._admit()
-        if self._reading is not None:
-            self._read()
-        if self._running:
-            self._decode()
+        try:
+            self._drop_cancelled()
+            if self._reading is None:
+                self._admit()
+            if self._reading is not None:
+                self._read()
+            if self._running:
+                self._decode()
+        except Exception as error:
+            # of those in the batch nobody is to blame more than others
+            rows = self._running + ([] if self._reading is None else self._reading.rows)
+            self._reading, self._running = None, []
+            self._cache = BatchCache(self.token_budget, self.model.device)
+            for row in rows:
+                row.end("error", error)
         return self.has_work
 
     def _read_ids(self, inputs: Mapping[str, Any]) -> list[int]:
@@ -318,25 +327,25 @@ class ContinuousBatch:
         try:
             if reading.place < reading.width:
                 self._read_piece(reading)
-            if reading.place < reading.width:
-                return
         except Exception as error:
+            self._reading = None
             if len(reading.rows) == 1:
                 reading.rows[0].end("error", error)
-            else:
-                # one of them is to blame: each by itself
-                for row in reversed(reading.rows):
-                    row.alone = True
-                    row.media.rewind()
-                    self._waiting.appendleft(row)
-            self._reading = None
+                return
+            # one of them is to blame: each by itself
+            for row in reversed(reading.rows):
+                row.alone = True
+                row.media.rewind()
+                self._waiting.appendleft(row)
             return
-        self._reading = None
+        if reading.place < reading.width:
+            return
         members = [Member(i, row.prompt_length - 1, row.media.in_view) for i, row in enumerate(reading.rows)]
         self._cache.add(reading.cache, members)
         for row in reading.rows:
             row.media = row.prefix = None
         self._running += reading.rows
+        self._reading = None
 
     def _read_piece(self, reading: "_Reading") -> None:
         start, stop = reading.place, reading.width
@@ -364,26 +373,18 @@ class ContinuousBatch:
     # ----- decoding -----
 
     def _decode(self) -> None:
-        try:
-            position_ids, attention_mask = self._cache.prepare_step()
-            inputs = {"media_index": self._cache.media_index} if self.is_flamingo else {}
-            outputs = self.model(
-                input_ids=torch.tensor([row.ids[-1:] for row in self._running], device=self.model.device),
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=self._cache,
-                use_cache=True,
-                **inputs,
-            )
-            self._cache.advance()
-            chosen = self._choose(outputs.logits[:, -1].float())
-        except Exception as error:
-            # nobody is to blame more than others
-            for row in self._running:
-                row.end("error", error)
-            self._running.clear()
-            self._cache = BatchCache(self.token_budget, self.model.device)
-            return
+        position_ids, attention_mask = self._cache.prepare_step()
+        inputs = {"media_index": self._cache.media_index} if self.is_flamingo else {}
+        outputs = self.model(
+            input_ids=torch.tensor([row.ids[-1:] for row in self._running], device=self.model.device),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=self._cache,
+            use_cache=True,
+            **inputs,
+        )
+        self._cache.advance()
+        chosen = self._choose(outputs.logits[:, -1].float())
         for index in reversed(range(len(self._running))):
             row, token = self._running[index], chosen[index]
             if isinstance(token, Exception):

@@ -1,5 +1,6 @@
 """The HTTP server: OpenAI's chat completions for the models of this package."""
 
+import functools
 import hmac
 import ipaddress
 import re
@@ -35,18 +36,6 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
         yield
         models.shutdown()
 
-    async def authorize(request: Request) -> None:
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if settings.api_key is not None and not hmac.compare_digest(given.encode(), settings.api_key.encode()):
-            raise HTTPException(401, "Send the API key of this server as the header Authorization: Bearer KEY.")
-
-    async def check_host(request: Request) -> None:
-        host = request.headers.get("Host", "")
-        if not is_allowed_host(host, settings.allow_hosts):
-            raise HTTPException(
-                400, f"This server does not answer to the Host {host!r:.80}; allow it with --allow-host NAME."
-            )
-
     app = FastAPI(title="otter-hf", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     # answers a browser's preflight in any case, and lets no origin in by default
     app.add_middleware(
@@ -55,7 +44,8 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
     )
-    locked = [Depends(check_host), Depends(authorize)]
+    known_host = Depends(functools.partial(check_host, settings))
+    locked = [known_host, Depends(functools.partial(authorize, settings))]
 
     @app.post("/v1/chat/completions", dependencies=locked)
     async def chat_completions(request: Request) -> Response:
@@ -78,21 +68,17 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
 
     @app.get("/v1/models/{name:path}", dependencies=locked)
     async def get_model(name: str) -> dict:
-        for model in models.get_gen_models():
-            if model["id"] == name:
-                return model
-        raise HTTPException(404, f"This server has no model {name!r}; it has {', '.join(models.names)}.")
+        return find_model(models, name)
 
     @app.get("/metrics", dependencies=locked)
     async def get_metrics() -> PlainTextResponse:
-        running, admitted = chat.gate.running, chat.gate.admitted
-        return PlainTextResponse(metrics.render(otter_running=running, otter_waiting=admitted - running))
+        return PlainTextResponse(metrics.render(**chat.gauges()))
 
     @app.options("/{path:path}")
     async def options(path: str) -> Response:
         return Response(status_code=204, headers={"Allow": "GET, POST, OPTIONS"})
 
-    @app.get("/health", dependencies=[Depends(check_host)])
+    @app.get("/health", dependencies=[known_host])
     async def health() -> dict:
         return {"status": "ok"}
 
@@ -102,6 +88,30 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
 
     app.state.chat = chat
     return app
+
+
+async def check_host(settings: ServerSettings, request: Request) -> None:
+    """Raise HTTPException 400 for a `Host` that the server does not answer to."""
+    host = request.headers.get("Host", "")
+    if not is_allowed_host(host, settings.allow_hosts):
+        raise HTTPException(
+            400, f"This server does not answer to the Host {host!r:.80}; allow it with --allow-host NAME."
+        )
+
+
+async def authorize(settings: ServerSettings, request: Request) -> None:
+    """Raise HTTPException 401 for a request without the API key."""
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if settings.api_key is not None and not hmac.compare_digest(given.encode(), settings.api_key.encode()):
+        raise HTTPException(401, "Send the API key of this server as the header Authorization: Bearer KEY.")
+
+
+def find_model(models: ServedModels, name: str) -> dict:
+    """A model as the OpenAI API lists it; HTTPException 404 for another."""
+    for model in models.get_gen_models():
+        if model["id"] == name:
+            return model
+    raise HTTPException(404, f"This server has no model {name!r}; it has {', '.join(models.names)}.")
 
 
 def is_allowed_host(host: str, allowed: Sequence[str]) -> bool:

@@ -1,11 +1,13 @@
 """`POST /v1/chat/completions`: the handler of `transformers serve`, within limits.
 
 A request is a job of its own task, which holds its place in the gate until its work is over: prepared in a thread,
-generated in the thread of its model. The HTTP side only reads what the job says and may leave at any time.
+answered as a row of its model's batch. The HTTP side only reads what the job says and may leave at any time.
 """
 
 import asyncio
 import copy
+import functools
+import secrets
 import threading
 import time
 import uuid
@@ -23,6 +25,11 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 from transformers.utils import logging
 
+from ..models.continuous_batching import ContinuousBatch, can_batch
+from ..models.flamingo import FlamingoForConditionalGeneration
+from ..models.media_store import MediaStore
+from .answer import Answer
+from .batch_thread import BatchThread
 from .body import BodyReader
 from .gate import Gate, QueueFull, Ticket
 from .media import fit_media
@@ -31,11 +38,14 @@ from .metrics import Metrics
 from .models import ServedModels
 from .request import Options, check_request
 from .settings import ServerSettings
-from .stop import StopFilter
-from .streamer import AnswerStreamer
 
 
 logger = logging.get_logger(__name__)
+
+# requests whose pictures are decoded at a time: each thread keeps memory of the largest it has decoded
+_PREPARERS = 2
+# of encoded pictures that are kept for requests to come
+_MEDIA_BYTES = 2**27
 
 
 class ClientGone(Exception):
@@ -121,9 +131,19 @@ class ChatCompletions(ChatCompletionHandler):
         self.bodies = BodyReader(settings.body_bytes, places * settings.body_bytes, settings.body_seconds)
         # one for each place, as a slow site holds its thread; not a slot, in which others could be answered
         self._fetchers = ThreadPoolExecutor(places, thread_name_prefix="fetch")
-        # as many threads as slots: each keeps memory of the largest picture it has decoded
-        self._preparers = ThreadPoolExecutor(settings.slots, thread_name_prefix="prepare")
+        self._preparers = ThreadPoolExecutor(min(settings.slots, _PREPARERS), thread_name_prefix="prepare")
         self._tasks: set[asyncio.Task] = set()  # the event loop itself would let them be collected
+
+    def gauges(self) -> dict[str, int]:
+        """What [`Metrics`] shows of this moment."""
+        batches = self.model_manager.batches
+        return {
+            "otter_running": self.gate.running,
+            "otter_waiting": self.gate.admitted - self.gate.running,
+            "otter_batch_rows": sum(batch.num_running for batch in batches),
+            "otter_batch_waiting": sum(batch.num_waiting for batch in batches),
+            "otter_batch_tokens": sum(batch.tokens_taken for batch in batches),
+        }
 
     # ----- the HTTP side -----
 
@@ -217,9 +237,8 @@ class ChatCompletions(ChatCompletionHandler):
             prepared = await loop.run_in_executor(self._preparers, self._prepare, job, reader, messages)
             if job.cancelled.is_set():
                 return
-            model, processor, inputs, config = prepared
             job.items.put_nowait(None)
-            await self._generate(job, model, processor, inputs, config)
+            await self._generate(job, *prepared)
         except Cancelled:
             pass  # nobody reads what it would say
         except (ValueError, TemplateError) as error:
@@ -261,9 +280,17 @@ class ChatCompletions(ChatCompletionHandler):
             config.temperature = max(config.temperature, 0.01)
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = None
-        room = settings.new_tokens if context is None else min(settings.new_tokens, context - length)
-        config.max_new_tokens = min(config.max_new_tokens, room)
-        return model, processor, inputs.to(model.device, model.dtype), config
+        # beams are rows, too
+        room = settings.batch_tokens // (config.num_beams or 1) - length
+        if room < 1:
+            raise ValueError(
+                f"The prompt has {length} tokens, but this server has room for {room + length}, the answer included; "
+                "shorten it."
+            )
+        if context is not None:
+            room = min(room, context - length)
+        config.max_new_tokens = min(config.max_new_tokens, settings.new_tokens, room)
+        return model, processor, inputs, config
 
     def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
         # the seed is set where and when generation starts, and stop strings are found in the text
@@ -272,47 +299,70 @@ class ChatCompletions(ChatCompletionHandler):
         return super()._build_generation_config(body, copy.deepcopy(model_generation_config), use_cb=use_cb)
 
     async def _generate(self, job: Job, model, processor, inputs, config) -> None:
-        streamer = None
-        if config.num_beams in (None, 1):
-            loop = asyncio.get_running_loop()  # which a thread cannot reach itself
-            streamer = AnswerStreamer(
-                processor.tokenizer, lambda item: loop.call_soon_threadsafe(job.items.put_nowait, item)
-            )
-
+        loop = asyncio.get_running_loop()  # which a thread cannot reach itself
+        emit = functools.partial(loop.call_soon_threadsafe, job.items.put_nowait)
+        answer = Answer(processor.tokenizer, job.options.stops, emit)
         length = inputs["input_ids"].shape[1]
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
         penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
+        answering = self._answer_in_batch if can_batch(model, config) else self._answer_alone
+        new = await answering(job, model, inputs, config, penalties, answer)  # token ids
+        if job.cancelled.is_set():
+            return
+        answer.end()
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in ends
+        usage = CompletionUsage(prompt_tokens=length, completion_tokens=len(new), total_tokens=length + len(new))
+        self.metrics.add("otter_prompt_tokens_total", length)
+        self.metrics.add("otter_completion_tokens_total", len(new))
+        # behind what the answer's thread has sent
+        emit(Finish("length" if cut_off else "stop", usage))
 
-        def generate() -> torch.LongTensor | None:
+    async def _answer_in_batch(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
+        row = await asyncio.to_thread(
+            self.model_manager.batch_of(job.body["model"], model, self._make_batch).submit,
+            inputs,
+            config,
+            # torch's generator is left to those that are answered alone
+            seed=secrets.randbits(63) if job.body.get("seed") is None else job.body["seed"],
+            logits_processor=penalties,
+            on_token=lambda token: answer.add([token]),
+            is_cancelled=job.cancelled.is_set,
+        )
+        await asyncio.wrap_future(row.future)
+        return row.tokens
+
+    def _make_batch(self, model) -> BatchThread:
+        settings = self.settings
+        media = MediaStore(model, _MEDIA_BYTES) if isinstance(model, FlamingoForConditionalGeneration) else None
+        batch = ContinuousBatch(model, settings.batch_tokens, settings.slots, settings.prefill_tokens, media)
+        return BatchThread(batch)
+
+    async def _answer_alone(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
+        """What a batch does not have (beams), and other families: one at a time beside it."""
+        inputs = inputs.to(model.device, model.dtype)
+
+        def generate() -> torch.LongTensor:
             if job.cancelled.is_set():  # it may have waited for the model
-                return None
+                return inputs["input_ids"]
             if job.body.get("seed") is not None:
                 torch.manual_seed(job.body["seed"])
             return model.generate(
                 **inputs,
                 generation_config=config,
-                streamer=streamer,
                 logits_processor=LogitsProcessorList(penalties),
                 stopping_criteria=StoppingCriteriaList([StopWhenCancelled(job.cancelled)]),
             )
 
         manager = self.generation_state.get_manager(job.body["model"])
         sequences = await manager.async_submit(generate)  # (1, L + L_new)
-        if sequences is None:
-            return
-        new = sequences[0, length:]
-        if streamer is None:
-            job.items.put_nowait(processor.tokenizer.decode(new, skip_special_tokens=True))
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        cut_off = len(new) >= config.max_new_tokens and int(new[-1]) not in ends
-        usage = CompletionUsage(prompt_tokens=length, completion_tokens=len(new), total_tokens=length + len(new))
-        self.metrics.add("otter_prompt_tokens_total", length)
-        self.metrics.add("otter_completion_tokens_total", len(new))
-        job.items.put_nowait(Finish("length" if cut_off else "stop", usage))
+        new = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        answer.add(new)
+        return new
 
 
 class _Reader:
-    """What a job says, up to the first stop string, as long as the client is there and the time lasts."""
+    """What a job says, as long as the client is there and the time lasts."""
 
     def __init__(self, job: Job, request: Request, deadline: float):
         self.job = job
@@ -338,20 +388,13 @@ class _Reader:
 
     async def __aiter__(self):
         """Texts, then the [`Finish`]."""
-        stop = StopFilter(self.job.options.stops)
         while True:
             item = await self.next()
-            if isinstance(item, Finish):
-                self._finished = True
-                if text := stop.flush():
-                    yield text
-                yield Finish("stop", item.usage) if stop.stopped else item
+            self._finished = isinstance(item, Finish)
+            if item is not None:
+                yield item
+            if self._finished:
                 return
-            if item is not None and (text := stop.feed(item)):
-                yield text
-            if stop.stopped:
-                # generation ends at the next token; its numbers are still to come
-                self.job.cancelled.set()
 
     @property
     def client_is_gone(self) -> bool:

@@ -11,6 +11,9 @@ HELP = {
     "otter_request_seconds_total": "Seconds from a request to the end of its answer, summed.",
     "otter_running": "Requests being prepared or answered.",
     "otter_waiting": "Requests waiting for their turn.",
+    "otter_batch_rows": "Answers that get a token in each step.",
+    "otter_batch_waiting": "Prompts that are being read, or wait for room in a batch.",
+    "otter_batch_tokens": "Tokens that the caches of the batches have room for at the moment.",
 }
 
 

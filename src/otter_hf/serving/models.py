@@ -1,14 +1,17 @@
 """The models a server answers with."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import Modality
 
 from ..loading import load_model, load_processor
 from ..model_names import check_model_name
+from ..models.continuous_batching import ContinuousBatch
+from .batch_thread import BatchThread
 
 
 class ServedModels(ModelManager):
@@ -64,6 +67,20 @@ class ServedModels(ModelManager):
             {"id": name, "object": "model", "created": self.created, "owned_by": Path(name).parent.name or "otter-hf"}
             for name in self.names
         ]
+
+    def batch_of(self, name: str, model, make: Callable[[PreTrainedModel], BatchThread]) -> BatchThread:
+        """The batch of a loaded model, made at its first request; it goes when the model is unloaded."""
+        loaded = self.loaded_models.get(self.process_model_name(name))
+        if loaded is None or loaded.model is not model:  # unloaded meanwhile
+            return make(model)
+        if not hasattr(loaded, "batch"):
+            loaded.batch = make(model)
+        return loaded.batch
+
+    @property
+    def batches(self) -> list[ContinuousBatch]:
+        """Those of loaded models."""
+        return [loaded.batch.batch for loaded in self.loaded_models.copy().values() if hasattr(loaded, "batch")]
 
     def find(self, name: str | None) -> str:
         """The name of the model a request asks for: its own, or the first without one. KeyError for another."""

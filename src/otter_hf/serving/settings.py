@@ -20,7 +20,10 @@ class ServerSettings:
         new_tokens: of an answer; who asks for more gets this many.
         body_seconds: for a request to arrive.
         request_seconds: from a request to the end of its answer, waiting included.
-        slots: requests prepared or answered at a time; a model generates for one of them.
+        slots: requests prepared or answered at a time: the rows of a model's batch.
+        batch_tokens: rows of a batch times the length of the longest, answer included; rows wait until there is room
+            for all that they may say. See [`ContinuousBatch`].
+        prefill_tokens: of new prompts that are read before others get their next token.
         queue: requests that may wait; one more is answered with status 429.
         allow_origins: web pages of these origins (`http://localhost:3000`, or `*` for all) may ask from a browser.
         allow_hosts: names of this server, as in the `Host` of a request, beside numbers and names without a dot; `*`
@@ -38,14 +41,19 @@ class ServerSettings:
     new_tokens: int = 1024
     body_seconds: float = 30.0
     request_seconds: float = 300.0
-    slots: int = 2
-    queue: int = 32
+    slots: int = 16
+    batch_tokens: int = 16_384
+    prefill_tokens: int = 512
+    queue: int = 64
     num_frames: int = 16
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in ("body_bytes", "new_tokens", "body_seconds", "request_seconds", "slots", "num_frames"):
+        for name in (
+            *("body_bytes", "new_tokens", "body_seconds", "request_seconds", "num_frames"),
+            *("slots", "batch_tokens", "prefill_tokens"),
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}.")
         if not self.queue >= 0:
