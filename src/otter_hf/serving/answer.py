@@ -16,11 +16,16 @@ class Answer:
     Args:
         tokenizer: of the model.
         stops: the answer ends before the first of them.
+        streamed: whether pieces are wanted as they come. Otherwise, and without stop strings, it is decoded once.
         emit: called with pieces of text, none of them empty, in the thread that calls `add`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str], emit: Callable[[str], None]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: list[str], streamed: bool, emit: Callable[[str], None]
+    ):
         self._emit = emit
+        self._at_once = streamed or bool(stops)
+        self._held: list[int] = []
         self._filter = StopFilter(stops)
         self._streamer = AnswerStreamer(tokenizer, self._take)
         self._streamer.put(torch.empty(0))  # the prompt
@@ -32,12 +37,20 @@ class Answer:
 
     def add(self, tokens: Sequence[int]) -> bool:
         """Take new token ids; whether the answer ends here."""
-        self._streamer.put(torch.tensor(tokens))
+        self._held += tokens
+        if self._at_once:
+            self._decode()
         return self.stopped
 
     def end(self) -> None:
         """Hand on what was held back."""
+        self._decode()
         self._streamer.end()
+
+    def _decode(self) -> None:
+        if self._held:
+            self._streamer.put(torch.tensor(self._held))
+            self._held = []
 
     def _take(self, text: str | None) -> None:
         text = self._filter.flush() if text is None else self._filter.feed(text)

@@ -301,7 +301,7 @@ class ChatCompletions(ChatCompletionHandler):
     async def _generate(self, job: Job, model, processor, inputs, config) -> None:
         loop = asyncio.get_running_loop()  # which a thread cannot reach itself
         emit = functools.partial(loop.call_soon_threadsafe, job.items.put_nowait)
-        answer = Answer(processor.tokenizer, job.options.stops, emit)
+        answer = Answer(processor.tokenizer, job.options.stops, bool(job.body.get("stream")), emit)
         length = inputs["input_ids"].shape[1]
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
         penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
