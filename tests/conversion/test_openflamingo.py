@@ -15,13 +15,18 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
 )
 
-from otter_hf.conversion import ConversionError, finish, plan_inject_lm, plan_openflamingo
+from otter_hf.conversion import ConversionError, finish, plan_folder, plan_inject_lm, plan_openflamingo
 from otter_hf.conversion.tensors import open_checkpoint
 
 
@@ -262,6 +267,47 @@ class TestInjectLm:
             seeing = model(input_ids=prompt, pixel_values=torch.randn(1, 3, 28, 28)).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         assert seeing.isfinite().all()
+
+    @pytest.mark.parametrize("tower", [(Dinov2Model, Dinov2Config), (ViTModel, ViTConfig)], ids=["dinov2", "vit"])
+    def test_a_tower_saved_under_names_of_before_with_pictures_of_its_own(self, parts, tower):
+        """transformers renamed the layers of these, and saves them as before; they are prepared unlike CLIP's."""
+        folder, _ = parts
+        model_class, config_class = tower
+        sizes = {"hidden_size": 32, "image_size": 28, "num_attention_heads": 2, "num_hidden_layers": 1}
+        vision = model_class(config_class(**sizes, patch_size=14, intermediate_size=64)).eval()
+        vision.save_pretrained(folder / "tower")
+        assert any(".attention.attention.query." in name for name in open_checkpoint(folder / "tower"))
+        prepared = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.1, 0.2, 0.3], "size": {"height": 28, "width": 28}}
+        ViTImageProcessorPil(**prepared).save_pretrained(folder / "tower")
+        shape = {"perceiver_depth": 1, "perceiver_num_latents": 5, "cross_attn_gate_init": 0.5}
+        finish(plan_inject_lm(folder / "language_model", folder / "tower", **shape), folder / "output")
+        model, info = AutoModelForImageTextToText.from_pretrained(folder / "output", output_loading_info=True)
+        assert not any(info.values())
+        processor = AutoProcessor.from_pretrained(folder / "output")
+        assert list(processor.image_processor.image_mean) == [0.4, 0.5, 0.6]
+        assert processor.image_processor.size["height"] == 28
+        pixels = torch.randn(2, 3, 28, 28)
+        with torch.no_grad():
+            torch.testing.assert_close(model.model.vision_tower(pixels)[0], vision(pixels)[0])
+            assert model.get_image_features(pixels).pooler_output.shape == (2, 5, 32)
+        assert model.config.vision_feature_select_strategy == "default"
+        # trained and saved, the tower has those names again
+        model.save_pretrained(folder / "trained")
+        processor.save_pretrained(folder / "trained")
+        finish(plan_folder(folder / "trained"), folder / "half", dtype="bfloat16", verify=True)
+
+    def test_fields_of_the_new_parts(self, parts):
+        folder, _ = parts
+        for wrong, sentence in (
+            ({"num_latents": 5}, "num_latents is no field of the new parts; there are .*perceiver_num_latents"),
+            ({"vision_config": {}}, "vision_config is no field of the new parts"),
+            ({"perceiver_depth": "two"}, "'perceiver_depth'.* expected int, got str"),
+        ):
+            with pytest.raises(ConversionError, match=sentence):
+                plan_inject_lm(folder / "language_model", folder / "clip", **wrong)
+        job = plan_inject_lm(folder / "language_model", folder / "clip", cross_attn_on_text=False)
+        assert job.config.cross_attn_on_text is False
+        assert any("no preprocessor_config.json" in note for note in job.report.notes)
 
     def test_new_rows_are_the_mean(self, parts):
         folder, language_model = parts

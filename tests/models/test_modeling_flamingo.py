@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_flamingo import IMAGE, SIZE, assert_close, images, pad_rows, row, tiny_config, tiny_model
+from tiny_flamingo import GREEDY, IMAGE, SIZE, assert_close, images, pad_rows, row, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForImageTextToText, GenerationConfig
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoModel
@@ -70,6 +70,29 @@ def test_unreferenced_media_may_hold_anything(model):
 
 def test_text_without_images_equals_text_with_unseen_ones(model):
     assert_close(logits_of(model, row(), images()), logits_of(model, row(), None))
+
+
+@pytest.mark.parametrize("num_media", [1, 2], ids=["blocks", "segments"])
+def test_text_keeps_the_decoder_where_the_gated_blocks_are_not_on_text(num_media):
+    """Published blocks act on all text; without, what sees no image is to the bit what the decoder makes of it."""
+    model, published = tiny_model(cross_attn_on_text=False), tiny_model()
+    closed = tiny_model(cross_attn_on_text=False)
+    for layer in closed.model.decoder_layers:
+        if layer.gated_cross_attn_layer is not None:
+            for gate in (layer.gated_cross_attn_layer.attn_gate, layer.gated_cross_attn_layer.ff_gate):
+                torch.nn.init.zeros_(gate)
+    text = row()
+    ids = row(*(4, 8)[:num_media])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=text).logits, closed(input_ids=text).logits)
+        assert not torch.allclose(published(input_ids=text).logits, closed(input_ids=text).logits)
+        pixels = images(num_media=num_media)
+        seeing, blind = (m(input_ids=ids, pixel_values=pixels).logits for m in (model, closed))
+        assert_close(seeing[:, :4], blind[:, :4])
+        assert (seeing[:, 4:] - blind[:, 4:]).abs().amax(-1).min() > 1e-3
+        whole = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=5, use_cache=False, **GREEDY)
+        cached = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=5, use_cache=True, **GREEDY)
+        assert torch.equal(whole, cached)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

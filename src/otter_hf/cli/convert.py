@@ -1,5 +1,6 @@
 """Checkpoints of 2023 to today's folders, and back."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -131,6 +132,13 @@ def _inject_lm(parser) -> None:
     parser.add_argument("--cross-attn-every-n-layers", type=positive, default=4, help="of gated blocks (default: 4)")
     parser.add_argument("--max-num-frames", type=positive, help="frame embeddings for videos")
     parser.add_argument("--seed", type=not_negative, default=0, help="of the new weights (default: 0)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="further fields of the configuration, such as perceiver_num_latents=16 cross_attn_gate_init=0.5",
+    )
     _add_output(
         parser,
         lambda args: _finish(
@@ -143,10 +151,25 @@ def _inject_lm(parser) -> None:
                 args.max_num_frames,
                 args.seed,
                 args.tokenizer_reference,
+                **_read_fields(args.set),
             ),
             args,
         ),
     )
+
+
+def _read_fields(given: list[str]) -> dict:
+    """`FIELD=VALUE` of a configuration, values as in JSON or plain words."""
+    fields = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}.")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields
 
 
 def _trainer_pt(parser) -> None:

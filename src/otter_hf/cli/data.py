@@ -50,6 +50,11 @@ def _check(commands) -> None:
     parser.add_argument(
         "--max-image-pixels", type=positive, help="pictures with more are errors, as in training (default: 89 million)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="MIXTURE",
+        help="an evaluation set in one of these forms: list the pictures and questions that are in both",
+    )
 
 
 def _run_check(args) -> int:
@@ -65,6 +70,13 @@ def _run_check(args) -> int:
         max_length=args.max_length,
         max_image_pixels=args.max_image_pixels,
     )
+    if args.against:
+        from ..data.contamination import find_overlap, mixture_questions
+
+        sides = (
+            mixture_questions(path, args.cache_dir, not args.skip_images) for path in (args.mixture, args.against)
+        )
+        report.overlap = find_overlap(*sides, num_threads=args.threads)
     print(report.table())
     if args.json:
         write_report(report, args.json)

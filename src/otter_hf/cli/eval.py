@@ -19,6 +19,12 @@ def add_parser(subparsers):
     parser.add_argument("--config", "-c", type=Path, dest="config_of_2023", help="the same, as the 2023 code had it")
     parser.add_argument("--output", type=Path, default=None, help="folder for the results, over that of the file")
     parser.add_argument("--limit", type=positive, default=None, help="rows per dataset, over those of the file")
+    parser.add_argument(
+        "--training-data",
+        metavar="MIXTURE",
+        default=None,
+        help="training YAML, or rows of messages: first list the pictures and questions that the model was trained on",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what lmms-eval has to say")
     parser.set_defaults(func=run)
 
@@ -36,6 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
             check_model_name(spec.path, weights=True)
     if arguments.output is not None:
         config.output = arguments.output
+    if arguments.training_data is not None:
+        config.training_data = arguments.training_data
     if arguments.limit is not None:
         for dataset in config.datasets:
             dataset.limit = arguments.limit

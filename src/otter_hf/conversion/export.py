@@ -56,6 +56,7 @@ _FIXED_SHAPE = {
     "cross_attn_num_heads": 8,
     "cross_attn_head_dim": 64,
     "cross_attn_ff_mult": 4,
+    "cross_attn_on_text": True,
     "vision_feature_select_strategy": "default",
 }
 

@@ -23,7 +23,7 @@ from ..models.legacy_tokens import SPECIAL_TOKENS
 from ..models.legacy_tokens import load_tokenizer as load_any_tokenizer
 from ..models.otter import OtterProcessor
 from .model_card import conversion_card
-from .names import Rename, rename_2023
+from .names import Rename, rename_2023, vision_tower_rename
 from .plan import Source, model_class, source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
@@ -254,7 +254,7 @@ def open_flamingo_folder(
     source = Source(
         str(name_or_path),
         open_checkpoint(folder),
-        rename=_rename_stored(config) if legacy else (lambda key: key),
+        rename=_rename_stored(config) if legacy else _rename_saved(config),
         paths=source_files(folder),
     )
     return config, source, processor
@@ -263,6 +263,12 @@ def open_flamingo_folder(
 def _rename_stored(config) -> Rename:
     rename = rename_2023(config.text_config)
     return lambda key: rename(split_lora_key(key)[0])
+
+
+def _rename_saved(config) -> Rename:
+    """transformers saves the layers of some vision towers under names of before."""
+    prefix, rename = "model.vision_tower.", vision_tower_rename(config.vision_config)
+    return lambda key: rename(key.removeprefix(prefix)) if key.startswith(prefix) else key
 
 
 def verify_folder(folder: Path, config, tensors: dict[str, LazyTensor], dtype: str | None) -> dict:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Callable
 
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
-from transformers.core_model_loading import apply_renamings
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 from ..models.legacy import mosaic_gpt_renamings, weight_renamings
@@ -54,10 +55,16 @@ def language_model_rename(text_config: PreTrainedConfig) -> Rename:
 
 def vision_tower_rename(vision_config: PreTrainedConfig) -> Rename:
     """Names of a vision model's own checkpoint, or of a two-tower model's -> those of the tower in a Flamingo."""
-    prefix = base_class(vision_config).base_model_prefix
+    tower = base_class(vision_config)
+    prefix = tower.base_model_prefix
+    # transformers renamed the layers of ViT, DINOv2 and others, and saves them under their old names to this day
+    mapping = get_checkpoint_conversion_mapping(tower.__name__)
+    mapping = mapping or get_checkpoint_conversion_mapping(vision_config.model_type) or []
+    renamings = [transform for transform in mapping if type(transform) is WeightRenaming]
 
     def rename(key: str) -> str:
-        return "model.vision_tower." + key.removeprefix(f"{prefix}.").removeprefix("vision_model.")
+        key = key.removeprefix(f"{prefix}.").removeprefix("vision_model.")
+        return "model.vision_tower." + apply_renamings(key, renamings)
 
     return rename
 

@@ -1,7 +1,9 @@
 """OpenFlamingo checkpoints, and fresh Flamingos: a language model and a vision tower become one model."""
 
+from dataclasses import fields
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ..models.flamingo import FlamingoConfig
@@ -22,13 +24,18 @@ from .tensors import ConversionError, LazyTensor, open_checkpoint
 
 
 _CONFIGS = {"flamingo": FlamingoConfig, "otter": OtterConfig}
+_FIELDS_OF_NEW_PARTS = [
+    field.name
+    for field in fields(FlamingoConfig)
+    if field.name.startswith(("perceiver_", "cross_attn_")) and field.name != "cross_attn_every_n_layers"
+]
 # two-tower models store their text side too
 _OTHER_TOWER = ("text_model.", "text_projection", "logit_scale", "logit_bias", "visual_projection", "transformer.")
 _OPEN_CLIP_TEXT = ("proj", "token_embedding.", "text_projection", "logit_scale", "ln_final.")
 # input embeddings of Llama and OPT, MPT, GPT-NeoX, Falcon
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # towers whose first token stands for the whole image
-_CLASS_TOKEN = ("clip_vision_model", "dinov2", "vit")
+_CLASS_TOKEN = ("clip_vision_model", "deit", "dinov2", "dinov2_with_registers", "vit")
 
 
 def plan_openflamingo(
@@ -129,24 +136,38 @@ def plan_inject_lm(
         seed: of the new weights.
         tokenizer_reference: for a LLaMA `tokenizer.model` without the tokenizer.json of today, see
             [`FlamingoProcessor.from_pretrained`].
-        config_kwargs: further fields of [`FlamingoConfig`].
+        config_kwargs: fields of [`FlamingoConfig`] that shape the new parts: `perceiver_*`, `cross_attn_*`.
+
+    Raises:
+        ConversionError: for parts that do not make a model, and for another field or a value of a wrong type.
     """
+    for name in config_kwargs:
+        if name not in _FIELDS_OF_NEW_PARTS:
+            raise ConversionError(f"{name} is no field of the new parts; there are {', '.join(_FIELDS_OF_NEW_PARTS)}.")
     report = ConversionReport("inject-lm")
     text_config, text_source, text_folder = open_language_model(language_model)
     vision_config, vision_source, vision_folder = open_vision_tower(vision_tower)
     tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
     tokenizer = load_tokenizer(tokenizer_folder, legacy=False, reference=tokenizer_reference)
     processor = make_processor(model_type, tokenizer, vision_config, vision_folder)
+    if vision_folder is None or not (vision_folder / "preprocessor_config.json").is_file():
+        report.notes.append(
+            f"{vision_tower} has no preprocessor_config.json: pictures are prepared as for CLIP, with its mean and "
+            "standard deviation"
+        )
     # a vocabulary that is already larger than its tokenizer has room for the new tokens
     text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))
-    config = _CONFIGS[model_type](
-        vision_config=vision_config,
-        text_config=text_config,
-        vision_feature_select_strategy="default" if vision_config.model_type in _CLASS_TOKEN else "full",
-        cross_attn_every_n_layers=cross_attn_every_n_layers,
-        max_num_frames=max_num_frames,
-        **config_kwargs,
-    )
+    try:
+        config = _CONFIGS[model_type](
+            vision_config=vision_config,
+            text_config=text_config,
+            vision_feature_select_strategy="default" if vision_config.model_type in _CLASS_TOKEN else "full",
+            cross_attn_every_n_layers=cross_attn_every_n_layers,
+            max_num_frames=max_num_frames,
+            **config_kwargs,
+        )
+    except StrictDataclassFieldValidationError as error:
+        raise ConversionError(" ".join(str(error).split()) + ".") from error
     set_token_ids(config, processor.tokenizer)
     tensors = plan_model(config, [text_source, vision_source], report, fresh_weights(config, seed))
     return Job(config, tensors, processor, report, [str(language_model), str(vision_tower)])

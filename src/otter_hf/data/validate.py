@@ -18,6 +18,7 @@ from ..files import write_json
 from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
+from .contamination import Overlap
 from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
@@ -59,15 +60,17 @@ class DatasetCounts:
 
 @dataclass
 class ValidationReport:
-    """The result of `check_mixture`."""
+    """The result of `check_mixture`, and where it was asked for what is shared with an evaluation set."""
 
     datasets: list[DatasetCounts] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    overlap: Overlap | None = None
 
     def ok(self, strict: bool = False) -> bool:
-        """Whether there are no errors, and with `strict` no warnings either."""
+        """Whether there are no errors, and with `strict` no warnings either, and no picture of the evaluation."""
         bad = ("error", "warning") if strict else ("error",)
-        return not any(finding.severity in bad for finding in self.findings)
+        contaminated = strict and self.overlap is not None and bool(self.overlap.pictures)
+        return not contaminated and not any(finding.severity in bad for finding in self.findings)
 
     def add(self, severity: str, rule: str, message: str, entry: MixtureEntry | Problem | None = None, id: str = ""):
         """Counts one problem; later ones of the same rule and dataset join the first."""
@@ -85,11 +88,12 @@ class ValidationReport:
         self._by_key: dict[tuple, Finding] = {}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: `ok`, and the datasets and findings with all ids concerned."""
+        """For JSON: `ok`, the datasets, the findings with all ids concerned, and `contamination` with all pairs."""
         return {
             "ok": self.ok(),
             "datasets": [asdict(counts) for counts in self.datasets],
             "findings": [asdict(finding) for finding in self.findings],
+            **({} if self.overlap is None else {"contamination": self.overlap.to_dict()}),
         }
 
     def table(self) -> str:
@@ -112,6 +116,8 @@ class ValidationReport:
             times = f" ({finding.count:,} times)" if finding.count > 1 else ""
             message = finding.message.removeprefix(where)
             text.append(f"{finding.severity}: {where}{finding.rule}{times}: {message}")
+        if self.overlap is not None:
+            text.append(self.overlap.table())
         totals = Counter(finding.severity for finding in self.findings)
         text.append(", ".join(f"{totals[severity]} {severity}s" for severity in SEVERITIES))
         return "\n".join(text)

@@ -60,10 +60,11 @@ def images(row: Mapping) -> list:
     cell = row.get("image") if row.get("image") is not None else row.get("images")
     cell = row["decoded_image"] if row.get("decoded_image") is not None else cell
     cells = cell if isinstance(cell, (list, tuple)) else [cell]
-    return [read_image(cell, f"image of row {_id(row)!r}") for cell in cells if cell is not None]
+    return [read_image(cell, f"image of row {row_id(row)!r}") for cell in cells if cell is not None]
 
 
-def _id(row: Mapping) -> str:
+def row_id(row: Mapping) -> str:
+    """What a row calls itself, '' if nothing."""
     names = ("id", "question_id", "index", "pid")
     return str(next((row[name] for name in names if row.get(name) is not None), ""))
 
@@ -99,7 +100,7 @@ def magnifierbench_freeform_question(row: Mapping, prompts: Mapping | None = Non
 def magnifierbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Which option the reply names."""
     prediction = magnifierbench.parse_answer(replies[0], row["instruction"], legacy=options.legacy_parse)
-    return {"id": _id(row), "prediction": prediction, "answer": row["answer"].strip()}
+    return {"id": row_id(row), "prediction": prediction, "answer": row["answer"].strip()}
 
 
 def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Options) -> dict:
@@ -108,10 +109,10 @@ def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Op
     truth = choices[row["answer"].strip()]
     judge = _require(options.judge, "MagnifierBench in free form")
     if fate(replies[0]) in ("failed", "empty"):
-        return {"id": _id(row), "truth": truth, "judge": None, "verdict": "no"}
+        return {"id": row_id(row), "truth": truth, "judge": None, "verdict": "no"}
     said = judge.ask(magnifierbench.judge_messages(asked, replies[0], truth))
     verdict = "failed" if said is None else magnifierbench.parse_verdict(said)
-    return {"id": _id(row), "truth": truth, "judge": said, "verdict": verdict}
+    return {"id": row_id(row), "truth": truth, "judge": said, "verdict": verdict}
 
 
 # MME
@@ -248,7 +249,7 @@ def mmvet_record(row: Mapping, replies: list[str], options: Options) -> dict:
         capabilities = [name.strip() for name in capabilities.split(",")]
     unanswered = fate(replies[0]) in ("failed", "empty")
     grades = [0.0 if unanswered else _grade(judge, prompt, run) for run in range(options.num_run)]
-    return {"id": _id(row), "capabilities": list(capabilities), "grades": grades}
+    return {"id": row_id(row), "capabilities": list(capabilities), "grades": grades}
 
 
 def _grade(judge: Judge, prompt: str, run: int) -> float | None:
@@ -288,7 +289,7 @@ def mathvista_record(row: Mapping, replies: list[str], options: Options) -> dict
     kinds = {kind: row[kind] for kind in ("question_type", "answer_type")}
     kinds |= {kind: metadata.get(kind) for kind in mathvista.METADATA_KINDS}
     return {
-        "id": _id(row),
+        "id": row_id(row),
         "extraction": extraction,
         "prediction": mathvista.normalise(extraction, row) if extraction else None,
         "answer": row.get("answer"),

@@ -68,7 +68,7 @@ _READING_KEYS = ("num_run", "quick_extract", "legacy_parse", "shot_type", "likel
 _DATASET_KEYS = {"name", "data_path", "image_dir", "split", "limit", "gpt_model", *_PROMPT_KEYS, *_READING_KEYS}
 _FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
 _FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit", "likelihood", "normaliser"}
-_TOP_KEYS = {"models", "datasets", "output", "limit", "judge"}
+_TOP_KEYS = {"models", "datasets", "output", "limit", "judge", "training_data"}
 
 
 @dataclass
@@ -101,13 +101,14 @@ class DatasetSpec:
 
 @dataclass
 class EvalConfig:
-    """What to evaluate, and the folder for the results."""
+    """What to evaluate, the folder for the results, and the training YAML whose data the rows are looked for in."""
 
     models: list[ModelSpec]
     datasets: list[DatasetSpec]
     output: Path = Path("logs/evaluation")
     judge_retries: int = 5
     judge_options: dict[str, Any] = field(default_factory=dict)
+    training_data: str | None = None
 
 
 def load_config(path: str | Path) -> EvalConfig:
@@ -137,7 +138,10 @@ def load_config(path: str | Path) -> EvalConfig:
         output=output.with_suffix("") if output.suffix == ".txt" else output,
         judge_retries=int(judge.get("max_retries", 5)),
         judge_options=dict(judge.get("options") or {}),
+        training_data=raw.get("training_data"),
     )
+    if config.training_data is not None and not isinstance(config.training_data, str):
+        raise ValueError(f"{path}: `training_data` must be a training YAML, got {config.training_data!r:.80}.")
     for kind, specs in (("model", config.models), ("dataset", config.datasets)):
         names = [spec.name for spec in specs]
         if len(set(names)) < len(names):

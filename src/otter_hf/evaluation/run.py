@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -55,7 +55,8 @@ def _pillow_as_lmms_eval_sets_it():
 def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
     """
     Evaluates, and writes under `config.output`: `results.json`, `report.txt`, and for each model a folder with the
-    samples and the replies of its runs. Started again after a kill it goes on with the replies that are there.
+    samples and the replies of its runs; with `config.training_data` first `contamination.json`, which rows are in the
+    training data, too. Started again after a kill it goes on with the replies that are there.
 
     Returns:
         model -> dataset -> figure -> value, on the main process; what is known so far on others.
@@ -76,6 +77,12 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    if config.training_data is not None and PartialState().is_main_process:
+        from .contamination import check_contamination
+
+        overlap = check_contamination(config)
+        write_json(config.output / "contamination.json", overlap.to_dict(), indent=2)
+        logger.warning(f"training_data {config.training_data}: {overlap.table()}")
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for spec in config.models:
         folder = config.output / _file_name(spec.name)
@@ -169,6 +176,27 @@ def _options(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> tupl
     if dataset.tasks[0] in BENCHMARKS:
         judge = Judge(dataset.judge, log, max_retries=config.judge_retries, options=config.judge_options)
     return Options(judge=judge, **dataset.options), list(dataset.tasks)
+
+
+def build_tasks(dataset: DatasetSpec, tables: Path) -> Iterator[tuple[str, Any]]:
+    """
+    Name and task of lmms-eval of a data set, for who reads its rows only: of two on the same rows the first.
+
+    Args:
+        tables: folder for the tables that benchmarks' own files become.
+    """
+    if all(task in BENCHMARKS for task in dataset.tasks):
+        yield dataset.tasks[0], _build_task(dataset.tasks[0], dataset, Options(), tables)
+        return
+    from lmms_eval.tasks import TaskManager, get_task_dict
+
+    found = [*get_task_dict([*dataset.tasks], TaskManager(include_path=[str(TASK_FOLDER)])).items()]
+    while found:
+        name, task = found.pop(0)
+        if isinstance(task, Mapping):  # a group
+            found[:0] = task.items()
+        else:
+            yield str(name), task
 
 
 def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path):

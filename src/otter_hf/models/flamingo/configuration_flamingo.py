@@ -30,6 +30,9 @@ class FlamingoConfig(AttentionByPart, PreTrainedConfig):
         cross_attn_num_heads, cross_attn_head_dim, cross_attn_ff_mult (`int`): shape of these blocks.
         cross_attn_gate_init (`float`): initial value of both tanh gates. 0 (the paper) leaves the language model
             unchanged at the start; a model trained from scratch wants its gates open.
+        cross_attn_on_text (`bool`): whether tokens that see no image pass the feed-forward part of these blocks, as
+            published. `False` leaves such tokens as they are: without images the model then computes what its decoder
+            does, to the bit, however long the blocks were trained.
         perceiver_depth, perceiver_num_latents, perceiver_num_heads, perceiver_head_dim, perceiver_ff_mult (`int`):
             shape of the perceiver resampler. Its width is that of the vision tower.
         max_num_frames (`int`, *optional*): rows of the learned frame embedding. Without it frames of a video are not
@@ -79,6 +82,7 @@ class FlamingoConfig(AttentionByPart, PreTrainedConfig):
     cross_attn_head_dim: int = 64
     cross_attn_ff_mult: int = 4
     cross_attn_gate_init: float = 0.0
+    cross_attn_on_text: bool = True
     perceiver_depth: int = 6
     perceiver_num_latents: int = 64
     perceiver_num_heads: int = 8

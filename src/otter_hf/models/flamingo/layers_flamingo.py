@@ -284,6 +284,7 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
         self.attn_gate = nn.Parameter(torch.empty(1))
         self.feed_forward = FeedForward(config.text_config.hidden_size, config.cross_attn_ff_mult)
         self.ff_gate = nn.Parameter(torch.empty(1))
+        self.on_text = config.cross_attn_on_text
 
     # tensors that carry gradients come first and by position: reentrant checkpointing follows only those
     def forward(
@@ -295,8 +296,10 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         `(B, L, hidden)` -> `(B, L, hidden)` and the attention weights `(N, H, c, n)`; without any image only the
-        feed-forward part acts, as published.
+        feed-forward part acts, as published, or with `cross_attn_on_text=False` nothing.
         """
+        if media_groups is None and not self.on_text:
+            return hidden_states, None
         weights, text_states = None, hidden_states
         hidden_states = in_dtype_of(self.attn_gate, hidden_states)
         if media_groups is not None:
@@ -304,7 +307,10 @@ class GatedCrossAttentionBlock(GradientCheckpointingLayer):
                 vision_states = in_dtype_of(self.attn_gate, vision_states)
             attended, weights = self.attn(hidden_states, vision_states, media_groups, media_cache)
             hidden_states = hidden_states + attended * self.attn_gate.tanh()
-        hidden_states = hidden_states + self.feed_forward(hidden_states) * self.ff_gate.tanh()
+        update = self.feed_forward(hidden_states) * self.ff_gate.tanh()
+        if not self.on_text:
+            update = update * media_groups.visible[..., None]
+        hidden_states = hidden_states + update
         return in_dtype_of(text_states, hidden_states), weights
 
 

@@ -1,0 +1,73 @@
+"""What benchmarks share with the data that a model was trained on; see `otter_hf.data.contamination`."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..data.contamination import Overlap, Questions, Row, find_overlap, mixture_questions
+from .benchmarks import BENCHMARKS, images, row_id
+from .config import DatasetSpec, EvalConfig
+from .fewshot.rows import Rows
+from .fewshot.run import KINDS
+from .run import build_tasks
+
+
+class _Table(NamedTuple):
+    """Rows of a benchmark: `look(number)` gives id, question and pictures of one."""
+
+    length: int
+    look: Callable[[int], tuple[str, str, list[Image.Image]]]
+
+
+def check_contamination(config: EvalConfig) -> Overlap:
+    """
+    The rows that a configuration evaluates on against its `training_data`.
+
+    Ids are `dataset/id` of the evaluation and of the training data; pictures of the former `dataset/row/number`.
+
+    Raises:
+        ValueError: for data that cannot be read.
+    """
+    tables = dict(chain.from_iterable(_tables(dataset, config) for dataset in config.datasets))
+
+    def rows() -> Iterator[Row]:
+        for name, table in tables.items():
+            for number in range(table.length):
+                id, question, pictures = table.look(number)
+                yield Row(f"{name}/{id}", question, [f"{name}/{number}/{k}" for k in range(len(pictures))])
+
+    def picture(place: str) -> Image.Image | None:
+        name, number, k = place.rsplit("/", 2)
+        return tables[name].look(int(number))[2][int(k)]
+
+    return find_overlap(mixture_questions(config.training_data), Questions(rows(), picture))
+
+
+def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Table]]:
+    """Name and rows of each task of a data set."""
+    if dataset.fewshot is not None:
+        settings = dataset.fewshot
+        options = {"image_dir": settings.get("image_dir"), "columns": settings.get("columns")}
+        test = Rows(settings["test"], "test", KINDS[dataset.name], **options)
+
+        def look_fewshot(number: int) -> tuple[str, str, list[Image.Image]]:
+            row = test[number]
+            return str(row["id"]), str(row.get("question") or row.get("text") or ""), [row["image"]]
+
+        yield dataset.name, _Table(len(test), look_fewshot)
+        return
+    for name, task in build_tasks(dataset, config.output / "data"):
+        ours, docs = name in BENCHMARKS, task.eval_docs
+
+        def look(number: int, task=task, docs=docs, ours=ours) -> tuple[str, str, list[Image.Image]]:
+            doc = docs[number]
+            id = row_id(doc) or str(number)
+            if ours:
+                return id, str(doc.get("question") or doc.get("instruction") or ""), images(doc)
+            visuals = [one for one in task.doc_to_visual(doc) or [] if isinstance(one, Image.Image)]
+            return id, str(task.doc_to_text(doc)), visuals
+
+        length = len(docs) if dataset.limit is None else min(len(docs), dataset.limit)
+        yield (dataset.name if ours else name), _Table(length, look)

@@ -1,0 +1,153 @@
+"""What training and evaluation data share."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image, ImageDraw
+
+from otter_hf.cli import main
+from otter_hf.data import write_mimicit
+from otter_hf.data.contamination import (
+    Questions,
+    Row,
+    find_overlap,
+    mixture_questions,
+    normalise_question,
+    perceptual_hash,
+)
+
+
+def photograph(seed: int, side: int = 96) -> Image.Image:
+    """Blobs of colour: as a photograph, most of it in low frequencies."""
+    small = np.random.default_rng(seed).integers(0, 256, (7, 7, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def drawing(shape: str, colour: str) -> Image.Image:
+    picture = Image.new("RGB", (64, 64), "white")
+    getattr(ImageDraw.Draw(picture), shape)((20, 20, 44, 44), fill=colour)
+    return picture
+
+
+def stored_with_loss(picture: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    picture.resize((53, 53)).save(buffer, "JPEG", quality=40)
+    return Image.open(buffer)
+
+
+def side(rows, pictures):
+    return Questions([Row(*row) for row in rows], pictures.get)
+
+
+TRAINING = {"t0": photograph(0), "t1": photograph(1), "t2": drawing("ellipse", "red"), "t3": photograph(3)}
+
+
+@pytest.mark.parametrize(
+    ("picture", "found"),
+    [
+        (photograph(1), ["t1"]),
+        (stored_with_loss(photograph(1)), ["t1"]),
+        (photograph(1).point(lambda level: min(255, level + 8)), ["t1"]),
+        (photograph(7), []),
+        (drawing("ellipse", "red"), ["t2"]),
+        # of the same form, which a hash of grey levels would take for the same
+        (drawing("ellipse", "blue"), []),
+        (Image.new("RGB", (64, 64), "red"), []),
+    ],
+    ids=["equal", "scaled and stored with loss", "brighter", "other", "drawing", "other colour", "flat"],
+)
+def test_pictures_are_found_again_and_others_are_not(picture, found):
+    training = side([("row", "what?", TRAINING)], TRAINING)
+    overlap = find_overlap(training, side([("e", "who?", ["e0"])], {"e0": picture}), num_threads=1)
+    assert overlap.pictures == [(name, "e0") for name in found]
+    assert overlap.rows == overlap.questions == []
+
+
+def test_a_question_about_the_same_picture_tells_more_than_either():
+    training = side(
+        [("a", "What is it?", ["t0"]), ("b", "Who is there?", ["t1"]), ("c", "what is it", ["t3"]), ("d", "why", [])],
+        TRAINING,
+    )
+    pictures = {"e0": TRAINING["t0"], "e1": photograph(9), "e2": TRAINING["t1"]}
+    evaluation = side(
+        [("0", "<image>what  is it ?", ["e0"]), ("1", "WHAT IS IT", ["e1"]), ("2", "where?", ["e2"]), ("3", "?!", [])],
+        pictures,
+    )
+    overlap = find_overlap(training, evaluation, num_threads=1)
+    assert overlap.rows == [("a", "0")]
+    assert overlap.pictures == [("t0", "e0"), ("t1", "e2")]
+    assert overlap.questions == [("a", "0"), ("a", "1")]
+    assert overlap.compared == {
+        "evaluation_rows": 4,
+        "evaluation_pictures": 3,
+        "training_rows": 4,
+        "training_pictures": 3,
+    }
+    assert "same question about the same picture: 1 (0 = a)" in overlap.table()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("Is it red?", " is  it\nRED ", True),
+        ("<image>Is it red?", "Is it red", True),
+        ("e\u0301cole", "École", True),
+        ("ﬁre", "fire", True),
+        ("Is it red?", "Is it reddish?", False),
+        ("图里有什么？", "图里有什么", True),
+    ],
+)
+def test_questions_differ_in_their_words(one, other, same):
+    assert (normalise_question(one) == normalise_question(other)) == same
+
+
+def test_the_hash_is_that_of_imagehash():
+    imagehash = pytest.importorskip("imagehash")
+    for seed in range(20):
+        expected = imagehash.phash(photograph(seed)).hash.flatten()
+        assert (perceptual_hash(photograph(seed)) == expected).all()
+
+
+@pytest.fixture
+def mixtures(tmp_path, monkeypatch):
+    """A training YAML whose pictures are 0 to 3, and another with 2 to 5."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, numbers in (("train", range(4)), ("test", range(2, 6))):
+        records = {
+            f"R{i}": {"instruction": f"what is number {i}?", "answer": "it", "image_ids": [f"I{i}"]} for i in numbers
+        }
+        pictures = {f"I{i}": photograph(i, 64 if name == "train" else 80) for i in numbers}
+        write_mimicit(tmp_path, name, records, pictures)
+        files = {"mimicit_path": f"{name}_instructions.json", "images_path": f"{name}.parquet"}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"IMAGE_TEXT": {name.upper(): files}}))
+    return tmp_path
+
+
+def test_check_lists_what_is_shared(mixtures, capsys):
+    report = mixtures / "report.json"
+    command = ["data", "check", str(mixtures / "train.yaml"), "--against", str(mixtures / "test.yaml")]
+    assert main([*command, "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert "same question about the same picture: 2 (TEST/R2 = TRAIN/R2, TEST/R3 = TRAIN/R3)" in out
+    found = json.loads(report.read_text())["contamination"]
+    assert found["pictures"] == [{"training": f"TRAIN/I{i}", "evaluation": f"TEST/I{i}"} for i in (2, 3)]
+    assert found["rows"] == [{"training": f"TRAIN/R{i}", "evaluation": f"TEST/R{i}"} for i in (2, 3)]
+    assert main([*command, "--strict"]) == 1
+    capsys.readouterr()
+    # of the pictures nothing is decoded
+    assert main([*command, "--skip-images"]) == 0
+    out = capsys.readouterr().out
+    assert "same picture: 0" in out and "same question: 2" in out
+
+
+def test_films_and_damaged_pictures_are_counted(mixtures):
+    training = mixture_questions(mixtures / "train.yaml")
+    evaluation = mixture_questions(mixtures / "test.yaml")
+    broken = evaluation._replace(picture=lambda id: None if id == "TEST/I2" else evaluation.picture(id))
+    overlap = find_overlap(training, broken, num_threads=1)
+    assert overlap.left_out == 1
+    assert overlap.pictures == [("TRAIN/I3", "TEST/I3")]
+    assert "not compared: 1 films" in overlap.table()
