@@ -18,11 +18,11 @@ language model wrote itself, and its answers to 50 questions. Writes `metrics.js
 import argparse
 import json
 import math
-import sys
 from collections import Counter, defaultdict
 from itertools import cycle
 from pathlib import Path
 from random import Random
+from runpy import run_path
 
 import torch
 from PIL import Image
@@ -34,9 +34,9 @@ from otter_hf.data import MimicitMixture, SampleOptions, render
 from otter_hf.training.features import VisionFeatureCache
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "easy_vqa"))
-from evaluate import accuracy, draw_answers  # noqa: E402
-
+# not by an import: its name is that of a package
+_OF_EASY_VQA = run_path(str(Path(__file__).resolve().parents[1] / "easy_vqa" / "evaluate.py"))
+accuracy, draw_answers = _OF_EASY_VQA["accuracy"], _OF_EASY_VQA["draw_answers"]
 
 BATCH_SIZE = 50
 NUM_FRAMES = 4

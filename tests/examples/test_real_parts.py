@@ -22,7 +22,7 @@ def script(monkeypatch):
     before = {*sys.modules}
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     yield importlib.import_module
-    for name in ("chat", "evaluate", "measure", "parts", "pictures", "prepare"):
+    for name in ("measure", "parts", "pictures", "prepare"):
         if name not in before:
             sys.modules.pop(name, None)
 
