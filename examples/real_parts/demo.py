@@ -30,6 +30,8 @@ NEW_PARTS = (
     "cross_attn_on_text=false",
 )
 GATED_EVERY = 10
+# an answer ends with what the language model ends its own with: no row of the embeddings needs training
+ROWS = ("<|endofchunk|>=<|im_end|>", "<answer>=:")
 
 
 def main(output: Path, started: float, random: bool, scale: float, extra: list[str]) -> None:
@@ -41,7 +43,16 @@ def main(output: Path, started: float, random: bool, scale: float, extra: list[s
     otter_hf(
         *("convert", "inject-lm", "--model-type", "otter", "--output", untrained),
         *("--language-model", parts / "language_model", "--vision-tower", parts / "vision_tower"),
-        *("--cross-attn-every-n-layers", GATED_EVERY, "--max-num-frames", 4, "--set", *NEW_PARTS),
+        *(
+            "--cross-attn-every-n-layers",
+            GATED_EVERY,
+            "--max-num-frames",
+            4,
+            "--set",
+            *NEW_PARTS,
+            "--init-rows",
+            *ROWS,
+        ),
     )
     python("prepare.py", "--output", data, "--scale", scale)
     otter_hf("data", "check", data / "train.yaml", "--against", data / "test.yaml")

@@ -51,6 +51,8 @@ def write_language_model(output: Path, pretrained: bool = True) -> None:
     )
     if not pretrained:
         model = AutoModelForCausalLM.from_config(model.config)
+    # it never adds the token that begins a message in its chat format, which training would put in front of all text
+    tokenizer.bos_token = None
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
 

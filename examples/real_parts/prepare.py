@@ -27,7 +27,7 @@ FILMS = {"rabbit": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "man": "carphone_pr
 TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "ihc.png", "china.jpg", "grace_hopper.jpg")
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "flower.jpg")
 # of training and test: pictures of shapes, digits, pairs of digits, words, crops of photographs, clips
-SIZES = {"train": (2000, 1400, 1500, 1250, 180, 400), "test": (150, 300, 300, 300, 36, 150)}
+SIZES = {"train": (1500, 1400, 1000, 1000, 120, 240), "test": (100, 200, 150, 150, 18, 75)}
 NUM_TRAIN_DIGITS = 1400
 
 

@@ -296,6 +296,31 @@ class TestInjectLm:
         processor.save_pretrained(folder / "trained")
         finish(plan_folder(folder / "trained"), folder / "half", dtype="bfloat16", verify=True)
 
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_rows_of_new_tokens_from_a_text(self, parts, tied):
+        folder, language_model = parts
+        if tied:
+            language_model.config.tie_word_embeddings = True
+            language_model.tie_weights()
+            language_model.save_pretrained(folder / "language_model")
+        rows = {"<|endofchunk|>": "</s>", "<answer>": "ab"}
+        options = {"model_type": "otter", "perceiver_depth": 1}
+        job = plan_inject_lm(folder / "language_model", folder / "clip", init_rows=rows, **options)
+        report = finish(job, folder / "output")
+        model = AutoModelForImageTextToText.from_pretrained(folder / "output")
+        tokenizer = job.processor.tokenizer
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            for token, text in rows.items():
+                expected = layer.weight[tokenizer(text, add_special_tokens=False)["input_ids"]].mean(dim=0)
+                torch.testing.assert_close(layer.weight[tokenizer.convert_tokens_to_ids(token)], expected)
+        assert any("<answer>, the mean of the rows of 'ab'" == how for how in report.initialised.values())
+        for wrong, sentence in (
+            ({"<s>": "a"}, "'<s>' is no token of this model: use .*<answer>"),
+            ({"<answer>": ""}, "<answer> cannot start from '', which holds no tokens"),
+        ):
+            with pytest.raises(ConversionError, match=sentence):
+                plan_inject_lm(folder / "language_model", folder / "clip", init_rows=wrong, **options)
+
     def test_fields_of_the_new_parts(self, parts):
         folder, _ = parts
         for wrong, sentence in (

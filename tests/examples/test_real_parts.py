@@ -156,7 +156,7 @@ def test_files_give_the_pictures_their_places_and_controls_move_them(script, tmp
     }
     # a picture's questions are a conversation
     assert [len(sample["turns"]) for sample in read["shapes"]] == [2, 1]
-    assert read["larger"][0]["media_places"][0] == [0, len("the first digit, ") + 1]
+    assert read["larger"][0]["media_places"][0] == [0, len("the first digit, ")]
 
     larger = read["larger"]
     swapped = measure.swap_pictures(larger)

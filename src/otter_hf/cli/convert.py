@@ -139,6 +139,13 @@ def _inject_lm(parser) -> None:
         metavar="FIELD=VALUE",
         help="further fields of the configuration, such as perceiver_num_latents=16 cross_attn_gate_init=0.5",
     )
+    parser.add_argument(
+        "--init-rows",
+        nargs="+",
+        default=[],
+        metavar="TOKEN=TEXT",
+        help="start the row of a new token from the mean of a text's, such as '<|endofchunk|>=</s>' (default: of all)",
+    )
     _add_output(
         parser,
         lambda args: _finish(
@@ -151,25 +158,29 @@ def _inject_lm(parser) -> None:
                 args.max_num_frames,
                 args.seed,
                 args.tokenizer_reference,
-                **_read_fields(args.set),
+                dict(_pairs("--init-rows", args.init_rows)),
+                **{field: _read_value(value) for field, value in _pairs("--set", args.set)},
             ),
             args,
         ),
     )
 
 
-def _read_fields(given: list[str]) -> dict:
-    """`FIELD=VALUE` of a configuration, values as in JSON or plain words."""
-    fields = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set takes FIELD=VALUE, got {pair!r}.")
-        try:
-            fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = value
-    return fields
+def _pairs(option: str, given: list[str]) -> list[tuple[str, str]]:
+    """What `NAME=VALUE` say."""
+    pairs = [pair.partition("=") for pair in given]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise ValueError(f"{option} takes NAME=VALUE, got {name + equals + value!r}.")
+    return [(name, value) for name, _, value in pairs]
+
+
+def _read_value(text: str):
+    """A value as in JSON, or a plain word."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _trainer_pt(parser) -> None:

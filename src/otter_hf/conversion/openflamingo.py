@@ -1,8 +1,10 @@
 """OpenFlamingo checkpoints, and fresh Flamingos: a language model and a vision tower become one model."""
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -11,6 +13,7 @@ from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 from ..models.otter import OtterConfig
 from .job import Job, load_text_config, load_tokenizer, make_processor, read_config, resolve_folder, set_token_ids
 from .names import (
+    HEAD,
     from_open_clip,
     gated_layer_indices,
     language_model_rename,
@@ -18,7 +21,7 @@ from .names import (
     rename_openflamingo,
     vision_tower_rename,
 )
-from .plan import Source, fresh_weights, plan_model, source_files
+from .plan import Source, build_meta_model, embedding_name, fresh_weights, mean_row, plan_model, source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
 
@@ -122,13 +125,14 @@ def plan_inject_lm(
     max_num_frames: int | None = None,
     seed: int = 0,
     tokenizer_reference: str | None = None,
+    init_rows: Mapping[str, str] | None = None,
     **config_kwargs,
 ) -> Job:
     """
     A Flamingo or Otter to be trained, on any supported language model and vision tower.
 
     The resampler and the gated layers are initialised at random with their gates closed, so that the language model
-    answers as before; rows of new tokens are the mean of the others.
+    answers as before; rows of new tokens are the mean of the others, or of those in `init_rows`.
 
     Args:
         language_model, vision_tower, tokenizer: folders or Hub repositories.
@@ -136,10 +140,13 @@ def plan_inject_lm(
         seed: of the new weights.
         tokenizer_reference: for a LLaMA `tokenizer.model` without the tokenizer.json of today, see
             [`FlamingoProcessor.from_pretrained`].
+        init_rows: token of the model -> a text whose tokens' mean row it starts from. `{"<|endofchunk|>": "</s>"}`
+            ends answers with what the language model ends its own with, so that embeddings need no training.
         config_kwargs: fields of [`FlamingoConfig`] that shape the new parts: `perceiver_*`, `cross_attn_*`.
 
     Raises:
-        ConversionError: for parts that do not make a model, and for another field or a value of a wrong type.
+        ConversionError: for parts that do not make a model, for another field or a value of a wrong type, and for a
+            row of a token that the model does not add, or of no tokens.
     """
     for name in config_kwargs:
         if name not in _FIELDS_OF_NEW_PARTS:
@@ -170,7 +177,26 @@ def plan_inject_lm(
         raise ConversionError(" ".join(str(error).split()) + ".") from error
     set_token_ids(config, processor.tokenizer)
     tensors = plan_model(config, [text_source, vision_source], report, fresh_weights(config, seed))
+    for token, text in (init_rows or {}).items():
+        _init_row(tensors, config, processor, token, text, report)
     return Job(config, tensors, processor, report, [str(language_model), str(vision_tower)])
+
+
+def _init_row(tensors: dict[str, LazyTensor], config, processor, token: str, text: str, report) -> None:
+    """Start the row of a token, in place, from the mean of the rows of a text."""
+    if token not in processor.special_tokens:
+        raise ConversionError(f"{token!r} is no token of this model: use {', '.join(processor.special_tokens)}.")
+    row, ids = (processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (token, text))
+    if not ids:
+        raise ConversionError(f"The row of {token} cannot start from {text!r}, which holds no tokens.")
+
+    def with_row(value: torch.Tensor) -> torch.Tensor:
+        value[row] = mean_row(value[ids])
+        return value
+
+    for name in {embedding_name(build_meta_model(config)), HEAD} & tensors.keys():
+        tensors[name] = tensors[name].map(with_row)
+        report.initialised[f"{name}[{row[0]}]"] = f"{token}, the mean of the rows of {text!r}"
 
 
 def open_language_model(name_or_path: str | Path) -> tuple[PreTrainedConfig, Source, Path]:
