@@ -41,6 +41,13 @@ class ModelArguments:
         default=None,
         metadata={"help": "Folder to keep what a frozen vision tower makes of each picture, and to read it from."},
     )
+    cache_text_states: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep in memory what frozen layers below the first gated block make of each text: one that comes "
+            "again is not read again. Needs packing false."
+        },
+    )
     dtype: str = field(
         default="auto", metadata={"help": "Precision of the weights: auto, float32, bfloat16, float16."}
     )

@@ -200,6 +200,7 @@ _NOT_SHOWN = (
     "train_mixture",
     "eval_mixture",
     "cache_vision_features",
+    "cache_text_states",
     "dataloader_pin_memory",
     "do_eval",
     "gradient_checkpointing",  # the old name of activation_checkpointing

@@ -45,6 +45,7 @@ from .plan import make_plan, meta_model, sharding_of
 from .publish import given_arguments
 from .report import REPORT_FILE, TrainingReport, plot_history, sample_evenly
 from .run_record import RunRecord
+from .text_states import TextStateCache
 from .trainer import OtterTrainer
 
 
@@ -228,11 +229,14 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
     sharding = sharding_of(training_args)
     if training_args.learning_rates and sharding in ("fsdp", "zero3"):
         raise ValueError(f"learning_rates needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
-    for name in ("train_embedding_rows", "cache_vision_features"):
+    for name in ("train_embedding_rows", "cache_vision_features", "cache_text_states"):
         if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
             raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
-    if model_args.cache_vision_features and not hasattr(config, "perceiver_num_latents"):
-        raise ValueError(f"cache_vision_features is for Otter and Flamingo, not {config.model_type}: leave it out.")
+    for name in ("cache_vision_features", "cache_text_states"):
+        if getattr(model_args, name) and not hasattr(config, "perceiver_num_latents"):
+            raise ValueError(f"{name} is for Otter and Flamingo, not {config.model_type}: leave it out.")
+    if model_args.cache_text_states and (data_args.packing or model_args.lora):
+        raise ValueError("cache_text_states tells rows apart, which packing and lora do not leave: set them to false.")
     if config.model_type == "idefics":
         if model_args.train_embedding_rows:
             raise ValueError("train_embedding_rows is for Otter, Flamingo and OtterHD, not Idefics: leave it out.")
@@ -293,6 +297,8 @@ def _load_model(
         autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
         core = model.get_base_model() if model_args.lora else model
         VisionFeatureCache(model_args.cache_vision_features, core.model.vision_tower, autocast)
+    if model_args.cache_text_states:
+        TextStateCache(model)
     return model
 
 

@@ -20,7 +20,14 @@ logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 # of the model and data arguments what changes no step; where data lie may change, what they are is compared
-_FREE = ("attn_implementation", "cache_vision_features", "train_mixture", "eval_mixture", "train_sets")
+_FREE = (
+    "attn_implementation",
+    "cache_vision_features",
+    "cache_text_states",
+    "train_mixture",
+    "eval_mixture",
+    "train_sets",
+)
 # decided by the data, which may be others on demand
 _OF_DATA = ("data", "samples_per_step", "seed", "data_seed")
 _TRAINING = (

@@ -1,0 +1,128 @@
+"""What frozen decoder layers below the first gated block make of a text, kept: a question that comes again is not read
+again."""
+
+from collections import OrderedDict
+
+import torch
+from torch import nn
+
+from ..models.flamingo import FlamingoForConditionalGeneration
+from ..models.media_store import hash_of_tensor
+
+
+class TextStateCache:
+    """
+    Lets a Flamingo in training compute the layers below its first gated block once for each text.
+
+    No picture reaches these layers (Alayrac et al. 2022, https://huggingface.co/papers/2204.14198, section 3.1.2), so
+    that frozen they give for a row of tokens always the same: where questions repeat, or epochs do, most of a frozen
+    decoder is then never run. Rows are told apart by their embeddings, mask and positions. Calls with a cache of keys
+    and values, and those that record hidden states, are computed as ever.
+
+    Args:
+        model: an Otter or Flamingo whose embeddings and lower layers are frozen. Their `forward` is replaced.
+        max_bytes: of the states that are kept, on the model's device; those used least recently go first.
+
+    Raises:
+        ValueError: if something of these layers is trained or drawn at random (dropout), if there are none, or if
+            they differ in what they attend to.
+    """
+
+    def __init__(self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**30):
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self._states: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # (L, hidden) each
+        self._bytes = 0
+        layers = model.model.decoder_layers
+        gated = [index for index, layer in enumerate(layers) if layer.gated_cross_attn_layer is not None]
+        lower = list(layers)[: gated[0]]
+        _check(model, lower)
+        self._layers = [layer.forward for layer in lower]
+        # as accelerate's device hooks do: the modules, their weights and their names stay as they are
+        for index, layer in enumerate(lower):
+            layer.forward = self._first if index == 0 else _Passed(layer.forward)
+
+    def _first(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """In place of the first layer: `(B, L, hidden)` embeddings -> what the last of the lower layers gives."""
+        if _needs_every_layer(kwargs):
+            return self._layers[0](hidden_states, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("vision_", "media_"))}
+        size = len(hidden_states)
+        keys = [_key(hidden_states[row], kwargs, row, size) for row in range(size)]
+        found = {key: self._states[key] for key in keys if key in self._states}
+        missing = {key: row for row, key in enumerate(keys) if key not in found}
+        self.hits += size - len(missing)
+        self.misses += len(missing)
+        if missing:
+            rows = torch.tensor([*missing.values()], device=hidden_states.device)
+            states = hidden_states[rows]
+            args, kwargs = (_rows_of(value, rows, size) for value in (args, kwargs))
+            for layer in self._layers:
+                states = layer(states, *args, **kwargs)
+                if not isinstance(states, torch.Tensor):
+                    raise ValueError("cache_text_states: this decoder's layers give more than states: leave it out.")
+            found |= dict(zip(missing, states, strict=True))
+        self._keep(found)
+        return torch.stack([found[key] for key in keys])
+
+    def _keep(self, found: dict[tuple, torch.Tensor]) -> None:
+        for key, states in found.items():
+            if key not in self._states:
+                # a copy of its own, as a part of a batch would hold all of it
+                self._states[key] = states.clone()
+                self._bytes += states.nbytes
+            self._states.move_to_end(key)
+        while self._bytes > self.max_bytes and self._states:
+            self._bytes -= self._states.popitem(last=False)[1].nbytes
+
+
+class _Passed:
+    """In place of a layer whose work the first one has done."""
+
+    def __init__(self, forward):
+        self._forward = forward
+
+    def __call__(self, hidden_states: torch.Tensor, *args, **kwargs):
+        return self._forward(hidden_states, *args, **kwargs) if _needs_every_layer(kwargs) else hidden_states
+
+
+def _needs_every_layer(kwargs: dict) -> bool:
+    return kwargs.get("past_key_values") is not None or kwargs.get("media_outputs") is not None
+
+
+def _check(model: FlamingoForConditionalGeneration, lower: list[nn.Module]) -> None:
+    if not lower:
+        raise ValueError(
+            "cache_text_states: the first layer has a gated block already (cross_attn_every_n_layers=1): leave it out."
+        )
+    trained = [parameter for layer in lower for parameter in layer.parameters() if parameter.requires_grad]
+    if trained or model.get_input_embeddings().weight.requires_grad:
+        raise ValueError("cache_text_states needs a frozen decoder: add language and embeddings to freeze.")
+    config = model.config.text_config
+    for name, value in config.to_dict().items():
+        if "dropout" in name and isinstance(value, (int, float)) and value > 0:
+            raise ValueError(f"cache_text_states: the decoder draws at random ({name}={value}): set it to 0.")
+    kinds = {*(getattr(config, "layer_types", None) or ["all"])[: len(lower)]}
+    if len(kinds) > 1:
+        raise ValueError(f"cache_text_states: the decoder's layers are of several kinds ({', '.join(sorted(kinds))}).")
+
+
+def _key(embeddings: torch.Tensor, kwargs: dict, row: int, size: int) -> tuple:
+    """What the states of a row depend on."""
+    told = [embeddings]
+    for name in ("attention_mask", "position_ids"):
+        value = kwargs.get(name)
+        if isinstance(value, torch.Tensor):
+            told.append(value[row if len(value) == size else 0])
+    return tuple((tuple(value.shape), hash_of_tensor(value)) for value in told)
+
+
+def _rows_of(value, rows: torch.Tensor, size: int):
+    """Some rows of all tensors that have a row for each of the batch; what is shared stays."""
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.ndim and len(value) == size else value
+    if isinstance(value, tuple):
+        return tuple(_rows_of(part, rows, size) for part in value)
+    if isinstance(value, dict):
+        return {name: _rows_of(part, rows, size) for name, part in value.items()}
+    return value
