@@ -65,7 +65,8 @@ def shapes_task(questions: list[tuple[str, str, int]], paths: dict[int, str], nu
 
 def digit_tasks(images, labels, num_pairs: int, seed: int) -> dict[str, Task]:
     """
-    Handwritten digits (scikit-learn, 8x8): which one it is, which of two is larger, and the sum of two.
+    Handwritten digits (scikit-learn, 8x8): which one it is, which of two is larger (the frames of one medium), and the
+    sum of two (each at an `<image>`).
 
     Args:
         images: `(N, 8, 8)`, 0 to 16.
@@ -85,8 +86,7 @@ def digit_tasks(images, labels, num_pairs: int, seed: int) -> dict[str, Task]:
         if len(total.records) < num_pairs:
             total.ask("<image> one digit, <image> another digit: what is their sum?", str(a + b), *names)
         if a != b and len(larger.records) < num_pairs:
-            answer = "the first" if a > b else "the second"
-            larger.ask("<image> the first digit, <image> the second digit: which is larger?", answer, *names)
+            larger.ask("which digit is larger?", "the first" if a > b else "the second", *names)
     return {"digit": digit, "larger": larger, "sum": total}
 
 

@@ -4,7 +4,7 @@ The tasks of `pictures.py` as MIMIC-IT files, from what the wheels hold.
     python examples/real_parts/prepare.py --output out/demo-real/data
 
 Written are, for each task, `train_<task>` and `test_<task>`, and the training YAMLs `train.yaml` and `test.yaml`.
-Questions about one picture of easy-VQA are a conversation in training and single in the test.
+Questions are single: of those about easy-VQA's pictures there are 107, which training reads once each.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FILMS = {"rabbit": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "man": "carphone_pr
 TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "ihc.png", "china.jpg", "grace_hopper.jpg")
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "flower.jpg")
 # of training and test: pictures of shapes, digits, pairs of digits, words, crops of photographs, clips
-SIZES = {"train": (1500, 1400, 1000, 1000, 120, 240), "test": (100, 200, 150, 150, 18, 75)}
+SIZES = {"train": (1200, 1000, 800, 800, 90, 240), "test": (75, 150, 100, 125, 12, 60)}
 NUM_TRAIN_DIGITS = 1400
 
 
@@ -37,23 +37,15 @@ def main(output: Path, scale: float = 1.0) -> None:
     for split in SIZES:
         mixture: dict[str, dict] = {}
         for name, task in tasks(split, scale).items():
-            files = write_task(output, f"{split}_{name.replace(' ', '_')}", task, conversations=split == "train")
+            files = write_task(output, f"{split}_{name.replace(' ', '_')}", task)
             mixture.setdefault(task.group, {})[name] = files
         (output / f"{split}.yaml").write_text(yaml.safe_dump(mixture, sort_keys=False), encoding="utf-8")
 
 
-def write_task(output: Path, name: str, task: Task, conversations: bool) -> dict[str, str]:
-    """The dataset of a task; its entry in the training YAML. With `conversations`, a picture's questions are one."""
-    config = None
-    if conversations:
-        rows: dict[tuple, list[str]] = {}
-        for id, record in task.records.items():
-            key = tuple(record["image_ids"]) if len(record["image_ids"]) == 1 else (id,)
-            rows.setdefault(key, []).append(id)
-        config = {ids[-1]: ids[:-1] for ids in rows.values()}
-    write_mimicit(output, name, task.records, task.pictures, config)
-    files = {"mimicit_path": f"{name}_instructions.json", "images_path": f"{name}.parquet"}
-    return files | ({"train_config_path": f"{name}_train.json"} if conversations else {})
+def write_task(output: Path, name: str, task: Task) -> dict[str, str]:
+    """The dataset of a task; its entry in the training YAML."""
+    write_mimicit(output, name, task.records, task.pictures)
+    return {"mimicit_path": f"{name}_instructions.json", "images_path": f"{name}.parquet"}
 
 
 def tasks(split: str, scale: float = 1.0) -> dict[str, Task]:
@@ -68,7 +60,7 @@ def tasks(split: str, scale: float = 1.0) -> dict[str, Task]:
     images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
     part = slice(None, NUM_TRAIN_DIGITS) if train else slice(NUM_TRAIN_DIGITS, None)
     seed = 0 if train else 1
-    made = {"shapes": shapes_task(list(zip(*questions, strict=True)), paths, shapes, per_picture=3 if train else 4)}
+    made = {"shapes": shapes_task(list(zip(*questions, strict=True)), paths, shapes, per_picture=5 if train else 4)}
     made |= digit_tasks(images[part][:digits], labels[part][:digits], pairs, seed)
     made["word"] = words_task(fonts(), words, seed)
     photographs = [find_photograph(name) for name in (TRAIN_PHOTOGRAPHS if train else TEST_PHOTOGRAPHS)]

@@ -69,11 +69,11 @@ def test_digits(script):
     assert [r["answer"] for r in tasks["digit"].records.values()] == ["3", "8", "0", "5", "5"]
     for record in tasks["sum"].records.values():
         assert sum(value[id] for id in record["image_ids"]) == int(record["answer"])
+        assert record["instruction"].count("<image>") == 2 and record["images_in_text"]
     answers = set()
     for record in tasks["larger"].records.values():
         first, second = (value[id] for id in record["image_ids"])
         assert first != second and record["answer"] == ("the first" if first > second else "the second")
-        assert record["instruction"].count("<image>") == 2 and record["images_in_text"]
         answers.add(record["answer"])
     assert len(answers) == 2 and len(tasks["larger"].records) == len(tasks["sum"].records) == 40
 
@@ -140,32 +140,29 @@ def test_files_give_the_pictures_their_places_and_controls_move_them(script, tmp
     tasks["shapes"] = pictures.shapes_task(questions, paths, num_pictures=2, per_picture=2)
     mixture = {}
     for name, task in tasks.items():
-        files = prepare.write_task(tmp_path, f"train_{name.replace(' ', '_')}", task, conversations=True)
+        files = prepare.write_task(tmp_path, f"train_{name.replace(' ', '_')}", task)
         mixture.setdefault(task.group, {})[name] = files
     (tmp_path / "train.yaml").write_text(json.dumps(mixture))
     read = measure.read_tasks(tmp_path / "train.yaml")
     shape = {name: [[len(medium) for medium in sample["media"]] for sample in read[name][:1]] for name in read}
     assert shape == {
         "digit": [[1]],
-        "larger": [[1, 1]],
+        "larger": [[2]],
         "sum": [[1, 1]],
         "change": [[2]],
         "film": [[4]],
         "film first": [[4]],
         "shapes": [[1]],
     }
-    # a picture's questions are a conversation
-    assert [len(sample["turns"]) for sample in read["shapes"]] == [2, 1]
-    assert read["larger"][0]["media_places"][0] == [0, len("the first digit, ")]
-
-    larger = read["larger"]
-    swapped = measure.swap_pictures(larger)
-    assert all(a["turns"] == b["turns"] and a["media"] != b["media"] for a, b in zip(larger, swapped, strict=True))
+    assert read["sum"][0]["media_places"][0] == [0, len("one digit, ")]
+    sums = read["sum"]
+    swapped = measure.swap_pictures(sums)
+    assert all(a["turns"] == b["turns"] and a["media"] != b["media"] for a, b in zip(sums, swapped, strict=True))
     frames = measure.turn_round(read["film first"][0])["media"][0]
     assert frames == read["film first"][0]["media"][0][::-1]
-    shots = measure.with_shots(larger[0], larger[1:3])
+    shots = measure.with_shots(sums[0], sums[1:3])
     assert len(shots["media"]) == 6 and shots["media_per_turn"] == [2, 2, 2] and len(shots["media_places"]) == 3
-    assert shots["turns"][-1] == larger[0]["turns"][-1]
+    assert shots["turns"][-1] == sums[0]["turns"][-1]
     assert measure.side_by_side(read["film"][0]).width > 4 * 112
 
 
