@@ -53,11 +53,12 @@ TRAINING = {"t0": photograph(0), "t1": photograph(1), "t2": drawing("ellipse", "
         (photograph(1).point(lambda level: min(255, level + 8)), ["t1"]),
         (photograph(7), []),
         (drawing("ellipse", "red"), ["t2"]),
-        # of the same form, which a hash of grey levels would take for the same
+        # at the same place, which a hash of grey levels would take for the same
         (drawing("ellipse", "blue"), []),
+        (drawing("rectangle", "red"), []),
         (Image.new("RGB", (64, 64), "red"), []),
     ],
-    ids=["equal", "scaled and stored with loss", "brighter", "other", "drawing", "other colour", "flat"],
+    ids=["equal", "scaled and stored with loss", "brighter", "other", "drawing", "other colour", "other form", "flat"],
 )
 def test_pictures_are_found_again_and_others_are_not(picture, found):
     training = side([("row", "what?", TRAINING)], TRAINING)

@@ -29,9 +29,9 @@ from .prompts import RESERVED_TOKENS
 from .samples import TEXT_ONLY
 
 
-# of the 64 bits of two hashes, and of the 255 levels of two thumbnails on average: what may differ in one picture
+# what may differ in one picture: of the 64 bits of its hash, and of the 255 levels of any colour of its thumbnail
 MAX_BITS = 6
-MAX_LEVELS = 12.0
+MAX_LEVELS = 16
 _THUMBNAIL = 8
 _BATCH = 1024
 
@@ -108,8 +108,8 @@ def find_overlap(training: Questions, evaluation: Questions, num_threads: int | 
     Compares training data with an evaluation set.
 
     Questions are the same if they differ in case, accents' encoding, punctuation, white space and special tokens only.
-    Pictures are the same if at most `MAX_BITS` bits of their perceptual hashes differ, and their thumbnails by at most
-    `MAX_LEVELS` on average: the hash alone sees no colours, and takes one simple drawing for another.
+    Pictures are the same if at most `MAX_BITS` bits of their perceptual hashes differ, and no place in their thumbnails
+    by more than `MAX_LEVELS`: the hash alone sees no colours, and takes one simple drawing for another.
 
     Args:
         num_threads: that decode pictures; default: one per processor.
@@ -249,7 +249,7 @@ def _same(bits: np.ndarray, thumbnails: np.ndarray, other_bits: np.ndarray, othe
     signs, other_signs = (np.where(side, 1, -1).astype(np.float32) for side in (bits, other_bits))
     different = (64 - signs @ other_signs.T) / 2  # (N, M)
     for i, j in np.argwhere(different <= MAX_BITS):
-        if np.abs(thumbnails[i] - other_thumbnails[j]).mean() <= MAX_LEVELS:
+        if np.abs(thumbnails[i] - other_thumbnails[j]).max() <= MAX_LEVELS:
             yield int(i), int(j)
 
 
