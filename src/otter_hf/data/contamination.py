@@ -22,10 +22,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..films import is_film
+from ..prompts import RESERVED_TOKENS
 from .image_store import ImageStore
 from .json_stream import iter_json_object
 from .mixture import MixtureEntry, read_mixture
-from .prompts import RESERVED_TOKENS
 from .samples import TEXT_ONLY
 
 
