@@ -108,8 +108,8 @@ def find_overlap(training: Questions, evaluation: Questions, num_threads: int | 
     Compares training data with an evaluation set.
 
     Questions are the same if they differ in case, accents' encoding, punctuation, white space and special tokens only.
-    Pictures are the same if at most `MAX_BITS` bits of their perceptual hashes differ, and no place in their thumbnails
-    by more than `MAX_LEVELS`: the hash alone sees no colours, and takes one simple drawing for another.
+    Pictures are the same if at most `MAX_BITS` bits of their perceptual hashes differ, and no place in their
+    thumbnails by more than `MAX_LEVELS`: the hash alone sees no colours, and takes one simple drawing for another.
 
     Args:
         num_threads: that decode pictures; default: one per processor.
