@@ -32,6 +32,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import otter_hf  # noqa: F401  registers the models with the Auto classes
 from otter_hf.data import MimicitMixture, SampleOptions, render
 from otter_hf.training.features import VisionFeatureCache
+from otter_hf.training.text_states import TextStateCache
 
 
 # not by an import: its name is that of a package
@@ -40,14 +41,15 @@ accuracy, draw_answers = _OF_EASY_VQA["accuracy"], _OF_EASY_VQA["draw_answers"]
 
 BATCH_SIZE = 50
 NUM_FRAMES = 4
-NUM_WITH_SHOTS = 40
+NUM_WITH_SHOTS = 30
 
 
 def main(model_folder: Path, untrained: Path | None, data: Path, output: Path, limit: int | None = None) -> None:
     """Measures the model in `model_folder`; without `untrained`, not what became of its language."""
     processor = AutoProcessor.from_pretrained(model_folder)
-    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
+    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval().requires_grad_(False)
     VisionFeatureCache(output / "features", model.model.vision_tower)
+    TextStateCache(model)
     test, train = (read_tasks(data / f"{split}.yaml") for split in ("test", "train"))
     metrics, shown = {"tasks": {}}, []
     for name, samples in test.items():
@@ -151,7 +153,10 @@ def first_turn(sample: dict) -> dict:
 
 @torch.inference_mode()
 def answer(model, processor, samples: list[dict], name: str) -> list[str]:
-    """The greedy answers to the last questions of samples."""
+    """
+    The greedy answers to the last questions of samples. Single questions come again and again: without a cache of keys
+    and values what the lower layers make of them is known, see [`TextStateCache`].
+    """
     answers = []
     for start in tqdm(range(0, len(samples), BATCH_SIZE), desc=name, leave=False):
         batch = samples[start : start + BATCH_SIZE]
@@ -161,7 +166,8 @@ def answer(model, processor, samples: list[dict], name: str) -> list[str]:
             places = sample.get("media_places")
             texts.append(render([*earlier, (question, None)], "simple", sample["media_per_turn"], media_places=places))
         inputs = processor(text=texts, videos=[sample["media"] for sample in batch], return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        several = max(len(sample["turns"]) for sample in batch) > 1
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=several)
         answers += processor.post_process_image_text_to_text(output)
     return answers
 
