@@ -346,7 +346,7 @@ def test_yaml_is_read_in_group_order(tmp_path, files, caplog):
 
 def test_yaml_warns_of_unknown_keys_and_empty_groups(tmp_path, files, monkeypatch):
     messages = []
-    monkeypatch.setattr("otter_hf.data.mixture.logger.warning", messages.append)
+    monkeypatch.setattr("otter_hf.data.mixture_yaml.logger.warning", messages.append)
     read_mixture(
         write_yaml(
             tmp_path,

@@ -377,7 +377,7 @@ def _run_source(args) -> None:
 
 def _is_whole(mixture: Path) -> bool:
     """Whether a training YAML and all that it names are there."""
-    from ..data.mixture import read_mixture
+    from ..data.mixture_yaml import read_mixture
 
     try:
         return bool(read_mixture(mixture))

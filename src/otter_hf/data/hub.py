@@ -21,7 +21,7 @@ from ..made_from import MadeFrom, keep, kept
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .image_store import ImageStore
 from .json_stream import iter_json_object
-from .mixture import MixtureEntry, read_mixture
+from .mixture_yaml import MixtureEntry, read_mixture
 from .parquet_writer import PICTURES, write_rows
 
 

@@ -1,201 +1,27 @@
-"""The training YAML: which MIMIC-IT datasets to train on, in which of the four groups, and how much of each."""
+"""The samples of the datasets of a training YAML, by number, and the order in which they are trained on."""
 
 import hashlib
 import json
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import yaml
 from datasets import Dataset as Table
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers.utils import logging
 
-from ..reading import load_yaml
 from .formats import load_mimicit
 from .image_store import ImageStore
-from .samples import TASK_GROUPS, Sample, SampleError, SampleOptions, build_sample
+from .mixture_yaml import MixtureEntry, read_mixture
+from .samples import Sample, SampleError, SampleOptions, build_sample
 
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class MixtureEntry:
-    """One dataset of the training YAML.
-
-    Args:
-        task_group: one of `TASK_GROUPS`.
-        name: a label of the dataset, for tables and messages.
-        mimicit_path: instructions file.
-        images_path: image store, or a list of them; see `ImageStore`. Empty for text-only data.
-        train_config_path: train config. Empty for none.
-        num_samples: how many samples an epoch has of it; -1 or 0 for all. See `sample_rows`.
-        task_description: lines of which one may be put before a prompt; one string counts as a list of one.
-        images_as: several images of one record as `"frames"` of one medium or as `"media"` of their own.
-    """
-
-    task_group: str
-    name: str
-    mimicit_path: str
-    images_path: str | Sequence[str] = ()
-    train_config_path: str = ""
-    num_samples: int = 0
-    task_description: Sequence[str] = ()
-    images_as: str = "frames"
-
-    def __post_init__(self):
-        where = f"{self.task_group}/{self.name}"
-        if self.task_group not in TASK_GROUPS:
-            raise ValueError(f"{self.task_group!r} is no task group: use one of {', '.join(TASK_GROUPS)}.")
-        for key in ("images_path", "task_description"):
-            value = getattr(self, key) or []
-            value = [value] if isinstance(value, str) else value
-            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-                raise ValueError(f"{where}: {key} must be a string or a list of strings, got {value!r}.")
-            object.__setattr__(self, key, list(value))
-        if not isinstance(self.mimicit_path, str) or not self.mimicit_path:
-            raise ValueError(f"{where}: mimicit_path must name the instructions file, got {self.mimicit_path!r}.")
-        if not isinstance(self.train_config_path, str):
-            raise ValueError(f"{where}: train_config_path must be a string, got {self.train_config_path!r}.")
-        if isinstance(self.num_samples, bool) or not isinstance(self.num_samples, int) or self.num_samples < -1:
-            raise ValueError(
-                f"{where}: num_samples must be a number of samples, or -1 or 0 for all, got {self.num_samples!r}."
-            )
-        if self.images_as not in ("frames", "media"):
-            raise ValueError(f"{where}: images_as must be 'frames' or 'media', got {self.images_as!r}.")
-        for path in (self.mimicit_path, self.train_config_path, *self.images_path):
-            if path and not Path(path).exists():
-                raise ValueError(f"{where}: the path {path} does not exist.")
-
-
-class Problem(NamedTuple):
-    """Something wrong with a mixture: an `"error"`, a `"warning"`, or a `"note"` of what is worth knowing."""
-
-    severity: str
-    rule: str
-    message: str
-    task_group: str = ""
-    dataset: str = ""
-
-
-def _raise_or_warn(problem: Problem):
-    if problem.severity == "error":
-        raise ValueError(problem.message)
-    logger.warning(problem.message)
-
-
-def read_mixture(
-    path: str | Path,
-    report: Callable[[Problem], None] = _raise_or_warn,
-    cache_dir: str | Path | None = None,
-) -> list[MixtureEntry]:
-    """Reads a training YAML: task group -> dataset name -> the fields of `MixtureEntry`.
-
-    Paths in it that are not absolute are looked for in the working directory and beside the YAML file. Unknown keys of
-    a dataset and groups without datasets are warned of.
-
-    Args:
-        path: the YAML file; or a file of rows of messages (`.jsonl`, `.json`, `.parquet`, see
-            `otter_hf.data.sources.messages`), which becomes one dataset in the cache.
-        cache_dir: of rows of messages, see `MimicitMixture`.
-        report: what to do with a problem, by default to raise or to log it. If it returns, reading goes on without
-            the group or dataset that is wrong.
-
-    Returns:
-        The datasets, ordered by group as in `TASK_GROUPS` and then as in the file.
-
-    Raises:
-        ValueError: naming the file and the group, dataset or key which is wrong.
-    """
-    path = Path(path)
-    entries = []
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        from .sources import chats_as_mixture
-
-        try:
-            path = chats_as_mixture(path, cache_dir)
-        except (ValueError, OSError) as error:
-            report(Problem("error", "messages", str(error)))
-            return []
-    groups = _read_groups(path, report)
-    if groups is None:
-        return []
-    for group, datasets in groups.items():
-        if group not in TASK_GROUPS:
-            message = f"{path}: {group!r} is no task group, use one of {', '.join(TASK_GROUPS)}."
-            report(Problem("error", "task group", message))
-        elif datasets is None:
-            report(Problem("warning", "empty group", f"{path}: the group {group} has no datasets.", group))
-        elif not isinstance(datasets, dict):
-            message = f"{path}: the group {group} must map dataset names to settings, got {datasets!r:.80}."
-            report(Problem("error", "task group", message, group))
-        else:
-            for name, settings in datasets.items():
-                try:
-                    entries.append(_read_entry(path, group, str(name), settings, report))
-                except ValueError as error:
-                    report(Problem("error", "settings", f"{path}: {error}", group, str(name)))
-    if not entries:
-        report(Problem("error", "no datasets", f"The training YAML {path} names no datasets."))
-    return sorted(entries, key=lambda entry: TASK_GROUPS.index(entry.task_group))
-
-
-def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any] | None:
-    try:
-        groups = load_yaml(path, _NoDuplicatesLoader)
-    except OSError:
-        message = f"The training YAML {path} does not exist."
-    except ValueError as error:
-        message = f"The training YAML {error}"
-    else:
-        if isinstance(groups, dict):
-            return groups
-        message = f"The training YAML {path} must map task groups to datasets, got {groups!r:.80}."
-    report(Problem("error", "YAML", message))
-    return None
-
-
-def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callable[[Problem], None]) -> MixtureEntry:
-    if not isinstance(settings, dict):
-        raise ValueError(f"{group}/{name} must map keys to values, got {settings!r:.80}.")
-    known = [field.name for field in fields(MixtureEntry)][2:]
-    unknown = [key for key in settings if key not in known]
-    if unknown:
-        message = f"{path}: {group}/{name} has unknown keys {unknown}, which are ignored; known are {known}."
-        report(Problem("warning", "unknown keys", message, group, name))
-    # a key without a value is the same as no key
-    settings = {key: value for key, value in settings.items() if key in known and value is not None}
-    for key in ("mimicit_path", "images_path", "train_config_path"):
-        value = settings.get(key)
-        if isinstance(value, str):
-            settings[key] = _find(value, path.parent)
-        elif isinstance(value, list):
-            settings[key] = [_find(item, path.parent) if isinstance(item, str) else item for item in value]
-    return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
-
-
-def _find(value: str, folder: Path) -> str:
-    beside = folder / value
-    return str(beside) if value and not Path(value).exists() and beside.exists() else value
-
-
-class _NoDuplicatesLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key, count in Counter(key for key in keys if isinstance(key, str)).items():
-            if count > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def is_held_out(sample_id: str, fraction: float) -> bool:
@@ -446,6 +272,7 @@ class SkipCounter:
         return int(count)
 
     def totals(self) -> dict[str, int]:
+        """Samples left out so far, by reason, in all processes."""
         totals = self._counts.sum(dim=0).tolist()
         return {reason: total for reason, total in zip(self.reasons, totals, strict=True) if total}
 

@@ -12,7 +12,8 @@ from transformers.utils import logging
 
 from .formats import load_mimicit, stream_records
 from .image_store import ImageStore
-from .mixture import MixtureEntry, SkipCounter, read_mixture, sample_of_entry
+from .mixture import SkipCounter, sample_of_entry
+from .mixture_yaml import MixtureEntry, read_mixture
 from .samples import Sample, SampleError, SampleOptions
 
 

@@ -22,7 +22,7 @@ from .contamination import Overlap
 from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
-from .mixture import MixtureEntry, Problem, read_mixture
+from .mixture_yaml import MixtureEntry, Problem, read_mixture
 from .samples import IMAGE_TEXT, IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
 
 

@@ -81,10 +81,12 @@ class BatchRow:
 
     @property
     def tokens(self) -> list[int]:
+        """Ids of the answer so far."""
         return self.ids[self.prompt_length :]
 
     @property
     def error(self) -> BaseException | None:
+        """What ended the row, if it ended by an error."""
         return self.future.exception() if self.finish == "error" else None
 
     @property

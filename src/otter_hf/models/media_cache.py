@@ -89,18 +89,22 @@ class MediaCacheMixin:
             self.media_index = function(self.media_index)
 
     def reset(self):
+        """As in transformers' caches; the media go, too."""
         super().reset()
         self.media_key_values, self.media_index = {}, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor):
+        """As in transformers' caches, for beams; media go with their rows."""
         super().reorder_cache(beam_idx)
         self._apply_to_media(lambda states: states.index_select(0, beam_idx.to(states.device)))
 
     def batch_repeat_interleave(self, repeats: int):
+        """As in transformers' caches; media are repeated with their rows."""
         super().batch_repeat_interleave(repeats)
         self._apply_to_media(lambda states: states.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor):
+        """As in transformers' caches; media of the other rows go, too."""
         super().batch_select_indices(indices)
         self._apply_to_media(lambda states: states[indices.to(states.device)])
 

@@ -1,3 +1,5 @@
+"""Otter: a Flamingo with `<answer>`; configuration, model and processor."""
+
 from .configuration_otter import OtterConfig
 from .modeling_otter import OtterForConditionalGeneration, OtterModel
 from .processing_otter import OtterProcessor

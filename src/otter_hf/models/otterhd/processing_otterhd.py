@@ -66,6 +66,8 @@ class OtterHDTextKwargs(TextKwargs, total=False):
 
 
 class OtterHDProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call of the processor, by what they are for."""
+
     text_kwargs: OtterHDTextKwargs
     images_kwargs: OtterHDImagesKwargs
     _defaults = {"text_kwargs": {"padding": True, "return_mm_token_type_ids": False}}

@@ -97,6 +97,7 @@ class PictureFinder:
         return f" Image ids must begin with {self.prefix!r} (image_prefix); the store has {self.ids[:1]} and so on."
 
     def find(self, query: Query) -> list[str]:
+        """Ids of the pictures of a query, in their order."""
         if query.pictures is not None:
             wanted = (self.prefix + picture for picture in query.pictures)
             return [id for id in wanted if self._has(id)]
