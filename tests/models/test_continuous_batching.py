@@ -143,6 +143,22 @@ def test_long_prompts_are_read_beside_decoding(llama):
     assert late.tokens == alone(llama, long) and first.tokens == alone(llama, PROMPTS[0], max_new_tokens=20)
 
 
+def test_prompts_of_like_length_are_read_at_once(llama):
+    """Little is padded, the first who waits is among those who are read, and all are answered."""
+    lengths = [40, 90, 41, 88, 5, 60]
+    shapes = []
+    hook = llama.model.register_forward_pre_hook(
+        lambda _, args, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    batch = ContinuousBatch(llama, prefill_tokens=200)
+    rows = [submit(batch, prompt(length=length, seed=length), max_new_tokens=2) for length in lengths]
+    batch.run()
+    hook.remove()
+    assert [shape for shape in shapes if shape[1] > 1] == [(2, 40), (2, 89), (1, 4), (1, 59)]
+    expected = [alone(llama, prompt(length=length, seed=length), max_new_tokens=2) for length in lengths]
+    assert [answer.tokens for answer in rows] == expected
+
+
 def test_the_budget_holds_and_nobody_overtakes(llama):
     batch = ContinuousBatch(llama, token_budget=96, max_rows=3)
     order = []

@@ -34,6 +34,8 @@ from .media_store import MediaStore
 from .prefix_cache import can_share_prefixes, expand
 
 
+# with fewer in a step time goes into reading the weights, and padding costs nothing
+_FEW_TOKENS = 64
 # what these do to scores depends on nothing else
 _SCORES_ONLY = (ExcludeTokens, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 _INPUTS = {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_hidden_states"}
@@ -299,30 +301,29 @@ class ContinuousBatch:
     # ----- reading prompts -----
 
     def _admit(self) -> None:
-        """Take the first who wait, as far as there is room for them and their prompts are read in one piece."""
-        rows: list[BatchRow] = []
-        frames = 0
-        while self._waiting:
-            row = self._waiting[0]
-            together = [*self._running, *rows, row]
-            if (
-                len(together) > self.max_rows
-                or len(together) * max(one.final_length for one in together) > self.token_budget
-            ):
+        """Take the first who waits, and of those behind it, as far as there is room for all, who are read at once."""
+        together, rows = list(self._running), []
+        for row in self._waiting:
+            together.append(row)
+            longest = max(one.final_length for one in together)
+            if len(together) > self.max_rows or len(together) * longest > self.token_budget:
                 break
-            width = max(one.unread for one in (*rows, row))
-            frames += row.media.frames
-            if rows and (
-                row.alone
-                or rows[0].alone
-                or row.prefix is not rows[0].prefix
-                or (len(rows) + 1) * width > self.prefill_tokens
-                or frames > FRAMES_PER_STEP
-            ):
-                break
-            rows.append(self._waiting.popleft())
+            if not rows or self._are_read_at_once([*rows, row]):
+                rows.append(row)
+        for row in rows:
+            self._waiting.remove(row)
         if rows:
             self._reading = _Reading(rows)
+
+    def _are_read_at_once(self, rows: list[BatchRow]) -> bool:
+        tokens = [row.unread for row in rows]
+        padded = len(rows) * max(tokens)
+        return (
+            all(row.prefix is rows[0].prefix and not row.alone for row in rows)
+            and sum(row.media.frames for row in rows) <= FRAMES_PER_STEP
+            and padded <= self.prefill_tokens
+            and (padded <= _FEW_TOKENS or 8 * (padded - sum(tokens)) <= padded)
+        )
 
     def _read(self) -> None:
         reading = self._reading
