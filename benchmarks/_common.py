@@ -33,15 +33,16 @@ def time_call(function, count: int = 1) -> float:
     return (time.perf_counter() - start) / count
 
 
-def compare(workload: str, ours, peer, repeats: int, turns: int = 1, **extra) -> dict:
+def compare(workload: str, ours, peer, repeats: int, turns: int = 1, is_warm: bool = False, **extra) -> dict:
     """
     Time two functions in turn, so that each ratio is of two neighbours; ratio = peer's time over ours.
 
     Fast functions are repeated until a sample takes at least 20 ms. With `turns`, a repeat is the median of so many
-    runs of each, in turn: what disturbs the machine for a moment does not count.
+    runs of each, in turn: what disturbs the machine for a moment does not count. With `is_warm` each has run before,
+    and takes long enough.
     """
-    calls = []
-    for function in (ours, peer):
+    calls = [1, 1] if is_warm else []
+    for function in () if is_warm else (ours, peer):
         function()  # warm-up
         calls.append(max(1, int(0.02 / time_call(function))))
     seconds = ([], [])
@@ -63,13 +64,18 @@ def compare(workload: str, ours, peer, repeats: int, turns: int = 1, **extra) ->
 
 
 class Side:
-    """A process that runs `script --work` with the package of `source`: a line in, a line of JSON out."""
+    """
+    A process that runs `script --work` with the package of `source`, or with what the interpreter `python` has: a line
+    in, a line of JSON out.
+    """
 
-    def __init__(self, script: str, source: Path):
-        path = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
-        environment = {**os.environ, "PYTHONPATH": path, "TRANSFORMERS_VERBOSITY": "error"}
+    def __init__(self, script: str, source: Path | None = None, python: str = sys.executable, arguments: tuple = ()):
+        environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
+        if source is not None:
+            environment["PYTHONPATH"] = os.pathsep.join([str(source), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, script, "--work"], env=environment, text=True, **pipes)
+        command = [python, script, "--work", *arguments]
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
     def run(self, line: str = "") -> dict:
         self.process.stdin.write(line + "\n")

@@ -7,13 +7,14 @@ Asks a model about every picture of a folder: tags, harmful content, captions, w
 A question set is a YAML of `task: yes_no`, with `labels` that a `question` is asked of, or `questions` by label; or of
 `task: caption`, with one `question`. The score of a label is the probability of "yes", of yes and no alone: what the
 model would say, whatever else it would. Given `--truth`, a JSON of the labels or captions by file name, figures are
-printed.
+printed. Interrupted and started again, it asks only what was not answered.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ import yaml
 from PIL import Image
 
 from otter_hf.evaluation.model import ConversationModel
+from otter_hf.evaluation.replies import ReplyLog, answer_all
+from otter_hf.files import remove, replacing
+from otter_hf.made_from import state_of_model
+from otter_hf.pictures import read_image
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -44,17 +49,40 @@ def read_question_set(path: str | Path) -> dict[str, Any]:
     return {"threshold": 0.5, "max_new_tokens": 64, **content, "questions": questions}
 
 
-def ask(model: ConversationModel, picture: Image.Image, questions: Mapping[str, Any]) -> dict[str, Any]:
-    """`labels` that reach the threshold and `scores` of all, or a `caption`."""
-    if questions["task"] == "caption":
-        conversation = _conversation(picture, questions["questions"]["caption"])
-        return {"caption": model.generate([conversation], max_new_tokens=questions["max_new_tokens"])[0]}
-    scores = {}
-    for label, question in questions["questions"].items():
-        yes, no = (total for total, *_ in model.log_likelihood(_conversation(picture, question), ["yes", "no"]))
-        scores[label] = 1 / (1 + math.exp(min(700.0, no - yes)))
-    found = [label for label, score in scores.items() if score >= questions["threshold"]]
-    return {"labels": found, "scores": {label: round(score, 4) for label, score in scores.items()}}
+def ask_all(
+    model: ConversationModel,
+    pictures: Sequence[Path | Image.Image],
+    questions: Mapping[str, Any],
+    batch_size: int = 8,
+    replies: ReplyLog | None = None,
+) -> Iterator[dict[str, Any]]:
+    """For each picture `labels` that reach the threshold and `scores` of all, or a `caption`."""
+    asked = list(questions["questions"].values())
+
+    def conversation(item: tuple) -> list[dict[str, Any]]:
+        picture, question = item
+        content = [{"type": "image", "image": read_image(picture)}, {"type": "text", "text": question}]
+        return [{"role": "user", "content": content}]
+
+    def ask(window: list[tuple], wanted: set[int]) -> Iterator[dict[int, Any]]:
+        conversations = (conversation(item) for item in window)
+        options = {"batch_size": batch_size, "wanted": wanted}
+        if questions["task"] == "caption":
+            return model.answers(conversations, max_new_tokens=questions["max_new_tokens"], **options)
+        return model.log_likelihoods(conversations, [["yes", "no"]] * len(window), **options)
+
+    items = [(picture, question) for picture in pictures for question in asked]
+    answers = answer_all(items, conversation, ask, 4 * batch_size, replies)
+    for _ in pictures:
+        of_picture = list(islice(answers, len(asked)))
+        if questions["task"] == "caption":
+            yield {"caption": of_picture[0]}
+            continue
+        scores = {}
+        for label, ((yes, *_), (no, *_)) in zip(questions["questions"], of_picture, strict=True):
+            scores[label] = 1 / (1 + math.exp(min(700.0, no - yes)))
+        found = [label for label, score in scores.items() if score >= questions["threshold"]]
+        yield {"labels": found, "scores": {label: round(score, 4) for label, score in scores.items()}}
 
 
 def figures(answers: Mapping[str, Mapping], truth: Mapping[str, list[str]], questions: Mapping) -> dict[str, Any]:
@@ -91,19 +119,15 @@ def _rates(right: int, found: int, there: int) -> dict[str, float | None]:
     }
 
 
-def _conversation(picture: Image.Image, question: str) -> list[dict[str, Any]]:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    return [{"role": "user", "content": content}]
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Asks, writes a line per picture as it comes, and prints the figures."""
+    """Asks, writes a line per picture, and prints the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("questions", help="YAML file of a question set")
     parser.add_argument("--model", required=True, help="folder or Hub id")
     parser.add_argument("--images", required=True, type=Path, metavar="FOLDER")
     parser.add_argument("--output", required=True, type=Path, help="JSON lines: file, labels and scores, or caption")
     parser.add_argument("--truth", type=Path, help="JSON: {file name: labels or captions}")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions that are asked at a time (default: 8)")
     given = parser.parse_args(arguments)
     questions = read_question_set(given.questions)
     truth = json.loads(given.truth.read_text(encoding="utf-8")) if given.truth else None
@@ -112,12 +136,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{given.images} holds no picture: {', '.join(SUFFIXES)}.")
     model, answers = ConversationModel(given.model), {}
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    with open(given.output, "w", encoding="utf-8") as file:
-        for path in paths:
-            with Image.open(path) as picture:
-                answers[path.name] = ask(model, picture, questions)
-            file.write(json.dumps({"file": path.name, **answers[path.name]}, ensure_ascii=False) + "\n")
-            file.flush()
+    # what an interrupted run was told, by the pixels, the question and the model
+    kept = given.output.with_name(f"{given.output.name}.replies")
+    replies = ReplyLog(kept, context=[given.model, state_of_model(given.model)])
+    with replacing(given.output) as written, written.open("w", encoding="utf-8") as file:
+        for path, answer in zip(paths, ask_all(model, paths, questions, given.batch_size, replies), strict=True):
+            answers[path.name] = answer
+            file.write(json.dumps({"file": path.name, **answer}, ensure_ascii=False) + "\n")
+    replies.close()
+    remove(kept)
     print(f"{len(paths)} pictures in {given.output}")
     if truth is not None:
         print(json.dumps(figures(answers, truth, questions), indent=1))

@@ -59,7 +59,7 @@ def main(output: Path, started: float, random: bool, scale: float, extra: list[s
     otter_hf("data", "check", data / "train.yaml", "--against", data / "test.yaml")
     train_seconds = otter_hf(
         *("train", FOLDER / "recipe.yaml", "--model_name_or_path", untrained, "--output_dir", model),
-        *("--train_mixture", data / "train.yaml", "--cache_vision_features", output / "features"),
+        *("--train_mixture", data / "train.yaml", "--media_store", output / "features"),
         *extra,
     )
     python("measure.py", "--model", model, "--untrained", untrained, "--data", data, "--output", output)

@@ -31,7 +31,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import otter_hf  # noqa: F401  registers the models with the Auto classes
 from otter_hf.data import MimicitMixture, SampleOptions, render
-from otter_hf.training.features import VisionFeatureCache
+from otter_hf.training.features import store_media
 from otter_hf.training.text_states import TextStateCache
 
 
@@ -48,7 +48,7 @@ def main(model_folder: Path, untrained: Path | None, data: Path, output: Path, l
     """Measures the model in `model_folder`; without `untrained`, not what became of its language."""
     processor = AutoProcessor.from_pretrained(model_folder)
     model = AutoModelForImageTextToText.from_pretrained(model_folder).eval().requires_grad_(False)
-    VisionFeatureCache(output / "features", model.model.vision_tower)
+    store_media(model.model, output / "features")
     TextStateCache(model)
     test, train = (read_tasks(data / f"{split}.yaml") for split in ("test", "train"))
     metrics, shown = {"tasks": {}}, []

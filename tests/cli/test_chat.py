@@ -10,6 +10,7 @@ from serving_files import write_video
 
 from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.cli import main
+from otter_hf.evaluation.model import ConversationModel
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def test_generation_flags(folder, files, capsys):
     assert penalised != greedy
 
 
-def test_batch_of_questions(folder, files, tmp_path, capsys):
+def test_batch_of_questions(folder, files, tmp_path, capsys, monkeypatch):
     questions = tmp_path / "questions.yaml"
     questions.write_text(
         json.dumps(
@@ -126,6 +127,25 @@ def test_batch_of_questions(folder, files, tmp_path, capsys):
     # an entry is a conversation of its own
     alone = chat(capsys, folder, "--prompt", "what?")
     assert log["results"]["001"]["answer"] == alone.removeprefix("> what?\n").strip()
+
+    # interrupted after the first of two batches it goes on with the second
+    asked = []
+    generate = ConversationModel._generate
+
+    def dying(self, batch, options):
+        asked.append(len(batch.numbers))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(self, batch, options)
+
+    monkeypatch.setattr(ConversationModel, "_generate", dying)
+    arguments[-1] = str(tmp_path / "again")
+    arguments += ["--batch-size", "2"]
+    assert main(["chat", str(folder), "--max-new-tokens", "4", *arguments]) == 130
+    chat(capsys, folder, *arguments)
+    assert asked == [2, 2, 2]
+    (again,) = (tmp_path / "again").iterdir()  # nothing else is left
+    assert json.loads(again.read_text()) == log
 
 
 def test_flamingo_without_a_template_continues_the_text(model, processor, folder, files, tmp_path, capsys):

@@ -63,6 +63,58 @@ def test_a_batch_equals_its_rows(loaded, pictures):
     assert together != loaded.generate([ask("Hi, what is this?", pictures[2]), conversations[1]], max_new_tokens=5)
 
 
+@pytest.fixture
+def many(pictures):
+    """Questions of several lengths behind the same two examples, the last without a picture of its own."""
+    shown = [(pictures[0], "red"), (pictures[1], "green")]
+    texts = ["And this?", "What is it, please?", "So?", "Hi, what do you see here?"]
+    return [ask(text, pictures[2 + i % 2], shown=shown) for i, text in enumerate(texts)] + [ask("Why?", shown=shown)]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_many_are_answered_as_if_asked_alone(loaded, many, beams):
+    """In batches of like length, worked examples read once, beams parting from one reading of the prompt."""
+    read = []
+    decoder = loaded.model.get_decoder()
+    hook = decoder.register_forward_pre_hook(
+        lambda module, args, given: read.append(
+            (given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]).shape[:2]
+        ),
+        with_kwargs=True,
+    )
+    options = {"max_new_tokens": 4, "num_beams": beams}
+    together = loaded.generate(many, batch_size=2, **options)
+    in_total, width = sum(rows * length for rows, length in read), max(length for _, length in read)
+    hook.remove()
+    expected = []
+    for conversation in many:
+        inputs = loaded.prepare([conversation])
+        with torch.no_grad():
+            output = loaded.model.generate(**inputs, do_sample=False, **options)
+        answer = loaded.processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
+        expected.append(answer.strip())
+    assert together == expected and len(set(together)) > 1
+    if not loaded.is_idefics:
+        lengths = [loaded.prepare([conversation])["input_ids"].shape[1] for conversation in many]
+        # the longest thing read is the examples, and all that is read is less than a third of the prompts with beams
+        assert width < min(lengths) and in_total < sum(lengths) * (1 if beams == 1 else 1.2)
+
+
+def test_candidates_of_many_conversations(loaded, many):
+    """Those that begin alike, that are one token long, and that are the same."""
+    candidates = ["a", "red dog", "red dog two", "red", "red dog", "blue!"]
+    scores = {}
+    for found in loaded.log_likelihoods(many, [candidates] * len(many), batch_size=2):
+        scores |= found
+    assert sorted(scores) == [0, 1, 2, 3, 4]
+    for number, conversation in enumerate(many):
+        for candidate, (total, count, greedy) in zip(candidates, scores[number], strict=True):
+            (alone,) = loaded.log_likelihood(conversation, [candidate])
+            assert total == pytest.approx(alone[0], rel=1e-4) and (count, greedy) == alone[1:]
+    only = list(loaded.log_likelihoods(many, [candidates] * len(many), batch_size=2, wanted={3}))
+    assert len(only) == 1 and 3 in only[0]
+
+
 def test_log_likelihoods_equal_one_pass_over_everything(loaded, pictures):
     conversation = ask("Which?", pictures[3], shown=[(pictures[0], "red"), (pictures[1], "green")])
     candidates = ["a", "two dogs", "blue!"]

@@ -8,6 +8,7 @@ from benchmark_rows import BLUE, RED, write_parquet
 
 from otter_hf.evaluation.fewshot.demonstrations import (
     RicesIndex,
+    fixed_demonstrations,
     picture_features,
     query_set,
     random_demonstrations,
@@ -43,6 +44,13 @@ def test_a_test_row_is_not_its_own_demonstration():
         random_demonstrations([1, 2, 3, 4], 3, 1, 0, itself)
     index = RicesIndex(torch.eye(4), candidates=[1, 2, 3, 4])
     assert index.nearest(torch.tensor([4.0, 3.0, 2.0, 1.0]), 2, itself) == [4, 2]
+    # the same for all but the rows that are among them
+    fixed = fixed_demonstrations(range(9), 3, 1)
+    assert fixed == fixed_demonstrations(range(9), 3, 1) != fixed_demonstrations(range(9), 3, 2)
+    without = fixed_demonstrations(range(9), 3, 1, lambda number: number == fixed[1])
+    assert without[:2] == [fixed[0], fixed[2]] and without[2] not in fixed
+    with pytest.raises(ValueError, match="3 shots need as many training rows, there are 2"):
+        fixed_demonstrations([1, 2], 3, 1)
 
 
 def test_rows_are_the_same_by_words_and_pixels(tmp_path):

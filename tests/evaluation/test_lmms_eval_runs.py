@@ -265,15 +265,15 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(
     whole = {path: path.read_bytes() for path in files}
 
     asked = []
-    generate = ConversationModel.generate
+    generate = ConversationModel._generate
 
-    def dying(self, conversations, *arguments, **kwargs):
-        asked.append(len(conversations))
+    def dying(self, batch, options):
+        asked.append(len(batch.numbers))
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return generate(self, conversations, *arguments, **kwargs)
+        return generate(self, batch, options)
 
-    monkeypatch.setattr(ConversationModel, "generate", dying)
+    monkeypatch.setattr(ConversationModel, "_generate", dying)
     config["output"] = str(tmp_path / "again")
     path = tmp_path / "again.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -294,9 +294,12 @@ def test_replies_of_a_model_that_has_changed_are_not_used(otter_folder, evaluate
     from otter_hf.evaluation.model import ConversationModel
 
     answers = []
-    monkeypatch.setattr(
-        ConversationModel, "generate", lambda self, asked, *args, **kwargs: answers.append(1) or ["yes"] * len(asked)
-    )
+
+    def say_yes(self, conversations, *args, **kwargs):
+        answers.append(1)
+        yield dict.fromkeys(range(len(list(conversations))), "yes")
+
+    monkeypatch.setattr(ConversationModel, "answers", say_yes)
     model = {"path": str(otter_folder), "name": "tiny", "batch_size": 12}
     config = {"models": [model], "datasets": [{"name": "pope", "data_path": data("pope")}]}
     evaluate(config), evaluate(config)

@@ -34,7 +34,13 @@ class Model:
         kind = message["content"][0]["type"]
         return [f"{len(message['content'][0][kind])} frames" if kind == "video" else "a red square"]
 
-    def log_likelihood(self, conversation, candidates):
+    def answers(self, conversations, **kwargs):
+        yield {number: "a red square" for number, _ in enumerate(conversations)}
+
+    def log_likelihoods(self, conversations, candidates, **kwargs):
+        yield {number: self.score(conversation) for number, conversation in enumerate(conversations)}
+
+    def score(self, conversation):
         picture = conversation[0]["content"][0]["image"].convert("RGB").resize((1, 1))
         red = picture.getpixel((0, 0))[0] / 255 if "square" in conversation[0]["content"][1]["text"] else 0.1
         return [(-3 * (1 - red), 1, True), (-3 * red, 1, False)]
@@ -44,7 +50,7 @@ class Model:
 def test_question_sets(path):
     ask_pictures = script("ask_pictures")
     questions = ask_pictures.read_question_set(path)
-    answer = ask_pictures.ask(Model(), Image.new("RGB", (8, 8), "red"), questions)
+    (answer,) = ask_pictures.ask_all(Model(), [Image.new("RGB", (8, 8), "red")], questions)
     if path.stem == "captioning":
         assert answer == {"caption": "a red square"}
     else:
@@ -55,9 +61,9 @@ def test_question_sets(path):
 def test_labels_are_compared_with_the_truth():
     ask_pictures = script("ask_pictures")
     questions = {"task": "yes_no", "questions": {"square": "a square?", "dog": "a dog?"}, "threshold": 0.5}
-    answers = {
-        color: ask_pictures.ask(Model(), Image.new("RGB", (4, 4), color), questions) for color in ("red", "blue")
-    }
+    colors = ("red", "blue")
+    found = ask_pictures.ask_all(Model(), [Image.new("RGB", (4, 4), color) for color in colors], questions, 1)
+    answers = dict(zip(colors, found, strict=True))
     assert answers["red"]["labels"] == ["square"] and answers["blue"]["labels"] == []
     assert answers["red"]["scores"]["square"] == 0.9526  # 1 / (1 + e^-3)
     figures = ask_pictures.figures(answers, {"red": ["square", "dog"], "blue": ["square"]}, questions)

@@ -189,7 +189,7 @@ def test_plan(files, caplog):
         ({"packing": True}, "Idefics is not: set it to false"),
         ({"instruction_format": "simple"}, "set it to idefics"),
         ({"train_embedding_rows": ["<image>"]}, "train_embedding_rows is for"),
-        ({"cache_vision_features": "cache"}, "cache_vision_features is for"),
+        ({"media_store": "store"}, "media_store is for"),
         ({"remove_answer_token": True}, "remove_answer_token is for Otter"),
         ({"resolution": 64}, "resolution is for OtterHD"),
         ({"lora": True, "lora_target_modules": ["q_proj", "lm_head"]}, "take lm_head out"),

@@ -47,6 +47,9 @@ def add_parser(subparsers):
         help="answer a YAML list of {image_path, question} and write the answers as JSON",
     )
     batch.add_argument("--output-dir", default="logs", help="where inference_log_TIME.json goes (default: logs)")
+    batch.add_argument(
+        "--batch-size", type=positive, default=8, help="questions of the list that are answered at a time (default: 8)"
+    )
     generation = parser.add_argument_group("answers")
     generation.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer (default: 256)")
     generation.add_argument(
@@ -131,7 +134,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..loading import load
-    from ..serving.batch import answer_all, read_questions, write_log
+    from ..serving.batch import read_questions
     from ..serving.session import ChatSession
     from .chat_commands import read_media
     from .chat_terminal import Chat
@@ -147,9 +150,7 @@ def run(arguments: argparse.Namespace) -> None:
         torch.manual_seed(arguments.seed)
 
     if entries is not None:
-        answered = answer_all(session, entries, arguments.num_frames, **options)
-        path = write_log(arguments.output_dir, model.config.model_type, arguments.model, answered, print_answer)
-        print(f"wrote {path}")
+        answer_list(arguments, model, processor, entries, options)
         return
     for pictures, question, answer in examples:
         session.add_example(question, answer, pictures)
@@ -159,6 +160,23 @@ def run(arguments: argparse.Namespace) -> None:
         chat.ask(prompt)
     if not arguments.prompt:
         chat.interact(arguments.model)
+
+
+def answer_list(arguments: argparse.Namespace, model, processor, entries: list[dict], options: dict) -> None:
+    """The answers to a YAML list; those that were there when a run was interrupted are not asked for again."""
+    from ..evaluation.model import ConversationModel
+    from ..made_from import state_of_model
+    from ..serving.batch import answer_questions, kept_replies, write_log
+
+    asked = ConversationModel.of(arguments.model, model, processor)
+    until = options.pop("stop_strings", ())
+    context = [arguments.model, state_of_model(arguments.model), loading_options(arguments), options, until]
+    with kept_replies(arguments.output_dir, [*context, arguments.seed, arguments.num_frames]) as replies:
+        answered = answer_questions(
+            asked, entries, arguments.num_frames, arguments.batch_size, replies, until, **options
+        )
+        path = write_log(arguments.output_dir, model.config.model_type, arguments.model, answered, print_answer)
+    print(f"wrote {path}")
 
 
 def print_answer(entry: dict, answer: str) -> None:

@@ -58,7 +58,7 @@ _TEMPLATES_OF_2023 = {"fuyu": _FUYU_TEMPLATE, "otterhd": _OTTERHD_TEMPLATE}
 _DTYPES_OF_2023 = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "tokenizer", "tokenizer_reference", "chat_template")
-_MODEL_OPTIONS += ("processor_kwargs", "generation")
+_MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store")
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
 _MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
 _UNUSED_DATASET_KEYS = {"default_output_path", "version", "batch_size", "batch", "decimail_places", "cache_dir"}

@@ -1,6 +1,6 @@
 """lmms-eval's view of models: `--model otter --model_args path=FOLDER`, by the entry point `lmms_eval.models`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -14,11 +14,12 @@ from transformers.utils import logging
 
 from ..loading import read_processor
 from ..made_from import MadeFrom, keep, kept, state_of_model
+from ..models.otterhd import OtterHDProcessor
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
 from .config import FEWSHOT
 from .model import ConversationModel
-from .replies import ReplyLog
+from .replies import ReplyLog, answer_all
 from .scoring.replies import FAILED_REQUEST
 
 
@@ -34,37 +35,30 @@ class ResumableModel(lmms):
     Attributes:
         replies: a [`ReplyLog`], or None to keep nothing.
         batch_size: requests per batch.
+        window: requests that are known at a time, from which batches are made.
     """
 
     is_simple = False
     replies: ReplyLog | None = None
 
-    def answer(self, batches: list[list], question: Callable, ask: Callable[[list], list]) -> list:
+    @property
+    def window(self) -> int:
+        return int(self.batch_size)
+
+    def answer(self, items: Sequence, question: Callable, ask: Callable[[list, set[int]], Iterator[dict]]) -> list:
         """
-        The replies to everything in `batches`.
+        The replies to all items.
 
         Args:
-            batches: lists of anything.
-            question: what a reply depends on, for [`ReplyLog.key`].
-            ask: replies to a batch; called where one of its replies is missing.
+            items: anything.
+            question: what a reply depends on.
+            ask: see `answer_all`.
         """
-        answers = []
-        for batch in logging.tqdm(batches, desc="Asking", disable=self.rank > 0):
-            keys = [self.replies.key(question(item)) for item in batch] if self.replies else []
-            known = [self.replies.get(key) for key in keys]
-            # a batch is asked as a whole: the same numbers come out as without an interruption
-            if not known or None in known:
-                known = ask(batch)
-                if self.replies:
-                    self.replies.add(dict(zip(keys, known, strict=True)))
-            answers += known
-        return answers
+        return list(answer_all(items, question, ask, self.window, self.replies, disable=self.rank > 0))
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request."""
-        size = int(self.batch_size)
-        batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        replies = self.answer(batches, lambda request: [self.messages(request), request.args[2]], self._generate_until)
+        replies = self.answer(requests, lambda request: [self.messages(request), request.args[2]], self._ask)
         # our own scores leave thoughts out when they read, and their logs show them; other tasks know of none
         ours = BENCHMARKS.keys() | set(FEWSHOT)
         return [
@@ -99,7 +93,8 @@ class TransformersModel(ResumableModel):
         self.batch_size = int(batch_size)
         if replies is not None:
             parts = (path, *(kwargs.get(part) for part in ("processor", "tokenizer", "tokenizer_reference")))
-            made_from = MadeFrom({str(part): state_of_model(part) for part in parts if part}, kwargs)
+            options = {name: value for name, value in kwargs.items() if name != "media_store"}
+            made_from = MadeFrom({str(part): state_of_model(part) for part in parts if part}, options)
             self.replies = ReplyLog(replies, self._rank, context=made_from.to_json())
             if self._rank == 0:
                 _say_what_changed(Path(replies), made_from)
@@ -111,6 +106,12 @@ class TransformersModel(ResumableModel):
     def conversation_model(self) -> ConversationModel:
         """The model, loaded."""
         return ConversationModel(**self._loading)
+
+    @property
+    def window(self) -> int:
+        # pixels of an OtterHD wait as they are
+        batches = 2 if isinstance(self.processor, OtterHDProcessor) else 8
+        return batches * self.batch_size
 
     @cached_property
     def processor(self):
@@ -144,24 +145,29 @@ class TransformersModel(ResumableModel):
             chat_template: in place of the model's.
         """
 
-        def ask(batch: list) -> list:
-            (conversation, candidates), size = batch[0], max(8, self.batch_size)
-            return [self.conversation_model.log_likelihood(conversation(), candidates, size, chat_template)]
+        def ask(window: list, wanted: set[int]) -> Iterator[dict]:
+            conversations, candidates = (conversation() for conversation, _ in window), [names for _, names in window]
+            size = self.batch_size
+            return self.conversation_model.log_likelihoods(conversations, candidates, chat_template, size, wanted)
 
-        return self.answer([[item] for item in questions], lambda item: [item[0](), item[1], chat_template], ask)
+        return self.answer(questions, lambda item: [item[0](), item[1], chat_template], ask)
 
     def generate_until_multi_round(self, requests):
         """Not offered: none of the tasks here takes several rounds."""
         raise NotImplementedError("Tasks of several rounds are not supported by this adapter.")
 
-    def _generate_until(self, batch: list[Instance]) -> list[str]:
-        options = dict(batch[0].args[2])
-        if any(request.args[2] != options for request in batch):
-            return [self._generate_until([request])[0] for request in batch]
-        until, chat_template = options.pop("until", None) or [], options.pop("chat_template", None)
-        until = [until] if isinstance(until, str) else until
-        conversations = [self.messages(request) for request in batch]
-        return self.conversation_model.generate(conversations, until, chat_template, **options)
+    def _ask(self, window: list[Instance], wanted: set[int]) -> Iterator[dict[int, str]]:
+        # what is asked with the same options, mostly all
+        by_options = groupby(range(len(window)), key=lambda number: window[number].args[2])
+        for options, numbers in ((dict(options), list(numbers)) for options, numbers in by_options):
+            until, chat_template = options.pop("until", None) or [], options.pop("chat_template", None)
+            until = [until] if isinstance(until, str) else until
+            conversations = (self.messages(window[number]) for number in numbers)
+            missing = {place for place, number in enumerate(numbers) if number in wanted}
+            for found in self.conversation_model.answers(
+                conversations, until, chat_template, self.batch_size, missing, **options
+            ):
+                yield {numbers[place]: reply for place, reply in found.items()}
 
     def _conversation(self, request: Instance) -> list[dict]:
         """The conversation of a request in lmms-eval's form for rankings: text, candidate, pictures."""
@@ -183,8 +189,8 @@ class Endpoint(ResumableModel, OpenAICompatible):
             context = {name: value for name, value in kwargs.items() if name in ("model", "model_version", "base_url")}
             self.replies = _RepliesOnly(replies, self.rank, context=context)
 
-    def _generate_until(self, batch: list[Instance]) -> list[str]:
-        return [reply.text for reply in OpenAICompatible.generate_until(self, batch)]
+    def _ask(self, window: list[Instance], wanted: set[int]) -> Iterator[dict[int, str]]:
+        yield {number: reply.text for number, reply in enumerate(OpenAICompatible.generate_until(self, window))}
 
 
 def _say_what_changed(folder: Path, made_from: MadeFrom) -> None:

@@ -1,19 +1,26 @@
 """Any image-text-to-text model of transformers, asked in conversations: greedy answers and log-probabilities."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
 
 from ..films import read_video
 from ..loading import load_model, read_processor
 from ..models.chat_processing import MEDIA_SOURCES, read_conversations
 from ..models.flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from ..models.media_store import MediaStore
+from ..models.prefix_cache import can_share_prefixes, compute_prefix, forget_media_behind, read_columns, row_of
 from ..pictures import read_image
 from ..thinking import thinking_length
+from .batching import Batch, Prompt, PromptBatches
+from .candidates import score_candidates
 
 
 # what generation_kwargs of lmms-eval's tasks may hold and `generate` understands
@@ -37,9 +44,11 @@ class ConversationModel:
         chat_template: a Jinja template in place of the processor's.
         processor_kwargs: for every call of the processor, e.g. `{"resolution": 512}` for OtterHD.
         generation: for every `generate`, over what a task asks for, e.g. `{"num_beams": 3}`.
+        media_store: folder in which an Otter or Flamingo keeps what it made of pictures and films, for later runs.
 
     Raises:
-        ValueError: when asked, if the processor has no chat template and none is given. Idefics needs none.
+        ValueError: for a `media_store` of another model; when asked, if the processor has no chat template and none is
+            given. Idefics needs none.
         OSError: if there is no such model.
     """
 
@@ -56,41 +65,43 @@ class ConversationModel:
         chat_template: str | None = None,
         processor_kwargs: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
+        media_store: str | Path | None = None,
     ):
-        self.path = path
         options = {"dtype": dtype, "device_map": device, "load_in_4bit": load_in_4bit, "tokenizer": tokenizer}
-        self.model = load_model(str(path), **options)
-        # demonstrations and pictures that several questions are about are encoded once
-        self.media = MediaStore(self.model) if isinstance(self.model, FlamingoForConditionalGeneration) else None
-        self.is_idefics = self.model.config.model_type == "idefics"
-        self.processor = read_processor(str(processor or path), tokenizer, tokenizer_reference)
-        self.processor.tokenizer.padding_side = "left"
+        model = load_model(str(path), **options)
+        processor = read_processor(str(processor or path), tokenizer, tokenizer_reference)
+        self._use(path, model, processor, media_store)
         self.chat_template = chat_template
         self.processor_kwargs = dict(processor_kwargs or {})
         self.generation = dict(generation or {})
 
+    @classmethod
+    def of(cls, path: str | Path, model: PreTrainedModel, processor: ProcessorMixin) -> "ConversationModel":
+        """A model that is loaded already, and its processor."""
+        asked = cls.__new__(cls)
+        asked._use(path, model, processor)
+        asked.chat_template, asked.processor_kwargs, asked.generation = None, {}, {}
+        return asked
+
+    def _use(self, path, model, processor, media_store=None) -> None:
+        self.path, self.model, self.processor = path, model, processor
+        # demonstrations and pictures that several questions are about are encoded once
+        self.media = None
+        if isinstance(self.model, FlamingoForConditionalGeneration):
+            self.media = MediaStore(self.model, folder=media_store)
+        elif media_store is not None:
+            raise ValueError(
+                f"media_store is for Otter and Flamingo, not {self.model.config.model_type}: leave it out."
+            )
+        self.is_idefics = self.model.config.model_type == "idefics"
+        self.processor.tokenizer.padding_side = "left"
+        self._batches = None
+        if can_share_prefixes(self.model):
+            self._batches = PromptBatches(self.model, self.processor.tokenizer.pad_token_id or 0, self.media)
+
     def prepare(self, conversations: Sequence[list[dict]], chat_template: str | None = None) -> BatchFeature:
         """Model inputs of B conversations, padded on the left, ending where the answer begins."""
-        options = dict(self.processor_kwargs)
-        if not takes_films(self.processor):
-            reading = {name: options.pop(name) for name in ("num_frames", "fps") if name in options}
-            conversations = [_films_as_pictures(messages, **reading) for messages in conversations]
-        if self.is_idefics:
-            legacy = options.pop("legacy_pictures", False)
-            prompts = [_idefics_prompt(messages, self.processor, legacy) for messages in conversations]
-            inputs = self.processor(text=prompts, padding=True, return_tensors="pt", **options)
-        elif not (chat_template or self.chat_template or self.processor.chat_template):
-            raise ValueError(f"{self.path} has no chat template; give the model a `chat_template` (Jinja).")
-        else:
-            inputs = self.processor.apply_chat_template(
-                list(conversations),
-                chat_template=chat_template or self.chat_template,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, **options},
-            )
+        inputs = self._process(conversations, chat_template)
         if self.media is not None:
             inputs = BatchFeature(self.media.encode(inputs))
         inputs = inputs.to(self.model.device)
@@ -99,38 +110,114 @@ class ConversationModel:
                 inputs[name] = value.to(self.model.dtype)
         return inputs
 
-    @torch.inference_mode()
+    def _process(self, conversations: Sequence[list[dict]], chat_template: str | None) -> BatchFeature:
+        options = dict(self.processor_kwargs)
+        if not takes_films(self.processor):
+            reading = {name: options.pop(name) for name in ("num_frames", "fps") if name in options}
+            conversations = [_films_as_pictures(messages, **reading) for messages in conversations]
+        if self.is_idefics:
+            legacy = options.pop("legacy_pictures", False)
+            prompts = [_idefics_prompt(messages, self.processor, legacy) for messages in conversations]
+            return self.processor(text=prompts, padding=True, return_tensors="pt", **options)
+        if not (chat_template or self.chat_template or self.processor.chat_template):
+            raise ValueError(f"{self.path} has no chat template; give the model a `chat_template` (Jinja).")
+        return self.processor.apply_chat_template(
+            list(conversations),
+            chat_template=chat_template or self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, **options},
+        )
+
     def generate(
         self,
         conversations: Sequence[list[dict]],
         until: Sequence[str] = (),
         chat_template: str | None = None,
+        batch_size: int | None = None,
         **generation,
     ) -> list[str]:
         """
-        The answer to each conversation, as one batch.
+        The answer to each conversation.
 
         Args:
-            conversations: B of them.
+            conversations: any number of them.
             until: an answer ends before the first of these that stands behind its thoughts.
             chat_template: in place of the model's.
+            batch_size: conversations per forward pass; by default all.
             generation: `max_new_tokens`, `num_beams`, `do_sample`, `temperature` and the like; greedy by default. What
                 `self.generation` says goes before it; what is unknown to `generate` (lmms-eval's tasks hold such) is
                 left out.
         """
-        inputs = self.prepare(conversations, chat_template)
-        output = self.model.generate(**inputs, **_generation_kwargs({**generation, **self.generation}))
-        new = output[:, inputs["input_ids"].shape[1] :]  # (B, L_new)
-        answers = []
-        for answer in self.processor.post_process_image_text_to_text(new):
-            head = thinking_length(answer)
-            rest = answer[head:]
-            for stop in until:
-                rest = rest.split(stop)[0]
-            answers.append((answer[:head] + rest).strip())
-        return answers
+        answers: dict[int, str] = {}
+        for found in self.answers(conversations, until, chat_template, batch_size or len(conversations), **generation):
+            answers |= found
+        return [answers[number] for number in range(len(answers))]
 
     @torch.inference_mode()
+    def answers(
+        self,
+        conversations: Iterable[list[dict]],
+        until: Sequence[str] = (),
+        chat_template: str | None = None,
+        batch_size: int = 8,
+        wanted: Collection[int] | None = None,
+        **generation,
+    ) -> Iterator[dict[int, str]]:
+        """
+        As `generate`, a batch at a time: the number of each conversation, and its answer.
+
+        Conversations of an Otter, Flamingo or OtterHD are in batches of like length, and what all begin with, such as
+        the same worked examples, is read once. With beams a prompt is read once, too, not once for each.
+
+        Args:
+            wanted: numbers of conversations; batches without any of these are not asked.
+        """
+        options = _generation_kwargs({**generation, **self.generation})
+        for numbers, ask in self._asked(conversations, chat_template, batch_size, wanted):
+            new = ask(options)  # (B, L_new)
+            texts = self.processor.post_process_image_text_to_text(new)
+            yield {number: _cut(text, until) for number, text in zip(numbers, texts, strict=True)}
+
+    def _asked(self, conversations, chat_template, batch_size, wanted) -> Iterator[tuple[list[int], Callable]]:
+        """Batches, and what generates for each the new tokens `(B, L_new)`."""
+        if self._batches is not None:
+            prompts = self._prompts(conversations, chat_template, batch_size)
+            for batch in self._batches.batches(prompts, batch_size, wanted):
+                yield batch.numbers, partial(self._generate, batch)
+            return
+        for numbers, chunk in _chunks(conversations, batch_size):
+            if wanted is None or not set(wanted).isdisjoint(numbers):
+                inputs = self.prepare(chunk, chat_template)
+                length = inputs["input_ids"].shape[1]
+                yield (
+                    numbers,
+                    lambda options, inputs=inputs, at=length: self.model.generate(**inputs, **options)[:, at:],
+                )
+
+    def _generate(self, batch: Batch, options: Mapping[str, Any]) -> torch.Tensor:
+        inputs, cache = batch.inputs, batch.cache()
+        ids, beams = inputs["input_ids"], options.get("num_beams", 1)
+        ends_with_media = bool((ids[:, -1] == self.model.config.image_token_id).any())
+        if beams > 1 and ids.shape[1] > 1 and not ends_with_media:
+            cache = compute_prefix(self.model, inputs, ids.shape[1] - 1, cache)
+            forget_media_behind(cache)
+            cache.batch_repeat_interleave(beams)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        elif cache is not None:
+            cache.batch_repeat_interleave(beams)
+        given = {} if cache is None else {"past_key_values": cache}
+        return self.model.generate(**inputs, **given, **options)[:, ids.shape[1] :]
+
+    def _prompts(self, conversations: Iterable[list[dict]], chat_template: str | None, size: int) -> list[Prompt]:
+        return [
+            prompt
+            for _, chunk in _chunks(conversations, size)
+            for prompt in self._batches.split(self._process(chunk, chat_template))
+        ]
+
     def log_likelihood(
         self,
         conversation: list[dict],
@@ -141,12 +228,10 @@ class ConversationModel:
         """
         How likely each candidate is as the answer.
 
-        The conversation, with its pictures, is read once; all candidates continue its cache.
-
         Args:
             conversation: up to the question.
             candidates: answers, tokenized by themselves.
-            batch_size: candidates per forward pass; each holds a copy of the conversation's cache.
+            batch_size: candidates per forward pass, or more where memory allows.
             chat_template: in place of the model's.
 
         Returns:
@@ -156,39 +241,52 @@ class ConversationModel:
         Raises:
             ValueError: for a candidate without tokens.
         """
-        tokens = [self.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in candidates]
-        if not all(tokens):
-            raise ValueError(f"Candidate {tokens.index([])} of {len(tokens)} is empty: there is nothing to score.")
-        inputs = self.prepare([conversation], chat_template)
-        outputs = self.model(**inputs, use_cache=True)
-        cache, rows = outputs.past_key_values, min(batch_size, len(tokens))
-        cache.batch_repeat_interleave(rows)
-        first = outputs.logits[0, -1].float().log_softmax(-1)  # (V,)
-        mask = inputs["attention_mask"].expand(rows, -1)  # (rows, L)
-        results = []
-        for start in range(0, len(tokens), rows):
-            batch = tokens[start : start + rows]
-            # the last batch is filled up, as the cache has its number of rows
-            padded = torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(ids) for ids in batch + batch[-1:] * (rows - len(batch))], batch_first=True
-            ).to(self.model.device)  # (rows, L_candidate)
-            width = padded.shape[1]
-            # padding stands behind the tokens that count, which do not see it
-            continuation = self.model(
-                input_ids=padded,
-                attention_mask=torch.cat([mask, mask.new_ones(rows, width)], dim=1),
-                past_key_values=cache,
-                use_cache=True,
-                **self._idefics_pictures(inputs, outputs, rows, width),
-            )
-            later = continuation.logits.float().log_softmax(-1)  # (rows, L_candidate, V)
-            cache.crop(-width)
-            for row, ids in enumerate(batch):
-                distributions = torch.cat([first[None], later[row, : len(ids) - 1]])  # (L_candidate, V)
-                chosen = distributions.gather(1, padded[row, : len(ids), None])[:, 0]
-                greedy = bool((distributions.argmax(-1) == padded[row, : len(ids)]).all())
-                results.append((float(chosen.double().sum()), len(ids), greedy))
-        return results
+        return next(self.log_likelihoods([conversation], [candidates], chat_template, batch_size))[0]
+
+    @torch.inference_mode()
+    def log_likelihoods(
+        self,
+        conversations: Iterable[list[dict]],
+        candidates: Sequence[Sequence[str]],
+        chat_template: str | None = None,
+        batch_size: int = 8,
+        wanted: Collection[int] | None = None,
+    ) -> Iterator[dict[int, list[tuple[float, int, bool]]]]:
+        """
+        As `log_likelihood`, of many conversations: the number of each, and the scores of its candidates.
+
+        Each conversation, with its pictures, is read once, and all its candidates continue its cache. Batches are as
+        in `answers`.
+
+        Args:
+            candidates: of each conversation.
+        """
+        tokenize = self.processor.tokenizer
+        tokens = {texts: [] for texts in map(tuple, candidates)}  # data sets have the same for all
+        for texts in tokens:
+            tokens[texts] = [tokenize(text, add_special_tokens=False)["input_ids"] for text in texts]
+            if not all(tokens[texts]):
+                empty = tokens[texts].index([])
+                raise ValueError(f"Candidate {empty} of {len(texts)} is empty: there is nothing to score.")
+        if self._batches is not None:
+            prompts = self._prompts(conversations, chat_template, batch_size)
+            for batch in self._batches.batches(prompts, batch_size, wanted):
+                outputs = read_columns(self.model, batch.inputs, cache=batch.cache())
+                cache, scores = outputs.past_key_values, {}
+                forget_media_behind(cache)
+                for row, (number, padding) in enumerate(zip(batch.numbers, batch.padding, strict=True)):
+                    of_row = (row_of(cache, row, padding), outputs.logits[row, -1])
+                    ids = tokens[tuple(candidates[number])]
+                    scores[number] = score_candidates(self.model, *of_row, ids, batch_size)
+                yield scores
+            return
+        for (number,), chunk in _chunks(conversations, 1):
+            if wanted is None or number in wanted:
+                inputs = self.prepare(chunk, chat_template)
+                outputs = self.model(**inputs, use_cache=True)
+                ids, extra = tokens[tuple(candidates[number])], partial(self._idefics_pictures, inputs, outputs)
+                of_row = (outputs.past_key_values, outputs.logits[0, -1])
+                yield {number: score_candidates(self.model, *of_row, ids, batch_size, extra)}
 
     def _idefics_pictures(self, inputs, outputs, rows: int, width: int) -> dict[str, torch.Tensor]:
         """Idefics keeps no pictures in its cache and wants them with every call."""
@@ -199,6 +297,23 @@ class ConversationModel:
         name = "perceiver_embeddings" if self.model.config.use_resampler else "image_encoder_embeddings"
         mask = inputs["image_attention_mask"][:, -1:].expand(rows, width, -1)
         return {name: states.repeat_interleave(rows, dim=0), "image_attention_mask": mask}
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[tuple[list[int], list]]:
+    """Lists of `size` items, with their numbers."""
+    left, start = iter(items), 0
+    while chunk := list(islice(left, size)):
+        yield list(range(start, start + len(chunk))), chunk
+        start += len(chunk)
+
+
+def _cut(answer: str, until: Sequence[str]) -> str:
+    """An answer up to the first of `until` that stands behind its thoughts."""
+    head = thinking_length(answer)
+    rest = answer[head:]
+    for stop in until:
+        rest = rest.split(stop)[0]
+    return (answer[:head] + rest).strip()
 
 
 def _generation_kwargs(asked: Mapping[str, Any]) -> dict[str, Any]:

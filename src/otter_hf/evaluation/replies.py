@@ -4,10 +4,12 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers.utils import logging
 
 
 class ReplyLog:
@@ -63,6 +65,42 @@ class ReplyLog:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def answer_all(
+    items: Sequence,
+    question: Callable[[Any], Any],
+    ask: Callable[[list, set[int]], Iterable[dict[int, Any]]],
+    window: int,
+    replies: ReplyLog | None = None,
+    disable: bool | None = False,
+) -> Iterator:
+    """
+    The replies to all items in their order, under a progress bar; each batch is on disk before the next is asked.
+
+    Args:
+        items: anything.
+        question: what a reply depends on, for [`ReplyLog.key`].
+        ask: gets a window of items and the numbers of those without a reply; a batch at a time it gives replies by
+            number, also of others that belong to the batch: a batch is asked as a whole, so that the same numbers come
+            out as without an interruption.
+        window: items that are known at a time, from which batches are made.
+        replies: those of before, and where new ones are kept.
+        disable: no bar; None: none where nobody looks at a terminal.
+    """
+    with logging.tqdm(total=len(items), desc="Asking", disable=disable) as progress:
+        for start in range(0, len(items), window):
+            now = list(items[start : start + window])
+            keys = [replies.key(question(item)) for item in now] if replies else []
+            known = {number: replies.get(key) for number, key in enumerate(keys)}
+            missing = {number for number in range(len(now)) if known.get(number) is None}
+            progress.update(len(now) - len(missing))
+            for found in ask(now, missing) if missing else ():
+                if replies:
+                    replies.add({keys[number]: reply for number, reply in found.items()})
+                known |= found
+                progress.update(len(missing & found.keys()))
+            yield from (known[number] for number in range(len(now)))
 
 
 def _fingerprint(value) -> str:

@@ -1,13 +1,14 @@
 """Media that come again are not encoded again: worked examples of every question, pictures of earlier turns."""
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
 from .flamingo import FlamingoForConditionalGeneration
 from .media_attention import batch_first_media
+from .media_folder import MediaFolder, fingerprint, hash_of_tensor
 
 
 class MediaStore:
@@ -20,13 +21,20 @@ class MediaStore:
         model: an Otter or Flamingo whose weights stay as they are while the store is in use.
         max_bytes: of the latents that are kept, on the model's device; those used least recently go first. Media of
             the batch at hand are always held.
+        folder: where latents are kept on disk, too, see [`~otter_hf.models.media_folder.MediaFolder`].
+
+    Attributes:
+        hits, misses: media that were there, in memory or on disk, and that were encoded.
     """
 
-    def __init__(self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**29):
+    def __init__(
+        self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**29, folder: str | Path | None = None
+    ):
         self.model = model
+        self.folder = None if folder is None else MediaFolder(folder, fingerprint_of_eyes(model.model))
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
-        self._latents: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # (n, D) each
+        self._latents: OrderedDict[str, torch.Tensor] = OrderedDict()  # (n, D) each
         self._bytes = 0
 
     @torch.no_grad()
@@ -51,7 +59,7 @@ class MediaStore:
         return {**{k: v for k, v in inputs.items() if k != "pixel_values"}, "image_hidden_states": states}
 
     @torch.no_grad()
-    def media_of(self, inputs: Mapping) -> list[list[tuple[tuple, torch.Tensor]]]:
+    def media_of(self, inputs: Mapping) -> list[list[tuple[str, torch.Tensor]]]:
         """
         For each row its media in order: what each is known by, and its latents `(n, D)`.
 
@@ -73,15 +81,18 @@ class MediaStore:
         return rows
 
     @torch.no_grad()
-    def encode_media(self, media: Sequence[torch.Tensor]) -> list[tuple[tuple, torch.Tensor]]:
+    def encode_media(self, media: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Of each medium `(F, C, H, W)` what it is known by and its latents `(n, D)`, in one batch if new."""
-        keys = [(tuple(medium.shape), hash_of_tensor(medium)) for medium in media]
-        latents = {key: self._latents[key] for key in keys if key in self._latents}
+        keys = [name_of_medium(medium) for medium in media]
+        latents = self._known(dict.fromkeys(keys))
         missing = {key: medium for key, medium in zip(keys, media, strict=True) if key not in latents}
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if missing:
-            latents |= dict(zip(missing, self._encode(list(missing.values())), strict=True))
+            new = dict(zip(missing, self._encode(list(missing.values())), strict=True))
+            latents |= new
+            for key, value in new.items() if self.folder is not None else ():
+                self.folder.put(key, value)
         self._keep(latents)
         return [(key, latents[key]) for key in keys]
 
@@ -98,6 +109,14 @@ class MediaStore:
                 states[row, place] = latents
         return states
 
+    def _known(self, keys: Iterable[str]) -> dict[str, torch.Tensor]:
+        """What is in memory or on disk."""
+        known = {key: self._latents.get(key) for key in keys}
+        for key in (key for key, value in known.items() if value is None and self.folder is not None):
+            if (value := self.folder.get(key)) is not None:
+                known[key] = value.to(self.model.device)
+        return {key: value for key, value in known.items() if value is not None}
+
     def _encode(self, media: list[torch.Tensor]) -> torch.Tensor:
         """The latents `(N, n, D)` of N media `(F, C, H, W)` of any number of frames."""
         pixels = torch.nn.utils.rnn.pad_sequence(media, batch_first=True).to(self.model.device, self.model.dtype)
@@ -105,7 +124,7 @@ class MediaStore:
         mask = torch.arange(pixels.shape[1]) < counts[:, None]
         return self.model.get_image_features(pixels, mask.to(pixels.device)).pooler_output
 
-    def _keep(self, latents: dict[tuple, torch.Tensor]) -> None:
+    def _keep(self, latents: dict[str, torch.Tensor]) -> None:
         for key, value in latents.items():
             if key not in self._latents:
                 # a copy of its own, as a part of a batch would hold all of it
@@ -116,7 +135,23 @@ class MediaStore:
             self._bytes -= self._latents.popitem(last=False)[1].nbytes
 
 
-def hash_of_tensor(tensor: torch.Tensor) -> str:
-    """A checksum of a tensor's values and dtype, whatever its shape and device."""
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=16, person=str(tensor.dtype).encode()[-16:]).hexdigest()
+def name_of_medium(frames: torch.Tensor) -> str:
+    """What a medium `(F, C, H, W)` is known by: a hash of its pixels, as the tower gets them, and its frames."""
+    return f"{hash_of_tensor(frames)}-{len(frames)}"
+
+
+def fingerprint_of_eyes(model, dtype: torch.dtype | None = None, resampler: bool = True) -> str:
+    """
+    Of all that decides what a Flamingo's vision tower, and its resampler, make of a medium.
+
+    Args:
+        model: with `vision_tower` and `perceiver`.
+        dtype: of the computation, if it is not that of the weights (autocast).
+        resampler: False for the tower alone.
+    """
+    config = {**model.config.to_dict(), "vision_config": None}
+    of_tower = model.config.vision_config.to_dict()
+    config = {key: value for key, value in config.items() if key.startswith(("vision", "perceiver", "max_num_frames"))}
+    config |= {key: value for key, value in of_tower.items() if not key.startswith(("_", "transformers"))}
+    parts = [model.vision_tower, model.perceiver] if resampler else [model.vision_tower]
+    return fingerprint(parts, sorted(config.items(), key=lambda item: item[0]), dtype)

@@ -1,13 +1,17 @@
 """Questions from a YAML file, answered into a JSON file, as the demo of 2023 did (`pipeline/demos/inference.py`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from ..files import write_json
+from ..evaluation.model import ConversationModel
+from ..evaluation.replies import ReplyLog, answer_all
+from ..files import remove, write_json
 from ..reading import load_yaml
-from .media import image_part, is_address, local_path, local_source, open_image, read_frames, video_part
-from .session import ChatSession
+from .media import fit_media, image_part, is_address, local_path, local_source, open_image, read_frames, video_part
+from .session import user_message
 
 
 FIELDS = ("image_path", "video_path", "question")
@@ -38,14 +42,38 @@ def read_questions(path: str | Path) -> list[dict]:
     return entries
 
 
-def answer_all(session: ChatSession, entries: list[dict], num_frames: int, **generation) -> Iterator[tuple[dict, str]]:
-    """Each entry with its answer, a conversation of its own."""
-    for entry in entries:
-        session.clear()
+def answer_questions(
+    model: ConversationModel,
+    entries: list[dict],
+    num_frames: int,
+    batch_size: int,
+    replies: ReplyLog | None = None,
+    until: Sequence[str] = (),
+    **generation,
+) -> Iterator[tuple[dict, str]]:
+    """
+    Each entry with its answer, a conversation of its own; under a progress bar, where somebody looks at a terminal.
+
+    Args:
+        entries: of `read_questions`.
+        num_frames: read of a film.
+        batch_size: questions per forward pass.
+        replies: answers of before, which are not asked for again, and where new ones are kept.
+        until: an answer ends before the first of these.
+        generation: see [`ConversationModel.generate`].
+    """
+
+    def conversation(entry: dict) -> list[dict]:
         media = [image_part(open_image(local_source(file), file)) for file in _image_paths(entry)]
         if file := entry.get("video_path"):
             media.append(video_part(read_frames(local_source(file), file, num_frames)))
-        yield entry, session.ask(entry["question"], media, **generation)
+        return fit_media([user_message(entry["question"], media)], model.processor)
+
+    def ask(window: list[dict], wanted: set[int]) -> Iterator[dict[int, str]]:
+        conversations = (conversation(entry) for entry in window)
+        return model.answers(conversations, until, batch_size=batch_size, wanted=wanted, **generation)
+
+    yield from zip(entries, answer_all(entries, conversation, ask, 4 * batch_size, replies, disable=None), strict=True)
 
 
 def write_log(
@@ -70,6 +98,24 @@ def write_log(
     log = {"model_name": model_name, "checkpoint": checkpoint, "results": results}
     write_json(path, log, indent=4)
     return path
+
+
+@contextmanager
+def kept_replies(folder: str | Path, context: Any) -> Iterator[ReplyLog]:
+    """
+    The answers of a run that was interrupted, in `folder/replies`; deleted when the block ends well, as the next run
+    is another one.
+
+    Args:
+        context: what all answers depend on, see [`ReplyLog`].
+    """
+    folder = Path(folder) / "replies"
+    replies = ReplyLog(folder, context=context)
+    try:
+        yield replies
+    finally:
+        replies.close()
+    remove(folder)
 
 
 def _image_paths(entry: dict) -> list:

@@ -40,7 +40,7 @@ class ChatSession:
 
     def add_example(self, question: str, answer: str, media: list[dict] = ()) -> None:
         """A worked example for the model to follow; for `question` and `media` see `ask`."""
-        self.messages += [_message("user", question, media), _message("assistant", answer)]
+        self.messages += [user_message(question, media), _answer(answer)]
 
     @torch.inference_mode()
     def ask(self, question: str, media: list[dict] = (), streamer: BaseStreamer | None = None, **generation) -> str:
@@ -58,7 +58,7 @@ class ChatSession:
             ValueError: if `<image>` and media differ in number, or the processor or `generate` refuses the input. The
                 conversation is then as it was, as it is after any other interruption.
         """
-        messages = [*self.messages, _message("user", question, media)]
+        messages = [*self.messages, user_message(question, media)]
         inputs = self.processor.apply_chat_template(
             fit_media(messages, self.processor),
             add_generation_prompt=True,
@@ -82,7 +82,7 @@ class ChatSession:
         stops = generation.get("stop_strings") or ()
         for stop in [stops] if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0].rstrip()
-        self.messages = [*messages, _message("assistant", answer)]
+        self.messages = [*messages, _answer(answer)]
         return answer
 
     def _forget_cache(self) -> None:
@@ -107,10 +107,20 @@ class ChatSession:
         self._cache = DynamicCache(config=self.model.config.get_text_config())
 
 
-def _message(role: str, text: str, media: list[dict] = ()) -> dict:
+def _answer(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def user_message(text: str, media: list[dict] = ()) -> dict:
+    """
+    What a user says about media, which stand where its `<image>` are, or else in front.
+
+    Raises:
+        ValueError: if `<image>` and media differ in number.
+    """
     texts = text.split(IMAGE_TOKEN)
     if not media or len(texts) == 1:
-        return {"role": role, "content": [*media, {"type": "text", "text": text}]}
+        return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
     if len(texts) - 1 != len(media):
         raise ValueError(
             f"The message has {len(texts) - 1} {IMAGE_TOKEN} for {len(media)} pictures and videos; write one for "
@@ -119,4 +129,4 @@ def _message(role: str, text: str, media: list[dict] = ()) -> dict:
     content = [{"type": "text", "text": texts[0]}]
     for part, words in zip(media, texts[1:], strict=True):
         content += [part, {"type": "text", "text": words}]
-    return {"role": role, "content": content}
+    return {"role": "user", "content": content}

@@ -37,9 +37,15 @@ class ModelArguments:
         default_factory=list,
         metadata={"help": "Tokens whose rows of the embeddings are trained, the others stay: 2023 trained <answer>."},
     )
-    cache_vision_features: str | None = field(
+    media_store: str | None = field(
         default=None,
-        metadata={"help": "Folder to keep what a frozen vision tower makes of each picture, and to read it from."},
+        metadata={
+            "help": "Folder to keep what a frozen vision tower, and a frozen resampler, make of each medium, and to "
+            "read it from."
+        },
+    )
+    media_store_gb: float = field(
+        default=64.0, metadata={"help": "Most that is in the media_store, in 10**9 bytes; what is above is encoded."}
     )
     cache_text_states: bool = field(
         default=False,

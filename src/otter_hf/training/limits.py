@@ -21,6 +21,7 @@ _LEAST = {
     "max_grad_norm": 0,
     "max_length": 1,
     "max_pixels": 1,
+    "media_store_gb": 0,
     "num_frames": 1,
     "num_train_epochs": 0,
     "peak_flops": 0,

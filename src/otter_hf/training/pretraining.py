@@ -63,7 +63,7 @@ def pretrain(
         The trainer, with its `model` and `state`; None where a run that is gone on with is complete.
     """
     check_numbers(model_args, data_args, training_args)
-    for name in ("lora", "cache_vision_features", "cache_text_states"):
+    for name in ("lora", "media_store", "cache_text_states"):
         if getattr(model_args, name):
             raise ValueError(f"{name} is for fine-tuning: leave it out, and freeze what is not to be pretrained.")
     set_seed(training_args.seed)

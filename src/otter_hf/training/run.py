@@ -34,7 +34,7 @@ from ..models.quantization import quantization_config
 from ..prompts import IMAGE_TOKEN, chat_template, get_format
 from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
-from .features import VisionFeatureCache
+from .features import store_media
 from .freezing import freeze, train_only_rows
 from .kernels import can_pack, choose_attention, use_liger_kernels
 from .limits import check_numbers
@@ -229,10 +229,10 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
     sharding = sharding_of(training_args)
     if training_args.learning_rates and sharding in ("fsdp", "zero3"):
         raise ValueError(f"learning_rates needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
-    for name in ("train_embedding_rows", "cache_vision_features", "cache_text_states"):
+    for name in ("train_embedding_rows", "media_store", "cache_text_states"):
         if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
             raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
-    for name in ("cache_vision_features", "cache_text_states"):
+    for name in ("media_store", "cache_text_states"):
         if getattr(model_args, name) and not hasattr(config, "perceiver_num_latents"):
             raise ValueError(f"{name} is for Otter and Flamingo, not {config.model_type}: leave it out.")
     if model_args.cache_text_states and (data_args.packing or model_args.lora):
@@ -293,10 +293,10 @@ def _load_model(
         freeze(model, model_args.freeze)
         if rows:
             train_only_rows(model, rows)
-    if model_args.cache_vision_features:
+    if model_args.media_store:
         autocast = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
         core = model.get_base_model() if model_args.lora else model
-        VisionFeatureCache(model_args.cache_vision_features, core.model.vision_tower, autocast)
+        store_media(core.model, model_args.media_store, int(model_args.media_store_gb * 10**9), autocast)
     if model_args.cache_text_states:
         TextStateCache(model)
     return model

@@ -22,7 +22,8 @@ RUN_FILE = "run.json"
 # of the model and data arguments what changes no step; where data lie may change, what they are is compared
 _FREE = (
     "attn_implementation",
-    "cache_vision_features",
+    "media_store",
+    "media_store_gb",
     "cache_text_states",
     "train_mixture",
     "eval_mixture",

@@ -1,4 +1,4 @@
-"""Which training rows are shown before a question: at random, or those with the most similar pictures (RICES)."""
+"""Which training rows are shown before a question: at random, the same for all, or by similar pictures (RICES)."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -50,6 +50,26 @@ def random_demonstrations(
             return drawn
         left = [number for number in left if number not in itself]
     raise ValueError(f"{shots} shots need as many training rows, there are {len(left)}.")
+
+
+def fixed_demonstrations(
+    candidates: Sequence[int], shots: int, seed: int, is_test_row: Callable[[int], bool] = lambda number: False
+) -> list[int]:
+    """
+    `shots` of `candidates`, the same in the same order for all test rows, which then share their text as well; only
+    where one is the test row itself, another one behind them takes its place.
+
+    Raises:
+        ValueError: if there are fewer candidates than shots.
+    """
+    drawn = random.Random(f"fixed demonstrations {seed}").sample(list(candidates), min(shots + 1, len(candidates)))
+    chosen: list[int] = []
+    for number in drawn:
+        if len(chosen) < shots and not is_test_row(number):
+            chosen.append(number)
+    if len(chosen) < shots:
+        raise ValueError(f"{shots} shots need as many training rows, there are {len(chosen)}.")
+    return chosen
 
 
 class RicesIndex:

@@ -16,7 +16,14 @@ from ..config import DatasetSpec
 from ..report import write_samples
 from ..scoring import captions, ranking, vqa
 from ..scoring.replies import count_fates
-from .demonstrations import RicesIndex, picture_features, query_set, random_demonstrations, test_subset
+from .demonstrations import (
+    RicesIndex,
+    fixed_demonstrations,
+    picture_features,
+    query_set,
+    random_demonstrations,
+    test_subset,
+)
 from .prompts import Prompts, prompts_for
 from .rows import Rows
 
@@ -132,14 +139,16 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
 
     way = settings.get("demonstrations", "random")
     # OpenFlamingo draws from a sample of the training set, but looks for similar pictures in all of it
-    size = settings.get("query_set_size", 2048 if way == "random" else len(train))
+    size = settings.get("query_set_size", len(train) if way == "rices" else 2048)
     candidates = query_set(size, len(train), seed)
     if way == "random":
         return lambda row: random_demonstrations(candidates, shots, seed, row, itself(row))
+    if way == "fixed":
+        return lambda row: fixed_demonstrations(candidates, shots, seed, itself(row))
     if way != "rices" or not settings.get("encoder"):
         raise ValueError(
-            f"`demonstrations` must be random, or rices with an `encoder` (folder or Hub id of a vision encoder); got "
-            f"{way!r} and {settings.get('encoder')!r}."
+            "`demonstrations` must be random, fixed, or rices with an `encoder` (folder or Hub id of a vision "
+            f"encoder); got {way!r} and {settings.get('encoder')!r}."
         )
     features = {}
     for name, table, numbers in (("train", train, candidates), ("test", test, rows)):

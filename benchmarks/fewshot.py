@@ -1,0 +1,228 @@
+"""Few-shot evaluation beside this project at a commit before, and a training epoch from the media store.
+
+    OMP_NUM_THREADS=2 python benchmarks/fewshot.py      # about five minutes on two cores
+
+Random weights, float32: the 79M Otter on Llama of `decoding.py` (width 512, 8 layers) behind a processor whose tokens
+are words, asked by `otter_hf.evaluation.model.ConversationModel`, as `otter-hf eval` does; the peer is the package at
+1125d7e, which keeps latents in memory already. Both read the same folder, and their replies are compared first.
+
+Questions: 5 to 9 words and a picture of 256 x 256 each, all different, behind 8 worked examples, the same for all or
+drawn for each from 100; 5 new tokens, 3 beams (as OpenFlamingo answers VQA) or greedy; 16 rows a batch on both sides.
+Each repeat is a run of its own over 32 questions (of the 200 of a real one, which would pay for the examples once),
+the store of latents is empty at first.
+Ranking: 1,000 class names of 1 to 3 words for each of 2 pictures.
+Training: a frozen CLIP ViT-B/32, resampler and gated blocks trained, an epoch of 24 rows with a picture of 224 x 224
+each in batches of 4; ours reads the tower's features from files, the peer, this build, encodes every picture.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from _common import Side, check_out, compare, report
+from PIL import Image
+
+
+PEER_COMMIT = "1125d7e"
+QUESTIONS, SHOTS, POOL, BATCH, CLASSES, WORDS = 32, 8, 100, 16, 1000, 4000
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<image>{% endif %}{% endfor %}"
+    "{% if message['role'] == 'assistant' %}<|endofchunk|>{% endif %}{% endfor %}"
+)
+
+
+def make_processor(side: int):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+    from otter_hf import FlamingoProcessor
+
+    words = ["<s>", "</s>", "<unk>", "<|endofchunk|>", "<image>", "Question:", "Answer:", "Output:"]
+    words += [f"w{number}" for number in range(WORDS)]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    size = {"height": side, "width": side}
+    images = CLIPImageProcessorPil(size=size, do_center_crop=False)
+    return FlamingoProcessor(images, FlamingoProcessor.prepare_tokenizer(tokenizer), chat_template=TEMPLATE)
+
+
+def write_model(folder: Path) -> None:
+    import decoding
+
+    processor = make_processor(56)
+    model = decoding.make_ours()
+    model.config.image_token_id, model.config.end_of_chunk_token_id = 4, 3
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def words(random: Random, least: int, most: int) -> str:
+    return " ".join(f"w{random.randrange(WORDS)}" for _ in range(random.randint(least, most)))
+
+
+def picture(number: int) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((256, 256))
+
+
+def turns(number: int, shown: Image.Image, answer: str | None) -> list[dict]:
+    text = f" Question: {words(Random(number), 5, 9)} Answer:"
+    messages = [{"role": "user", "content": [{"type": "image", "image": shown}, {"type": "text", "text": text}]}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": f" {answer} "}]})
+    return messages
+
+
+def make_questions(drawn: bool) -> list[list[dict]]:
+    random, pool = Random(0), [picture(number) for number in range(POOL)]
+    questions = []
+    for question in range(QUESTIONS):
+        shots = random.sample(range(POOL), SHOTS) if drawn else range(SHOTS)
+        messages = [message for n in shots for message in turns(n, pool[n], words(Random(n), 1, 2))]
+        questions.append(messages + turns(POOL + question, picture(POOL + question), None))
+    return questions
+
+
+def make_workloads(folder: str) -> dict:
+    """Function of each workload, by its name."""
+    from otter_hf.evaluation.model import ConversationModel
+    from otter_hf.models.media_store import MediaStore
+
+    model = ConversationModel(folder, dtype="float32", device="cpu")
+    questions = {"fixed": make_questions(False), "drawn": make_questions(True)}
+    classes = [words(Random(f"class {number}"), 1, 3) for number in range(CLASSES)]
+    is_new = hasattr(model, "answers")
+
+    def start_anew():
+        model.media = MediaStore(model.model)
+        if is_new:
+            model._batches = type(model._batches)(model.model, model.processor.tokenizer.pad_token_id, model.media)
+
+    def ask(kind: str, beams: int) -> list[str]:
+        start_anew()
+        asked, options = questions[kind], {"max_new_tokens": 5, "num_beams": beams, "length_penalty": 0.0}
+        if is_new:
+            return model.generate(asked, batch_size=BATCH, **options)
+        batches = [asked[start : start + BATCH] for start in range(0, QUESTIONS, BATCH)]
+        return [answer for batch in batches for answer in model.generate(batch, **options)]
+
+    def rank() -> list[float]:
+        start_anew()
+        conversations = [turns(number, picture(number), None) for number in range(2)]
+        return [total for one in conversations for total, *_ in model.log_likelihood(one, classes, BATCH)]
+
+    kinds = {f"{kind}, {beams}": lambda kind=kind, beams=beams: ask(kind, beams) for kind, beams in ASKED}
+    return {**kinds, "ranking": rank}
+
+
+ASKED = [("fixed", 3), ("fixed", 1), ("drawn", 3), ("drawn", 1)]
+NAMES = {"fixed": "the same examples for all", "drawn": f"examples drawn from {POOL}"}
+
+
+def work(folder: str) -> None:
+    workloads = make_workloads(folder)
+    for line in sys.stdin:
+        print(json.dumps(workloads[line.strip()]()), flush=True)
+
+
+def describe(kind: str) -> str:
+    if kind == "ranking":
+        return f"{CLASSES} classes ranked for 2 pictures"
+    shots, beams = kind.split(", ")
+    return f"{QUESTIONS} questions behind {SHOTS} examples, {NAMES[shots]}, {beams} beam{'s' * (beams != '1')}"
+
+
+def beside_peer(repeats: int) -> list[dict]:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model")
+        sources = [Path(__file__).resolve().parent.parent / "src", check_out(PEER_COMMIT, folder)]
+        sides = [Side(__file__, source, arguments=(f"{folder}/model",)) for source in sources]
+        for kind in [f"{kind}, {beams}" for kind, beams in ASKED] + ["ranking"]:
+            ours, peer = (side.run(kind) for side in sides)
+            if kind == "ranking":
+                same = torch.allclose(torch.tensor(ours), torch.tensor(peer), atol=1e-3)
+            else:
+                same = ours == peer
+            if not same:
+                raise SystemExit(f"{describe(kind)}: the two sides do not say the same.")
+            calls = [lambda side=side, kind=kind: side.run(kind) for side in sides]
+            rows.append(compare(describe(kind), *calls, repeats, is_warm=True, replies=len(ours)))
+        for side in sides:
+            side.close()
+    return rows
+
+
+def epochs(repeats: int) -> dict:
+    from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration
+    from otter_hf.training.features import store_media
+
+    vision = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32, "hidden_size": 768}
+    vision |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096}
+    text |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = FlamingoConfig(text_config=text, vision_config=vision, cross_attn_every_n_layers=2, image_token_id=4095)
+    config.cross_attn_gate_init = 1.0
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(24, 1, 1, 3, 224, 224, generator=generator)
+    ids = torch.randint(3, 4095, (24, 64), generator=generator)
+    ids[:, 0] = 4095
+
+    def make(folder: str | None) -> FlamingoForConditionalGeneration:
+        torch.manual_seed(0)
+        model = FlamingoForConditionalGeneration(config)
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("perceiver" in name or "gated" in name)
+        if folder is not None:
+            store_media(model.model, folder)
+        return model.train()
+
+    def epoch(model) -> list[float]:
+        losses = []
+        for start in range(0, len(ids), 4):
+            rows = slice(start, start + 4)
+            loss = model(input_ids=ids[rows], pixel_values=pixels[rows], labels=ids[rows]).loss
+            loss.backward()
+            losses.append(loss.item())
+        return losses
+
+    with tempfile.TemporaryDirectory() as folder:
+        stored, plain = make(folder), make(None)
+        epoch(stored)  # which writes the files
+        difference = max(abs(a - b) for a, b in zip(epoch(stored), epoch(plain), strict=True))
+        if difference > 1e-5:
+            raise SystemExit(f"From the store the losses differ by {difference}.")
+        return compare(
+            "training, second epoch of 24 pictures from the store",
+            lambda: epoch(stored),
+            lambda: epoch(plain),
+            repeats,
+            is_warm=True,
+            largest_difference_of_losses=difference,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args.folder)
+        return
+    rows = [*beside_peer(args.repeats), epochs(args.repeats)]
+    report("fewshot", f"this project at {PEER_COMMIT}; in training, this build without the store", rows)
+
+
+if __name__ == "__main__":
+    main()

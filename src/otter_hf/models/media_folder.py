@@ -1,0 +1,128 @@
+"""What frozen weights make of media, kept on disk: each medium is encoded once, not in each epoch or evaluation."""
+
+import hashlib
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ..files import replacing
+
+
+DEFAULT_MAX_BYTES = 64 * 10**9
+
+
+def hash_of_tensor(tensor: torch.Tensor) -> str:
+    """A checksum of a tensor's values and dtype, whatever its shape and device."""
+    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=16, person=str(tensor.dtype).encode()[-16:]).hexdigest()
+
+
+def fingerprint(parts: Iterable[nn.Module], config: Any, dtype: torch.dtype | None = None) -> str:
+    """
+    Of weights and what else decides the values they compute.
+
+    Args:
+        parts: modules, whose weights count.
+        config: anything whose text says how they are put together.
+        dtype: of the computation, if it is not that of the weights (autocast).
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((config, dtype)).encode())
+    for part in parts:
+        for name, tensor in sorted(part.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {hash_of_tensor(tensor.flatten())}".encode())
+    return digest.hexdigest()
+
+
+class MediaFolder:
+    """
+    Tensors by name, in files of a folder that others may use at the same time.
+
+    A file `.safetensors` per tensor, read through a memory map, in a subfolder of the weights that made them: what
+    other weights made is never read. Files appear complete; one that is damaged counts as missing.
+
+    When the folder is full, what other weights made goes, that used the longest time ago first; when there is nothing
+    of that, nothing more is written. So what fits is found in every epoch, where a cache that makes room for the
+    newest would have thrown each file away before it is needed again.
+
+    Args:
+        folder: made if it is not there.
+        made_by: see `fingerprint`.
+        max_bytes: of all files in `folder`. Each process looks for what others wrote whenever it has written a 64th
+            of this itself: so much, for each process but one, may there be too much for a while.
+    """
+
+    def __init__(self, folder: str | Path, made_by: str, max_bytes: int = DEFAULT_MAX_BYTES):
+        self.root = Path(folder)
+        self.folder = self.root / made_by
+        self.max_bytes = max_bytes
+        self.hits = self.misses = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.touch()
+        self._look()
+
+    def get(self, name: str) -> torch.Tensor | None:
+        """The tensor of this name, or None."""
+        try:
+            with safe_open(self._file(name), framework="pt") as opened:
+                tensor = opened.get_tensor("media")
+        except (FileNotFoundError, SafetensorError):
+            self.misses += 1
+            return None
+        self.hits += 1
+        return tensor
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Keeps a tensor, if there is room."""
+        size = tensor.nbytes + 512  # more than the header takes
+        if not self._has_room(size):
+            return
+        with replacing(self._file(name), shared=True) as written:
+            save_file({"media": tensor.detach().cpu().contiguous()}, written)
+        self._bytes += size
+        self._unseen += size
+
+    def _file(self, name: str) -> Path:
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _look(self) -> None:
+        self._bytes, self._unseen = _size(self.root), 0
+
+    def _has_room(self, size: int) -> bool:
+        if self._unseen > self.max_bytes // 64:
+            self._look()
+        if self._bytes + size <= self.max_bytes:
+            return True
+        others = [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
+        for other in sorted(others, key=_last_change):
+            shutil.rmtree(other, ignore_errors=True)
+            self._look()
+            if self._bytes + size <= self.max_bytes:
+                return True
+        return False
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        try:
+            total += path.stat().st_size
+        except FileNotFoundError:  # another process made room
+            continue
+    return total
+
+
+def _last_change(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+__all__ = ["DEFAULT_MAX_BYTES", "MediaFolder", "fingerprint", "hash_of_tensor"]
