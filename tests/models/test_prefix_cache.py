@@ -7,7 +7,7 @@ from otterhd_tiny import tiny_processor
 from PIL import Image
 from tiny_flamingo import GREEDY, IMAGE, assert_close, images, pad_rows, row, tiny_model
 
-from otter_hf.models.prefix_cache import compute_prefix, crop, expand, forget_media_behind, shared_length
+from otter_hf.models.prefix_cache import branch, compute_prefix, crop, expand, forget_media_behind, shared_length
 
 
 PREFIX = row(1, 5, length=9)
@@ -43,12 +43,13 @@ def test_a_batch_goes_on_from_its_prefix(decoder):
                 cache = expand(prefix, [width for width in padding for _ in range(beams)])
                 assert torch.equal(model.generate(**batch, past_key_values=cache, **options), expected)
         # beams that part from one reading of the prompt
-        whole = compute_prefix(model, given, given["input_ids"].shape[1] - 1, expand(prefix, padding))
+        forget_media_behind(cache := expand(prefix, padding))
+        whole = compute_prefix(model, given, given["input_ids"].shape[1] - 1, cache)
         forget_media_behind(whole)
         assert whole.num_media == 1
-        whole.batch_repeat_interleave(3)
+        branches = branch(whole, 3, room=2)
         texts = {name: given[name] for name in ("input_ids", "attention_mask")}
-        assert torch.equal(model.generate(**texts, past_key_values=whole, **options), expected)
+        assert torch.equal(model.generate(**texts, past_key_values=branches, **options), expected)
     assert prefix.get_seq_length() == 9  # nobody has changed it
     assert crop(prefix, 4).media_seen.tolist() == [1]
 

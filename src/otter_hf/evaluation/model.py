@@ -16,7 +16,14 @@ from ..loading import load_model, read_processor
 from ..models.chat_processing import MEDIA_SOURCES, read_conversations
 from ..models.flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
 from ..models.media_store import MediaStore
-from ..models.prefix_cache import can_share_prefixes, compute_prefix, forget_media_behind, read_columns, row_of
+from ..models.prefix_cache import (
+    branch,
+    can_share_prefixes,
+    compute_prefix,
+    forget_media_behind,
+    read_columns,
+    row_of,
+)
 from ..pictures import read_image
 from ..thinking import thinking_length
 from .batching import Batch, Prompt, PromptBatches
@@ -198,15 +205,17 @@ class ConversationModel:
                 )
 
     def _generate(self, batch: Batch, options: Mapping[str, Any]) -> torch.Tensor:
-        inputs, cache = batch.inputs, batch.cache()
+        inputs = batch.inputs
         ids, beams = inputs["input_ids"], options.get("num_beams", 1)
         ends_with_media = bool((ids[:, -1] == self.model.config.image_token_id).any())
         if beams > 1 and ids.shape[1] > 1 and not ends_with_media:
+            cache = batch.cache()
+            forget_media_behind(cache)
             cache = compute_prefix(self.model, inputs, ids.shape[1] - 1, cache)
             forget_media_behind(cache)
-            cache.batch_repeat_interleave(beams)
+            cache = branch(cache, beams, options.get("max_new_tokens", 32))
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        elif cache is not None:
+        elif (cache := batch.cache()) is not None:
             cache.batch_repeat_interleave(beams)
         given = {} if cache is None else {"past_key_values": cache}
         return self.model.generate(**inputs, **given, **options)[:, ids.shape[1] :]
@@ -271,7 +280,8 @@ class ConversationModel:
         if self._batches is not None:
             prompts = self._prompts(conversations, chat_template, batch_size)
             for batch in self._batches.batches(prompts, batch_size, wanted):
-                outputs = read_columns(self.model, batch.inputs, cache=batch.cache())
+                forget_media_behind(cache := batch.cache())
+                outputs = read_columns(self.model, batch.inputs, cache=cache)
                 cache, scores = outputs.past_key_values, {}
                 forget_media_behind(cache)
                 for row, (number, padding) in enumerate(zip(batch.numbers, batch.padding, strict=True)):

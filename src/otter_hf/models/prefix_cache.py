@@ -11,6 +11,7 @@ Shape legend: B rows, L tokens, S tokens of the prefix, T media of a row, N patc
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
@@ -146,10 +147,69 @@ def _part(cache: Cache, rows: slice, columns: slice) -> Cache:
     return part
 
 
-def forget_media_behind(cache: Cache) -> None:
+def branch(cache: Cache, branches: int, room: int) -> Cache:
     """
-    Keep, of each row's media, only the one its last token sees, where no new ones follow: all that tokens which are
-    generated look at.
+    A cache in which each row comes `branches` times, for beams that part from one reading of their prompt.
+
+    What they share is copied once and stays where it is: a step writes behind it, and beams that are put in another
+    order within their row move what is behind it only. transformers' own copies all of it in each step, twice.
+
+    Args:
+        cache: of the prompts, whose media are what the last token sees, see `forget_media_behind`.
+        room: columns that will be added, more or less.
+    """
+    has_media = isinstance(cache, MediaCacheMixin)
+    branched = _BranchedMediaCache() if has_media else DynamicCache()
+    for layer in cache.layers:
+        branched.layers.append(_BranchedLayer(layer.keys, layer.values, branches, room))
+    if has_media and cache.media_index is not None:
+        branched.media_key_values = dict(cache.media_key_values)
+        branched.media_index = cache.media_index
+        branched._apply_to_media(lambda states: states.repeat_interleave(branches, dim=0))
+    return branched
+
+
+class _BranchedLayer(DynamicLayer):
+    """Grows within a buffer; see `branch`."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, branches: int, room: int):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._shared = keys.shape[-2]
+        self._reserve(keys.repeat_interleave(branches, dim=0), values.repeat_interleave(branches, dim=0), room)
+
+    def _reserve(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
+        length = keys.shape[-2]
+        self._buffers = [
+            nn.functional.pad(states, (0, 0, 0, room)) for states in (keys, values)
+        ]  # (B, H, S + room, d)
+        self.keys, self.values = (states[:, :, :length] for states in self._buffers)
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+        if self.keys.data_ptr() != self._buffers[0].data_ptr() or end > self._buffers[0].shape[-2]:
+            self._reserve(self.keys, self.values, max(end - start, 32))
+        for states, new in zip(self._buffers, (key_states, value_states), strict=True):
+            states[:, :, start:end] = new
+        self.keys, self.values = (states[:, :, :end] for states in self._buffers)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        for states in (self.keys, self.values):
+            own = states[:, :, self._shared :]
+            own.copy_(own.index_select(0, beam_idx.to(own.device)))
+
+
+class _BranchedMediaCache(MediaDynamicCache):
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        # beams of a row look at the same medium
+        DynamicCache.reorder_cache(self, beam_idx)
+
+
+def forget_media_behind(cache: Cache | None) -> None:
+    """
+    Keep, of each row's media, only the one its last token sees: all that later tokens look at, up to new media. Those
+    are then to be given as what is new: `generate` would count the whole prompt's.
     """
     if not isinstance(cache, MediaCacheMixin) or cache.num_media < 2:
         return
@@ -213,6 +273,7 @@ def _media_between(model: PreTrainedModel, inputs: Mapping, start: int, end: int
 
 
 __all__ = [
+    "branch",
     "can_share_prefixes",
     "compute_prefix",
     "crop",
