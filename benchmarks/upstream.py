@@ -15,6 +15,7 @@ pictures a row; all but the tower is trained. `memory` is the peak of a process 
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
@@ -102,7 +103,7 @@ def peak_memory() -> int:
 
 def work(side: str, decoder: str, folder: str) -> None:
     """Answers each line, `backward` or `step`, with its seconds and the loss."""
-    with contextlib.redirect_stdout(sys.stderr):  # the old code prints every parameter
+    with contextlib.redirect_stdout(io.StringIO()):  # the old code prints every parameter
         model = (make_peer if side == "peer" else make_ours)(decoder, Path(folder)).train()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, END, (ROWS, LENGTH), generator=generator)

@@ -38,9 +38,9 @@ class Model:
         yield {number: "a red square" for number, _ in enumerate(conversations)}
 
     def log_likelihoods(self, conversations, candidates, **kwargs):
-        yield {number: self.score(conversation) for number, conversation in enumerate(conversations)}
+        yield {number: self.log_likelihood(one, candidates[number]) for number, one in enumerate(conversations)}
 
-    def score(self, conversation):
+    def log_likelihood(self, conversation, candidates):
         picture = conversation[0]["content"][0]["image"].convert("RGB").resize((1, 1))
         red = picture.getpixel((0, 0))[0] / 255 if "square" in conversation[0]["content"][1]["text"] else 0.1
         return [(-3 * (1 - red), 1, True), (-3 * red, 1, False)]
