@@ -11,7 +11,7 @@ from ..evaluation.replies import ReplyLog, answer_all
 from ..files import remove, write_json
 from ..reading import load_yaml
 from .media import fit_media, image_part, is_address, local_path, local_source, open_image, read_frames, video_part
-from .session import user_message
+from .session import make_message
 
 
 FIELDS = ("image_path", "video_path", "question")
@@ -67,7 +67,7 @@ def answer_questions(
         media = [image_part(open_image(local_source(file), file)) for file in _image_paths(entry)]
         if file := entry.get("video_path"):
             media.append(video_part(read_frames(local_source(file), file, num_frames)))
-        return fit_media([user_message(entry["question"], media)], model.processor)
+        return fit_media([make_message("user", entry["question"], media)], model.processor)
 
     def ask(window: list[dict], wanted: set[int]) -> Iterator[dict[int, str]]:
         conversations = (conversation(entry) for entry in window)

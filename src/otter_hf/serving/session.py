@@ -40,7 +40,7 @@ class ChatSession:
 
     def add_example(self, question: str, answer: str, media: list[dict] = ()) -> None:
         """A worked example for the model to follow; for `question` and `media` see `ask`."""
-        self.messages += [user_message(question, media), _answer(answer)]
+        self.messages += [make_message("user", question, media), make_message("assistant", answer)]
 
     @torch.inference_mode()
     def ask(self, question: str, media: list[dict] = (), streamer: BaseStreamer | None = None, **generation) -> str:
@@ -58,7 +58,7 @@ class ChatSession:
             ValueError: if `<image>` and media differ in number, or the processor or `generate` refuses the input. The
                 conversation is then as it was, as it is after any other interruption.
         """
-        messages = [*self.messages, user_message(question, media)]
+        messages = [*self.messages, make_message("user", question, media)]
         inputs = self.processor.apply_chat_template(
             fit_media(messages, self.processor),
             add_generation_prompt=True,
@@ -82,7 +82,7 @@ class ChatSession:
         stops = generation.get("stop_strings") or ()
         for stop in [stops] if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0].rstrip()
-        self.messages = [*messages, _answer(answer)]
+        self.messages = [*messages, make_message("assistant", answer)]
         return answer
 
     def _forget_cache(self) -> None:
@@ -107,20 +107,16 @@ class ChatSession:
         self._cache = DynamicCache(config=self.model.config.get_text_config())
 
 
-def _answer(text: str) -> dict:
-    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
-
-
-def user_message(text: str, media: list[dict] = ()) -> dict:
+def make_message(role: str, text: str, media: list[dict] = ()) -> dict:
     """
-    What a user says about media, which stand where its `<image>` are, or else in front.
+    What somebody says about media, which stand where its `<image>` are, or else in front.
 
     Raises:
         ValueError: if `<image>` and media differ in number.
     """
     texts = text.split(IMAGE_TOKEN)
     if not media or len(texts) == 1:
-        return {"role": "user", "content": [*media, {"type": "text", "text": text}]}
+        return {"role": role, "content": [*media, {"type": "text", "text": text}]}
     if len(texts) - 1 != len(media):
         raise ValueError(
             f"The message has {len(texts) - 1} {IMAGE_TOKEN} for {len(media)} pictures and videos; write one for "
@@ -129,4 +125,4 @@ def user_message(text: str, media: list[dict] = ()) -> dict:
     content = [{"type": "text", "text": texts[0]}]
     for part, words in zip(media, texts[1:], strict=True):
         content += [part, {"type": "text", "text": words}]
-    return {"role": "user", "content": content}
+    return {"role": role, "content": content}
