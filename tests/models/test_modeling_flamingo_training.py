@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter
 from transformers import DataCollatorWithFlattening
 
 from otter_hf.models import lm_loss
+from otter_hf.models.flamingo.layers_flamingo import PerceiverBlock
 
 
 def batch(*places):
@@ -39,8 +40,11 @@ def assert_all_close(ours, reference, tolerance=1e-6):
 @pytest.mark.parametrize("max_logits", [2**26, 300])
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
 @pytest.mark.parametrize("tie", [False, True])
-def test_loss_where_it_counts_equals_the_full_one(monkeypatch, max_logits, num_items, tie):
+@pytest.mark.parametrize("once", [True, False])
+def test_loss_where_it_counts_equals_the_full_one(monkeypatch, max_logits, num_items, tie, once):
     monkeypatch.setattr(lm_loss, "MAX_LOGITS", max_logits)  # 300: three positions of the vocabulary at a time
+    if not once:  # as on a GPU
+        monkeypatch.setattr(lm_loss, "_runs_once", lambda *args: False)
     model = tiny_model(tie_word_embeddings=tie).train()
     inputs = batch((1, 5), (3,))
     kwargs = {} if num_items is None else {"num_items_in_batch": num_items}
@@ -49,6 +53,46 @@ def test_loss_where_it_counts_equals_the_full_one(monkeypatch, max_logits, num_i
     # labels that are shifted already
     shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
     assert_all_close(loss_and_gradients(model, inputs, shift_labels=shifted, **kwargs), full)
+
+
+@pytest.mark.parametrize("trained", ["both", "head", "states", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_brings_its_gradients(monkeypatch, trained, dtype):
+    """Scaled logits, labels that are fewer than said, a loss that is scaled, and what is frozen."""
+    monkeypatch.setattr(lm_loss, "MAX_LOGITS", 4 * 50 * 4)  # four positions at a time
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False, dtype=dtype).requires_grad_(trained in ("both", "head"))
+    states = torch.randn(2, 7, 8, generator=generator).to(dtype).requires_grad_(trained in ("both", "states"))
+    labels = torch.randint(50, (2, 7), generator=generator)
+    labels[0, 3:] = -100
+    loss = lm_loss.supervised_loss(head, states, labels, vocab_size=50, scale=0.7, target_count=11)
+    logits = head(states).float() * 0.7
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    exact = dtype == torch.float32
+    assert_close(loss, expected, 1e-6 if exact else 1e-2)
+    leaves = [leaf for leaf in (head.weight, states) if leaf.requires_grad]
+    for ours, reference in zip(
+        torch.autograd.grad(3 * loss, leaves) if leaves else (),
+        torch.autograd.grad(3 * expected, leaves) if leaves else (),
+        strict=True,
+    ):
+        assert ours.dtype == dtype
+        assert_close(ours, reference, 1e-6 if exact else 1e-2)
+
+
+def test_constant_media_are_projected_at_once(monkeypatch):
+    """With a frozen tower the resampler's norm of media goes into its matrix; films and pictures together."""
+    model = tiny_model().train()
+    model.model.vision_tower.requires_grad_(False)
+    with torch.no_grad():
+        for layer in model.model.perceiver.layers:
+            layer.norm_media.bias.normal_()
+            layer.norm_media.weight.normal_()
+    mask = torch.tensor([[[1, 0], [1, 1]], [[1, 1], [0, 0]]])
+    inputs = {**batch((1, 5), (3,)), "pixel_values": images(2, 2, frames=2), "pixel_attention_mask": mask}
+    folded = loss_and_gradients(model, inputs)
+    monkeypatch.setattr(PerceiverBlock, "_media_are_constant", lambda self, media: False)
+    assert_all_close(folded, loss_and_gradients(model, inputs), 1e-5)
 
 
 def test_logits_are_skipped_in_training_only():

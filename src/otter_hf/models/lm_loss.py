@@ -39,7 +39,8 @@ def supervised_loss(
 
     Positions without a label are left out (while compiling, when their number is unknown, they are not), and more
     than `MAX_LOGITS` logits are never held: chunks of positions are recomputed in the backward pass. With Liger
-    installed its fused kernel takes over on CUDA (https://huggingface.co/papers/2410.10989).
+    installed its fused kernel takes over on CUDA (https://huggingface.co/papers/2410.10989); on a CPU a plain output
+    layer is run once, and the gradients come with the loss, as that kernel does it.
 
     Args:
         lm_head: `(N, hidden)` -> `(N, vocab)`.
@@ -68,6 +69,8 @@ def supervised_loss(
 
         fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", ignore_index=ignore_index, softcap=softcap)
         loss = fused(lm_head.weight, hidden_states, targets)
+    elif softcap is None and _runs_once(lm_head, hidden_states, vocab_size):
+        loss = _LinearCrossEntropy.apply(hidden_states, lm_head.weight, targets, scale or 1.0, ignore_index)
     else:
 
         def chunk_loss(hidden_states, targets):
@@ -91,6 +94,72 @@ def supervised_loss(
     elif torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """
+    Summed cross-entropy of a linear layer's logits, a chunk of positions at a time, each of which becomes its own
+    gradient in place: logits are neither kept for the backward pass nor computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, targets, scale: float, ignore_index: int):
+        """`hidden_states (N, hidden)`, `weight (vocab, hidden)`, `targets (N,)` -> float32 scalar."""
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        of_hidden = torch.empty_like(hidden_states) if wants_hidden else None
+        of_weight = torch.zeros_like(weight) if wants_weight else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        # a quarter of what may be held, as four tensors of this size come and go
+        size = max(1, MAX_LOGITS // 4 // len(weight))
+        for start in range(0, len(hidden_states), size):
+            rows, wanted = hidden_states[start : start + size], targets[start : start + size, None]
+            counts = wanted != ignore_index
+            wanted = wanted.where(counts, 0)
+            logits = (rows @ weight.T).float().mul_(scale) if scale != 1 else (rows @ weight.T).float()  # (c, vocab)
+            largest, chosen = logits.amax(1, keepdim=True), logits.gather(1, wanted)
+            gradient = logits.softmax(1)
+            # log of the sum of exponentials, from the largest probability, which is no smaller than 1 / vocab
+            sum_of_all = largest - gradient.amax(1, keepdim=True).log()
+            total += ((sum_of_all - chosen) * counts).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            del logits
+            gradient.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
+            if not counts.all():
+                gradient *= counts
+            gradient = gradient.to(weight.dtype)
+            if wants_hidden:
+                torch.mm(gradient, weight, out=of_hidden[start : start + size])
+            if wants_weight:
+                of_weight.addmm_(gradient.T, rows, alpha=scale)
+        if wants_hidden and scale != 1:
+            of_hidden *= scale
+        ctx.gradients = of_hidden, of_weight
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        scaled = [None if own is None else own * gradient.to(own.dtype) for own in ctx.gradients]
+        return *scaled, None, None, None
+
+
+def _runs_once(lm_head: nn.Module, hidden_states: torch.Tensor, vocab_size: int) -> bool:
+    """
+    Whether the loss takes the weight of the output layer itself: plain, whole, in one precision, and on a CPU, where
+    memory for its gradient is no matter, and time is.
+    """
+    return (
+        hidden_states.device.type == "cpu"
+        and not is_torchdynamo_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and type(lm_head) is nn.Linear
+        and lm_head.bias is None
+        and type(lm_head.weight) is nn.Parameter  # FSDP's are DTensors
+        and lm_head.weight.dtype == hidden_states.dtype
+        and lm_head.weight.shape == (vocab_size, hidden_states.shape[-1])  # sharded by ZeRO-3 it is empty
+        and not any((lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks))
+    )
 
 
 def _gathers_on_call(lm_head: nn.Module) -> bool:

@@ -145,23 +145,52 @@ class PerceiverBlock(GradientCheckpointingLayer, CrossAttention):
         """
         normed = self.norm_latents(latents)
         sizes = [size for size, _ in groups]
+        is_folded = self._media_are_constant(media)
+        media = self._project_constant(media) if is_folded else self.norm_media(media)
+        own_sources = self.to_kv(normed) if is_folded else normed
         sources = [
-            torch.cat([of_group.unflatten(0, (size, -1)), own], dim=1)  # (size, tokens + n, D)
+            torch.cat([of_group.unflatten(0, (size, -1)), own], dim=1)  # (size, tokens + n, D or 2*H*d)
             for of_group, own, size in zip(
-                _split(self.norm_media(media), [size * tokens for size, tokens in groups]),
-                _split(normed, sizes),
+                _split(media, [size * tokens for size, tokens in groups]),
+                _split(own_sources, sizes),
                 sizes,
                 strict=True,
             )
         ]
-        key_value = self.to_kv(_join([source.flatten(0, 1) for source in sources]))  # (S*v + N*n, 2*H*d)
-        key_values = _split(key_value, [len(source) * source.shape[1] for source in sources])
+        if is_folded:
+            key_values = sources
+        else:
+            key_value = self.to_kv(_join([source.flatten(0, 1) for source in sources]))  # (S*v + N*n, 2*H*d)
+            key_values = _split(key_value, [len(source) * source.shape[1] for source in sources])
+            key_values = [own.unflatten(0, (size, -1)) for own, size in zip(key_values, sizes, strict=True)]
         attended = [
-            self.attend(query, of_group.unflatten(0, (size, -1)), attention_mask)[0]  # (size, n, H*d)
-            for query, of_group, size in zip(_split(self.to_q(normed), sizes), key_values, sizes, strict=True)
+            self.attend(query, of_group, attention_mask)[0]  # (size, n, H*d)
+            for query, of_group in zip(_split(self.to_q(normed), sizes), key_values, strict=True)
         ]
         latents = latents + self.to_out(_join(attended))
         return latents + self.feed_forward(latents)
+
+    def _media_are_constant(self, media: torch.Tensor) -> bool:
+        """Whether in training no gradient goes on into media, and both layers are plain and whole."""
+        return (
+            torch.is_grad_enabled()
+            and self.to_kv.weight.requires_grad
+            and not media.requires_grad
+            and not is_torchdynamo_compiling()
+            and (type(self.norm_media), type(self.to_kv)) == (nn.LayerNorm, nn.Linear)
+            and all(type(part.weight) is nn.Parameter for part in (self.norm_media, self.to_kv))  # FSDP's are DTensors
+            and self.to_kv.weight.shape[1] == media.shape[-1]  # sharded by ZeRO-3 it is empty
+            and not any((part._forward_hooks or part._forward_pre_hooks) for part in (self.norm_media, self.to_kv))
+        )
+
+    def _project_constant(self, media: torch.Tensor) -> torch.Tensor:
+        """
+        `to_kv(norm_media(media))` with the norm's weight and bias in the matrix: their gradients come with the
+        matrix's, and the one of all media, which nobody else asks for, is never computed.
+        """
+        normed = nn.functional.layer_norm(media, media.shape[-1:], eps=self.norm_media.eps)
+        matrix = self.to_kv.weight
+        return nn.functional.linear(normed, matrix * self.norm_media.weight, matrix @ self.norm_media.bias)
 
 
 def _split(states: torch.Tensor, sizes: list[int]) -> Sequence[torch.Tensor]:
