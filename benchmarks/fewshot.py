@@ -10,6 +10,8 @@ Questions: 5 to 9 words and a picture of 256 x 256 each, all different, behind 8
 drawn for each from 100; 5 new tokens, 3 beams (as OpenFlamingo answers VQA) or greedy; 16 rows a batch on both sides.
 Each repeat is a run of its own over 32 questions (of the 200 of a real one, which would pay for the examples once),
 the store of latents is empty at first.
+Two rows beside the loop of open_flamingo 2.0.1 with its own model of these sizes (its resampler has six layers, ours
+two), where PARITY_CACHE has the environment of `tests/parity_2023/run.sh`; its figures are its own.
 Ranking: 1,000 class names of 1 to 3 words for each of 2 pictures.
 Training: a frozen CLIP ViT-B/32, resampler and gated blocks trained, an epoch of 24 rows with a picture of 224 x 224
 each in batches of 4; ours reads the tower's features from files, the peer, this build, encodes every picture.
@@ -17,6 +19,7 @@ each in batches of 4; ours reads the tower's features from files, the peer, this
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -161,6 +164,27 @@ def beside_peer(repeats: int) -> list[dict]:
     return rows
 
 
+def beside_open_flamingo(repeats: int) -> list[dict]:
+    """With three beams, as it asks; only where its environment is."""
+    python = Path(os.environ.get("PARITY_CACHE", Path.home() / ".cache" / "otter-hf-parity-2023")) / "venv/bin/python"
+    if not python.is_file():
+        print(f"There is no {python}: open_flamingo is left out.", file=sys.stderr)
+        return []
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder) / "model")
+        ours = Side(__file__, arguments=(f"{folder}/model",))
+        peer = Side(str(Path(__file__).with_name("_open_flamingo.py")), python=str(python))
+        for kind in ("fixed, 3", "drawn, 3"):
+            calls = [lambda side=side, kind=kind: side.run(kind) for side in (ours, peer)]
+            for call in calls:
+                call()
+            name = f"{describe(kind)}; the loop of open_flamingo 2.0.1, its model and weights"
+            rows.append(compare(name, *calls, min(repeats, 2), is_warm=True))
+        ours.close(), peer.close()
+    return rows
+
+
 def epochs(repeats: int) -> dict:
     from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration
     from otter_hf.training.features import store_media
@@ -220,7 +244,7 @@ def main():
     if args.work:
         work(args.folder)
         return
-    rows = [*beside_peer(args.repeats), epochs(args.repeats)]
+    rows = [*beside_peer(args.repeats), *beside_open_flamingo(args.repeats), epochs(args.repeats)]
     report("fewshot", f"this project at {PEER_COMMIT}; in training, this build without the store", rows)
 
 
