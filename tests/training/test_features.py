@@ -135,7 +135,8 @@ def test_two_epochs_are_the_same_and_the_second_encodes_nothing(frozen, fit, tmp
     assert stored == pytest.approx(plain, abs=1e-5) and len(plain) > 2
     (store,) = stores
     assert store.misses <= 9 and store.hits > 0  # 8 pictures, and the blank one of batches without any
-    assert len(resampled) <= steps / 2 if len(frozen) > 1 else len(resampled) == steps
+    # what is encoded at all is each medium once
+    assert len(resampled) <= store.misses if len(frozen) > 1 else len(resampled) == steps
 
 
 def test_a_frozen_tower_builds_no_graph_and_stays_as_it_is(fit, ragged, monkeypatch):
