@@ -9,7 +9,6 @@ import threading
 
 import pytest
 
-from otter_hf import files
 from otter_hf.cli import main
 from otter_hf.files import claim, disk_full_told, is_disk_full, move, replacing, write_json, write_text
 
@@ -78,13 +77,11 @@ def test_what_several_write_is_whole(tmp_path):
 
 
 OWNER = """
-import importlib.util, os, sys, time
+import os, sys, time
 
-# alone: the package takes long to import
-spec = importlib.util.spec_from_file_location("files", sys.argv[1])
-files = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(files)
-with files.claim(sys.argv[2], "here"):
+from otter_hf.files import claim
+
+with claim(sys.argv[1], "here"):
     if os.fork() == 0:  # as a data worker, it lives on for a moment
         time.sleep(0.3)
         os._exit(0)
@@ -107,7 +104,7 @@ def test_a_claim(tmp_path):
     assert not lock.exists()
 
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, files.__file__, str(lock)],
+        [sys.executable, "-c", OWNER, str(lock)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -6,13 +6,16 @@ import json
 import os
 import shutil
 import socket
-import threading
+import tempfile
+import uuid
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from .storage import is_address, to_path
 
 
 # a full disk, a quota, a file that may not grow; and what libraries say whose errors have no number
@@ -31,14 +34,21 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
     on the disk before it has the name, so that after a loss of power, too, the name stands for something whole.
 
     Args:
-        path: its folder is made where there is none.
-        shared: whether other threads or processes may be writing the same at the same time.
+        path: its folder is made where there is none. For an address (`s3://bucket/x`), the temporary path is that of a
+            file of this machine, which is sent there as one object.
+        shared: whether other threads or processes, of this machine or another, may be writing the same.
 
     Raises:
         OSError: if the disk is full, naming `path`.
     """
-    path = Path(path)
-    own = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    path = to_path(path)
+    if is_address(path):
+        with tempfile.TemporaryDirectory(prefix="otter_hf-") as folder:
+            yield Path(folder, path.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.fs.put_file(str(Path(folder, path.name)), path.path)
+        return
+    own = f".{uuid.uuid4().hex}" if shared else ""
     written = path.with_name(f".{path.name}{own}.incomplete")
     with disk_full_told(path):
         try:
@@ -101,7 +111,11 @@ def _sync_one(path: Path) -> None:
 
 def remove(path: str | Path) -> None:
     """Deletes a file or a folder, if it is there."""
-    path = Path(path)
+    path = to_path(path)
+    if is_address(path):
+        if path.exists():
+            path.fs.rm(path.path, recursive=True)
+        return
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
+from .storage import full_name, is_address, to_path
 
 
 # of a model's folder, what its replies depend on; beside it lie logs, checkpoints, and results of ours
@@ -29,9 +30,14 @@ def state(path: str | Path) -> list | None:
     """What tells whether a file or folder is still the same.
 
     Of a file it is `[bytes, time of change in ns]`, of a folder `[number of files, digest of their names, bytes and
-    times]`, of what is not there None.
+    times]`, of a file at an address `[bytes, what its store tells of it]`, of what is not there None.
     """
-    path = Path(path)
+    path = to_path(path)
+    if is_address(path):
+        try:
+            return [path.stat().st_size, path.fs.ukey(path.path)]
+        except OSError:
+            return None
     if path.is_dir():
         return _joint((file.relative_to(path), file) for file in sorted(path.rglob("*")) if file.is_file())
     try:
@@ -84,7 +90,7 @@ class MadeFrom:
     @classmethod
     def of(cls, paths: Iterable[str | Path], **options: Any) -> "MadeFrom":
         """Files and folders as they are now, and options."""
-        return cls({str(Path(path).resolve()): state(path) for path in paths}, options)
+        return cls({full_name(to_path(path)): state(path) for path in paths}, options)
 
     def to_json(self) -> dict[str, Any]:
         """As it is kept; what JSON has no form for becomes text."""
@@ -121,7 +127,7 @@ class MadeFrom:
 def kept(folder: str | Path) -> dict[str, Any]:
     """What `keep` has kept in a folder, by name of the result; empty where there is nothing."""
     try:
-        content = json.loads(Path(folder, _FILE).read_text(encoding="utf-8"))
+        content = json.loads((to_path(folder) / _FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -130,7 +136,7 @@ def kept(folder: str | Path) -> dict[str, Any]:
 def keep(folder: str | Path, results: Mapping[str, MadeFrom]) -> None:
     """Adds to the folder of some results, in the hidden file `.made_from.json`, what they were made from."""
     content = {**kept(folder), **{name: made_from.to_json() for name, made_from in results.items()}}
-    write_text(Path(folder, _FILE), json.dumps(content))
+    write_text(to_path(folder) / _FILE, json.dumps(content))
 
 
 def _joint(files: Iterable[tuple[Any, Path]]) -> list:

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from .storage import to_path
+
 
 # what a YAML file may stand for, once its aliases are written out
 MAX_YAML_NODES = 100_000
@@ -87,9 +89,9 @@ def is_lfs_pointer(start: bytes) -> bool:
 
 def refuse_lfs_pointer(path: str | Path) -> None:
     """Raise ValueError for a file that is a pointer of Git LFS; what is no file is not looked at."""
-    path = Path(path)
+    path = to_path(path)
     if path.is_file() and path.stat().st_size <= _POINTER_BYTES:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             if is_lfs_pointer(file.read(len(_LFS))):
                 raise ValueError(f"{path} is a Git LFS pointer, not the file itself: download it with git lfs pull.")
 

@@ -286,12 +286,3 @@ def test_commands(tmp_path, capsys):
     assert main(["data", "laion-to-tar", str(tmp_path), "--output", str(tmp_path / "laion")]) == 0
     assert "1 samples with 1 pictures" in (out := capsys.readouterr().out) and "left out: 1 (no caption)" in out
     assert main(["data", "laion-to-tar", str(tmp_path / "mmc4"), "--output", str(tmp_path / "laion")]) == 2
-
-
-@pytest.mark.slow
-def test_processes_write_what_one_does(tmp_path):
-    write_mmc4(tmp_path)
-    patterns = f"{tmp_path}/docs_shard_{{0..1}}_v2.jsonl", f"{tmp_path}/shard_{{0..1}}_images_v2.tar"
-    assert mmc4_to_tar(*patterns, tmp_path / "one") == mmc4_to_tar(*patterns, tmp_path / "two", num_proc=2)
-    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in ("one", "two")]
-    assert files[0] == files[1] and len(files[0]) == 4

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from otter_hf.cli import main
+from otter_hf.data.engine import Engine
 from otter_hf.data.formats import write_mimicit
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MixtureEntry
@@ -261,3 +262,19 @@ def test_command(tmp_path, dataset, capsys):
     assert "warning: IMAGE_TEXT/X: empty answer" in capsys.readouterr().out
     write(tmp_path / "X_instructions.json", changed(answer=None))
     assert main(["data", "check", str(path)]) == 1
+
+
+@pytest.mark.slow
+def test_workers_find_what_threads_do(tmp_path, dataset):
+    pytest.importorskip("datatrove", reason="datatrove is not installed: the extra scale")
+    write(tmp_path / "X.json", {**dataset, "blue": "bm8gcGljdHVyZQ=="})
+    found = check_mixture(mixture(tmp_path), cache_dir=tmp_path / "cache")
+    assert rules(found)["unreadable image"].ids == ["blue"]
+    engine = Engine(workers=2, logging_dir=tmp_path / "logs")
+    assert check_mixture(mixture(tmp_path), cache_dir=tmp_path / "cache", engine=engine).to_dict() == found.to_dict()
+
+
+def test_a_check_waits_for_its_answers(tmp_path, dataset):
+    for engine in (Engine("slurm"), Engine("ray")):
+        with pytest.raises(ValueError, match="A check waits for its answers"):
+            check_mixture(mixture(tmp_path), engine=engine)

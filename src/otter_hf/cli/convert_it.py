@@ -1,5 +1,6 @@
 """`otter-hf data convert-it`: pictures and videos of public sets to MIMIC-IT image stores."""
 
+from .engine_options import add_engine_options, engine_of, tell_submitted
 from .numbers import number, positive
 
 
@@ -25,13 +26,13 @@ def add_parser(commands) -> None:
         "--size", default="224", help="squares of PNG of this many pixels, or 'original' (default: 224)"
     )
     parser.add_argument("--base64", action="store_true", help="store base64 text, as the loader of 2023 needs it")
-    parser.add_argument("--threads", type=positive, default=8, help="shards written at a time (default: 8)")
     parser.add_argument("--sources-per-shard", type=positive, help="videos, clips or pictures per shard")
     parser.add_argument("--retry", action="store_true", help="also try again what an earlier run left out")
     parser.add_argument(
         "--timeout", type=number(float, above=0), help="seconds to wait for an answer (VST only; default: 20)"
     )
     parser.add_argument("--attempts", type=positive, help="attempts per link (VST only; default: 4)")
+    add_engine_options(parser, threads=8)
     parser.set_defaults(func=run)
 
 
@@ -53,10 +54,13 @@ def run(args) -> int:
         args.output,
         size=None if args.size == "original" else int(args.size),
         encoding="base64" if args.base64 else "bytes",
-        num_threads=args.threads,
+        engine=engine_of(args),
         sources_per_shard=args.sources_per_shard,
         retry=args.retry,
     )
+    if report is None:
+        tell_submitted()
+        return 0
     print(f"{report.images:,} pictures of {report.sources:,} sources in {report.store}")
     for left_out, count in report.kinds().items():
         print(f"left out: {count:,} ({left_out})")

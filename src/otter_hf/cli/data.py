@@ -1,10 +1,12 @@
 """Check, look at, convert and exchange MIMIC-IT data."""
 
 import argparse
+import os
 from pathlib import Path
 
 from ..model_names import check_model_name
 from . import convert_it, pretraining_data
+from .engine_options import add_engine_options, engine_of
 from .numbers import not_negative, positive
 
 
@@ -44,7 +46,6 @@ def _check(commands) -> None:
     parser.add_argument("--json", metavar="PATH", help="write the report there, with every id concerned")
     parser.add_argument("--skip-images", action="store_true", help="do not decode the pictures")
     parser.add_argument("--populate-rel-ins", action="store_true", help="contexts come from rel_ins_ids")
-    parser.add_argument("--threads", type=positive, help="decoding threads (default: one per processor)")
     parser.add_argument("--max-length", type=positive, help="warn of longer examples, in tokens; needs --tokenizer")
     parser.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id of the tokenizer that counts")
     parser.add_argument(
@@ -55,6 +56,7 @@ def _check(commands) -> None:
         metavar="MIXTURE",
         help="an evaluation set in one of these forms: list the pictures and questions that are in both",
     )
+    add_engine_options(parser, threads=os.cpu_count() or 1)
 
 
 def _run_check(args) -> int:
@@ -64,7 +66,7 @@ def _run_check(args) -> int:
         args.mixture,
         populate_rel_ins=args.populate_rel_ins,
         decode_images=not args.skip_images,
-        num_threads=args.threads,
+        engine=engine_of(args),
         cache_dir=args.cache_dir,
         tokenizer=_tokenizer(args.tokenizer),
         max_length=args.max_length,

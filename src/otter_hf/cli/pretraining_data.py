@@ -1,5 +1,6 @@
 """`otter-hf data mmc4-to-tar`, `laion-to-tar` and `obelics-to-tar`: published data to WebDataset shards."""
 
+from .engine_options import add_engine_options, engine_of, tell_submitted
 from .numbers import positive
 
 
@@ -39,9 +40,11 @@ def add_parser(commands) -> None:
     obelics.add_argument("--image-shards", required=True, nargs="+", metavar="PATH", help="what img2dataset wrote")
     obelics.set_defaults(func=run_obelics)
     for parser in (mmc4, laion, obelics):
-        parser.add_argument("--output", required=True, metavar="FOLDER", help="for the shards")
+        parser.add_argument(
+            "--output", required=True, metavar="FOLDER", help="for the shards; also an address: s3://..."
+        )
         parser.add_argument("--max-samples", type=positive, help="of a shard (default: laion 500,000, else 30,000)")
-        parser.add_argument("--num-proc", type=positive, default=1, help="files converted at a time (default: 1)")
+        add_engine_options(parser)
 
 
 def run_mmc4(args) -> None:
@@ -66,10 +69,12 @@ def run_obelics(args) -> None:
 
 
 def _options(args) -> dict:
-    return {"num_proc": args.num_proc} | ({} if args.max_samples is None else {"max_samples": args.max_samples})
+    return {"engine": engine_of(args)} | ({} if args.max_samples is None else {"max_samples": args.max_samples})
 
 
 def _report(counts, output: str) -> None:
+    if counts is None:
+        return tell_submitted()
     print(f"{counts.samples:,} samples with {counts.images:,} pictures in {output}")
     for reason, count in sorted(counts.left_out.items()):
         print(f"left out: {count:,} ({reason})")

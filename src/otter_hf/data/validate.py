@@ -4,11 +4,12 @@ import io
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 from PIL import Image
@@ -19,6 +20,7 @@ from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
 from .contamination import Overlap
+from .engine import Engine, read_records, run
 from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
@@ -27,7 +29,7 @@ from .samples import IMAGE_TEXT, IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
 
 
 SEVERITIES = ("error", "warning", "note")
-_BATCH_IMAGES = 256
+_BATCH_IMAGES = 32
 
 
 @dataclass
@@ -132,7 +134,7 @@ def check_mixture(
     *,
     populate_rel_ins: bool = False,
     decode_images: bool = True,
-    num_threads: int | None = None,
+    engine: Engine | None = None,
     cache_dir: str | Path | None = None,
     tokenizer: Any = None,
     max_length: int | None = None,
@@ -151,7 +153,8 @@ def check_mixture(
         mixture: a training YAML, or what `read_mixture` returned.
         populate_rel_ins: as for `MimicitMixture`.
         decode_images: also decode each picture that a record uses.
-        num_threads: threads that decode; default: one per processor.
+        engine: where pictures are decoded, 32 at a time; default: in a thread per processor. Ray needs a `logging_dir`
+            that all machines see.
         cache_dir: where the index files of image stores are kept.
         tokenizer: a transformers tokenizer, to count with for `max_length`.
         max_length: of an example in tokens, context included and pictures not; without a tokenizer, examples are
@@ -159,10 +162,13 @@ def check_mixture(
         max_image_pixels: as for `SampleOptions`.
 
     Raises:
-        ValueError: for `max_length` without a tokenizer.
+        ValueError: for `max_length` without a tokenizer; for Slurm, which gives no answer to wait for.
     """
     if max_length is not None and tokenizer is None:
         raise ValueError(f"max_length={max_length} needs a tokenizer to count with.")
+    engine = engine or Engine(threads=os.cpu_count() or 1)
+    if engine.executor == "slurm" or (engine.executor == "ray" and engine.logging_dir is None):
+        raise ValueError("A check waits for its answers: use the executor local, or ray with a logging_dir for all.")
     report = ValidationReport()
     if isinstance(mixture, (str, Path)):
         mixture = read_mixture(
@@ -177,7 +183,7 @@ def check_mixture(
             stores[key] = _open_store(entry, report, cache_dir, max_image_pixels), {}
         try:
             check = _DatasetCheck(entry, report, counts, populate_rel_ins, tokenizer, max_length)
-            check.run(*stores[key], decode_images, num_threads)
+            check.run(*stores[key], decode_images, engine)
         except (ValueError, OSError) as error:
             report.add("error", "unreadable file", str(error), entry)
     return report
@@ -222,12 +228,12 @@ class _DatasetCheck:
         store: ImageStore | None,
         results: dict[str, tuple[str, str, str] | None],
         decode_images: bool,
-        num_threads: int | None,
+        engine: Engine,
     ):
         self._check_records()
         self._check_contexts()
         if self.entry.task_group != TEXT_ONLY and store is not None:
-            self._check_images(store, results, decode_images, num_threads)
+            self._check_images(store, results, decode_images, engine)
 
     def _add(self, severity: str, rule: str, message: str, id: str = ""):
         self.report.add(severity, rule, message, self.entry, id)
@@ -360,7 +366,7 @@ class _DatasetCheck:
         store: ImageStore,
         results: dict[str, tuple[str, str, str] | None],
         decode_images: bool,
-        num_threads: int | None,
+        engine: Engine,
     ):
         self.counts.images = len(store)
         wanted = dict.fromkeys(image_id for ids in self.images.values() for image_id in ids)
@@ -380,7 +386,7 @@ class _DatasetCheck:
         if len(store) > len(found):
             self._add("note", "unused images", f"{len(store) - len(found):,} images are used by no record")
         if decode_images:
-            _decode_all(store, [id for id in found if id not in results], results, self.entry.name, num_threads)
+            _decode_all(store, [id for id in found if id not in results], results, self.entry.name, engine)
             for image_id in found:
                 if results[image_id]:
                     severity, rule, reason = results[image_id]
@@ -393,17 +399,22 @@ def _decode_all(
     image_ids: Sequence[str],
     results: dict[str, tuple[str, str, str] | None],
     name: str,
-    num_threads: int | None,
+    engine: Engine,
 ):
     """Adds to `results` what is wrong with each picture, None if nothing is."""
-    remaining = iter(image_ids)
-    with (
-        ThreadPoolExecutor(num_threads or os.cpu_count()) as pool,
-        logging.tqdm(desc=f"Decoding images of {name}", total=len(image_ids), unit=" images") as progress,
-    ):
-        while batch := list(islice(remaining, _BATCH_IMAGES)):
-            results.update(zip(batch, pool.map(lambda id: _decode(store, id), batch), strict=True))
-            progress.update(len(batch))
+    batches = [image_ids[start : start + _BATCH_IMAGES] for start in range(0, len(image_ids), _BATCH_IMAGES)]
+    items = {f"{number:06d}": batch for number, batch in enumerate(batches)}
+    if engine.logging_dir is not None:
+        Path(engine.logging_dir).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=engine.logging_dir) as folder:
+        run(partial(_decode_batch, store=store), items, Path(folder, "records"), engine, name=f"Decoding {name}")
+        for number, record in read_records(Path(folder, "records")).items():
+            found = (None if one is None else tuple(one) for one in record["found"])
+            results.update(zip(items[number], found, strict=True))
+
+
+def _decode_batch(image_ids: Sequence[str], stop: Event, store: ImageStore) -> dict[str, Any]:
+    return {"found": [_decode(store, id) for id in image_ids]}
 
 
 def _decode(store: ImageStore, image_id: str) -> tuple[str, str, str] | None:

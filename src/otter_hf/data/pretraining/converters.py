@@ -4,28 +4,35 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
+from glob import escape as glob_escape
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 from PIL import Image
 from transformers.utils import logging
 
+from ...files import claim, remove
 from ...made_from import MadeFrom, keep, kept
 from ...reading import parse_json, refuse_lfs_pointer
+from ...storage import AnyPath, full_name, is_address, to_path
+from ..engine import Engine, read_records, run
 from ..images import decode_base64, encode_base64
 from .shards import ShardWriter, numbered_files, read_sizes, remove_shards, tar_files, write_sizes
 
 
 logger = logging.get_logger(__name__)
+
+_RECORDS = ".records"  # of the jobs of a conversion that is under way
 
 # so many more rows of two files that differ than rows that agree are no damage
 _MOST_MISMATCHES = 10
@@ -52,8 +59,8 @@ def mmc4_to_tar(
     *,
     max_samples: int = 30_000,
     max_bytes: float = 1e10,
-    num_proc: int = 1,
-) -> ConversionCounts:
+    engine: Engine | None = None,
+) -> ConversionCounts | None:
     """
     Writes MMC4 documents together with their pictures: a `json` part per document, in which each entry of `image_info`
     has its picture as `image_base64`.
@@ -72,7 +79,12 @@ def mmc4_to_tar(
             the list. A picture is found by its name, in whatever folder of the tar.
         output: folder for the shards.
         max_samples, max_bytes: of a shard.
-        num_proc: processes, each with a file of documents at a time.
+        engine: where it runs, a file of documents at a time; default: in this process.
+
+    Files and folders may be addresses, as `s3://bucket/docs_shard_{0..99}_v2.jsonl.zip`.
+
+    Returns:
+        What was written since all was complete the last time; None if it was handed to Slurm.
 
     Raises:
         ValueError: if the lists differ in length, no number has both of its files, or a file is no tar.
@@ -85,7 +97,7 @@ def mmc4_to_tar(
         )
     jobs, left_out = [], Counter()
     for docs, tars in zip(*map(partial(map, numbered_files), patterns), strict=True):
-        whole = [key for key in docs if key in tars and os.path.isfile(docs[key]) and os.path.isfile(tars[key])]
+        whole = [key for key in docs if key in tars and _is_file(docs[key]) and _is_file(tars[key])]
         missing = sorted({*docs, *tars} - set(whole), key=lambda key: [(len(part), part) for part in key])
         if missing:
             left_out["number without documents or pictures"] += len(missing)
@@ -99,14 +111,18 @@ def mmc4_to_tar(
             f"doc_shards {doc_shards!r} and image_shards {image_shards!r} have no number of which both files are "
             "there: check the folders and the numbers."
         )
-    convert = partial(_convert_mmc4_shard, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    counts = convert_all(convert, jobs, Path(output), num_proc, max_samples=max_samples, max_bytes=max_bytes)
-    return counts + ConversionCounts(left_out=left_out)
+    convert = partial(_convert_mmc4_shard, output=to_path(output), max_samples=max_samples, max_bytes=max_bytes)
+    counts = convert_all(convert, jobs, output, engine, max_samples=max_samples, max_bytes=max_bytes)
+    return None if counts is None else counts + ConversionCounts(left_out=left_out)
+
+
+def _is_file(path: AnyPath) -> bool:
+    return to_path(path).is_file()
 
 
 def _absent_file(docs: dict[tuple, str], tars: dict[tuple, str], key: tuple) -> str:
     for files in (docs, tars):
-        if key in files and not os.path.isfile(files[key]):
+        if key in files and not _is_file(files[key]):
             return files[key]
     return f"the {'documents' if key in tars else 'pictures'} of {(tars if key in tars else docs)[key]}"
 
@@ -116,8 +132,13 @@ def _some(names: Sequence[str], most: int = 20) -> str:
 
 
 def laion_to_tar(
-    folder: str | Path, output: str | Path, *, max_samples: int = 500_000, max_bytes: float = 2e10, num_proc: int = 1
-) -> ConversionCounts:
+    folder: str | Path,
+    output: str | Path,
+    *,
+    max_samples: int = 500_000,
+    max_bytes: float = 2e10,
+    engine: Engine | None = None,
+) -> ConversionCounts | None:
     """
     Writes pairs of TSV files as shards of pictures with captions.
 
@@ -131,22 +152,30 @@ def laion_to_tar(
         folder: of the TSV files; folders in it are looked into as well.
         output: folder for the shards.
         max_samples, max_bytes: of a shard.
-        num_proc: processes, each with a pair of files at a time.
+        engine: where it runs, a pair of files at a time; default: in this process.
+
+    Returns:
+        As `mmc4_to_tar`.
 
     Raises:
         ValueError: if a file lacks its other half, or their keys or numbers of rows differ.
     """
-    pictures = sorted(path for path in Path(folder).rglob("*.tsv") if "image" in path.name)
+    pictures = sorted(path for path in to_path(folder).rglob("*.tsv") if "image" in path.name)
     if not pictures:
         raise ValueError(f"{folder} has no *image*.tsv in it.")
     pairs = [(path, path.with_name(path.name.replace("image", "text"))) for path in pictures]
-    convert = partial(_convert_laion_pair, output=Path(output), max_samples=max_samples, max_bytes=max_bytes)
-    return convert_all(convert, pairs, Path(output), num_proc, max_samples=max_samples, max_bytes=max_bytes)
+    convert = partial(_convert_laion_pair, output=to_path(output), max_samples=max_samples, max_bytes=max_bytes)
+    return convert_all(convert, pairs, output, engine, max_samples=max_samples, max_bytes=max_bytes)
 
 
 def convert_all(
-    convert, jobs: Sequence[tuple], output: Path, num_proc: int, pictures: Sequence[str | Path] = (), **options: Any
-) -> ConversionCounts:
+    convert: Callable[[tuple], tuple[ConversionCounts, dict[str, int]]],
+    jobs: Sequence[tuple],
+    output: str | Path,
+    engine: Engine | None = None,
+    pictures: Sequence[str | Path] = (),
+    **options: Any,
+) -> ConversionCounts | None:
     """
     Runs `convert(job)`, which gives counts and sizes of shards, for the jobs that are not written down as done.
 
@@ -155,12 +184,17 @@ def convert_all(
         options: what else the shards depend on. Shards of files that have changed since, or of other options, are
             written again, with a warning.
 
+    Returns:
+        As `mmc4_to_tar`.
+
     Raises:
         ValueError: if a file does not exist, or two jobs, of this or an earlier run, would write shards of one name.
+        OSError: if another process is writing to the folder.
     """
+    output = to_path(output)
     for job in jobs:
         for path in job:
-            if not os.path.isfile(path):
+            if not _is_file(path):
                 raise ValueError(f"The file {path} does not exist.")
     first: dict[str, Any] = {}
     for job in jobs:
@@ -169,28 +203,51 @@ def convert_all(
     output.mkdir(parents=True, exist_ok=True)
     shared = MadeFrom.of(pictures).files
     made_from = {stem(job[0]): MadeFrom({**MadeFrom.of(job).files, **shared}, options) for job in jobs}
-    pending = _pending(jobs, made_from, output)
-    total = ConversionCounts()
+    with nullcontext() if is_address(output) else claim(output / ".lock", output):
+        items = {stem(job[0]): (job, made_from[stem(job[0])].to_json()) for job in _pending(jobs, made_from, output)}
+        step, finish = partial(_convert_job, convert=convert, output=output), partial(_settle, output)
+        try:
+            done = run(step, items, output / _RECORDS, engine or Engine(), name=f"Shards in {output}", finish=finish)
+        except BaseException:
+            finish()
+            raise
+        return finish() if done else None
 
-    def finish(results: Iterator[tuple[ConversionCounts, dict[str, int]]]) -> None:
-        nonlocal total
-        for job, (counts, sizes) in zip(pending, results, strict=True):
-            total += counts
-            name = stem(job[0])
-            keep(output, {name: made_from[name]})
-            write_sizes(output, sizes)
 
-    if num_proc > 1 and len(pending) > 1:
-        with ProcessPoolExecutor(num_proc, mp_context=get_context("spawn")) as pool:
-            finish(pool.map(convert, pending))
-    else:
-        finish(map(convert, pending))
+def _convert_job(item: tuple[tuple, dict], stop: Event, convert: Callable, output: AnyPath) -> dict[str, Any]:
+    """Writes the shards of a job, and gives its record."""
+    job, made_from = item
+    counts, sizes = convert(job)
+    # an earlier attempt may have been about a longer file
+    shards = re.compile(re.escape(stem(job[0])) + r"\.\d+\.tar")
+    for path in output.glob(f"{glob_escape(stem(job[0]))}.*.tar"):
+        if shards.fullmatch(path.name) and path.name not in sizes:
+            remove(path)
+    return {"samples": counts.samples, "images": counts.images, "left_out": dict(counts.left_out)} | {
+        "sizes": sizes,
+        "made_from": made_from,
+    }
+
+
+def _settle(output: AnyPath) -> ConversionCounts:
+    """Writes down what the records tell, in place of them; gives their counts."""
+    total, sizes, made_from = ConversionCounts(), {}, {}
+    for name, record in read_records(output / _RECORDS).items():
+        total += ConversionCounts(record["samples"], record["images"], Counter(record["left_out"]))
+        sizes |= record["sizes"]
+        made_from[name] = MadeFrom(**record["made_from"])
+    if made_from:
+        keep(output, made_from)
+        write_sizes(output, sizes)
+    remove(output / _RECORDS)
+    for path in output.glob(".*.incomplete"):
+        remove(path)
     return total
 
 
-def _pending(jobs: Sequence[tuple], made_from: Mapping[str, MadeFrom], output: Path) -> list[tuple]:
-    """The jobs that are not done, or not with what is there now; shards of those are removed."""
-    sizes, before = read_sizes(output), kept(output)
+def _pending(jobs: Sequence[tuple], made_from: Mapping[str, MadeFrom], output: AnyPath) -> list[tuple]:
+    """The jobs that are not settled, or not with what is there now; shards and records of those are removed."""
+    sizes, before, records = read_sizes(output), kept(output), read_records(output / _RECORDS)
     pending, stale = [], []
     for job in jobs:
         name = stem(job[0])
@@ -199,10 +256,12 @@ def _pending(jobs: Sequence[tuple], made_from: Mapping[str, MadeFrom], output: P
         changes = made_from[name].changes(before.get(name))
         if shards and not changes:
             continue
-        if shards and name in before and str(Path(job[0]).resolve()) not in before[name]["files"]:
+        if shards and name in before and full_name(to_path(job[0])) not in before[name]["files"]:
             raise ValueError(f"{output} holds {name}.*.tar of another file ({changes}): choose another output.")
         if shards:
             logger.warning(f"{name}.*.tar in {output} is written again: {changes}.")
+        if name in records and made_from[name].changes(records[name]["made_from"]):
+            remove(output / _RECORDS / f"{name}.json")
         stale += shards
         pending.append(job)
     remove_shards(output, stale)
@@ -211,10 +270,10 @@ def _pending(jobs: Sequence[tuple], made_from: Mapping[str, MadeFrom], output: P
 
 def stem(path: str | Path) -> str:
     """The name of a file up to its first dot, which names the shards made of it."""
-    return Path(path).name.split(".")[0]
+    return to_path(path).name.split(".")[0]
 
 
-def _convert_mmc4_shard(job: tuple[str, str], output: Path, max_samples: int, max_bytes: float):
+def _convert_mmc4_shard(job: tuple[str, str], output: AnyPath, max_samples: int, max_bytes: float):
     docs, tar_path = job
     counts = ConversionCounts()
     with (
@@ -256,17 +315,21 @@ def _similarities(document: dict[str, Any], members: dict) -> dict[str, Any]:
     return {"similarity_matrix": list(itertools.compress(rows, kept))}
 
 
-def _open_tar(path: str) -> tarfile.TarFile:
+@contextmanager
+def _open_tar(path: str) -> Iterator[tarfile.TarFile]:
     refuse_lfs_pointer(path)
-    try:
-        return tarfile.open(path, "r:")
-    except tarfile.ReadError as error:
-        raise ValueError(f"{path} is no plain tar file: {error}.") from None
+    with to_path(path).open("rb") as file:
+        try:
+            tar = tarfile.open(fileobj=file, mode="r:")
+        except tarfile.ReadError as error:
+            raise ValueError(f"{path} is no plain tar file: {error}.") from None
+        with tar:
+            yield tar
 
 
 def _members(tar: tarfile.TarFile, path: str) -> dict[str, tarfile.TarInfo]:
     """The files of a tar by their names without folders."""
-    members, end = {}, os.path.getsize(path)
+    members, end = {}, to_path(path).stat().st_size
     try:
         for member in tar_files(tar):
             if member.offset_data + member.size <= end:
@@ -289,18 +352,24 @@ def _document(line: bytes) -> dict[str, Any] | None:
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
-def _open_lines(path: str) -> BinaryIO:
+@contextmanager
+def _open_lines(path: str) -> Iterator[BinaryIO]:
     refuse_lfs_pointer(path)
-    if not zipfile.is_zipfile(path):
-        return open(path, "rb")
-    try:
-        archive = zipfile.ZipFile(path)
-        names = archive.namelist()
-        if len(names) == 1:
-            return archive.open(names[0])
-    except _ZIP_ERRORS as error:
-        raise ValueError(f"{path} is a damaged zip file: {error}.") from None
-    raise ValueError(f"{path} holds {len(names)} files, it should be one of JSON lines.")
+    with to_path(path).open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            yield file
+            return
+        try:
+            archive = zipfile.ZipFile(file)
+            names = archive.namelist()
+            lines = archive.open(names[0]) if len(names) == 1 else None
+        except _ZIP_ERRORS as error:
+            raise ValueError(f"{path} is a damaged zip file: {error}.") from None
+        if lines is None:
+            raise ValueError(f"{path} holds {len(names)} files, it should be one of JSON lines.")
+        with lines:
+            yield lines
 
 
 def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
@@ -310,14 +379,14 @@ def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
         raise ValueError(f"{path} is a damaged zip file: {error}.") from None
 
 
-def _convert_laion_pair(job: tuple[Path, Path], output: Path, max_samples: int, max_bytes: float):
+def _convert_laion_pair(job: tuple[AnyPath, AnyPath], output: AnyPath, max_samples: int, max_bytes: float):
     counts = ConversionCounts()
     for path in job:
         refuse_lfs_pointer(path)
     mismatches: list[str] = []
     with (
-        open(job[0], "rb") as pictures,
-        open(job[1], "rb") as captions,
+        job[0].open("rb") as pictures,
+        job[1].open("rb") as captions,
         ShardWriter(output, f"{stem(job[0])}.%03d.tar", max_samples, max_bytes) as writer,
     ):
         number = matches = 0

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ...reading import parse_json, refuse_lfs_pointer
+from ...storage import AnyPath, is_address, is_one_path, to_path
+from ..engine import Engine
 from ..images import encode_base64
 from .converters import ConversionCounts, convert_all, stem
 from .samples import ImageTextPairs
@@ -23,8 +25,8 @@ def obelics_to_tar(
     *,
     max_samples: int = 30_000,
     max_bytes: float = 1e10,
-    num_proc: int = 1,
-) -> ConversionCounts:
+    engine: Engine | None = None,
+) -> ConversionCounts | None:
     """
     Writes documents of OBELICS (https://huggingface.co/papers/2306.16527) together with their pictures, in the form of
     MMC4 that `mmc4_to_tar` writes.
@@ -40,25 +42,30 @@ def obelics_to_tar(
         output: folder for the shards, named `NAME.000.tar` after the parquet file, with `sizes.json`. A file whose
             shards are complete is not converted again, unless it, a shard of pictures or an argument has changed.
         max_samples, max_bytes: of a shard.
-        num_proc: processes, each with a parquet file at a time.
+        engine: where it runs, a parquet file at a time; default: in this process.
+
+    Returns:
+        As `mmc4_to_tar`.
 
     Raises:
         ValueError: if a file does not exist, or has other columns.
     """
-    files = [files] if isinstance(files, (str, Path)) else list(files)
-    paths = [path for one in files for path in (sorted(Path(one).glob("*.parquet")) if Path(one).is_dir() else [one])]
+    files = [files] if is_one_path(files) else list(files)
+    paths = [
+        path for one in map(to_path, files) for path in (sorted(one.glob("*.parquet")) if one.is_dir() else [one])
+    ]
     if not paths:
         raise ValueError(f"There is no parquet file in {', '.join(map(str, files))}.")
     shards = expand_shards(image_shards)
     convert = partial(
         _convert,
         pictures=_Pictures(shards),
-        output=Path(output),
+        output=to_path(output),
         max_samples=max_samples,
         max_bytes=max_bytes,
     )
     jobs = [(path,) for path in paths]
-    return convert_all(convert, jobs, Path(output), num_proc, shards, max_samples=max_samples, max_bytes=max_bytes)
+    return convert_all(convert, jobs, output, engine, shards, max_samples=max_samples, max_bytes=max_bytes)
 
 
 class _Pictures:
@@ -88,7 +95,7 @@ class _Pictures:
         return data
 
 
-def _convert(job: tuple[str | Path], pictures: _Pictures, output: Path, max_samples: int, max_bytes: float):
+def _convert(job: tuple[AnyPath], pictures: _Pictures, output: AnyPath, max_samples: int, max_bytes: float):
     (path,) = job
     counts = ConversionCounts()
     with ShardWriter(output, f"{stem(path)}.%03d.tar", max_samples, max_bytes) as writer:
@@ -123,7 +130,7 @@ def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
     refuse_lfs_pointer(path)
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path.open("rb") if is_address(path) else path)
         if missing := {"images", "texts"} - set(file.schema_arrow.names):
             raise ValueError(f"{path} has no column {' or '.join(sorted(missing))}, only {file.schema_arrow.names}.")
         for batch in file.iter_batches(256, columns=["images", "texts"]):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...reading import load_yaml
+from ...storage import is_address, is_one_path
 from .samples import KINDS, ImageTextPairs, InterleavedDocuments
 from .shards import expand_shards, shard_sizes
 
@@ -63,7 +64,7 @@ class PretrainingSet:
             if option not in known:
                 raise ValueError(f"{option!r} is no setting of {self.kind}; {_hint(option, [*_SETTINGS, *known])}")
         self.builder: ImageTextPairs | InterleavedDocuments = KINDS[self.kind](**self.options)
-        sources = [self.shards] if isinstance(self.shards, (str, Path)) else list(self.shards)
+        sources = [self.shards] if is_one_path(self.shards) else list(self.shards)
         paths = [expand_shards(source) for source in sources]
         self.paths = [path for of_source in paths for path in of_source]
         self.sizes = shard_sizes(self.paths)
@@ -134,6 +135,8 @@ def _read_set(name: str, settings: Any, folder: Path) -> PretrainingSet:
 
 
 def _find(shards: Any, folder: Path) -> str:
+    if is_address(str(shards)):
+        return str(shards)
     # a pattern is no path: what it stands for is looked for
     try:
         expand_shards(str(shards))

@@ -11,14 +11,16 @@ import re
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from glob import glob
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from transformers.utils import logging
 
-from ...files import move, write_json
+from ...files import remove, replacing, write_json
 from ...reading import parse_json, refuse_lfs_pointer
+from ...storage import in_this_process, is_address, is_one_path, to_path
 
 
 logger = logging.get_logger(__name__)
@@ -40,25 +42,34 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
     Args:
         shards: a tar file; a pattern with braces as in `cc3m/{00000..00331}.tar` or `{00000,00002}.tar`, or with
-            wildcards; a folder, for all tar files in it (what img2dataset writes); or a list of these.
+            wildcards; a folder, for all tar files in it (what img2dataset writes); or a list of these. Addresses as
+            `s3://bucket/cc3m/{00000..00331}.tar` likewise.
 
     Raises:
         ValueError: naming what stands for no file, or for one that does not exist.
     """
-    if not isinstance(shards, (str, Path)):
+    if not is_one_path(shards):
         return [path for one in shards for path in expand_shards(one)]
-    if Path(shards).is_dir():
-        paths = sorted(Path(shards).glob("*.tar"))
+    if to_path(shards).is_dir():
+        paths = sorted(to_path(shards).glob("*.tar"))
     elif any(sign in str(shards) for sign in "*?["):
-        paths = [Path(path) for path in sorted(glob(str(shards)))]
+        paths = [to_path(path) for path in _glob(str(shards))]
     else:
-        paths = [Path(path) for path in expand_braces(str(shards))]
+        paths = [to_path(path) for path in expand_braces(str(shards))]
     if not paths:
         raise ValueError(f"Shards {str(shards)!r}: there is no tar file by this name.")
     for path in paths:
         if not path.is_file():
             raise ValueError(f"Shards {str(shards)!r}: {path} does not exist.")
     return paths
+
+
+def _glob(pattern: str) -> list[str]:
+    """Names of files for a pattern with wildcards, in their order."""
+    if not is_address(pattern):
+        return sorted(glob(pattern))
+    path = to_path(pattern)
+    return [path.fs.unstrip_protocol(name) for name in sorted(path.fs.glob(path.path))]
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -87,8 +98,9 @@ def numbered_files(pattern: str) -> dict[tuple[str, ...], str]:
     """
     if "*" in pattern:
         # each star becomes a group; a star does not reach over a folder, as in glob
-        stars = re.compile("([^/]*)".join(map(re.escape, os.path.normpath(pattern).split("*"))))
-        found = ((stars.fullmatch(os.path.normpath(path)), path) for path in sorted(glob(pattern)))
+        normal = (lambda path: "/".join(filter(None, path.split("/")))) if is_address(pattern) else os.path.normpath
+        stars = re.compile("([^/]*)".join(map(re.escape, normal(pattern).split("*"))))
+        found = ((stars.fullmatch(normal(path)), path) for path in _glob(pattern))
         files = ((match.groups(), path) for match, path in found if match)
     else:
         files = _expand_braces(pattern)
@@ -106,6 +118,7 @@ def index_shard(path: Path) -> list[SampleParts]:
     """
     samples: list[SampleParts] = []
     error = None
+    path = in_this_process(path)
     refuse_lfs_pointer(path)
     try:
         for full_name, offset, size in _plain_members(path) or _members(path):
@@ -132,10 +145,16 @@ def index_shard(path: Path) -> list[SampleParts]:
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the files in a tar of any dialect."""
-    with tarfile.open(path, "r:") as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar_files(tar):
             tar.members = []  # or it keeps them all
             yield member.name, member.offset_data, member.size
+
+
+def open_unbuffered(path: Path) -> BinaryIO:
+    """A file of which parts are read here and there: what is read ahead would be thrown away."""
+    # 64 kB are what an answer of an object store costs in time
+    return path.open("rb", block_size=1 << 16) if is_address(path) else open(path, "rb", buffering=0)
 
 
 def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -167,7 +186,7 @@ def _plain_members(path: Path) -> list[tuple[str, int, int]] | None:
     writers make it. None for any other.
     """
     members, offset, end = [], 0, path.stat().st_size
-    with open(path, "rb", buffering=0) as file:
+    with open_unbuffered(path) as file:
         while header := file.read(tarfile.BLOCKSIZE):
             if header == _EMPTY_BLOCK:
                 return members
@@ -305,8 +324,7 @@ class ShardReader:
 
     def _open(self, path: Path) -> io.FileIO:
         if path not in self._files:
-            # unbuffered: a buffer would be read and thrown away for each part
-            self._files[path] = open(path, "rb", buffering=0)
+            self._files[path] = open_unbuffered(in_this_process(path))
             while len(self._files) > self.MAX_OPEN:
                 self._files.popitem(last=False)[1].close()
         self._files.move_to_end(path)
@@ -329,19 +347,21 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str | Path, pattern: str, max_samples: int = 10_000, max_bytes: float = 1e10):
-        self.folder = Path(folder)
+        self.folder = to_path(folder)
         self.pattern = pattern
         self.max_samples = max_samples
         self.max_bytes = max_bytes
         self.sizes: dict[str, int] = {}
         self._tar: tarfile.TarFile | None = None
+        self._shard = ExitStack()
         self._count = self._bytes = 0
 
     def write(self, key: str, parts: Mapping[str, bytes]) -> None:
         """Adds a sample: `parts` are its bytes by suffix without dot. `key` may have no dot behind its last slash."""
         if self._tar is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._tar = tarfile.open(self._incomplete, "w", format=tarfile.USTAR_FORMAT)
+            # another machine may still be writing the same, which was given up because nothing was heard of it
+            written = self._shard.enter_context(replacing(self.folder / self._name, shared=True))
+            self._tar = self._shard.enter_context(tarfile.open(written, "w", format=tarfile.USTAR_FORMAT))
         for suffix, data in parts.items():
             info = tarfile.TarInfo(f"{key}.{suffix}")
             info.size = len(data)
@@ -355,13 +375,8 @@ class ShardWriter:
     def _name(self) -> str:
         return self.pattern % len(self.sizes)
 
-    @property
-    def _incomplete(self) -> Path:
-        return self.folder / f".{self._name}.incomplete"
-
     def _close_shard(self) -> None:
-        self._tar.close()
-        move(self._incomplete, self.folder / self._name)
+        self._shard.close()
         self.sizes[self._name] = self._count
         self._tar, self._count, self._bytes = None, 0, 0
 
@@ -369,18 +384,16 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind, *error) -> None:
-        if self._tar is None:
-            return
-        if kind is None:
+        if kind is not None:
+            self._shard.__exit__(kind, *error)
+        elif self._tar is not None:
             self._close_shard()
-        else:
-            self._tar.close()
-            self._incomplete.unlink()
 
 
 def write_sizes(folder: str | Path, sizes: Mapping[str, int]) -> None:
     """Adds numbers of samples (tar name -> number) to `sizes.json` in a folder of shards."""
-    _replace_sizes(Path(folder), {**read_sizes(Path(folder)), **sizes})
+    folder = to_path(folder)
+    _replace_sizes(folder, {**read_sizes(folder), **sizes})
 
 
 def remove_shards(folder: Path, names: Sequence[str]) -> None:
@@ -388,7 +401,7 @@ def remove_shards(folder: Path, names: Sequence[str]) -> None:
     if names:
         _replace_sizes(folder, {name: size for name, size in read_sizes(folder).items() if name not in set(names)})
     for name in names:
-        (folder / name).unlink(missing_ok=True)
+        remove(folder / name)
 
 
 def _replace_sizes(folder: Path, sizes: Mapping[str, int]) -> None:

@@ -1,10 +1,10 @@
-"""Sources to a folder of parquet shards: streamed, in threads, and taken up again where a run ended."""
+"""Sources to a folder of parquet shards: streamed, and taken up again where a run ended."""
 
 import json
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from io import BytesIO
@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ...data.engine import Engine, run
 from ...data.images import decode_image, image_bytes
 from ...data.parquet_writer import write_images
 from ...files import claim, disk_full_told, move, write_json
@@ -24,6 +25,9 @@ from .base import Converter, LeftOut, Source
 
 
 logger = logging.get_logger(__name__)
+
+# so many shards at least, as far as there are sources, for as many workers
+_FEWEST_SHARDS = 32
 
 
 @dataclass
@@ -49,10 +53,10 @@ def convert(
     *,
     size: int | None = 224,
     encoding: str = "bytes",
-    num_threads: int = 8,
+    engine: Engine | None = None,
     sources_per_shard: int | None = None,
     retry: bool = False,
-) -> ConversionReport:
+) -> ConversionReport | None:
     """Writes the pictures of a public set as the image store `<output>/<short name>.parquet`, a folder of shards.
 
     Image ids are the original's. Other than there, pictures are not held in memory, dots in names are kept, videos
@@ -60,16 +64,20 @@ def convert(
 
     The store gets its name when all shards are complete. A run that was stopped or killed is called again: it writes
     the shards that are not there, and with a warning those of which a file has changed since, and leaves the others as
-    they are. What is in a shard does not depend on the threads.
+    they are. What is in a shard does not depend on the engine.
 
     Args:
         size: pictures become squares of this many pixels (Lanczos) in RGB, as PNG, which is the original's format.
             None: the bytes of pictures are kept as they are, and video frames become PNG in their own size.
         encoding: `"bytes"`, or `"base64"`, the text that the loader of 2023 needs.
-        num_threads: shards written at a time; each thread holds one picture, and about a hundred encoded ones.
-        sources_per_shard: default: the converter's, or fewer, so that each thread has a shard; a conversion that was
-            begun keeps its own.
+        engine: where it runs, a shard at a time, which holds one picture and about a hundred encoded ones in memory;
+            default: in 8 threads of this process.
+        sources_per_shard: default: the converter's, or fewer, so that there are 32 shards; a conversion that was begun
+            keeps its own.
         retry: also write the shards again in which something was left out.
+
+    Returns:
+        What is in the store, and what was left out; None if the rest was handed to Slurm.
 
     Raises:
         ValueError: if there are no sources, two have one name, or the folder holds another store or the beginning of
@@ -78,13 +86,11 @@ def convert(
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be a number of pixels, or None for the original bytes, got {size}.")
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {num_threads}.")
     if sources_per_shard is not None and sources_per_shard < 1:
         raise ValueError(f"sources_per_shard must be at least 1, got {sources_per_shard}.")
     name = converter.short_name
     sources = _unique_sources(converter)
-    default = min(converter.sources_per_shard, -(-len(sources) // num_threads))
+    default = min(converter.sources_per_shard, -(-len(sources) // _FEWEST_SHARDS))
     store = Path(output, f"{name}.parquet")
     progress = Path(output, f".{name}.progress")
     if store.exists() and not (progress / "conversion.json").exists():
@@ -94,8 +100,7 @@ def convert(
         asked = {"size": size, "encoding": encoding, "sources_per_shard": sources_per_shard}
         settings = _settings(progress / "conversion.json", name, sources, asked, default)
         shards = _Shards(converter, sources, settings, store, progress)
-        shards.write(num_threads, retry)
-        return shards.report(Path(output, f"{name}_report.json"))
+        return shards.write(engine or Engine(threads=8), retry)
 
 
 def _unique_sources(converter: Converter) -> list[Source]:
@@ -154,35 +159,35 @@ class _Shards:
         self.size, self.encoding = settings["size"], settings["encoding"]
         per_shard = settings["sources_per_shard"]
         self.shards = [sources[i : i + per_shard] for i in range(0, len(sources), per_shard)]
-        self.stop = Event()
 
-    def write(self, num_threads: int, retry: bool) -> None:
-        pending = [number for number in range(len(self.shards)) if self._is_pending(number, retry)]
+    def write(self, engine: Engine, retry: bool) -> ConversionReport | None:
+        pending = {f"part.{n}": n for n in range(len(self.shards)) if self._is_pending(n, retry)}
         done = len(self.shards) - len(pending)
         if done:
             logger.warning(f"{done} of {len(self.shards)} shards of {self.store} are complete and stay as they are.")
         if self.store.exists():
             if not pending:
-                return
+                return self.finish()
             os.replace(self.store, self.incomplete_store)
         self.incomplete_store.mkdir(exist_ok=True)
-        with (
-            ThreadPoolExecutor(num_threads) as pool,
-            logging.tqdm(desc=f"Shards of {self.store.name}", total=len(self.shards), initial=done) as bar,
-        ):
-            futures = [pool.submit(self._write_shard, number) for number in pending]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update()
-            except BaseException:
-                self.stop.set()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-        move(self.incomplete_store, self.store)
+        for number in pending.values():
+            # one to be replaced must not be found with the report of the new one
+            self._report_path(number).unlink(missing_ok=True)
+            self._shard_path(number).unlink(missing_ok=True)
+        name = f"Shards of {self.store.name}"
+        done = run(self._write_shard, pending, self.progress, engine, name=name, finish=self.finish)
+        return self.finish() if done else None
+
+    def finish(self) -> ConversionReport:
+        """Gives the store its name, and writes the report."""
+        if self.incomplete_store.exists():
+            for path in self.progress.glob("*.incomplete"):  # of workers that were killed
+                path.unlink()
+            move(self.incomplete_store, self.store)
+        return self.report(self.store.with_name(f"{self.converter.short_name}_report.json"))
 
     def _is_pending(self, number: int, retry: bool) -> bool:
-        if not self._shard_path(number).exists():
+        if not (self._shard_path(number).exists() and self._report_path(number).exists()):
             return True
         report = json.loads(self._report_path(number).read_text(encoding="utf-8"))
         before = report.get("made_from", {})
@@ -205,26 +210,26 @@ class _Shards:
     def _report_path(self, number: int) -> Path:
         return self.progress / f"part.{number}.json"
 
-    def _write_shard(self, number: int) -> None:
+    def _write_shard(self, number: int, stop: Event) -> dict[str, Any]:
+        """Writes a shard, and gives its report."""
         left_out: list[dict[str, str]] = []
-        incomplete = self.progress / f"part.{number}.incomplete"
+        incomplete = self.progress / f"part.{number}.{uuid.uuid4().hex}.incomplete"
         made_from = self._made_from(number)
         try:
-            ids = write_images(incomplete, self._pictures(self.shards[number], left_out), self.encoding)
-            # one to be replaced must not be found with the report of the new one
-            self._shard_path(number).unlink(missing_ok=True)
-            # the shard last: who finds it finds its report
-            write_json(self._report_path(number), {"images": len(ids), "left_out": left_out, "made_from": made_from})
-            move(incomplete, self._shard_path(number))
+            ids = write_images(incomplete, self._pictures(self.shards[number], left_out, stop), self.encoding)
+            move(incomplete, self.incomplete_store / f"part.{number}.parquet")
         finally:
             incomplete.unlink(missing_ok=True)
+        return {"images": len(ids), "left_out": left_out, "made_from": made_from}
 
-    def _pictures(self, sources: list[Source], left_out: list[dict[str, str]]) -> Iterator[tuple[str, bytes]]:
+    def _pictures(
+        self, sources: list[Source], left_out: list[dict[str, str]], stop: Event
+    ) -> Iterator[tuple[str, bytes]]:
         def leave_out(what: str, error: LeftOut) -> None:
             left_out.append({"source": what, "kind": error.kind, "reason": str(error)})
 
         for source in sources:
-            if self.stop.is_set():
+            if stop.is_set():
                 raise InterruptedError("the conversion was stopped")
             try:
                 for picture_name, picture in self.converter.read(source):

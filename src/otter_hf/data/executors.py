@@ -1,0 +1,191 @@
+"""The executors of datatrove, which is imported here and nowhere else.
+
+Tasks, marks, logs and statistics are datatrove's. Who hands tasks to workers, here and on Ray, is not: in version
+0.10.1 its local and Ray executors wait for ever for the task of a worker that was killed, and the one of Ray ends
+without an error when a task has failed.
+"""
+
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
+from datatrove.utils.stats import PipelineStats, Stats
+from transformers.utils import logging
+
+from ..extras import missing
+from ..files import remove
+from ..storage import to_path
+from .engine import Engine, Work
+
+
+logger = logging.get_logger(__name__)
+
+_EXECUTORS = {"local": LocalPipelineExecutor, "ray": RayPipelineExecutor, "slurm": SlurmPipelineExecutor}
+# a worker that is killed so often, without a task done in between, is killed by its task
+_MOST_DEATHS = 3
+
+
+def execute(work: Work, engine: Engine, finish: Callable[[], Any] | None) -> bool:
+    """As `engine.run`, on datatrove."""
+    tasks = min(engine.tasks or 4 * engine.workers, len(work.items))
+    folder = to_path(engine.logging_dir or work.records.parent / ".engine") / f"{tasks}-{work.digest(tasks)}"
+    kind = _EXECUTORS[engine.executor]
+    engine.check_options(kind)
+    work.stats = Stats(work.name)
+    settings = {"tasks": tasks, "workers": engine.workers, **engine.options}
+    if kind is SlurmPipelineExecutor:
+        _check_slurm(engine)
+        # as in this process, whatever a shell on another machine would find
+        path = f'export PATH="{os.path.dirname(sys.executable)}:$PATH"'
+        settings = {"env_command": path, "job_name": "otter-hf", **settings}
+    executor = kind([work], logging_dir=str(folder), **settings)
+    _forget_what_is_gone(executor, work)
+    if kind is SlurmPipelineExecutor:
+        return _submit(executor, settings, finish)
+    results = _locally(executor, engine.workers) if engine.executor == "local" else _on_ray(executor, engine.workers)
+    with logging.tqdm(desc=work.name, total=tasks, unit=" tasks") as bar:
+        bar.update(tasks - len(executor.get_incomplete_ranks()))
+        for _ in results:
+            bar.update()
+    _merge_statistics(executor, tasks)
+    return True
+
+
+def _forget_what_is_gone(executor: PipelineExecutor, work: Work) -> None:
+    """Takes the marks from tasks of which an item has no record (any more)."""
+    numbers = {name: number for number, name in enumerate(work.items)}
+    for rank in {numbers[name] % executor.world_size for name in work.missing()}:
+        if executor.logging_dir.isfile(f"completions/{rank:05d}"):
+            executor.logging_dir.rm(f"completions/{rank:05d}")
+
+
+def _run_task(executor: PipelineExecutor, rank: int) -> None:
+    executor._run_for_rank(rank, local_rank=1)  # its logs to the file: the terminal has the bar
+
+
+_executor: PipelineExecutor | None = None  # of a worker process, which is handed it once
+
+
+def _receive(executor: PipelineExecutor) -> None:
+    global _executor
+    _executor = executor
+
+
+def _run_received(rank: int) -> None:
+    _run_task(_executor, rank)
+
+
+def _locally(executor: PipelineExecutor, workers: int) -> Iterator[int]:
+    """Runs the tasks that are not complete; yields their numbers as they are done."""
+    deaths = 0
+    while ranks := executor.get_incomplete_ranks():
+        # not forked: threads are at work here, whose locks a child would inherit
+        processes = {"mp_context": get_context("spawn"), "initializer": _receive, "initargs": (executor,)}
+        with ProcessPoolExecutor(min(workers, len(ranks)), **processes) as pool:
+            futures = {pool.submit(_run_received, rank): rank for rank in ranks}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    deaths = 0
+                    yield futures[future]
+            except BrokenProcessPool:
+                deaths += 1
+                if deaths > _MOST_DEATHS:
+                    raise RuntimeError(
+                        f"Workers were killed {deaths} times, without a task done in between: is there enough memory "
+                        f"for {workers}?"
+                    ) from None
+                logger.warning("A worker was killed: the tasks under way begin again, behind the items that are done.")
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+
+def _on_ray(executor: PipelineExecutor, workers: int) -> Iterator[int]:
+    """As `_locally`, on the Ray cluster of this machine."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError(missing("--executor ray", "ray")) from None
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    task = ray.remote(
+        num_cpus=executor.cpus_per_task,
+        num_gpus=executor.gpus_per_task,
+        max_retries=_MOST_DEATHS,
+        scheduling_strategy="SPREAD",
+        **(executor.ray_remote_kwargs or {}),
+    )(_run_task)
+    reference = ray.put(executor)
+    waiting, running = deque(executor.get_incomplete_ranks()), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                rank = waiting.popleft()
+                running[task.remote(reference, rank)] = rank
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            rank = running.pop(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"Task {rank} was lost on Ray {_MOST_DEATHS + 1} times: {error}") from error
+            yield rank
+    finally:
+        for one in running:
+            ray.cancel(one, force=True)
+
+
+def _merge_statistics(executor: PipelineExecutor, tasks: int) -> None:
+    total = PipelineStats()
+    for rank in range(tasks):
+        with executor.logging_dir.open(f"stats/{rank:05d}.json") as file:
+            total += PipelineStats.from_json(json.load(file))
+    with executor.logging_dir.open("stats.json", "wt") as file:
+        total.save_to_disk(file)
+
+
+def _check_slurm(engine: Engine) -> None:
+    for option in ("time", "partition"):
+        if option not in engine.options:
+            raise ValueError(f"Slurm needs the option {option}, as in time=12:00:00 partition=cpu.")
+
+
+def _submit(executor: SlurmPipelineExecutor, settings: dict[str, Any], finish: Callable[[], Any] | None) -> bool:
+    """Hands the tasks, and what comes behind them, to Slurm; see `execute`."""
+    if not executor.get_incomplete_ranks():
+        return True
+    last = executor
+    if finish is not None:
+        folder = executor.logging_dir.resolve_paths("finish")
+        remove(to_path(folder))
+        settings = {**settings, "tasks": 1, "workers": -1}
+        last = SlurmPipelineExecutor([_Finish(finish)], logging_dir=folder, depends=executor, **settings)
+    try:
+        last.run()
+    except FileNotFoundError as error:
+        raise ValueError(f"Slurm cannot be reached from here: there is no {error.filename}.") from None
+    logger.warning(f"Slurm job {executor.job_id}: {executor.tasks} tasks, logs in {executor.logging_dir.path}.")
+    return False
+
+
+class _Finish:
+    """What comes behind all tasks, as a step of a pipeline."""
+
+    def __init__(self, finish: Callable[[], Any]):
+        self.finish = finish
+
+    def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        self.finish()
+
+    def __repr__(self) -> str:
+        return "finish"

@@ -1,0 +1,48 @@
+"""A set like MMC4, and the steps of the tests of the engine, which its workers import."""
+
+import io
+import json
+import os
+import signal
+import tarfile
+import time
+from pathlib import Path
+
+from pretraining_shards import padded, picture
+
+
+def write_documents(folder: Path, files: int, documents: int) -> tuple[str, str]:
+    """So many files of so many documents with a picture each; gives the patterns of documents and pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(files):
+        lines = []
+        with tarfile.open(folder / f"shard_{number}_images_v2.tar", "w") as tar:
+            for document in range(documents):
+                name, data = f"{number}_{document}.png", padded(picture(document % 200), 11_000)
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+                place = {"image_name": name, "matched_text_index": 0, "matched_sim": 0.5}
+                text = f"Document {document} of {number}."
+                lines.append(json.dumps({"text_list": [text, "B."], "image_info": [place]}))
+        (folder / f"docs_{number}.jsonl").write_text("\n".join(lines) + "\n")
+    return f"{folder}/docs_{{0..{files - 1}}}.jsonl", f"{folder}/shard_{{0..{files - 1}}}_images_v2.tar"
+
+
+class Mark:
+    """A step that says in a folder which process it worked in, and kills that once, or has an error."""
+
+    def __init__(self, folder: Path, kill: str = "", fail: str = ""):
+        self.folder, self.kill, self.fail = folder, kill, fail
+
+    def __call__(self, item: str, stop) -> dict:
+        (self.folder / f"{item}.{os.getpid()}.{time.monotonic_ns()}").touch()
+        if item == self.fail:
+            raise ValueError(f"item {item} cannot be used")
+        if item == self.kill:
+            try:
+                (self.folder / "killed").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+            except FileExistsError:
+                pass
+        return {"length": len(item)}
