@@ -25,6 +25,8 @@ gpus=${SLURM_GPUS_ON_NODE:-8}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_PER_TASK / gpus))}
 # the time a checkpoint may take after SIGTERM before torchrun kills
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+# a store of its own for each attempt, without the addresses of processes that died
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 srun --kill-on-bad-exit=0 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$gpus" \

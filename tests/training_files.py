@@ -103,7 +103,13 @@ def start(folder: Path, arguments: list[str], program: str = PROGRAM, **variable
 
 
 def torchrun(
-    folder: Path, arguments: list[str], *flags: str, program: str = PROGRAM, processes: int = 2, **variables: str
+    folder: Path,
+    arguments: list[str],
+    *flags: str,
+    program: str = PROGRAM,
+    processes: int = 2,
+    timeout: float = 300,
+    **variables: str,
 ) -> subprocess.CompletedProcess:
     """Trains with `torchrun` in `processes` processes, which talk over gloo."""
     script = folder / "script.py"
@@ -115,7 +121,7 @@ def torchrun(
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=timeout,
     )
 
 

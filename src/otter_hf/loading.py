@@ -1,12 +1,17 @@
 """Where folders and repositories of models are read, for chat, server, evaluation and training alike."""
 
+import json
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.integrations import is_fsdp_enabled
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils.peft_utils import find_adapter_config_file
 
 import otter_hf  # noqa: F401  registers the families
 
@@ -82,18 +87,92 @@ def read_model(name: str, tokenizer: str | None = None, **options) -> PreTrained
     A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors.
 
     Raises:
-        ValueError: if its weights are damaged, or not all there: `from_pretrained` would fill them up at random.
+        ValueError: if weights of it, or of the model that an adapter is for, are damaged, NaN or infinite, or not all
+            there: `from_pretrained` would fill them up at random.
     """
     path, revision = _locate(name, weights=True)
+    base = _base_of_adapter(path, revision)
     options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
     try:
-        model, told = AutoModelForImageTextToText.from_pretrained(
-            path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        if base is None:
+            model, told = AutoModelForImageTextToText.from_pretrained(
+                path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        else:
+            # in two steps, since `from_pretrained` tells of the adapter's weights only
+            model = read_model(base, tokenizer, **options)
+            loading = LoadStateDictConfig(ignore_mismatched_sizes=True, download_kwargs={"revision": revision})
+            told = _load_adapter(model, path, loading)
+            refuse_left_over(name, told)
     except (SafetensorError, UnpicklingError) as error:
         raise ValueError(f"The weights of {name} are damaged ({error}): fetch them again.") from error
     refuse_incomplete(name, told)
+    refuse_no_numbers(name, model)
+    refuse_integers(path, model)
     return model
+
+
+def _base_of_adapter(path: str, revision: str) -> str | None:
+    """The model that an adapter is for; None for a whole model. ValueError for an adapter that does not say it."""
+    file = find_adapter_config_file(path, revision=revision)
+    if file is None or Path(path, "config.json").is_file():
+        return None
+    try:
+        base = json.loads(Path(file).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: its adapter_config.json is damaged, it names no base model: copy it again."
+        ) from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{path} is an adapter whose adapter_config.json has the base_model_name_or_path {base!r:.80}: write the "
+            "folder or Hub id of the model it was trained on there."
+        )
+    return base
+
+
+def _load_adapter(model: PreTrainedModel, path: str, loading: LoadStateDictConfig) -> dict:
+    try:
+        return model.load_adapter(path, load_config=loading).to_dict()
+    except (AttributeError, KeyError, TypeError) as error:  # of PEFT, which believes what it reads
+        raise ValueError(f"{path}: its adapter_config.json is damaged ({error!r:.80}): copy it again.") from error
+
+
+def refuse_integers(path: str, model: PreTrainedModel) -> None:
+    """
+    Raise ValueError for weights stored as integers in a folder, which `from_pretrained` takes for numbers as they are.
+
+    Stored names may differ from those in the model; a parameter of that kind and shape is what they would become.
+    """
+    floating = {
+        (name.rpartition(".")[2], tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+    }
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                stored = tensors.get_slice(name)
+                kind, shape = stored.get_dtype(), tuple(stored.get_shape())
+                if kind.startswith(("I", "U")) and (name.rpartition(".")[2], shape) in floating:
+                    raise ValueError(
+                        f"{file} holds {name} as {kind}, where the model has floating-point numbers: fetch or convert "
+                        "it again."
+                    )
+
+
+def refuse_no_numbers(name: str, model: PreTrainedModel) -> None:
+    """Raise ValueError, with names, for weights that are NaN or infinite: no answer would mean anything."""
+    if is_fsdp_enabled() and not is_local_dist_rank_0():
+        return  # its memory is filled by the first process later
+    broken = []
+    for key, tensor in model.named_parameters():
+        if tensor.is_floating_point() and not tensor.is_meta:  # what is left on the disk is not looked at
+            # one pass without a copy; a sum of large numbers may overflow
+            if not tensor.detach().sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+                broken.append(key)
+    if broken:
+        raise ValueError(f"{name} has values that are NaN or infinite in {_some(broken)}: fetch or convert it again.")
 
 
 def refuse_incomplete(name: str, told: dict) -> None:
@@ -108,6 +187,15 @@ def refuse_incomplete(name: str, told: dict) -> None:
         raise ValueError(
             f"{name} holds {_some(shapes)}, which would be random numbers: weights and config.json do not belong "
             "together."
+        )
+
+
+def refuse_left_over(name: str, told: dict) -> None:
+    """Raise ValueError if weights of an adapter found no place in its base."""
+    if unexpected := sorted(told["unexpected_keys"]):
+        raise ValueError(
+            f"{name} is an adapter with {_some(unexpected)}, for which its base model has no place: it belongs to "
+            "another model."
         )
 
 

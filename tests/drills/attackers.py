@@ -21,6 +21,7 @@ import threading
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -79,8 +80,8 @@ def start_slowly(url: str, seconds: float) -> int:
     return 0
 
 
-def leave_at_once(url: str) -> int:
-    host, body = urlsplit(url), request(image_at(data_url(picture())))
+def leave_at_once(url: str, body: bytes) -> int:
+    host = urlsplit(url)
     with socket.create_connection((host.hostname, host.port), 60) as sock:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host.netloc}\r\nContent-Type: application/json\r\n"
         sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -88,16 +89,21 @@ def leave_at_once(url: str) -> int:
     return 0
 
 
-def attack(url: str, slow_site: str, until: float, number: int, results: Counter) -> None:
-    kinds = {
-        "slow body": lambda: start_slowly(url, 2),
-        "long text": lambda: post(url, request(text="a b" * 2_000_000)),
-        "deep JSON": lambda: post(url, b'{"a": ' * 100_000),
-        "many values": lambda: post(url, b'{"messages": [' + b"[]," * 1_000_000 + b"[]]}"),
-        "huge picture": lambda: post(url, request(*[image_at(data_url(states_a_huge_size()))] * 20)),
-        "slow site": lambda: post(url, request(*[image_at(f"{slow_site}/{i}") for i in range(10)])),
-        "gone": lambda: leave_at_once(url),
+def bodies(slow_site: str) -> dict[str, bytes]:
+    """Made once: the machine is the server's, too."""
+    return {
+        "long text": request(text="a b" * 2_000_000),
+        "deep JSON": b'{"a": ' * 100_000,
+        "many values": b'{"messages": [' + b"[]," * 1_000_000 + b"[]]}",
+        "huge picture": request(*[image_at(data_url(states_a_huge_size()))] * 20),
+        "slow site": request(*[image_at(f"{slow_site}/{i}") for i in range(10)]),
     }
+
+
+def attack(url: str, bodies: dict[str, bytes], until: float, number: int, results: Counter) -> None:
+    kinds = {"slow body": lambda: start_slowly(url, 2)}
+    kinds |= {kind: partial(post, url, body) for kind, body in bodies.items()}
+    kinds["gone"] = lambda: leave_at_once(url, request(image_at(data_url(picture()))))
     for kind in itertools.islice(itertools.cycle(kinds), number, None):
         if time.time() > until:
             return
@@ -109,9 +115,8 @@ def attack(url: str, slow_site: str, until: float, number: int, results: Counter
 
 def attack_all(url: str, slow_site: str, until: float, clients: int) -> None:
     results: Counter = Counter()
-    threads = [
-        threading.Thread(target=attack, args=(url, slow_site, until, number, results)) for number in range(clients)
-    ]
+    arguments = url, bodies(slow_site), until
+    threads = [threading.Thread(target=attack, args=(*arguments, number, results)) for number in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -6,6 +6,7 @@ whole, and no process left.
 """
 
 import argparse
+import faulthandler
 import importlib
 import json
 import multiprocessing
@@ -122,6 +123,10 @@ def drill(folder: Path, kind: str, output: Path, wait: float) -> dict:
     while alive := members(process.pid):
         if time.monotonic() > deadline:
             faults.append(f"live on: {[describe(number) for number in alive]}")
+            if starter is None:
+                os.killpg(process.pid, signal.SIGUSR1)  # their stacks, into the log
+                time.sleep(1)
+                faults.append(log.read_text()[-2000:])
             os.killpg(process.pid, signal.SIGKILL)
             break
         time.sleep(0.1)
@@ -134,15 +139,18 @@ def alone(module: str, arguments: list[str], log: Path) -> None:
     file = os.open(log, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.register(signal.SIGUSR1)
     importlib.import_module(module).main(arguments)
 
 
 def describe(process: int) -> str:
-    """Command, state and where in the kernel a process waits."""
+    """Command, state, parent, signals, and where in the kernel a process waits."""
     try:
         folder = Path("/proc", str(process))
-        parts = [(folder / name).read_text().replace("\0", " ").strip() for name in ("cmdline", "stat", "wchan")]
-        return f"{parts[0][:80]} | {' '.join(parts[1].rpartition(')')[2].split()[:3])} | {parts[2]}"
+        command = (folder / "cmdline").read_text().replace("\0", " ").strip()[:80]
+        status = dict(line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line)
+        told = {name: status[name].strip() for name in ("State", "PPid", "Threads", "ShdPnd", "SigBlk")}
+        return f"{command} | {told} | {(folder / 'wchan').read_text()}"
     except OSError as error:
         return str(error)
 

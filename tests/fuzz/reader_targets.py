@@ -10,8 +10,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from otter_hf import OtterConfig
+from otter_hf.conversion.tensors import check_weights, open_checkpoint
 from otter_hf.data.formats import load_mimicit, write_mimicit
 from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import decode_image, encode_base64
@@ -23,6 +27,7 @@ from otter_hf.data.pretraining.sets import read_pretraining_sets
 from otter_hf.data.pretraining.shards import ShardReader, ShardWriter, index_shard, shard_sizes
 from otter_hf.data.sources import read_alpaca, read_llava, read_m3it, read_svit
 from otter_hf.films import read_video
+from otter_hf.loading import read_config
 from otter_hf.serving.batch import read_questions
 
 
@@ -253,6 +258,35 @@ def _read_film(path: Path) -> None:
     read_video(path, num_frames=3)
 
 
+def _weights(folder: Path) -> Path:
+    tensors = {"a": torch.ones(3, 4), "b.weight": torch.zeros(5, dtype=torch.bfloat16)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder / "model.safetensors"
+
+
+def _torch_file(folder: Path) -> Path:
+    torch.save({"model": {"a": torch.ones(3, 4), "b.weight": torch.zeros(5)}}, folder / "x.pt")
+    return folder / "x.pt"
+
+
+def _index(folder: Path) -> Path:
+    _weights(folder).rename(folder / "model-1.safetensors")
+    names = {"a": "model-1.safetensors", "b.weight": "model-1.safetensors"}
+    _json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 58}, "weight_map": names})
+    return folder / "model.safetensors.index.json"
+
+
+def _read_weights(path: Path) -> None:
+    check_weights(path.parent)
+    for tensor in open_checkpoint(path if path.suffix == ".pt" else path.parent).values():
+        tensor.load()
+
+
+def _config(folder: Path) -> Path:
+    OtterConfig().save_pretrained(folder)
+    return folder / "config.json"
+
+
 # name -> (writes a valid file into a folder and names it, reads it)
 TARGETS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "instructions": (_instructions, lambda path: load_mimicit(path, cache_dir=path.parent / "cache")),
@@ -273,6 +307,10 @@ TARGETS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "mixture": (_mixture, read_mixture),
     "pretraining": (_pretraining, read_pretraining_sets),
     "questions": (_questions, read_questions),
+    "weights": (_weights, _read_weights),
+    "torch file": (_torch_file, _read_weights),
+    "index": (_index, _read_weights),
+    "config": (_config, lambda path: read_config(str(path.parent))),
     "png": (_bytes("png", picture), _read_picture),
     "jpeg": (_bytes("jpg", lambda: picture("JPEG")), _read_picture),
     "webp": (_bytes("webp", lambda: picture("WEBP")), _read_picture),

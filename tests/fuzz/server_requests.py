@@ -7,6 +7,7 @@ import io
 import json
 import random
 
+import av
 from PIL import Image
 
 
@@ -16,7 +17,19 @@ def _png() -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _mp4() -> str:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as film:
+        stream = film.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for number in range(3):
+            film.mux(stream.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32), (number * 80, 0, 0)))))
+        film.mux(stream.encode())
+    return "data:video/mp4;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 PICTURE = {"type": "image_url", "image_url": {"url": _png()}}
+FILM = {"type": "video_url", "video_url": {"url": _mp4()}}
 VALID = {
     "messages": [{"role": "user", "content": [PICTURE, {"type": "text", "text": "what?"}]}],
     "max_tokens": 1,
@@ -70,6 +83,14 @@ def valid_bodies():
     for name, values in FIELDS.items():
         for value in values:
             yield {**copy.deepcopy(VALID), name: value}
+    for parts in ([FILM], [PICTURE, PICTURE], [PICTURE, FILM]):
+        yield {**_with(parts), "chat_template_kwargs": {"num_frames": 2}}
+
+
+def _with(parts: list[dict]) -> dict:
+    request = copy.deepcopy(VALID)
+    request["messages"][0]["content"][:1] = copy.deepcopy(parts)
+    return request
 
 
 def anything(rng: random.Random, depth: int = 0):
@@ -93,7 +114,7 @@ def anything(rng: random.Random, depth: int = 0):
 
 def body(rng: random.Random) -> dict:
     """A valid request with up to three places changed."""
-    request = copy.deepcopy(VALID)
+    request = _with(rng.choices([PICTURE, FILM], [3, 1], k=rng.choice([0, 1, 1, 1, 2])))
     for name in rng.sample(sorted(FIELDS), rng.randrange(3)):
         request[name] = copy.deepcopy(rng.choice(FIELDS[name]))
     for _ in range(rng.randrange(1, 4)):

@@ -7,7 +7,9 @@ import struct
 import pytest
 import torch
 from otter_tiny import tiny_model, tiny_processor
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
 from otter_hf.loading import load_model, read_model
@@ -30,10 +32,10 @@ def folder(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "damaged")
 
 
-def change(folder, make):
-    tensors = load_file(folder / "model.safetensors")
+def change(folder, make, file="model.safetensors"):
+    tensors = load_file(folder / file)
     make(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / file, metadata={"format": "pt"})
 
 
 def cut(folder, share):
@@ -75,6 +77,16 @@ def escape(folder):
             lambda folder: change(folder, lambda tensors: tensors.update({"model.perceiver.latents": torch.ones(3)})),
             r"damaged holds model.perceiver.latents as \[3\] for \[.*\], which would be random numbers",
         ),
+        (
+            lambda folder: change(folder, lambda tensors: tensors["model.perceiver.latents"].fill_(torch.inf)),
+            "damaged has values that are NaN or infinite in model.perceiver.latents: fetch or convert it again",
+        ),
+        (
+            lambda folder: change(
+                folder, lambda t: t.update({"model.perceiver.latents": t["model.perceiver.latents"].to(torch.int64)})
+            ),
+            "model.safetensors holds model.perceiver.latents as I64, where the model has floating-point numbers",
+        ),
     ],
 )
 def test_a_damaged_folder_is_refused(folder, damage, told):
@@ -82,6 +94,92 @@ def test_a_damaged_folder_is_refused(folder, damage, told):
     with pytest.raises(ValueError, match=told) as error:
         read_model(str(folder))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def adapter(whole):
+    """A folder of updates of attention and a whole resampler, for the model in `whole`."""
+    model = get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(whole),
+        LoraConfig(r=2, target_modules=r"model\.language_model\..*\.q_proj", modules_to_save=["perceiver"]),
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    folder = whole.parent / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_whole_adapter_loads(adapter):
+    """As `from_pretrained` does it."""
+    for dtype in ("auto", "bfloat16"):
+        expected = AutoModelForImageTextToText.from_pretrained(adapter, dtype=dtype).state_dict()
+        loaded = read_model(str(adapter), dtype=dtype).state_dict()
+        assert loaded.keys() == expected.keys()
+        assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+LORA_A = "base_model.model.model.language_model.layers.0.decoder_layer.self_attn.q_proj.lora_A.weight"
+LATENTS = "base_model.model.model.perceiver.latents"
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (drop(LORA_A), "damaged lacks .*q_proj.lora_A.default.weight, which would be random numbers"),
+        (drop(LATENTS), "damaged lacks model.perceiver.modules_to_save.default.latents, which would be random"),
+        (put(LORA_A, torch.ones(3, 3)), r"holds .*lora_A.default.weight as \[3, 3\] for \[2, 32\], which would"),
+        (put(LORA_A, torch.full((2, 32), torch.nan)), "NaN or infinite in .*lora_A.default.weight"),
+        (put(LORA_A, torch.ones(2, 32, dtype=torch.int32)), "holds .*lora_A.weight as I32, where the model has float"),
+        (put(LORA_A.replace("layers.0", "layers.9"), torch.ones(2, 32)), "is an adapter with .*layers.9.*, for which"),
+    ],
+)
+def test_a_damaged_adapter_is_refused(adapter, tmp_path, make, told):
+    folder = shutil.copytree(adapter, tmp_path / "damaged")
+    change(folder, make, "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=told) as error:
+        read_model(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (None, "its adapter_config.json is damaged, it names no base model"),
+        (
+            {"base_model_name_or_path": None},
+            "an adapter whose adapter_config.json has the base_model_name_or_path None",
+        ),
+        ({"base_model_name_or_path": "./gone"}, "'./gone' is neither a folder here nor a Hub id"),
+        ({"peft_type": "OTHER"}, r"its adapter_config.json is damaged \(KeyError\('OTHER'\)\)"),
+        ({"r": "two"}, "its adapter_config.json is damaged"),
+    ],
+)
+def test_a_damaged_adapter_configuration_is_refused(adapter, tmp_path, fields, told):
+    folder = shutil.copytree(adapter, tmp_path / "damaged")
+    path = folder / "adapter_config.json"
+    path.write_text("{" if fields is None else json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(ValueError, match=told):
+        read_model(str(folder))
+
+
+def test_the_base_of_an_adapter_is_looked_at(adapter, folder, tmp_path):
+    """`from_pretrained` tells of what the adapter lacks, and no longer of what its base does."""
+    change(folder, drop("model.perceiver.norm.bias"))
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((copy / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(folder)}
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="damaged lacks model.perceiver.norm.bias, which would be random numbers"):
+        read_model(str(copy))
 
 
 def test_a_whole_folder_loads(whole):

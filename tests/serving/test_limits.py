@@ -19,13 +19,15 @@ pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
 @pytest.fixture(scope="module")
 def app_of(folders):
-    """An app with a tiny Otter and the given settings, without a network."""
+    """An app with a tiny model, by default an Otter, and the given settings, without a network."""
     from otter_hf.serving.app import create_app
     from otter_hf.serving.models import ServedModels
     from otter_hf.serving.settings import ServerSettings
 
-    models = ServedModels([folders["otter"]], device_map="cpu")
-    return lambda **settings: create_app(models, ServerSettings(**{"new_tokens": 2, **settings}))
+    models = {name: ServedModels([folder], device_map="cpu") for name, folder in folders.items()}
+    return lambda family="otter", **settings: create_app(
+        models[family], ServerSettings(**{"new_tokens": 2, **settings})
+    )
 
 
 def error_of(answer: tuple[int, bytes]) -> tuple[int, str]:
@@ -40,16 +42,21 @@ def picture_at(url: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
-def test_every_valid_value_is_taken(app_of):
-    app = app_of()
+FAMILIES = ["otter", "flamingo", "otterhd"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_valid_value_is_taken(app_of, family):
+    app = app_of(family)
     for request in valid_bodies():
         status, answer = call(app, json.dumps(request).encode())
         assert status == 200 and b'"error"' not in answer, (request, answer)
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
-def test_no_request_is_the_servers_fault(count, app_of):
-    app = app_of(fetch=FetchPolicy(http=False))
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("count", [40, pytest.param(2000, marks=pytest.mark.slow)])
+def test_no_request_is_the_servers_fault(count, family, app_of):
+    app = app_of(family, fetch=FetchPolicy(http=False))
 
     async def send_all():
         for seed in range(count):

@@ -85,6 +85,11 @@ def test_other_mistakes(tmp_path):
         ("--report_to wanbd", {}, "report_to: wanbd cannot be used"),
         ("--metric_for_best_model eval_acuracy", {}, "'eval_acuracy' is not measured; did you mean 'answer_accuracy'"),
         ("--report_to none", {"WORLD_SIZE": "2"}, "2 processes were started, .*set use_cpu to true"),
+        (
+            "--report_to none",
+            {"OMPI_COMM_WORLD_SIZE": "2"},
+            "2 processes were started, but each would train by itself",
+        ),
     ],
 )
 def test_what_would_fail_later_is_refused_at_once(flags, environment, message, monkeypatch):
@@ -94,6 +99,14 @@ def test_what_would_fail_later_is_refused_at_once(flags, environment, message, m
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
     with pytest.raises(ValueError, match=message):
         parse_arguments(f"--model_name_or_path base --train_mixture t.yaml --output_dir out {flags}".split())
+
+
+@pytest.mark.parametrize("shared", ["True", "False"])
+def test_restarts_need_a_store_of_their_own(shared, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun" in caplog.text) == (shared == "True")
 
 
 def test_too_few_samples_for_one_batch():

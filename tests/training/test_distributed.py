@@ -7,9 +7,12 @@ import torch
 from otter_tiny import tiny_model, tiny_processor
 from otterhd_tiny import tiny_model as tiny_otterhd
 from otterhd_tiny import tiny_processor as tiny_otterhd_processor
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from training_files import PROGRAM, command, losses, torchrun, weights, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from otter_hf.loading import read_model
 from otter_hf.training.run import main
 
 
@@ -77,6 +80,52 @@ def test_fsdp_saves_what_everyone_loads(runs):
 @pytest.mark.slow
 def test_fsdp_resumes(runs):
     torch.testing.assert_close(losses(runs / "resumed"), losses(runs / "fsdp"), rtol=1e-6, atol=1e-6)
+
+
+LORA = {
+    "lora": True,
+    "lora_r": 4,
+    "lora_dropout": 0.0,  # drawn in each process
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_train_groups": ["perceiver"],
+    "max_steps": 6,
+    "save_strategy": "steps",
+    "save_steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """The folder of adapters trained in `one` process, with `fsdp`, saved in step 3 and 6, and `resumed`."""
+    folder = write_training_files(tmp_path_factory.mktemp("adapters"), text_only=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        main(command(folder, "one", per_device_train_batch_size=2, **LORA))
+    two = LORA | FSDP | {"per_device_train_batch_size": 1}
+    checkpoint = str(folder / "fsdp" / "checkpoint-3")
+    recipes = command(folder, "fsdp", **two) + command(folder, "resumed", resume_from_checkpoint=checkpoint, **two)
+    result = torchrun(folder, recipes, program=f"import fsdp_on_cpu\n{PROGRAM}")
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_adapters_with_fsdp(adapters):
+    """LoRA and a whole resampler: the losses of one process; saved whole, loaded by PEFT and by transformers."""
+    torch.testing.assert_close(losses(adapters / "fsdp"), losses(adapters / "one"), **TOLERANCE)
+    torch.testing.assert_close(losses(adapters / "resumed"), losses(adapters / "fsdp"), rtol=1e-6, atol=1e-6)
+    expected = load_file(adapters / "one" / "adapter_model.safetensors")
+    for folder in ("fsdp", "fsdp/checkpoint-6", "resumed"):
+        assert not list((adapters / folder).glob("model*.safetensors"))
+        saved = load_file(adapters / folder / "adapter_model.safetensors")
+        assert saved.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(saved[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+    base = AutoModelForImageTextToText.from_pretrained(adapters / "base")
+    by_peft = get_peft_model_state_dict(PeftModel.from_pretrained(base, adapters / "fsdp"))
+    saved = load_file(adapters / "fsdp" / "adapter_model.safetensors")
+    assert by_peft.keys() == saved.keys() and all(torch.equal(by_peft[name], saved[name]) for name in saved)
+    read_model(str(adapters / "fsdp"))
 
 
 def test_otterhd_has_all_gradients_without_a_picture():

@@ -6,10 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -35,16 +37,13 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
         self._check_plan()
+        self._connect()
         super().__post_init__()
         self.learning_rates = read_rates(self.learning_rates)
         self._check_early_stopping()
         self._check_float16()
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started > 1 and self.world_size == 1:
-            raise ValueError(
-                f"{started} processes were started, but each would train by itself, on the same samples and into the "
-                "same folder: set use_cpu to true to train on a CPU with torchrun, or start one process."
-            )
+        refuse_lone_processes(self.world_size)
+        self._tell_restarts()
         self._check_metric()
         self._check_trackers()
         self._tell_wandb()
@@ -55,6 +54,27 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which transformers' Trainer applies to "
                 "unshifted labels for image-text models: leave it at 0."
+            )
+
+    def _connect(self):
+        """On CPUs the parent class would connect processes without `ddp_timeout`, and without telling DeepSpeed."""
+        if not self.use_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("true", "1"):
+            return
+        PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+        if self.deepspeed and torch.distributed.is_initialized():
+            import deepspeed
+
+            # ZeRO-3 counts processes when the model is loaded, and would find one
+            deepspeed.init_distributed(timeout=timedelta(seconds=self.ddp_timeout), verbose=False)
+
+    def _tell_restarts(self):
+        """After a restart torch 2.13 reads the addresses of processes that are gone from the store of all attempts."""
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0)
+        if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and self.process_index == 0:
+            logger.warning(
+                "torchrun --max-restarts: processes that are started again may look for those that died, and fail or "
+                "wait. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in front of torchrun, on each node, with the "
+                "rendezvous c10d."
             )
 
     def _tell_wandb(self):
@@ -121,6 +141,25 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
                 raise ValueError(
                     f"report_to: {name} cannot be used ({error}): install it, or set report_to to none."
                 ) from None
+
+
+# as accelerate and DeepSpeed are told it, by torchrun, deepspeed or MPI
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def refuse_lone_processes(world_size: int) -> None:
+    """
+    Raises ValueError if more processes were started than the `world_size` that train together.
+
+    So it is on a CPU without `use_cpu`: transformers' Trainer then counts one process, under DeepSpeed too, whose
+    engine counts all.
+    """
+    started = max(int(os.environ.get(name) or 1) for name in _COUNTS)
+    if started > world_size:
+        raise ValueError(
+            f"{started} processes were started, but each would train by itself, on the same samples and into the same "
+            "folder: set use_cpu to true to train on a CPU, or start one process."
+        )
 
 
 def read_rates(given: str | dict | None) -> dict[str, float] | None:

@@ -28,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..files import claim, disk_full_told, move, remove, sync
 from ..loading import read_model
-from .arguments import TrainingArguments
+from .arguments import TrainingArguments, refuse_lone_processes
 from .manifest import MANIFEST, damage_of, write_manifest
 from .run_record import RunRecord, read_run
 
@@ -153,11 +153,13 @@ class CheckpointTrainer(Trainer):
         stopped (`bool`): whether SIGTERM ended the training early.
 
     Raises:
-        ValueError: for `trainable_only` with FSDP or DeepSpeed, whose checkpoints hold all weights.
+        ValueError: for `trainable_only` with FSDP or DeepSpeed, whose checkpoints hold all weights; for processes that
+            would each train by itself.
     """
 
     def __init__(self, *args, run: RunRecord | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        refuse_lone_processes(self.args.world_size)
         self.run = run
         self.stopped = False
         self._staging: Path | None = None
