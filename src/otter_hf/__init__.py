@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         OtterMptForCausalLM,
         OtterMptModel,
         OtterProcessor,
+        Skill,
     )
 
 
@@ -51,6 +52,7 @@ __all__ = [
     "OtterMptForCausalLM",
     "OtterMptModel",
     "OtterProcessor",
+    "Skill",
 ]
 
 

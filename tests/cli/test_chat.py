@@ -215,3 +215,17 @@ def test_4_bits_without_bitsandbytes_is_one_sentence(folder, capsys, monkeypatch
     monkeypatch.setattr("otter_hf.models.quantization.is_bitsandbytes_available", lambda: False)
     assert main(["chat", str(folder), "--load-in-4bit"]) == 2
     assert "load_in_4bit needs bitsandbytes" in capsys.readouterr().err
+
+
+def test_controls_say_whether_it_looked(model, folder, files, capsys):
+    output = chat(capsys, folder, "--image", files[0], "--prompt", "what is it?", "--controls")
+    _, answer, blank, other = output.splitlines()
+    assert blank.startswith("with a blank picture: ") and other.startswith("with another picture: ")
+    # a model whose gates are closed does not
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.zero_()
+    model.save_pretrained(folder)
+    _, answer, *controls = chat(capsys, folder, "--image", files[0], "--prompt", "a?", "--controls").splitlines()
+    assert [line.split(": ", 1)[1] for line in controls] == [answer, answer]

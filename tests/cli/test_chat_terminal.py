@@ -27,6 +27,8 @@ from otter_hf.serving.batch import read_questions
 class Session:
     """A conversation that only listens; `answers` are said, or raised, one after the other."""
 
+    skill = None
+
     def __init__(self, processor, answers=()):
         self.processor, self.answers = processor, list(answers)
         self.asked, self.examples, self.cleared = [], [], 0

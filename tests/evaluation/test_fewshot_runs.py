@@ -5,9 +5,10 @@ import json
 import pytest
 import yaml
 from benchmark_rows import endpoint, run_two_processes, write_parquet
-from PIL import Image
+from PIL import Image, ImageColor
 
 from otter_hf.cli import main
+from otter_hf.pictures import read_image
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
@@ -42,9 +43,9 @@ def tables(tmp_path):
 
 @pytest.fixture
 def evaluate(tmp_path):
-    def run(models: list, datasets: list, output: str = "out") -> dict:
+    def run(models: list, datasets: list, output: str = "out", **more) -> dict:
         path = tmp_path / f"{output}.yaml"
-        config = {"models": models, "datasets": datasets, "output": str(tmp_path / output)}
+        config = {"models": models, "datasets": datasets, "output": str(tmp_path / output), **more}
         path.write_text(yaml.safe_dump(config))
         assert main(["eval", str(path)]) == 0
         return json.loads((tmp_path / output / "results.json").read_text())
@@ -55,6 +56,32 @@ def evaluate(tmp_path):
 def samples(tmp_path, name: str, output: str = "out") -> list[dict]:
     (path,) = (tmp_path / output).rglob(f"{name}.samples.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_the_right_picture_is_worth(evaluate, tables, tmp_path, monkeypatch):
+    """The endpoint says which colour the last picture has; a grey one is none of the answers."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+
+    def colour(text: str, body: dict) -> tuple[int, str]:
+        urls = [p["image_url"]["url"] for p in body["messages"][-1]["content"] if p["type"] == "image_url"]
+        pixel = read_image(urls[-1]).getpixel((3, 3))
+        near = [(sum(abs(a - b) for a, b in zip(pixel, ImageColor.getrgb(c), strict=True)), c) for c in COLOURS]
+        return 200, min(near)[1] if min(near)[0] < 60 else "nothing"
+
+    with endpoint(colour) as (address, requests):
+        model = {"name": "stub", "endpoint": address, "model": "stub", "batch_size": 4}
+        dataset = {"name": "vqav2", **tables, "shots": [1], "seeds": [0, 1]}
+        figures = evaluate([model], [dataset], controls=True)["stub"]["vqav2"]
+        told = figures["controls"]["1-shot vqa_accuracy"]
+        assert figures["1-shot vqa_accuracy"] == 100.0
+        assert told == {"swapped": 0.0, "blank": 0.0, "visual_gain": 100.0, "interval": [100.0, 100.0]}
+        # both seeds ask the same questions of all rows, with demonstrations of their own
+        asked = len(requests)
+        assert evaluate([model], [dataset], controls=True)["stub"]["vqav2"] == figures and len(requests) == asked
+        captions = evaluate([model], [{"name": "coco", **tables, "shots": [0]}], controls=True)["stub"]["coco"]
+    told = captions["controls"]["0-shot cider"]
+    assert told["visual_gain"] == pytest.approx(captions["0-shot cider"] - told["swapped"]) and told["visual_gain"] > 0
+    assert len(samples(tmp_path, "vqav2.1-shot.seed-0.blank")) == 5
 
 
 def test_answers_of_an_endpoint_with_the_most_similar_demonstrations(evaluate, tables, tmp_path, monkeypatch):

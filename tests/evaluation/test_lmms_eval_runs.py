@@ -8,12 +8,14 @@ import sys
 
 import benchmark_rows
 import pytest
+import torch
 import yaml
 from benchmark_rows import endpoint, run_two_processes, write_parquet
 from PIL import ImageFile
 
 from otter_hf.cli import main
 from otter_hf.evaluation import run
+from otter_hf.pictures import read_image
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
@@ -207,6 +209,57 @@ def test_a_request_that_fails_is_counted_and_asked_again(evaluate, answering, da
     failing[0] = False
     figures = evaluate(config)["stub"]["mme"]
     assert "failed_requests" not in figures and figures["perception"] == 50.0
+
+
+def is_red(text: str, body: dict) -> tuple[int, str]:
+    """A model that looks: yes where the picture is red."""
+    (url,) = (part["image_url"]["url"] for part in body["messages"][0]["content"] if part["type"] == "image_url")
+    red, _, blue = read_image(url).getpixel((3, 3))
+    return 200, "yes" if red > 200 > blue else "no"
+
+
+def coloured(rows: list[dict]) -> list[dict]:
+    """Pictures red where the answer is yes, blue where it is no."""
+    pictures = {"yes": benchmark_rows.RED, "no": benchmark_rows.BLUE}
+    return [{**row, "image": pictures[row["answer"].lower()]} for row in rows]
+
+
+def test_what_the_right_picture_is_worth_to_a_model_that_looks(evaluate, answering, tmp_path):
+    address, requests = answering(is_red)
+    path = write_parquet(tmp_path / "pope.parquet", coloured(benchmark_rows.pope()))
+    config = {"models": [at(address)], "datasets": [{"name": "pope", "data_path": str(path)}], "controls": True}
+    figures = evaluate(config)["stub"]["pope"]
+    # another picture is one of the other colour; grey is not red
+    told = figures["controls"]["accuracy"]
+    assert figures["accuracy"] == 100.0 and set(figures["controls"]) == {"accuracy", "f1"}
+    assert told == {"swapped": 0.0, "blank": 50.0, "visual_gain": 100.0, "interval": [100.0, 100.0]}
+    lines = (tmp_path / "out" / "report.txt").read_text().splitlines()
+    assert lines[0].split()[3:] == ["value", "swapped", "blank", "visual", "gain", "(95", "%)"]
+    assert lines[2].split()[3:] == ["100.00", "0.00", "50.00", "+100.00", "(+100.00", "to", "+100.00)"]
+    samples = (tmp_path / "out" / "stub" / "otter_pope.blank.samples.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prediction"] for line in samples} == {"no"}
+    # what is answered is not asked again
+    assert evaluate(config)["stub"]["pope"] == figures and len(requests) == 3 * 12
+
+
+def test_a_model_that_does_not_look_gains_nothing(otter_folder, model, evaluate, no_key, tmp_path):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name:
+                parameter.zero_()
+    model.save_pretrained(otter_folder)
+    path = write_parquet(tmp_path / "coloured.parquet", coloured(benchmark_rows.pope()))
+    spec = {"path": str(otter_folder), "name": "tiny", "batch_size": 12, "generation": {"max_new_tokens": 2}}
+    datasets = [{"name": "pope", "data_path": str(path)}]
+    figures = evaluate({"models": [spec], "datasets": datasets, "controls": True})["tiny"]["pope"]
+    told = figures["controls"]["accuracy"]
+    assert told["visual_gain"] == 0.0 and told["interval"] == [0.0, 0.0]
+    assert told["swapped"] == told["blank"] == figures["accuracy"]
+    replies = [
+        [json.loads(line)["replies"] for line in (tmp_path / "out" / "tiny" / name).read_text().splitlines()]
+        for name in ("otter_pope.samples.jsonl", "otter_pope.swapped.samples.jsonl", "otter_pope.blank.samples.jsonl")
+    ]
+    assert replies[0] == replies[1] == replies[2]
 
 
 @pytest.mark.parametrize("family", ["otter", "otterhd"])

@@ -2,6 +2,7 @@
 
 import pytest
 
+from otter_hf.evaluation.benchmarks import BENCHMARKS
 from otter_hf.evaluation.scoring import (
     captions,
     magnifierbench,
@@ -559,3 +560,29 @@ def test_ranking_and_the_area_under_the_curve():
     assert (ranking.likelihood(-6.0, 3, "sum"), ranking.likelihood(-6.0, 3, "mean")) == (-6.0, -2.0)
     many = ranking.score([{"log_likelihoods": [-3.0, -1.0, -2.0], "label": 2}])
     assert many == {"top1_accuracy": 0.0, "top5_accuracy": 100.0, "questions": 1}
+
+
+def test_questions_of_several_rows_are_drawn_together():
+    """MME's two questions about a picture, the turned copies of one of MMBench's."""
+    shown = [
+        {"category": "existence", "image_id": image, "answer": answer, "prediction": answer.lower()}
+        for image in range(10)
+        for answer in ("Yes", "No")
+    ]
+    swapped = [{**record, "prediction": "yes"} for record in shown]
+    told = BENCHMARKS["otter_mme"].gains(shown, swapped, swapped)["perception"]
+    assert told == {"swapped": 50.0, "blank": 50.0, "visual_gain": 150.0, "interval": [150.0, 150.0]}
+    shown = [
+        {"index": number + turn * 1_000_000, "category": "a", "answer": "A", "prediction": "A"}
+        for number in range(20)
+        for turn in range(3)
+    ]
+    # of every other question one copy is answered otherwise
+    swapped = [{**r, "prediction": "B"} if r["index"] % 2 == 0 and r["index"] > 2_000_000 - 1 else r for r in shown]
+    told = BENCHMARKS["otter_mmbench"].gains(shown, swapped, shown)["circular_accuracy"]
+    assert (told["swapped"], told["blank"], told["visual_gain"]) == (50.0, 100.0, 50.0)
+    low, high = told["interval"]
+    assert 20 < low < 40 and 60 < high < 80
+    # without answers there is no score
+    unknown = [{**record, "answer": None} for record in shown]
+    assert BENCHMARKS["otter_mmbench"].gains(unknown, unknown, unknown) == {}

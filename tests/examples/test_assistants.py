@@ -73,6 +73,26 @@ def test_labels_are_compared_with_the_truth():
         ask_pictures.figures(answers, {"other": []}, questions)
 
 
+@pytest.mark.parametrize("task", ["yes_no", "caption"])
+def test_what_the_right_picture_is_worth(task):
+    ask_pictures = script("ask_pictures")
+    names = {"square": "a square?"} if task == "yes_no" else {"caption": "what?"}
+    questions = {"task": task, "questions": names, "threshold": 0.5, "max_new_tokens": 9}
+    pictures = {color: Image.new("RGB", (4, 4), color) for color in ("red", "blue")}
+    found = ask_pictures.ask_all(Model(), list(pictures.values()), questions)
+    answers = dict(zip(pictures, found, strict=True))
+    others = ask_pictures.controlled(Model(), pictures, questions)
+    truth = {"red": ["square"], "blue": []}
+    if task == "caption":  # the same whatever it sees
+        pytest.importorskip("pycocoevalcap")
+        truth = {"red": ["a red square"], "blue": ["a blue one"]}
+    told = ask_pictures.gain(answers, others, truth, questions)
+    assert told["swapped"] == (0.0 if task == "yes_no" else ask_pictures.figures(answers, truth, questions)["cider"])
+    # one of two has a square: as often as it is drawn, it is found
+    assert told["visual_gain"] == (1.0 if task == "yes_no" else 0.0)
+    assert told["interval"] == ([0.0, 1.0] if task == "yes_no" else [0.0, 0.0])
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -92,11 +112,12 @@ def test_a_real_model_is_asked(tmp_path, model, processor, capsys):
     processor.save_pretrained(tmp_path / "otter")
     arguments = ["--model", str(tmp_path / "otter"), "--images", str(SHAPES), "--output", str(tmp_path / "tags.jsonl")]
     (tmp_path / "truth.json").write_text('{"circle.png": ["plant"]}')
-    script("ask_pictures").main([str(SETS[-1]), *arguments, "--truth", str(tmp_path / "truth.json")])
+    script("ask_pictures").main([str(SETS[-1]), *arguments, "--truth", str(tmp_path / "truth.json"), "--controls"])
     rows = [json.loads(line) for line in (tmp_path / "tags.jsonl").read_text().splitlines()]
     assert [row["file"] for row in rows] == ["circle.png", "square.png", "triangle.png"]
     assert all(0 <= score <= 1 for row in rows for score in row["scores"].values())
-    assert '"there": 1' in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert '"there": 1' in told and '"visual_gain"' in told
 
 
 def test_the_window_rolls_and_answers_with_times():

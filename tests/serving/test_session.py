@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 from serving_files import write_video
 
+from otter_hf.models.skills import Skill
 from otter_hf.serving.media import IMAGE_FORMATS, fit_media, image_part, open_image, read_frames, video_part
-from otter_hf.serving.session import ChatSession
+from otter_hf.serving.session import ChatSession, make_message
 
 
 @pytest.fixture(params=["otter", "otterhd"])
@@ -50,6 +51,58 @@ def test_reused_cache_gives_the_same_answers_for_less(chatter, pictures):
     assert work[1][0] < work[0][0] and work[1][1] < work[0][1]
 
 
+def test_a_skill_stands_in_front_and_is_not_read_again(chatter, pictures):
+    model, processor = chatter
+    plain = ChatSession(model, processor)
+    plain.add_example("what?", "red", [image_part(pictures[0])])
+    skill = Skill.compile(model, processor, plain.messages)
+    session = ChatSession(model, processor, skill=skill)
+    expected = [
+        plain.ask("and this?", [image_part(pictures[1])], max_new_tokens=6),
+        plain.ask("sure?", max_new_tokens=6),
+    ]
+    lengths = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    answers = [session.ask("and this?", [image_part(pictures[1])], max_new_tokens=6)]
+    first = lengths[0]
+    answers.append(session.ask("sure?", max_new_tokens=6))
+    assert answers == expected
+    prompt = processor.apply_chat_template(plain.messages[:3], tokenize=True, add_generation_prompt=True)
+    assert first <= len(prompt[0]) - skill.input_ids.shape[1] + 6
+    # forgotten is what came behind it
+    session.clear()
+    lengths.clear()
+    assert session.ask("and this?", [image_part(pictures[1])], max_new_tokens=6) == expected[0]
+    assert lengths[0] == first
+    session.clear()
+    plain.messages = plain.messages[:2]
+    hook.remove()
+    beams = {"max_new_tokens": 4, "num_beams": 2}
+    assert session.ask("sure?", **beams) == plain.ask("sure?", **beams)
+
+
+def test_the_last_answer_with_other_pictures(chatter, pictures):
+    model, processor = chatter
+    session = ChatSession(model, processor)
+    session.add_example("what?", "red", [image_part(pictures[0])])
+    session.ask("and this?", [image_part(pictures[1])], max_new_tokens=6)
+    session.ask("sure?", max_new_tokens=6)
+    before, others = list(session.messages), [[image_part(pictures[1])], [image_part(pictures[2])]]
+    swapped = session.ask_with_control("swapped", others, max_new_tokens=6)
+    blank = session.ask_with_control("blank", max_new_tokens=6)
+    assert session.messages == before
+    fresh = ChatSession(model, processor)
+    for picture, answer in ((pictures[2], swapped), (Image.new("RGB", pictures[1].size, (127,) * 3), blank)):
+        fresh.messages = [*before[:2], make_message("user", "and this?", [image_part(picture)]), before[3]]
+        assert fresh.ask("sure?", max_new_tokens=6) == answer
+    assert session.ask_with_control("swapped", others[:1], max_new_tokens=6) is None
+    session.clear()
+    session.ask("who?", max_new_tokens=2)
+    assert session.ask_with_control("blank", max_new_tokens=2) is None
+
+
 def test_media_stand_where_the_question_says(processor, model, pictures):
     session = ChatSession(model, processor)
     media = [image_part(picture) for picture in pictures[:2]]
@@ -75,6 +128,8 @@ def test_only_new_tokens_and_pictures_are_read(model, processor, pictures):
         media.append(kwargs.get("pixel_values"))
 
     model.model.register_forward_pre_hook(note, with_kwargs=True)
+    # nor is the picture resized again
+    processor.image_processor = lambda *args, **kwargs: pytest.fail("the picture is ready")
     session.ask("b", max_new_tokens=4)
     # the answer is written back behind a space, so at most it and the new turn are new: not the first question
     question = len(processor.tokenizer("<|endofchunk|>User: b GPT:<answer>", add_special_tokens=False)["input_ids"])

@@ -104,6 +104,7 @@ def test_a_training_writes_page_and_tensorboard(files, monkeypatch, caplog):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", files / "cache")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(files / "board"))
     settings = EVALUATED | {"report_to": "tensorboard", "report_samples": 2, "eval_mixture": str(files / "eval.yaml")}
+    settings["report_controls"] = True
     main(command(files, "out", **settings))
 
     page = (files / "out" / "training_report.html").read_text()
@@ -119,9 +120,19 @@ def test_a_training_writes_page_and_tensorboard(files, monkeypatch, caplog):
     assert all(len(entry["sample_answers"]) == 2 for entry in answers)
     assert f"<td>4</td><td>{answers[-1]['sample_answers'][0][:1]}" in page.replace("&lt;", "<")
 
+    assert page.count("<th>swapped picture</th><th>blank picture</th>") == 2
+    assert all(
+        [len(of_control) for of_control in entry["sample_answers_with_controls"].values()] == [2, 2]
+        for entry in answers
+    )
+    gains = [entry for entry in history if "eval_visual_gain" in entry]
+    assert [entry["step"] for entry in gains] == [2, 4]
+    assert all(e["eval_visual_gain_low"] <= e["eval_visual_gain"] <= e["eval_visual_gain_high"] for e in gains)
+
     board = EventAccumulator(str(files / "board"))
     board.Reload()
-    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/answer_accuracy"} <= {*board.Tags()["scalars"]}
+    values = {"train/loss", "train/learning_rate", "eval/loss", "eval/answer_accuracy", "eval/visual_gain"}
+    assert values <= {*board.Tags()["scalars"]}
     logged = [event.value for event in board.Scalars("train/loss")]
     assert logged == pytest.approx([entry["loss"] for entry in history if "loss" in entry], rel=1e-6)
 

@@ -4,11 +4,11 @@ import sys
 
 from .. import __version__
 from ..errors import sentence_of
-from . import chat, convert, data, demo, eval, memory, pretrain, serve, syphus, train
+from . import chat, convert, data, demo, eval, memory, pretrain, serve, skill, syphus, train
 from .parsing import Parser
 
 
-SUBCOMMANDS = (chat, serve, demo, train, pretrain, eval, convert, data, syphus, memory)
+SUBCOMMANDS = (chat, serve, skill, demo, train, pretrain, eval, convert, data, syphus, memory)
 
 
 def build_parser() -> Parser:

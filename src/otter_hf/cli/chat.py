@@ -34,11 +34,19 @@ def add_parser(subparsers):
         help="a worked example in front of the conversation; repeat it for more",
     )
     media.add_argument(
+        "--skill", metavar="FILE", help="worked examples that `otter-hf skill make` wrote, in front of all of it"
+    )
+    media.add_argument(
         "--prompt",
         action="append",
         default=[],
         help="ask this and end; repeat it for several turns. With an <image> for each picture these stand there, else "
         "in front",
+    )
+    media.add_argument(
+        "--controls",
+        action="store_true",
+        help="say after each answer what it would be with a blank picture and with another: did it look?",
     )
     batch = parser.add_argument_group("many questions")
     batch.add_argument(
@@ -134,6 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from ..loading import load
+    from ..models.skills import Skill, describe_skill
     from ..serving.batch import read_questions
     from ..serving.session import ChatSession
     from .chat_commands import read_media
@@ -143,18 +152,21 @@ def run(arguments: argparse.Namespace) -> None:
     entries = read_questions(arguments.yaml_file) if arguments.yaml_file else None
     media = read_media(arguments.image, arguments.video, arguments.num_frames)
     examples = [(read_media([path]), question, answer) for path, question, answer in arguments.example]
+    if arguments.skill is not None:
+        describe_skill(arguments.skill)
     model, processor = load(arguments.model, **loading_options(arguments))
-    session = ChatSession(model, processor)
+    skill = None if arguments.skill is None else Skill.load(arguments.skill, model, processor)
+    session = ChatSession(model, processor, skill=skill)
     options = generation_options(arguments)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
 
     if entries is not None:
-        answer_list(arguments, model, processor, entries, options)
+        answer_list(arguments, model, processor, entries, options, () if skill is None else skill.messages)
         return
     for pictures, question, answer in examples:
         session.add_example(question, answer, pictures)
-    chat = Chat(session, media, options, arguments.num_frames)
+    chat = Chat(session, media, options, arguments.num_frames, arguments.controls)
     for prompt in arguments.prompt:
         print(f"> {prompt}")
         chat.ask(prompt)
@@ -162,18 +174,22 @@ def run(arguments: argparse.Namespace) -> None:
         chat.interact(arguments.model)
 
 
-def answer_list(arguments: argparse.Namespace, model, processor, entries: list[dict], options: dict) -> None:
+def answer_list(
+    arguments: argparse.Namespace, model, processor, entries: list[dict], options: dict, examples: list[dict] = ()
+) -> None:
     """The answers to a YAML list; those that were there when a run was interrupted are not asked for again."""
     from ..evaluation.model import ConversationModel
-    from ..made_from import state_of_model
+    from ..made_from import state, state_of_model
     from ..serving.batch import answer_questions, kept_replies, write_log
 
     asked = ConversationModel.of(arguments.model, model, processor)
     until = options.pop("stop_strings", ())
     context = [arguments.model, state_of_model(arguments.model), loading_options(arguments), options, until]
+    if arguments.skill is not None:
+        context.append(state(arguments.skill))
     with kept_replies(arguments.output_dir, [*context, arguments.seed, arguments.num_frames]) as replies:
         answered = answer_questions(
-            asked, entries, arguments.num_frames, arguments.batch_size, replies, until, **options
+            asked, entries, arguments.num_frames, arguments.batch_size, replies, until, examples, **options
         )
         path = write_log(arguments.output_dir, model.config.model_type, arguments.model, answered, print_answer)
     print(f"wrote {path}")

@@ -10,6 +10,7 @@ COMMANDS = {
     "/image": ("PATH ...", "add pictures to your next message; paths or URLs"),
     "/video": ("PATH", "add a film to your next message; a path or URL"),
     "/example": ("PATH QUESTION::ANSWER", "show the model how to answer"),
+    "/controls": ("", "the last answer again with a blank picture and with another: did it look?"),
     "/clear": ("", "forget the conversation and the pictures that wait"),
     "/help": ("", "list these commands"),
     "/quit": ("", "leave, as /exit and Ctrl-D do"),
@@ -79,6 +80,17 @@ def read_media(images: list[str], videos: list[str] = (), num_frames: int = 16) 
 
     pictures = [image_part(open_image(local_source(name), name)) for name in images]
     return pictures + [video_part(read_frames(local_source(name), name, num_frames)) for name in videos]
+
+
+def other_pictures() -> list[list[dict]]:
+    """Pictures of this package, one of which stands in for those of a question: a circle, a square, a triangle."""
+    from importlib.resources import files
+
+    from ..serving.media import image_part, open_image
+
+    folder = files("otter_hf.demo") / "examples"
+    names = sorted(path.name for path in folder.iterdir() if path.name.endswith(".png"))
+    return [[image_part(open_image((folder / name).read_bytes(), name))] for name in names]
 
 
 def describe(part: dict) -> str:

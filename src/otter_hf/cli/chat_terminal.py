@@ -18,7 +18,16 @@ from torch import OutOfMemoryError
 from ..serving.session import ChatSession
 from ..serving.stop import StopFilter
 from ..serving.streamer import AnswerStreamer
-from .chat_commands import COMMANDS, HELP, describe, parse_line, read_media, split_path, split_paths
+from .chat_commands import (
+    COMMANDS,
+    HELP,
+    describe,
+    other_pictures,
+    parse_line,
+    read_media,
+    split_path,
+    split_paths,
+)
 
 
 HISTORY = Path(HF_HOME) / "otter_hf_chat_history"
@@ -33,10 +42,14 @@ class Chat:
         media: of the next message.
         options: for `generate`.
         num_frames: read of a film.
+        controls: after each answer, say what it would be with a blank picture and with another.
     """
 
-    def __init__(self, session: ChatSession, media: list[dict], options: dict, num_frames: int):
+    def __init__(
+        self, session: ChatSession, media: list[dict], options: dict, num_frames: int, controls: bool = False
+    ):
         self.session, self.media, self.options, self.num_frames = session, media, options, num_frames
+        self.controls = controls
         self.notes, self.errors = _console(sys.stdout), _console(sys.stderr)
 
     def interact(self, model: str) -> None:
@@ -95,7 +108,10 @@ class Chat:
         elif command == "/clear":
             self.session.clear()
             self.media = []
-            self._say("Forgotten: a new conversation.")
+            kept = "" if self.session.skill is None else " that begins with the skill"
+            self._say(f"Forgotten: a new conversation{kept}.")
+        elif command == "/controls":
+            self._control()
         elif command == "/image":
             paths = split_paths(words)
             self._add(paths, read_media(paths))
@@ -138,6 +154,19 @@ class Chat:
                 show(None)
         print(flush=True)
         self.media = []
+        if self.controls:
+            self._control()
+
+    def _control(self) -> None:
+        """What the last answer would be with other pictures."""
+        if not any(message["role"] == "assistant" for message in self.session.messages):
+            raise ValueError("There is no answer yet: ask about a picture first.")
+        for control, name in (("blank", "a blank picture"), ("swapped", "another picture")):
+            answer = self.session.ask_with_control(control, other_pictures(), **self.options)
+            if answer is None:
+                self._say("No picture was asked about.")
+                return
+            print(f"with {name}: {_printable(answer)}", flush=True)
 
     def _help(self) -> None:
         table = Table(box=None, show_header=False, pad_edge=False)

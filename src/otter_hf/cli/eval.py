@@ -25,6 +25,11 @@ def add_parser(subparsers):
         default=None,
         help="training YAML, or rows of messages: first list the pictures and questions that the model was trained on",
     )
+    parser.add_argument(
+        "--controls",
+        action="store_true",
+        help="ask everything with the picture of another row and with a blank one, too: what the right one is worth",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what lmms-eval has to say")
     parser.set_defaults(func=run)
 
@@ -49,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
             dataset.limit = arguments.limit
             if dataset.fewshot is not None:
                 dataset.fewshot["num_samples"] = arguments.limit
+    config.controls |= arguments.controls
     if not arguments.verbose:
         quiet_lmms_eval()
     # heavy imports wait until the file is known to be good

@@ -6,12 +6,13 @@ dict per row, which goes into the sample log and from which everything is scored
 
 import ast
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from transformers.utils import logging
 
+from ..data.controls import visual_gain
 from ..pictures import read_image
 from .judge import Judge, lmms_eval_constant
 from .scoring import magnifierbench, mathvista, mmbench, mme, mmvet, pope, ranking, scienceqa, seedbench
@@ -306,11 +307,47 @@ def _require(judge: Judge | None, name: str) -> Judge:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a task's replies are scored: a record per row, `score` of the records, and the figures lmms-eval shows."""
+    """
+    How a task's replies are scored: a record per row, `score` of the records, and the figures lmms-eval shows.
+
+    Where several rows are one question, as MME's two about a picture, `question` tells which rows are, and `numbered`
+    gives a record another number, so that a question may be drawn several times.
+    """
 
     record: Callable[[Mapping, list, Options], dict]
     score: Callable[[list[Mapping]], dict]
     metrics: tuple[str, ...]
+    question: Callable[[Mapping], Hashable] | None = None
+    numbered: Callable[[Mapping, int], dict] = lambda record, number: record
+
+    def gains(self, shown: Sequence[Mapping], swapped: Sequence[Mapping], blank: Sequence[Mapping]) -> dict[str, dict]:
+        """
+        For each score of a benchmark that with other and with blank pictures, and the visual gain with its interval.
+
+        Args:
+            shown: the records of all rows.
+            swapped, blank: the same rows' with the pictures of other rows, and with blank ones.
+        """
+        questions: dict[Hashable, list[int]] = {}
+        for place, record in enumerate(shown):
+            questions.setdefault(place if self.question is None else self.question(record), []).append(place)
+        gains = {}
+        scores = [self.score(list(records)) for records in (shown, swapped, blank)]
+        for name in self.metrics:
+            if name in NO_SCORES or scores[0].get(name) is None:
+                continue
+
+            def metric(drawn: list[list[Mapping]], name: str = name) -> float:
+                numbered = [self.numbered(r, number) for number, records in enumerate(drawn) for r in records]
+                return self.score(numbered).get(name) or 0.0
+
+            units = [[[records[i] for i in places] for places in questions.values()] for records in (shown, swapped)]
+            gains[name] = {"swapped": scores[1][name], "blank": scores[2][name], **visual_gain(metric, *units)}
+        return gains
+
+
+# figures that are better neither high nor low
+NO_SCORES = ("yes_ratio",)
 
 
 BENCHMARKS = {
@@ -318,9 +355,21 @@ BENCHMARKS = {
     "otter_magnifierbench_freeform": Benchmark(
         magnifierbench_freeform_record, magnifierbench.score_freeform, ("freeform_accuracy",)
     ),
-    "otter_mme": Benchmark(mme_record, mme.score, ("perception", "cognition")),
+    "otter_mme": Benchmark(
+        mme_record,
+        mme.score,
+        ("perception", "cognition"),
+        question=lambda record: (record["category"], record["image_id"]),
+        numbered=lambda record, number: {**record, "image_id": number},
+    ),
     "otter_pope": Benchmark(pope_record, pope.score, ("accuracy", "f1", "yes_ratio")),
-    "otter_mmbench": Benchmark(mmbench_record, mmbench.score, ("circular_accuracy",)),
+    "otter_mmbench": Benchmark(
+        mmbench_record,
+        mmbench.score,
+        ("circular_accuracy",),
+        question=mmbench.question_of,
+        numbered=mmbench.with_number,
+    ),
     "otter_scienceqa": Benchmark(scienceqa_record, scienceqa.score, ("accuracy", "image_accuracy")),
     "otter_seedbench_ppl": Benchmark(seedbench_record, seedbench.score, ("accuracy",)),
     "otter_seedbench_ppl_official": Benchmark(

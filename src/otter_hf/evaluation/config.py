@@ -68,7 +68,7 @@ _READING_KEYS = ("num_run", "quick_extract", "legacy_parse", "shot_type", "likel
 _DATASET_KEYS = {"name", "data_path", "image_dir", "split", "limit", "gpt_model", *_PROMPT_KEYS, *_READING_KEYS}
 _FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
 _FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit", "likelihood", "normaliser"}
-_TOP_KEYS = {"models", "datasets", "output", "limit", "judge", "training_data"}
+_TOP_KEYS = {"models", "datasets", "output", "limit", "judge", "training_data", "controls"}
 
 
 @dataclass
@@ -101,11 +101,15 @@ class DatasetSpec:
 
 @dataclass
 class EvalConfig:
-    """What to evaluate, the folder for the results, and the training YAML whose data the rows are looked for in."""
+    """
+    What to evaluate, the folder for the results, and the training YAML whose data the rows are looked for in; with
+    `controls` every question is asked with the picture of another row and with a blank one, too.
+    """
 
     models: list[ModelSpec]
     datasets: list[DatasetSpec]
     output: Path = Path("logs/evaluation")
+    controls: bool = False
     judge_retries: int = 5
     judge_options: dict[str, Any] = field(default_factory=dict)
     training_data: str | None = None
@@ -130,12 +134,16 @@ def load_config(path: str | Path) -> EvalConfig:
     judge = raw.get("judge") or {}
     judge = {"model": judge} if isinstance(judge, str) else judge
     _check_keys(judge, {"model", "max_retries", "options"}, "`judge`")
+    controls = raw.get("controls", False)
+    if not isinstance(controls, bool):
+        raise ValueError(f"`controls` is {controls!r:.80}; it must be true or false.")
     output = Path(raw.get("output", "logs/evaluation"))
     config = EvalConfig(
         models=[_read_model(entry) for entry in raw["models"]],
         datasets=[_read_dataset(entry, raw.get("limit"), judge.get("model")) for entry in raw["datasets"]],
         # 2023 wrote a text file
         output=output.with_suffix("") if output.suffix == ".txt" else output,
+        controls=controls,
         judge_retries=int(judge.get("max_retries", 5)),
         judge_options=dict(judge.get("options") or {}),
         training_data=raw.get("training_data"),

@@ -1,5 +1,6 @@
 """lmms-eval's view of models: `--model otter --model_args path=FOLDER`, by the entry point `lmms_eval.models`."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import groupby
@@ -12,6 +13,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
 from transformers.utils import logging
 
+from ..data.controls import control_media, control_messages
 from ..loading import read_processor
 from ..made_from import MadeFrom, keep, kept, state_of_model
 from ..models.otterhd import OtterHDProcessor
@@ -36,10 +38,12 @@ class ResumableModel(lmms):
         replies: a [`ReplyLog`], or None to keep nothing.
         batch_size: requests per batch.
         window: requests that are known at a time, from which batches are made.
+        control: None, or one of [`~otter_hf.data.controls.CONTROLS`]: every question is asked with other pictures.
     """
 
     is_simple = False
     replies: ReplyLog | None = None
+    control: str | None = None
 
     @property
     def window(self) -> int:
@@ -58,6 +62,7 @@ class ResumableModel(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answer to each request."""
+        requests = [self._controlled(request) for request in requests]
         replies = self.answer(requests, lambda request: [self.messages(request), request.args[2]], self._ask)
         # our own scores leave thoughts out when they read, and their logs show them; other tasks know of none
         ours = BENCHMARKS.keys() | set(FEWSHOT)
@@ -65,6 +70,21 @@ class ResumableModel(lmms):
             reply if request.args[4] in ours else strip_thinking(reply)
             for request, reply in zip(requests, replies, strict=True)
         ]
+
+    def _controlled(self, request: Instance) -> Instance:
+        """A request as the control has it: what makes the messages, or finds the pictures, of a row gives others."""
+        if self.control is None:
+            return request
+        *arguments, number, task, split = request.args
+        place = next(place for place, argument in enumerate(arguments) if callable(argument))
+        of_doc, docs = arguments[place], self.task_dict[task][split]
+        change = control_messages if request.request_type == "generate_until" else control_media
+        arguments[place] = lambda doc: change(
+            self.control, of_doc(doc), number, len(docs), lambda row: of_doc(docs[row])
+        )
+        request = copy.copy(request)
+        request.arguments = (*arguments, number, task, split)
+        return request
 
     def messages(self, request: Instance) -> list[dict]:
         """The conversation of a request, as transformers writes it."""
@@ -127,6 +147,7 @@ class TransformersModel(ResumableModel):
         """
         # all candidates of a question together: its pictures are then read once
         questions = []
+        requests = [self._controlled(request) for request in requests]
         for _, group in groupby(requests, key=lambda request: (request.args[0], request.args[3:])):
             group = list(group)
             candidates = [request.args[1].lstrip() for request in group]

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from PIL import ImageFile
 from transformers.utils import logging
 
+from ..data.controls import CONTROLS
 from ..extras import pip_install, requirements
 from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
@@ -92,7 +93,7 @@ def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
             if dataset.fewshot is not None:
                 from .fewshot.run import run_fewshot
 
-                figures = run_fewshot(lm, dataset, folder)
+                figures = run_fewshot(lm, dataset, folder, config.controls)
             else:
                 figures = run_benchmark(lm, dataset, folder, config)
             results[spec.name][dataset.name] = figures
@@ -123,17 +124,63 @@ def build_model(spec: ModelSpec, replies: Path):
 
 
 def run_benchmark(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> dict[str, Any]:
-    """The figures of one model on one benchmark; writes the samples, and MMBench's table for the server."""
+    """
+    The figures of one model on one benchmark, with `controls` among them if the configuration says so; writes the
+    samples, and MMBench's table for the server.
+    """
+    options, tasks = _options(lm, dataset, folder, config)
+    ours = all(task in BENCHMARKS for task in tasks)
+    if config.controls and not ours:
+        logger.warning(
+            f"{dataset.name} is a task of lmms-eval, which is asked without controls: they need its scores."
+        )
+    records: dict[str | None, dict[str, list]] = {}
+    figures: dict[str, Any] = {}
+    for control in (None, *CONTROLS) if config.controls and ours else (None,):
+        lm.control = control
+        try:
+            output = _simple_evaluate(lm, dataset, tasks, options, folder, config)
+        finally:
+            lm.control = None
+        if output is None:  # not the main process
+            continue
+        records[control] = {}
+        for task, samples in output["samples"].items():
+            samples = sorted(samples, key=lambda sample: sample["doc_id"])
+            of_task = [sample[BENCHMARKS[task].metrics[0]] for sample in samples] if ours else [{} for _ in samples]
+            records[control][task] = of_task
+            logged = [_logged(sample, record) for sample, record in zip(samples, of_task, strict=True)]
+            name = task if control is None else f"{task}.{control}"
+            write_samples(folder / f"{name}.samples.jsonl", logged)
+            if control is not None:
+                continue
+            if ours:
+                figures |= BENCHMARKS[task].score(of_task)
+            else:
+                figures |= {name: value for name, value in output["results"][task].items() if _is_figure(name, value)}
+            if task == "otter_mmbench":
+                _write_submission(folder / "mmbench_submission.xlsx", of_task)
+            replies = (reply for sample in samples for reply in sample["filtered_resps"])
+            for fate_name, count in count_fates(replies).items():
+                figures[fate_name] = figures.get(fate_name, 0) + count
+    if len(records) > 1:
+        figures["controls"] = {}
+        for task, shown in records[None].items():
+            figures["controls"] |= BENCHMARKS[task].gains(shown, *(records[control][task] for control in CONTROLS))
+    return figures
+
+
+def _simple_evaluate(lm, dataset: DatasetSpec, tasks: list[str], options: Options, folder: Path, config: EvalConfig):
+    """What lmms-eval makes of a benchmark: its results and samples, on the main process only."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
     from tenacity import RetryError
 
-    options, tasks = _options(lm, dataset, folder, config)
     ours = all(task in BENCHMARKS for task in tasks)
     manager = TaskManager(include_path=[str(TASK_FOLDER)], include_defaults=not ours)
     built = [_build_task(task, dataset, options, config.output / "data") for task in tasks] if ours else list(tasks)
     try:
-        output = simple_evaluate(
+        return simple_evaluate(
             model=lm,
             tasks=built,
             task_manager=manager,
@@ -144,24 +191,6 @@ def run_benchmark(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) ->
         )
     except RetryError as error:  # lmms-eval tries five times whatever went wrong
         raise error.last_attempt.exception() from error
-    if output is None:  # not the main process
-        return {}
-    figures: dict[str, Any] = {}
-    for task, samples in output["samples"].items():
-        samples = sorted(samples, key=lambda sample: sample["doc_id"])
-        if task in BENCHMARKS:
-            records = [sample[BENCHMARKS[task].metrics[0]] for sample in samples]
-            figures |= BENCHMARKS[task].score(records)
-            if task == "otter_mmbench":
-                _write_submission(folder / "mmbench_submission.xlsx", records)
-        else:
-            records = [{} for _ in samples]
-            figures |= {name: value for name, value in output["results"][task].items() if _is_figure(name, value)}
-        logged = [_logged(sample, record) for sample, record in zip(samples, records, strict=True)]
-        write_samples(folder / f"{task}.samples.jsonl", logged)
-        for name, count in count_fates(reply for sample in samples for reply in sample["filtered_resps"]).items():
-            figures[name] = figures.get(name, 0) + count
-    return figures
 
 
 def _options(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> tuple[Options, list[str]]:

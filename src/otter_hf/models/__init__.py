@@ -23,6 +23,7 @@ from .otterhd import (
     OtterHDModel,
     OtterHDProcessor,
 )
+from .skills import Skill
 from .varlen_attention import varlen_mask, varlen_sdpa_attention_forward
 
 
@@ -59,4 +60,5 @@ __all__ = [
     "OtterMptForCausalLM",
     "OtterMptModel",
     "OtterProcessor",
+    "Skill",
 ]

@@ -7,6 +7,8 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
+from .prepared_media import PreparedMedium
+
 
 # where a part of a message may hold its picture or film
 MEDIA_SOURCES = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
@@ -74,6 +76,40 @@ class ChatProcessorMixin(ProcessorMixin):
             )
         except TemplateError as error:
             raise ValueError(str(error)) from error
+
+    def prepare_media(self, messages: list[dict], **kwargs) -> list[dict]:
+        """
+        The messages of a conversation with every picture and film made ready as a [`PreparedMedium`], which stands in
+        further messages without being read and resized again. What is ready stays as it is.
+
+        Args:
+            messages: see [`~ChatProcessorMixin.apply_chat_template`].
+            kwargs: how to read them: options of the processor.
+
+        Raises:
+            ValueError: naming the message and part that cannot be read.
+        """
+        prepared = []
+        for i, message in enumerate(read_conversations(messages, self._resolve_chat_template(None), True)):
+            if isinstance(message["content"], list):
+                content = []
+                for j, part in enumerate(message["content"]):
+                    if part["type"] != "text":
+                        (medium,) = (value for key, value in part.items() if key != "type")
+                        if not isinstance(medium, PreparedMedium):
+                            try:
+                                medium = self._prepare_medium(part["type"], medium, **kwargs)
+                            except ValueError as error:
+                                raise ValueError(f"messages[{i}].content[{j}]: {error}") from error
+                        part = {"type": part["type"], part["type"]: medium}
+                    content.append(part)
+                message = {**message, "content": content}
+            prepared.append(message)
+        return prepared
+
+    def _prepare_medium(self, kind: str, medium, **kwargs) -> PreparedMedium:
+        """A picture (`kind` is `image`) or film (`video`) made ready."""
+        raise NotImplementedError
 
     def _fit_media(self, messages: list[dict]) -> list[dict]:
         """The messages of a conversation with pictures and films as the processor can tell their order."""

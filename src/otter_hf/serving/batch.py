@@ -31,15 +31,27 @@ def read_questions(path: str | Path) -> list[dict]:
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must hold a list of entries with question and image_path.")
     for index, entry in enumerate(entries):
-        place = f"{path}, entry {index}"
-        if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
-            raise ValueError(f"{place}: give it a question in words.")
-        if unknown := set(entry) - set(FIELDS):
-            raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(FIELDS)}.")
-        for file in [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]:
-            if not isinstance(file, str) or not (is_address(file) or local_path(file).is_file()):
-                raise ValueError(f"{place}: there is no file {file}.")
+        check_entry(entry, f"{path}, entry {index}", FIELDS)
     return entries
+
+
+def check_entry(entry, place: str, fields: tuple[str, ...]) -> None:
+    """ValueError, calling it `place`, unless it is a question with files that are there, and no other fields."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
+        raise ValueError(f"{place}: give it a question in words.")
+    if unknown := set(entry) - set(fields):
+        raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(fields)}.")
+    for file in [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]:
+        if not isinstance(file, str) or not (is_address(file) or local_path(file).is_file()):
+            raise ValueError(f"{place}: there is no file {file}.")
+
+
+def read_media_of(entry: dict, num_frames: int) -> list[dict]:
+    """The pictures and the film of an entry as parts of a message."""
+    media = [image_part(open_image(local_source(file), file)) for file in _image_paths(entry)]
+    if file := entry.get("video_path"):
+        media.append(video_part(read_frames(local_source(file), file, num_frames)))
+    return media
 
 
 def answer_questions(
@@ -49,6 +61,7 @@ def answer_questions(
     batch_size: int,
     replies: ReplyLog | None = None,
     until: Sequence[str] = (),
+    examples: Sequence[dict] = (),
     **generation,
 ) -> Iterator[tuple[dict, str]]:
     """
@@ -60,17 +73,16 @@ def answer_questions(
         batch_size: questions per forward pass.
         replies: answers of before, which are not asked for again, and where new ones are kept.
         until: an answer ends before the first of these.
+        examples: messages in front of each question, which are read once.
         generation: see [`ConversationModel.generate`].
     """
 
     def conversation(entry: dict) -> list[dict]:
-        media = [image_part(open_image(local_source(file), file)) for file in _image_paths(entry)]
-        if file := entry.get("video_path"):
-            media.append(video_part(read_frames(local_source(file), file, num_frames)))
+        media = read_media_of(entry, num_frames)
         return fit_media([make_message("user", entry["question"], media)], model.processor)
 
     def ask(window: list[dict], wanted: set[int]) -> Iterator[dict[int, str]]:
-        conversations = (conversation(entry) for entry in window)
+        conversations = ([*examples, *conversation(entry)] for entry in window)
         return model.answers(conversations, until, batch_size=batch_size, wanted=wanted, **generation)
 
     yield from zip(entries, answer_all(entries, conversation, ask, 4 * batch_size, replies, disable=None), strict=True)

@@ -143,6 +143,8 @@ def fit_media(messages: Sequence[dict], processor) -> list[dict]:
         return [image_part(frame) for frame in part["video"]] if is_video else [part]
 
     return [
-        {"role": message["role"], "content": [fitted for part in message["content"] for fitted in fit(part)]}
+        message
+        if isinstance(message["content"], str)
+        else {"role": message["role"], "content": [fitted for part in message["content"] for fitted in fit(part)]}
         for message in messages
     ]

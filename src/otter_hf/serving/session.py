@@ -1,12 +1,16 @@
 """A conversation with a model, which reads each word and picture once."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
-from ..models.flamingo import FlamingoForConditionalGeneration
-from ..models.otterhd import OtterHDForConditionalGeneration
+from ..data.controls import control_messages, media_of
+from ..models.chat_processing import ChatProcessorMixin
+from ..models.prefix_cache import can_share_prefixes
+from ..models.skills import Skill
 from ..prompts import IMAGE_TOKEN
 from .media import fit_media
 
@@ -23,26 +27,28 @@ class ChatSession:
         model: in evaluation mode.
         processor: with a chat template.
         reuse_cache: False reads the whole conversation for every answer.
+        skill: worked examples of this model, with which every conversation begins, and which are not read again.
     """
 
-    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, reuse_cache: bool = True):
+    def __init__(
+        self, model: PreTrainedModel, processor: ProcessorMixin, reuse_cache: bool = True, skill: Skill | None = None
+    ):
         self.model = model
         self.processor = processor
-        self.reuse_cache = reuse_cache and isinstance(
-            model, (FlamingoForConditionalGeneration, OtterHDForConditionalGeneration)
-        )
+        self.reuse_cache = reuse_cache and can_share_prefixes(model)
+        self.skill = skill
         self.clear()
 
     def clear(self) -> None:
-        """Forget the conversation."""
-        self.messages: list[dict] = []
+        """Forget the conversation, but for the skill."""
+        self.messages: list[dict] = [] if self.skill is None else list(self.skill.messages)
+        self._prepared: dict[int, tuple[object, dict]] = {}
         self._forget_cache()
 
     def add_example(self, question: str, answer: str, media: list[dict] = ()) -> None:
         """A worked example for the model to follow; for `question` and `media` see `ask`."""
         self.messages += [make_message("user", question, media), make_message("assistant", answer)]
 
-    @torch.inference_mode()
     def ask(self, question: str, media: list[dict] = (), streamer: BaseStreamer | None = None, **generation) -> str:
         """
         The answer to a question about the conversation so far.
@@ -59,18 +65,55 @@ class ChatSession:
                 conversation is then as it was, as it is after any other interruption.
         """
         messages = [*self.messages, make_message("user", question, media)]
+        answer = self._answer(messages, streamer, generation)
+        self.messages = [*messages, make_message("assistant", answer)]
+        return answer
+
+    def ask_with_control(self, control: str, others: Sequence[list[dict]] = (), **generation) -> str | None:
+        """
+        What the model would have answered to the last question with other pictures and films in the last message that
+        has any: whether it looked. The conversation stays as it is.
+
+        Args:
+            control: `blank`, in grey, or `swapped`, with the first of `others` that are not the same.
+            others: media of other questions, as `image_part` and `video_part` make them.
+            generation: see `ask`.
+
+        Returns:
+            the answer; None where the conversation has no pictures, or no others are given.
+        """
+        start = 0 if self.skill is None else len(self.skill.messages)
+        own = self.messages[start:-1]
+        rows = [own, *([make_message("user", "", media)] for media in others)]
+        changed = control_messages(control, own, 0, len(rows), rows.__getitem__)
+        if changed is own or media_of(changed) == media_of(own):
+            return None
+        again = ChatSession(self.model, self.processor, self.reuse_cache, self.skill)
+        return again._answer([*again.messages, *changed], None, generation)
+
+    @torch.inference_mode()
+    def _answer(self, messages: list[dict], streamer: BaseStreamer | None, generation: dict) -> str:
         inputs = self.processor.apply_chat_template(
-            fit_media(messages, self.processor),
+            self._prepare(fit_media(messages, self.processor)),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
-        all_media = [part for message in messages for part in message["content"] if part["type"] != "text"]
-        reuse = self.reuse_cache and generation.get("num_beams", 1) == 1
+        all_media = [
+            part
+            for message in messages
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+            if part["type"] != "text"
+        ]
+        num_beams = generation.get("num_beams", 1)
+        reuse = self.reuse_cache and num_beams == 1
         if reuse:
-            self._keep_common_prefix(inputs["input_ids"], all_media)
+            self._keep_common_prefix(inputs, all_media)
             generation["past_key_values"] = self._cache
+        elif self.skill is not None:
+            generation["past_key_values"] = self.skill.cache_for(inputs, num_beams)
         cache, self._cache = self._cache, None  # what an interrupted answer leaves in it is unknown
         output = self.model.generate(
             **inputs, streamer=streamer, tokenizer=self.processor.tokenizer, **generation
@@ -82,29 +125,53 @@ class ChatSession:
         stops = generation.get("stop_strings") or ()
         for stop in [stops] if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0].rstrip()
-        self.messages = [*messages, make_message("assistant", answer)]
         return answer
+
+    def _prepare(self, messages: list[dict]) -> list[dict]:
+        """The messages with media that are ready: those of earlier turns are not resized again."""
+        if not isinstance(self.processor, ChatProcessorMixin):
+            return messages
+
+        def prepare(part: dict) -> dict:
+            medium = part.get(part["type"])
+            if part["type"] == "text" or medium is None:
+                return part
+            if id(medium) not in self._prepared:
+                (ready,) = self.processor.prepare_media([{"role": "user", "content": [part]}])
+                self._prepared[id(medium)] = medium, ready["content"][0]  # the medium, so that its id stays its own
+            return self._prepared[id(medium)][1]
+
+        return [
+            message
+            if isinstance(message["content"], str)
+            else {**message, "content": [prepare(part) for part in message["content"]]}
+            for message in messages
+        ]
 
     def _forget_cache(self) -> None:
         self._cache: DynamicCache | None = None
         self._cached_ids = torch.zeros(1, 0, dtype=torch.long)
         self._cached_media: list[dict] = []
 
-    def _keep_common_prefix(self, input_ids: torch.LongTensor, media: list[dict]) -> None:
+    def _keep_common_prefix(self, inputs: Mapping, media: list[dict]) -> None:
         """Leave in the cache what the new prompt `(1, L)` begins with; its last token is always computed anew."""
+        input_ids = inputs["input_ids"]
         shared = min(len(media), len(self._cached_media))
         same_media = all(old is new for old, new in zip(self._cached_media[:shared], media[:shared], strict=True))
         length = min(input_ids.shape[1] - 1, self._cached_ids.shape[1])
         equal = (input_ids[0, :length] == self._cached_ids.to(input_ids.device)[0, :length]).long()
         kept = int(equal.cumprod(0).sum()) if same_media else 0
-        if self._cache is not None and kept:
+        of_skill = None
+        if self.skill is not None and kept < self.skill.input_ids.shape[1]:
+            of_skill = self.skill.cache_for(inputs)
+        if self._cache is not None and kept and of_skill is None:
             try:
                 self._cache.crop(kept - self._cache.get_seq_length())
                 return
             except RuntimeError:  # a sliding window has forgotten the tokens before it
                 pass
         self._forget_cache()
-        self._cache = DynamicCache(config=self.model.config.get_text_config())
+        self._cache = DynamicCache(config=self.model.config.get_text_config()) if of_skill is None else of_skill
 
 
 def make_message(role: str, text: str, media: list[dict] = ()) -> dict:

@@ -232,6 +232,12 @@ class TrainingFields:
         default=3,
         metadata={"help": "Evaluation samples that are answered at each evaluation, in training_report.html."},
     )
+    report_controls: bool = field(
+        default=False,
+        metadata={
+            "help": "Ask them with the picture of another one and with a blank one, too: eval_visual_gain in the logs."
+        },
+    )
     wandb_project: str | None = field(default=None, metadata={"help": "Project of W&B, with report_to wandb."})
     wandb_entity: str | None = field(default=None, metadata={"help": "User or team of W&B, with report_to wandb."})
     trainable_only: bool = field(

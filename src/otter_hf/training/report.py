@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import Trainer, TrainerCallback
 
 from ..data.collator import IGNORE_INDEX
+from ..data.controls import control_media, visual_gain
 from ..data.samples import Sample, SampleError
 from ..files import write_text
 
@@ -26,12 +27,15 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "training_report.html"
 # key of `log_history`, which goes into every checkpoint, under which answers are kept
 ANSWERS = "sample_answers"
+# and by control those to the same questions with other pictures
+CONTROL_ANSWERS = "sample_answers_with_controls"
 _COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 # points of a curve that say their value
 _HOVERED = 200
 _UNITS = {
     "loss": "per answer token",
     "answer_accuracy": "share of answers right",
+    "visual_gain": "percent of answers, right picture less another",
     "grad_norm": "before clipping",
     "mfu": "share of the peak",
 }
@@ -172,16 +176,19 @@ def write_report(
     answered = [entry for entry in log_history if ANSWERS in entry]
     blocks = []
     for number, sample in enumerate(samples if answered else ()):
-        rows = [
-            f"<tr><td>{entry['step']:,}</td><td>{html.escape(entry[ANSWERS][number])}</td></tr>"
-            for entry in answered
-            if number < len(entry[ANSWERS])
-        ]
+        controls = dict.fromkeys(name for entry in answered for name in entry.get(CONTROL_ANSWERS, {}))
+        rows = []
+        for entry in answered:
+            if number < len(entry[ANSWERS]):
+                others = [entry.get(CONTROL_ANSWERS, {}).get(name, {number: ""})[number] for name in controls]
+                cells = [f"{entry['step']:,}", entry[ANSWERS][number], *others]
+                rows.append(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>")
         question, truth = sample["turns"][-1]
+        heads = "".join(f"<th>{name} picture</th>" for name in controls)
         pictures = "".join(_thumbnail(medium[0]) for medium in sample["media"][:4])
         blocks.append(
             f"<section>{pictures}<p><b>{html.escape(question)}</b><br>expected: {html.escape(truth)}</p>"
-            f"<table><tr><th>step</th><th>answer</th></tr>{''.join(rows)}</table></section>"
+            f"<table><tr><th>step</th><th>answer</th>{heads}</tr>{''.join(rows)}</table></section>"
         )
     answers = f"<h2>Sample answers</h2>{''.join(blocks)}" if blocks else ""
     rows = "".join(
@@ -237,6 +244,9 @@ class TrainingReport(TrainerCallback):
         samples: samples of the evaluation data; the last turn of each is asked.
         max_new_tokens: of an answer.
         settings, plan: for the page, see `write_report`.
+        controls: of [`~otter_hf.data.controls.CONTROLS`], with which the samples are asked, too. What the right
+            pictures are worth is logged as `eval_visual_gain`, the share of answers that are exactly right less that
+            with the pictures of other samples, in percent, between `eval_visual_gain_low` and `_high` with 95 %.
     """
 
     def __init__(
@@ -246,9 +256,10 @@ class TrainingReport(TrainerCallback):
         max_new_tokens: int = 32,
         settings: Mapping | None = None,
         plan: str = "",
+        controls: Sequence[str] = (),
     ):
         self.trainer = trainer
-        self.settings, self.plan = settings, plan
+        self.settings, self.plan, self.controls = settings, plan, controls
         self.samples = [sample for sample in samples if _can_be_asked(trainer, sample)]
         self.max_new_tokens = max_new_tokens
 
@@ -256,7 +267,16 @@ class TrainingReport(TrainerCallback):
         if self.samples:
             # on all processes: a sharded model can be run by all of them only
             answers = [self._answer(sample) for sample in self.samples]
-            state.log_history.append({"step": state.global_step, "epoch": state.epoch, ANSWERS: answers})
+            entry = {"step": state.global_step, "epoch": state.epoch, ANSWERS: answers}
+            others = {name: [self._answer(sample) for sample in self._controlled(name)] for name in self.controls}
+            if others:
+                entry[CONTROL_ANSWERS] = others
+            state.log_history.append(entry)
+            if "swapped" in others:
+                gain = visual_gain(_percent, self._right(answers), self._right(others["swapped"]))
+                low, high = gain["interval"]
+                told = {"": gain["visual_gain"], "_low": low, "_high": high}
+                self.trainer.log({f"eval_visual_gain{name}": value for name, value in told.items()})
             self._write(state)
 
     def on_save(self, args, state, control, **kwargs):
@@ -271,6 +291,23 @@ class TrainingReport(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             title = f"Training of {folder.name}"
             write_report(folder / REPORT_FILE, state.log_history, title, self.samples, self.settings, self.plan)
+
+    def _controlled(self, control: str) -> list[Sample]:
+        """The samples with other media."""
+        return [
+            {
+                **sample,
+                "media": control_media(
+                    control, sample["media"], number, len(self.samples), lambda row: self.samples[row]["media"]
+                ),
+            }
+            for number, sample in enumerate(self.samples)
+        ]
+
+    def _right(self, answers: Sequence[str]) -> list[bool]:
+        """Whether each answer is the expected one, but for case and a full stop."""
+        truths = [sample["turns"][-1][1] for sample in self.samples]
+        return [_plain(answer) == _plain(truth) for answer, truth in zip(answers, truths, strict=True)]
 
     def _answer(self, sample: Sample) -> str:
         """What the model says at the place of the sample's last answer."""
@@ -295,6 +332,14 @@ class TrainingReport(TrainerCallback):
             )
         model.train(training)
         return self.trainer.processing_class.post_process_image_text_to_text(output[:, start:])[0]
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower().removesuffix(".")
+
+
+def _percent(right: Sequence[bool]) -> float:
+    return 100.0 * sum(right) / len(right)
 
 
 def _can_be_asked(trainer: Trainer, sample: Sample) -> bool:

@@ -22,6 +22,7 @@ from ..data.collator import OtterCollator
 from ..data.collator_flamingo import flamingo_collator
 from ..data.collator_idefics import IdeficsCollator, idefics_loss, prepare_idefics_tokenizer
 from ..data.collator_otterhd import OtterHDCollator
+from ..data.controls import CONTROLS
 from ..data.mixture import MimicitMixture
 from ..data.samples import VIDEO_TEXT, Sample, SampleOptions
 from ..errors import ending_in_a_sentence
@@ -163,7 +164,10 @@ def train(
             run=record,
         )
         samples = sample_evenly(eval_dataset, training_args.report_samples)
-        trainer.add_callback(TrainingReport(trainer, samples, settings=trainer.settings(), plan=str(plan)))
+        controls = CONTROLS if training_args.report_controls else ()
+        trainer.add_callback(
+            TrainingReport(trainer, samples, settings=trainer.settings(), plan=str(plan), controls=controls)
+        )
         if training_args.early_stopping_patience is not None:
             patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
             trainer.add_callback(EarlyStoppingCallback(patience, threshold))

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers.utils import logging
 
+from ...data.controls import CONTROLS, control_media, visual_gain
 from ...made_from import state_of_model
 from ..config import DatasetSpec
 from ..report import write_samples
@@ -51,7 +53,7 @@ _HATEFUL = ["no", "yes"]
 _METRICS = {"caption": "cider", "vqa": "vqa_accuracy", "imagenet": "top1_accuracy", "hateful_memes": "roc_auc"}
 
 
-def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
+def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = False) -> dict[str, Any]:
     """
     The figures of a model on one data set.
 
@@ -61,9 +63,11 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
         lm: a model of `otter_hf.evaluation.lmms`; ranking needs one of transformers.
         dataset: with `fewshot`, see `docs/evaluation.md`.
         folder: for samples and picture features.
+        with_controls: whether every question is asked with other pictures, too; its demonstrations stay.
 
     Returns:
-        `N-shot METRIC` (mean over seeds) and `N-shot/seed S` for each trial; {} on other processes than the main one.
+        `N-shot METRIC` (mean over seeds) and `N-shot/seed S` for each trial, and `controls` of the first, over the
+        rows of all seeds together; {} on other processes than the main one.
 
     Raises:
         ValueError: for settings or data that do not fit.
@@ -79,6 +83,7 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for shots in settings.get("shots", [0, 4, 8]):
         trials, unanswered = [], Counter()
+        units: dict[str | None, list] = {control: [] for control in ((None, *CONTROLS) if with_controls else (None,))}
         for seed in settings.get("seeds", [42]):
             rows = test_subset(settings.get("num_samples"), len(test), seed)
             mine = rows[lm.rank :: lm.world_size]
@@ -86,20 +91,30 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path) -> dict[str, Any]:
             drawn = min(2, len(train) - 1) if shots == 0 and style.text_only_zero_shot else shots
             choose = _chooser(settings, train, test, rows, drawn, seed, folder, same)
             shown = {row: choose(row) for row in mine}
-            build = _conversation_builder(kind, style, train, test, shots, names)
-            replies = _ask(lm, dataset.name, kind, template, build, shown, names, settings.get("likelihood", "mean"))
-            records = _gather(lm, [_record(kind, test[row], shown[row], reply) for row, reply in replies.items()])
-            if lm.rank == 0:
+            for control, scored in units.items():
+                build = _conversation_builder(kind, style, train, test, shots, names, control)
+                likelihood = settings.get("likelihood", "mean")
+                replies = _ask(lm, dataset.name, kind, template, build, shown, names, likelihood)
+                records = _gather(lm, [_record(kind, test[row], shown[row], reply) for row, reply in replies.items()])
+                if lm.rank > 0:
+                    continue
                 records.sort(key=lambda record: record["row"])
                 score = _score(kind, records, settings.get("normaliser", "official"))
-                trials.append(score)
-                figures[f"{shots}-shot/seed {seed}"] = score[_METRICS[kind]]
-                unanswered.update(count_fates(record["reply"] for record in records if "reply" in record))
-                write_samples(folder / f"{dataset.name}.{shots}-shot.seed-{seed}.samples.jsonl", records)
+                if control is None:
+                    trials.append(score)
+                    figures[f"{shots}-shot/seed {seed}"] = score[_METRICS[kind]]
+                    unanswered.update(count_fates(record["reply"] for record in records if "reply" in record))
+                if with_controls:
+                    scored += _units(kind, records)
+                stem = f"{dataset.name}.{shots}-shot.seed-{seed}{'' if control is None else f'.{control}'}"
+                write_samples(folder / f"{stem}.samples.jsonl", records)
         if lm.rank == 0:
             values = [trial[_METRICS[kind]] for trial in trials]
             known = None not in values
             figures[f"{shots}-shot {_METRICS[kind]}"] = sum(values) / len(values) if known else None
+            if with_controls and known:
+                gains = figures.setdefault("controls", {})
+                gains[f"{shots}-shot {_METRICS[kind]}"] = _gains(kind, units)
             if "tokenizer" in trials[0]:
                 figures["tokenizer"] = trials[0]["tokenizer"]
             for name, count in unanswered.items():
@@ -164,7 +179,17 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
     return lambda row: index.nearest(features["test"][place[row]], shots, itself(row))
 
 
-def _conversation_builder(kind, style: Prompts, train: Rows, test: Rows, shots: int, names) -> Callable:
+def _conversation_builder(
+    kind, style: Prompts, train: Rows, test: Rows, shots: int, names, control: str | None = None
+) -> Callable:
+    of_row = partial(_pictures, test)
+
+    def question(number: int) -> dict:
+        row = test[number]
+        if control is None:
+            return row
+        return {**row, "image": control_media(control, [row["image"]], number, len(test), of_row)[0]}
+
     def turns(row: dict, answered: bool, with_picture: bool = True) -> list[dict]:
         picture = [{"type": "image", "url": row["image"]}] if with_picture else []
         messages = [{"role": "user", "content": [*picture, {"type": "text", "text": style.ask(row)}]}]
@@ -178,9 +203,35 @@ def _conversation_builder(kind, style: Prompts, train: Rows, test: Rows, shots: 
         messages = []
         for number in shown:
             messages += turns(train[number], answered=True, with_picture=shots > 0)
-        return messages + turns(test[row], answered=False)
+        return messages + turns(question(row), answered=False)
 
     return build
+
+
+def _pictures(rows: Rows, number: int) -> list:
+    return [rows[number]["image"]]
+
+
+def _units(kind: str, records: list[dict]) -> list:
+    """What the score of records is the mean of, in percent; for an area under a curve the records."""
+    if kind == "caption":
+        return captions.scores_of([{**record, "id": record["row"]} for record in records])
+    if kind == "vqa":
+        return [100.0 * record["accuracy"] for record in records]
+    return [ranking.score([record])["top1_accuracy"] for record in records] if kind == "imagenet" else records
+
+
+def _gains(kind: str, units: dict[str | None, list]) -> dict[str, Any]:
+    """As [`~otter_hf.evaluation.benchmarks.Benchmark.gains`] of one figure."""
+
+    def metric(drawn: list) -> float:
+        if kind != "hateful_memes":
+            return sum(drawn) / max(1, len(drawn))
+        area = ranking.score_binary(drawn)["roc_auc"]
+        return 50.0 if area is None else area  # of one class alone
+
+    scores = {control: metric(drawn) for control, drawn in units.items() if control is not None}
+    return {**scores, **visual_gain(metric, units[None], units["swapped"])}
 
 
 def _truth(kind: str, row: dict, names: list[str] | None) -> str:

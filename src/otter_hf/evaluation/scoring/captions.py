@@ -45,12 +45,18 @@ def score(records: Sequence[Mapping]) -> dict[str, float | str]:
         records: with `id`, `caption` (the model's) and `references` (people's). Words weigh by how many of *these*
             images have them: scores of different subsets do not compare.
     """
+    scores = scores_of(records)
+    tokenizer = "PTB" if _has_java() else "python"
+    return {"cider": sum(scores) / max(1, len(scores)), "tokenizer": tokenizer, "images": len(records)}
+
+
+def scores_of(records: Sequence[Mapping]) -> list[float]:
+    """CIDEr times 100 of each record, whose mean is the score of all; see `score`."""
     from pycocoevalcap.cider.cider import Cider
 
     references = {record["id"]: [one_line(text) for text in record["references"]] for record in records}
     captions = {record["id"]: [one_line(record["caption"])] for record in records}
-    with_java = shutil.which("java") is not None
-    if with_java:
+    if _has_java():
         from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
         references, captions = (
@@ -62,5 +68,10 @@ def score(records: Sequence[Mapping]) -> dict[str, float | str]:
             {key: [tokenize(text) for text in texts] for key, texts in table.items()}
             for table in (references, captions)
         )
-    cider, _ = Cider().compute_score(references, captions)
-    return {"cider": 100.0 * float(cider), "tokenizer": "PTB" if with_java else "python", "images": len(records)}
+    _, scores = Cider().compute_score(references, captions)  # in the order of the references
+    by_id = dict(zip(references, scores, strict=True))
+    return [100.0 * float(by_id[record["id"]]) for record in records]
+
+
+def _has_java() -> bool:
+    return shutil.which("java") is not None

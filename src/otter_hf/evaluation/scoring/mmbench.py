@@ -21,6 +21,16 @@ def present(value) -> bool:
     return value is not None and str(value).strip() not in ("", "nan", "None")
 
 
+def question_of(record: Mapping) -> int:
+    """The number of the question of which a record is one of the copies."""
+    return int(record["index"]) % _COPY_OFFSET
+
+
+def with_number(record: Mapping, number: int) -> dict:
+    """The record as one of the question of another number."""
+    return {**record, "index": int(record["index"]) // _COPY_OFFSET * _COPY_OFFSET + number}
+
+
 def score(records: list[Mapping]) -> dict[str, float]:
     """
     CircularEval: a question is right only if all its shifted copies are.
@@ -35,7 +45,7 @@ def score(records: list[Mapping]) -> dict[str, float]:
     """
     questions: dict[int, list[Mapping]] = {}
     for record in records:
-        questions.setdefault(int(record["index"]) % _COPY_OFFSET, []).append(record)
+        questions.setdefault(question_of(record), []).append(record)
     if not all(present(record["answer"]) for record in records):
         return {"questions": len(questions)}
     right = {index: all(r["prediction"] == r["answer"] for r in rows) for index, rows in questions.items()}

@@ -15,6 +15,7 @@ from ...pictures import is_array, read_image
 from ..chat_processing import ChatProcessorMixin, read_texts
 from ..legacy import is_legacy_config, read_config
 from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
+from ..prepared_media import PreparedMedium, check_prepared
 
 
 class FlamingoProcessor(ChatProcessorMixin):
@@ -186,10 +187,13 @@ class FlamingoProcessor(ChatProcessorMixin):
                         "pass the images as videos of one frame."
                     )
                 media.append(
-                    [[read_image(image, f"images[{row}][{i}]", **reading)] for i, image in enumerate(row_pictures)]
+                    [
+                        image if isinstance(image, PreparedMedium) else [read_image(image, name, **reading)]
+                        for name, image in _named(f"images[{row}]", row_pictures)
+                    ]
                     + [
-                        read_video(clip, f"videos[{row}][{i}]", **sampling, **reading)
-                        for i, clip in enumerate(row_clips)
+                        clip if isinstance(clip, PreparedMedium) else read_video(clip, name, **sampling, **reading)
+                        for name, clip in _named(f"videos[{row}]", row_clips)
                     ]
                 )
             self.check_media_counts(counts, [len(row_media) for row_media in media])
@@ -210,6 +214,8 @@ class FlamingoProcessor(ChatProcessorMixin):
             if part["type"] != "image":
                 return part
             (image,) = (part[key] for key in part if key != "type")
+            if isinstance(image, PreparedMedium):
+                return {"type": "video", "video": image}
             if isinstance(image, (str, Path)):
                 image = read_image(image, name)  # a list of paths would be several films
             return {"type": "video", "video": [image]}
@@ -220,6 +226,10 @@ class FlamingoProcessor(ChatProcessorMixin):
             else message
             for i, message in enumerate(messages)
         ]
+
+    def _prepare_medium(self, kind: str, medium, **kwargs) -> PreparedMedium:
+        pixels = self(**{f"{kind}s": [[medium]]}, return_tensors="pt", **kwargs)["pixel_values"]  # (1, 1, F, C, H, W)
+        return PreparedMedium(pixels[0, 0])
 
     def _check_cut(self, texts: list[str], kept: list[list[int]], text_kwargs: dict) -> None:
         """Raise ValueError for the first text of which truncation left too little in `kept`."""
@@ -251,12 +261,14 @@ class FlamingoProcessor(ChatProcessorMixin):
                     f"exactly one per {self.image_token}, in their order."
                 )
 
-    def pack_media(self, media: list[list[list[Image.Image]]], **images_kwargs) -> dict[str, torch.Tensor]:
+    def pack_media(
+        self, media: list[list[list[Image.Image] | PreparedMedium]], **images_kwargs
+    ) -> dict[str, torch.Tensor]:
         """
         Preprocess nested media and lay them out batch first.
 
         Args:
-            media: texts -> media (one per `<image>`) -> frames.
+            media: texts -> media (one per `<image>`) -> frames, or a medium that is ready.
             images_kwargs: for the image processor.
 
         Returns:
@@ -265,18 +277,26 @@ class FlamingoProcessor(ChatProcessorMixin):
             image per row: in distributed training every rank must run the same modules, and the model encodes but
             never shows an image that no token refers to.
         """
-        frames = [frame for row in media for medium in row for frame in medium]
+        prepared = [medium for row in media for medium in row if isinstance(medium, PreparedMedium)]
+        frames = [frame for row in media for m in row if not isinstance(m, PreparedMedium) for frame in m]
         shape = (len(media), max(map(len, media), default=0), max((len(m) for row in media for m in row), default=0))
-        if not frames:
+        if not frames and not prepared:
             frames, shape = [Image.new("RGB", (8, 8))], (len(media), 1, 1)
         images_kwargs["return_tensors"] = "pt"
-        pixels = self.image_processor(images=frames, **images_kwargs)["pixel_values"]  # (N, C, H, W)
-        packed = pixels.new_zeros(*shape, *pixels.shape[1:])
+        pixels = torch.empty(0)
+        if frames:
+            pixels = self.image_processor(images=frames, **images_kwargs)["pixel_values"]  # (N, C, H, W)
+        of_frame = tuple((pixels if frames else prepared[0].pixels).shape[1:])
+        check_prepared(prepared, of_frame, "frames")
+        packed = pixels.new_zeros(*shape, *of_frame)
         mask = torch.zeros(shape, dtype=torch.int64)  # (B, T, F)
         next_frame = iter(pixels)
         for i, row in enumerate(media):
             for j, medium in enumerate(row):
                 mask[i, j, : len(medium)] = 1
+                if isinstance(medium, PreparedMedium):
+                    packed[i, j, : len(medium)] = medium.pixels
+                    continue
                 for k in range(len(medium)):
                     packed[i, j, k] = next(next_frame)
         return {"pixel_values": packed, "pixel_attention_mask": mask}
@@ -305,6 +325,10 @@ class FlamingoProcessor(ChatProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "pixel_attention_mask"]
+
+
+def _named(name: str, items: list) -> list[tuple[str, object]]:
+    return [(f"{name}[{i}]", item) for i, item in enumerate(items)]
 
 
 def _is_image(item) -> bool:

@@ -15,6 +15,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImagesKwargs
 
 from ...pictures import read_image
+from ..prepared_media import PreparedMedium, check_prepared
 
 
 class OtterHDImagesKwargs(FuyuImagesKwargs, total=False):
@@ -209,6 +210,29 @@ class OtterHDImageProcessor(FuyuImageProcessorPil):
             },
             tensor_type=return_tensors,
         )
+
+    def prepare(self, images: list, **kwargs) -> list[PreparedMedium]:
+        """
+        Images made ready one by one; those that are stay as they are.
+
+        Args:
+            images: what `otter_hf.pictures` reads, or [`PreparedMedium`].
+            kwargs: as for a call.
+
+        Raises:
+            ValueError: for what cannot be read, and for what was made ready with patches of another size.
+        """
+        prepared = [image for image in images if isinstance(image, PreparedMedium)]
+        size = kwargs.get("patch_size") or self.patch_size
+        check_prepared(prepared, (size["height"] * size["width"] * 3,), "patches")
+        raw = [image for image in images if not isinstance(image, PreparedMedium)]
+        made = iter(())
+        if raw:
+            processed = self(raw, **(kwargs | {"return_tensors": "pt"}))
+            grids, factors = processed["patch_grids"].tolist(), processed["image_scale_factors"].tolist()
+            patches = processed["pixel_values"].split([rows * columns for rows, columns in grids])
+            made = iter([PreparedMedium(p, (*g,), (*f,)) for p, g, f in zip(patches, grids, factors, strict=True)])
+        return [image if isinstance(image, PreparedMedium) else next(made) for image in images]
 
     def _pixel_levels(
         self, do_rescale: bool, rescale_factor: float, do_normalize: bool, image_mean, image_std, **kwargs

@@ -21,6 +21,7 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from ...prompts import chat_template as format_chat_template
 from ...prompts import escape_reserved_tokens
 from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, read_texts
+from ..prepared_media import PreparedMedium
 from .image_processing_otterhd import OtterHDImageProcessor, OtterHDImagesKwargs
 
 
@@ -189,12 +190,11 @@ class OtterHDProcessor(ChatProcessorMixin):
         grids, factors, image_inputs = [], [], {}
         flat_images = [image for row in image_lists for image in row]
         if flat_images:
-            processed = self.image_processor(flat_images, **(options["images_kwargs"] | {"return_tensors": "pt"}))
-            grids, factors = processed["patch_grids"].tolist(), processed["image_scale_factors"].tolist()
-            grid = processed["patch_grids"]  # (I, 2)
+            media = self.image_processor.prepare(flat_images, **options["images_kwargs"])
+            grids, factors = [medium.grid for medium in media], [medium.scale for medium in media]
             image_inputs = {
-                "pixel_values": processed["pixel_values"],
-                "image_grid_thw": torch.cat([torch.ones_like(grid[:, :1]), grid], dim=1),
+                "pixel_values": torch.cat([medium.pixels.float() for medium in media]),
+                "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
             }
 
         rows, offsets, start = [], [], 0
@@ -287,6 +287,14 @@ class OtterHDProcessor(ChatProcessorMixin):
                 f"{ANSWER_TOKEN}: max_length={max_length} is too small."
             )
         return _cut_text(tokens, excess, max_length) + suffix
+
+    def _prepare_medium(self, kind: str, medium, **kwargs) -> PreparedMedium:
+        if kind != "image":
+            raise ValueError("OtterHD reads images only: pass the frames of a video as images.")
+        options = self._merge_kwargs(
+            OtterHDProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        return self.image_processor.prepare([medium], **options["images_kwargs"])[0]
 
     def _image_ids(self, rows: int, columns: int) -> list[int]:
         return ([self.image_token_id] * columns + [self.image_newline_id]) * rows

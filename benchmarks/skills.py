@@ -1,0 +1,131 @@
+"""Time to the first token of a question behind eight worked examples: with a skill, and reading them again.
+
+    OMP_NUM_THREADS=2 python benchmarks/skills.py      # about a minute on two cores
+
+The model of `media_store.py` (random weights, float32: CLIP ViT-B/32 at 224 pixels, a resampler of 6 layers with 64
+latents, a decoder of width 512 with 8 layers). Eight examples with a picture of 640 x 480 pixels each stand in front
+of a question with a ninth; one token is generated. First the processor has done its work, with the pixels of all nine
+pictures on both sides; then it is part of the time: from messages to the token, the examples' pictures being prepared
+with a skill. The peer is the same model given the whole prompt; the tokens are compared. Last, an OtterHD of the same
+decoder widths, whose pictures of 300 x 300 pixels are 100 tokens each.
+"""
+
+import argparse
+import string
+
+import torch
+from _common import compare, report
+from decoding import HEADS, LAYERS, VOCAB, WIDTH
+from media_store import make_model
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers.tokenization_utils_tokenizers import TokenizersBackend
+
+from otter_hf import (
+    OtterHDConfig,
+    OtterHDForConditionalGeneration,
+    OtterHDImageProcessor,
+    OtterHDProcessor,
+    OtterProcessor,
+)
+from otter_hf.models.skills import Skill
+
+
+SHOTS = 8
+
+
+def make_otter():
+    """The model, and a processor with a token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    processor = OtterProcessor(CLIPImageProcessorPil(), OtterProcessor.prepare_tokenizer(tokenizer))
+    model = make_model()
+    model.config.image_token_id = processor.image_token_id
+    return model, processor
+
+
+def make_otterhd():
+    pieces = ["<unk>", "<s>", "</s>", "|SPEAKER|", "|ENDOFTEXT|", "|NEWLINE|"]
+    pieces += [f"<0x{byte:02X}>" for byte in range(256)]
+    vocabulary = [(piece, 0.0) for piece in pieces]
+    vocabulary += [(letter, -5.0) for letter in string.ascii_letters + string.punctuation + "▁"]
+    backend = Tokenizer(models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    end = "|ENDOFTEXT|"
+    tokenizer = TokenizersBackend(tokenizer_object=backend, bos_token=end, eos_token=end, unk_token="<unk>")
+    processor = OtterHDProcessor(OtterHDImageProcessor(), tokenizer)
+    text = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCAB, "num_hidden_layers": LAYERS}
+    text |= {"num_attention_heads": HEADS, "max_position_embeddings": 4096}
+    torch.manual_seed(0)
+    config = OtterHDConfig(image_token_id=processor.image_token_id, text_config=text)
+    return OtterHDForConditionalGeneration(config).eval(), processor
+
+
+def picture(number: int, size: tuple[int, int]) -> Image.Image:
+    generator = torch.Generator().manual_seed(number)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def message(role: str, text: str, image: Image.Image | None = None) -> dict:
+    media = [] if image is None else [{"type": "image", "image": image}]
+    return {"role": role, "content": [*media, {"type": "text", "text": text}]}
+
+
+def read(processor, messages: list[dict]):
+    return processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+
+
+def measure(name: str, model, processor, size: tuple[int, int], repeats: int) -> list[dict]:
+    pictures = [picture(number, size) for number in range(SHOTS + 1)]
+    examples = []
+    for number in range(SHOTS):
+        examples += [message("user", "what?", pictures[number]), message("assistant", string.ascii_letters[number])]
+    question = [message("user", "what?", pictures[SHOTS])]
+    skill = Skill.compile(model, processor, examples)
+    inputs = read(processor, examples + question)
+
+    def answer(inputs, skill: Skill | None) -> int:
+        cache = None if skill is None else skill.cache_for(inputs)
+        output = model.generate(**inputs, past_key_values=cache, max_new_tokens=1, do_sample=False)
+        return int(output[0, -1])
+
+    if answer(inputs, skill) != answer(inputs, None):
+        raise SystemExit("With and without the skill the model generates different tokens.")
+    tokens = {"tokens": inputs["input_ids"].shape[1], "of_skill": skill.input_ids.shape[1]}
+    return [
+        compare(
+            f"{name}: first token behind {SHOTS} pictures",
+            lambda: answer(inputs, skill),
+            lambda: answer(inputs, None),
+            repeats,
+            **tokens,
+        ),
+        compare(
+            f"{name}: the same from messages, processor included",
+            lambda: answer(read(processor, skill.messages + question), skill),
+            lambda: answer(read(processor, examples + question), None),
+            repeats,
+            **tokens,
+        ),
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+    with torch.inference_mode():
+        rows = measure("Otter", *make_otter(), (640, 480), args.repeats)
+        rows += measure("OtterHD", *make_otterhd(), (300, 300), args.repeats)
+    report("skills", "the same model given the whole prompt", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What prompts begin with alike, found as they come: examples sent with every question, a conversation's turns."""
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .media_attention import batch_first_media
+from .media_cache import MediaCacheMixin
+from .media_store import MediaStore, hash_of_tensor
+from .otterhd import OtterHDForConditionalGeneration
+from .prefix_cache import compute_prefix, crop
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """Tokens `(L,)`, what stands at each image token, and their cache, if there is one."""
+
+    ids: torch.LongTensor
+    media: list
+    cache: Cache | None = None
+    nbytes: int = field(init=False)
+
+    def __post_init__(self):
+        self.nbytes = 0 if self.cache is None else _bytes_of(self.cache)
+
+
+class PrefixStore:
+    """
+    Beginnings of prompts that a model has read, by their tokens and pixels.
+
+    The second prompt that begins as another did has the shared beginning read by itself, and what becomes of it is
+    kept for those behind it; all of the prompt, if it goes on where the other ended. So examples that come with every
+    question are read twice in all, and each turn of a conversation behind the first is read once, though it comes as
+    an ever longer prompt. Answers stay the same to rounding.
+
+    Args:
+        model: an Otter, Flamingo or OtterHD whose weights stay as they are while the store is in use.
+        media: encoded pictures to share with others.
+        max_bytes: of keys and values that are kept, where the model is; those used least recently go first.
+        min_tokens: a shorter beginning is read again.
+        remembered: prompts with which a new one is compared.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        media: MediaStore | None = None,
+        max_bytes: int = 2**30,
+        min_tokens: int = 32,
+        remembered: int = 64,
+    ):
+        self.model, self.media = model, media
+        self.max_bytes, self.min_tokens = max_bytes, min_tokens
+        self._seen: deque[_Prompt] = deque(maxlen=remembered)
+        self._kept: OrderedDict[int, _Prompt] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept."""
+        return sum(kept.nbytes for kept in self._kept.values())
+
+    @torch.no_grad()
+    def prefix_of(self, inputs: Mapping) -> Cache | None:
+        """
+        The cache of what a prompt begins with, to be read only; None where nothing is known of it. What it shares with
+        an earlier prompt the model reads here; several threads may ask, one at a time is answered.
+
+        Args:
+            inputs: of one conversation, as a processor returns them.
+        """
+        ids = inputs["input_ids"][0].cpu()
+        prompt = _Prompt(ids, _media_keys(self.model, inputs))
+        with self._lock:
+            return self._prefix_of(inputs, prompt)
+
+    def _prefix_of(self, inputs: Mapping, prompt: _Prompt) -> Cache | None:
+        ids = prompt.ids
+        # the last token is answered to, and is no picture's
+        limit = len(ids) - 1
+        places = {name: min(limit, self._shared(prompt, kept)) for name, kept in self._kept.items()}
+        best = max(places, key=places.__getitem__, default=None)
+        held = 0 if best is None else places[best]
+        wanted = 0
+        for seen in self._seen:
+            shared = self._shared(prompt, seen)
+            wanted = max(wanted, limit if shared == len(seen.ids) else min(limit, shared))
+        self._seen.append(prompt)
+        if best is not None and held >= self.min_tokens:
+            self._kept.move_to_end(best)
+        else:
+            held = 0
+        cache = None
+        if held:
+            kept = self._kept[best]
+            cache = kept.cache if held == len(kept.ids) else crop(kept.cache, held)
+        if wanted < held + self.min_tokens:
+            return cache
+        cache = compute_prefix(
+            self.model, self._on_device(inputs), wanted, None if cache is None else crop(cache, held)
+        )
+        self._keep(_Prompt(ids[:wanted], prompt.media, cache))
+        return cache
+
+    def _keep(self, prompt: _Prompt) -> None:
+        self._kept[id(prompt)] = prompt
+        while self.nbytes > self.max_bytes and self._kept:
+            self._kept.popitem(last=False)
+
+    def _shared(self, one: _Prompt, other: _Prompt) -> int:
+        """How many tokens two prompts begin with alike, with what stands at the image tokens among them."""
+        length = min(len(one.ids), len(other.ids))
+        length = int((one.ids[:length] == other.ids[:length]).long().cumprod(0).sum())
+        for number, place in enumerate(
+            (one.ids[:length] == self.model.config.image_token_id).nonzero()[:, 0].tolist()
+        ):
+            if one.media[number] != other.media[number]:
+                return place
+        return length
+
+    def _on_device(self, inputs: Mapping) -> dict:
+        inputs = dict(inputs)
+        if self.media is not None and inputs.get("pixel_values") is not None:
+            inputs = self.media.encode(inputs)
+        device, dtype = self.model.device, self.model.dtype
+        return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+
+
+def _media_keys(model: PreTrainedModel, inputs: Mapping) -> list:
+    """For each image token of a row what tells its pixels: those of its medium, or of its patch."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return []
+    if isinstance(model, OtterHDForConditionalGeneration):
+        pixels = pixels.reshape(-1, pixels.shape[-1])
+        grids = inputs.get("image_grid_thw")
+        counts = [1] * len(pixels) if grids is None else grids.prod(dim=1).tolist()
+        keys = [hash_of_tensor(patches) for patches in pixels.split(counts)]
+        return [(key, patch) for key, count in zip(keys, counts, strict=True) for patch in range(count)]
+    pixels = batch_first_media(pixels, 1)[0]  # (T, F, C, H, W)
+    mask = inputs.get("pixel_attention_mask")
+    mask = torch.ones(pixels.shape[:2]) if mask is None else mask[0]
+    media = (medium[of_medium.bool()] for medium, of_medium in zip(pixels, mask, strict=True))
+    return [(len(medium), hash_of_tensor(medium)) for medium in media]
+
+
+def _bytes_of(cache: Cache) -> int:
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    if isinstance(cache, MediaCacheMixin):
+        tensors += cache.media_key_values.values()
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+__all__ = ["PrefixStore"]
