@@ -33,13 +33,13 @@ def write_models(folder: Path) -> dict[str, str]:
 class Server:
     """A server in a thread, with clients for it."""
 
-    def __init__(self, names, **settings):
+    def __init__(self, names, skills=None, **settings):
         from otter_hf.serving.app import create_app
         from otter_hf.serving.background import BackgroundServer
         from otter_hf.serving.models import ServedModels
         from otter_hf.serving.settings import ServerSettings
 
-        self.models = ServedModels(names, device_map="cpu")
+        self.models = ServedModels(names, skills=skills, device_map="cpu")
         settings = {"fetch": FetchPolicy(timeout=5), "media": MediaLimits(), **settings}
         self.app = create_app(self.models, ServerSettings(**settings))
         self.server = BackgroundServer(self.app)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 from ..extras import missing
 from ..model_names import check_model_name
@@ -29,6 +30,14 @@ def add_parser(subparsers):
         type=number(least=-1),
         default=-1,
         help="unload a model after so many idle seconds (default: -1, never)",
+    )
+    parser.add_argument(
+        "--skill",
+        action="append",
+        default=[],
+        metavar="[MODEL=]FILE",
+        help="worked examples that `otter-hf skill make` wrote; clients call them MODEL:NAME, after the file; "
+        "repeatable",
     )
     add_limit_arguments(parser)
     parser.set_defaults(func=run)
@@ -88,6 +97,12 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
         help="of new prompts read before others get their next token (default: 512)",
     )
     limits.add_argument(
+        "--prefix-cache-mb",
+        type=number(float, least=0),
+        default=256,
+        help="of what prompts begin with alike, kept for each model (default: 256; 0 keeps none)",
+    )
+    limits.add_argument(
         "--queue", type=not_negative, default=64, help="requests that may wait, then 429 (default: 64)"
     )
     limits.add_argument(
@@ -124,6 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Load the first model and serve until the process is told to end."""
     for name in arguments.models:
         check_model_name(name, weights=True)
+    skills = named_skills(arguments.models, arguments.skill)
     require_serving()
     import uvicorn
     from transformers.utils import logging
@@ -138,6 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     models = ServedModels(
         arguments.models,
+        skills=skills,
         model_timeout=arguments.model_timeout,
         **loading_options(arguments),
     )
@@ -149,10 +166,32 @@ def run(arguments: argparse.Namespace) -> None:
     )
 
 
+def named_skills(models: list[str], given: list[str]) -> dict[str, tuple[str, Path]]:
+    """
+    What clients call each skill, its model and its file.
+
+    Args:
+        models: that are served.
+        given: files, with `MODEL=` in front where several models are served.
+
+    Raises:
+        ValueError: for a skill of no model of these or of the name of another one, and where it is not said of which.
+    """
+    skills: dict[str, tuple[str, Path]] = {}
+    for text in given:
+        model, path = next(((m, text[len(m) + 1 :]) for m in models if text.startswith(f"{m}=")), (None, text))
+        if model is None and len(models) > 1:
+            raise ValueError(f"--skill {text}: say of which model it is, --skill MODEL={text}.")
+        model = models[0] if model is None else model
+        name = f"{model}:{Path(path).stem}"
+        if name in skills:
+            raise ValueError(f"--skill {text}: there is a {name} already; give one of the files another name.")
+        skills[name] = (model, Path(path))
+    return skills
+
+
 def settings_from(arguments: argparse.Namespace):
     """The `ServerSettings` among the parsed arguments, with the API key of the environment."""
-    from pathlib import Path
-
     from ..serving.fetch import FetchPolicy
     from ..serving.media import MediaLimits
     from ..serving.settings import ServerSettings
@@ -184,6 +223,7 @@ def settings_from(arguments: argparse.Namespace):
         batch_tokens=arguments.batch_tokens,
         prefill_tokens=arguments.prefill_tokens,
         queue=arguments.queue,
+        prefix_bytes=int(arguments.prefix_cache_mb * (1 << 20)),
         num_frames=arguments.num_frames,
         allow_origins=tuple(arguments.allow_origin),
         # the name it was told to listen at is its own

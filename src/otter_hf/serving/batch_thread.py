@@ -1,8 +1,12 @@
 """The thread in which a model answers."""
 
 import threading
+from collections.abc import Mapping
+
+from transformers.cache_utils import Cache
 
 from ..models.continuous_batching import BatchRow, ContinuousBatch
+from ..models.prefix_store import PrefixStore
 
 
 class BatchThread:
@@ -11,12 +15,17 @@ class BatchThread:
 
     Args:
         batch: of a model; nobody else takes its steps.
+        prefixes: what prompts begin with, found as they come.
     """
 
-    def __init__(self, batch: ContinuousBatch):
-        self.batch = batch
+    def __init__(self, batch: ContinuousBatch, prefixes: PrefixStore | None = None):
+        self.batch, self.prefixes = batch, prefixes
         self._lock = threading.Lock()
         self._is_running = False
+
+    def prefix_of(self, inputs: Mapping) -> Cache | None:
+        """What is known of the beginning of a prompt, for `submit`."""
+        return None if self.prefixes is None else self.prefixes.prefix_of(inputs)
 
     def submit(self, *args, **kwargs) -> BatchRow:
         """As [`ContinuousBatch.submit`]; the row's future ends with its answer."""

@@ -18,7 +18,7 @@ import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from openai.types.completion_usage import CompletionUsage
+from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -28,6 +28,8 @@ from transformers.utils import logging
 from ..models.continuous_batching import ContinuousBatch, can_batch
 from ..models.flamingo import FlamingoForConditionalGeneration
 from ..models.media_store import MediaStore
+from ..models.prefix_store import PrefixStore
+from ..models.skills import Skill
 from .answer import Answer
 from .batch_thread import BatchThread
 from .body import BodyReader
@@ -76,6 +78,8 @@ class Job:
         self.cancelled = threading.Event()
         self.waiting = False
         self.task: asyncio.Task | None = None
+        self.skill: Skill | None = None
+        self.known_tokens = 0  # of the prompt, which were not read again
 
     def leave(self) -> None:
         """Nobody reads on."""
@@ -171,7 +175,7 @@ class ChatCompletions(ChatCompletionHandler):
                 429, "Too many requests are waiting; try again in a moment.", headers={"Retry-After": "1"}
             ) from None
         except KeyError as error:
-            known = ", ".join(self.model_manager.names)
+            known = ", ".join((*self.model_manager.names, *self.model_manager.skills))
             raise HTTPException(404, f"This server has no model {error.args[0]!r:.80}; it has {known}.") from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
@@ -253,10 +257,11 @@ class ChatCompletions(ChatCompletionHandler):
         """Model, processor, inputs and generation config of a request; ValueError for what is wrong with it."""
         settings, options = self.settings, job.options
         messages = reader.decode(messages)
-        name = self.model_manager.process_model_name(job.body["model"])
+        name = self.model_manager.process_model_name(self.model_manager.model_of(job.body["model"]))
         model, processor = self.model_manager.load_model_and_processor(name)
+        job.skill = self.model_manager.skill_of(job.body["model"], model, processor)
         inputs = processor.apply_chat_template(
-            fit_media(messages, processor),
+            [*(job.skill.messages if job.skill else ()), *fit_media(messages, processor)],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -312,23 +317,36 @@ class ChatCompletions(ChatCompletionHandler):
         answer.end()
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in ends
-        usage = CompletionUsage(prompt_tokens=length, completion_tokens=len(new), total_tokens=length + len(new))
+        usage = CompletionUsage(
+            prompt_tokens=length,
+            completion_tokens=len(new),
+            total_tokens=length + len(new),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=job.known_tokens),
+        )
         self.metrics.add("otter_prompt_tokens_total", length)
         self.metrics.add("otter_completion_tokens_total", len(new))
         # behind what the answer's thread has sent
         emit(Finish("length" if cut_off else "stop", usage))
 
     async def _answer_in_batch(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
-        row = await asyncio.to_thread(
-            self.model_manager.batch_of(job.body["model"], model, self._make_batch).submit,
-            inputs,
-            config,
-            # torch's generator is left to those that are answered alone
-            seed=secrets.randbits(63) if job.body.get("seed") is None else job.body["seed"],
-            logits_processor=penalties,
-            on_token=lambda token: answer.add([token]),
-            is_cancelled=job.cancelled.is_set,
-        )
+        name = self.model_manager.model_of(job.body["model"])
+        batch = self.model_manager.batch_of(name, model, self._make_batch)
+
+        def submit():
+            prefix = (job.skill or batch).prefix_of(inputs)
+            job.known_tokens = 0 if prefix is None else prefix.get_seq_length()
+            return batch.submit(
+                inputs,
+                config,
+                prefix=prefix,
+                # torch's generator is left to those that are answered alone
+                seed=secrets.randbits(63) if job.body.get("seed") is None else job.body["seed"],
+                logits_processor=penalties,
+                on_token=lambda token: answer.add([token]),
+                is_cancelled=job.cancelled.is_set,
+            )
+
+        row = await asyncio.to_thread(submit)
         await asyncio.wrap_future(row.future)
         return row.tokens
 
@@ -336,7 +354,8 @@ class ChatCompletions(ChatCompletionHandler):
         settings = self.settings
         media = MediaStore(model, _MEDIA_BYTES) if isinstance(model, FlamingoForConditionalGeneration) else None
         batch = ContinuousBatch(model, settings.batch_tokens, settings.slots, settings.prefill_tokens, media)
-        return BatchThread(batch)
+        prefixes = PrefixStore(model, max_bytes=settings.prefix_bytes) if settings.prefix_bytes else None
+        return BatchThread(batch, prefixes)
 
     async def _answer_alone(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
         """What a batch does not have (beams), and other families: one at a time beside it."""
@@ -347,14 +366,17 @@ class ChatCompletions(ChatCompletionHandler):
                 return inputs["input_ids"]
             if job.body.get("seed") is not None:
                 torch.manual_seed(job.body["seed"])
+            cache = job.skill and job.skill.cache_for(inputs, config.num_beams or 1)
+            job.known_tokens = cache.get_seq_length() if cache else 0
             return model.generate(
                 **inputs,
+                past_key_values=cache,
                 generation_config=config,
                 logits_processor=LogitsProcessorList(penalties),
                 stopping_criteria=StoppingCriteriaList([StopWhenCancelled(job.cancelled)]),
             )
 
-        manager = self.generation_state.get_manager(job.body["model"])
+        manager = self.generation_state.get_manager(self.model_manager.model_of(job.body["model"]))
         sequences = await manager.async_submit(generate)  # (1, L + L_new)
         new = sequences[0, inputs["input_ids"].shape[1] :].tolist()
         answer.add(new)

@@ -1,7 +1,7 @@
 """The models a server answers with."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -11,6 +11,7 @@ from transformers.cli.serving.utils import Modality
 from ..loading import load_model, load_processor
 from ..model_names import check_model_name
 from ..models.continuous_batching import ContinuousBatch
+from ..models.skills import Skill, describe_skill
 from .batch_thread import BatchThread
 
 
@@ -21,6 +22,7 @@ class ServedModels(ModelManager):
 
     Args:
         names: folders or Hub ids. Clients call a model by the name given here. The first is loaded at once.
+        skills: further names that clients may call, with the model and the file of worked examples of each.
         model_timeout: seconds without a request after which a model is unloaded; -1 keeps it.
         tokenizer, chat_template, tokenizer_reference: see `load_processor`.
         loading: further keyword arguments of `load_model`.
@@ -33,6 +35,7 @@ class ServedModels(ModelManager):
         self,
         names: Sequence[str],
         *,
+        skills: Mapping[str, tuple[str, Path]] | None = None,
         model_timeout: int = -1,
         tokenizer: str | None = None,
         chat_template: str | None = None,
@@ -41,6 +44,9 @@ class ServedModels(ModelManager):
     ):
         for name in names:
             check_model_name(name, weights=True)
+        self.skills = dict(skills or {})
+        for _, path in self.skills.values():
+            describe_skill(path)  # what is no skill is told before a model is loaded
         super().__init__(model_timeout=model_timeout)
         self.names = tuple(names)
         self.created = int(time.time())
@@ -48,7 +54,10 @@ class ServedModels(ModelManager):
         self.chat_template = chat_template
         self.tokenizer_reference = tokenizer_reference
         self.loading = loading
-        self.load_model_and_processor(self.process_model_name(self.names[0]))
+        loaded = self.load_model_and_processor(self.process_model_name(self.names[0]))
+        for name, (model, _) in self.skills.items():
+            if model == self.names[0]:
+                self.skill_of(name, *loaded)
 
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None):
         return load_processor(model_id_and_revision, self.tokenizer, self.chat_template, self.tokenizer_reference)
@@ -65,7 +74,7 @@ class ServedModels(ModelManager):
         """The models of this server as the OpenAI API lists them."""
         return [
             {"id": name, "object": "model", "created": self.created, "owned_by": Path(name).parent.name or "otter-hf"}
-            for name in self.names
+            for name in (*self.names, *self.skills)
         ]
 
     def batch_of(self, name: str, model, make: Callable[[PreTrainedModel], BatchThread]) -> BatchThread:
@@ -82,10 +91,29 @@ class ServedModels(ModelManager):
         """Those of loaded models."""
         return [loaded.batch.batch for loaded in self.loaded_models.copy().values() if hasattr(loaded, "batch")]
 
+    def skill_of(self, name: str, model, processor) -> Skill | None:
+        """
+        The skill that a request calls a loaded model by, read at its first request; None where it calls the model.
+
+        Raises:
+            ValueError: for the skill of another model, and a damaged one.
+        """
+        if name not in self.skills:
+            return None
+        loaded = self.loaded_models.get(self.process_model_name(self.model_of(name)))
+        kept = {} if loaded is None or loaded.model is not model else loaded.__dict__.setdefault("skills", {})
+        if name not in kept:
+            kept[name] = Skill.load(self.skills[name][1], model, processor)
+        return kept[name]
+
+    def model_of(self, name: str) -> str:
+        """The name of the model behind a name that a request may call."""
+        return self.skills[name][0] if name in self.skills else name
+
     def find(self, name: str | None) -> str:
         """The name of the model a request asks for: its own, or the first without one. KeyError for another."""
         if name is None:
             return self.names[0]
-        if name not in self.names:
+        if name not in self.names and name not in self.skills:
             raise KeyError(name)
         return name

@@ -24,6 +24,7 @@ class ServerSettings:
         batch_tokens: rows of a batch times the length of the longest, answer included; rows wait until there is room
             for all that they may say. See [`ContinuousBatch`].
         prefill_tokens: of new prompts that are read before others get their next token.
+        prefix_bytes: of the keys and values of what prompts begin with alike, kept for each model; 0 keeps none.
         queue: requests that may wait; one more is answered with status 429.
         allow_origins: web pages of these origins (`http://localhost:3000`, or `*` for all) may ask from a browser.
         allow_hosts: names of this server, as in the `Host` of a request, beside numbers and names without a dot; `*`
@@ -44,6 +45,7 @@ class ServerSettings:
     slots: int = 16
     batch_tokens: int = 16_384
     prefill_tokens: int = 512
+    prefix_bytes: int = 256 << 20
     queue: int = 64
     num_frames: int = 16
     allow_origins: tuple[str, ...] = ()
@@ -56,5 +58,6 @@ class ServerSettings:
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}.")
-        if not self.queue >= 0:
-            raise ValueError(f"queue must be 0 or more, not {self.queue}.")
+        for name in ("queue", "prefix_bytes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}.")
