@@ -30,7 +30,8 @@ _CONFIGS = {"flamingo": FlamingoConfig, "otter": OtterConfig}
 _FIELDS_OF_NEW_PARTS = [
     field.name
     for field in fields(FlamingoConfig)
-    if field.name.startswith(("perceiver_", "cross_attn_")) and field.name != "cross_attn_every_n_layers"
+    if field.name.startswith(("perceiver_", "cross_attn_", "initializer_"))
+    and field.name != "cross_attn_every_n_layers"
 ]
 # two-tower models store their text side too
 _OTHER_TOWER = ("text_model.", "text_projection", "logit_scale", "logit_bias", "visual_projection", "transformer.")
@@ -142,7 +143,8 @@ def plan_inject_lm(
             [`FlamingoProcessor.from_pretrained`].
         init_rows: token of the model -> a text whose tokens' mean row it starts from. `{"<|endofchunk|>": "</s>"}`
             ends answers with what the language model ends its own with, so that embeddings need no training.
-        config_kwargs: fields of [`FlamingoConfig`] that shape the new parts: `perceiver_*`, `cross_attn_*`.
+        config_kwargs: fields of [`FlamingoConfig`] that shape the new parts: `perceiver_*`, `cross_attn_*`,
+            `initializer_range`.
 
     Raises:
         ConversionError: for parts that do not make a model, for another field or a value of a wrong type, and for a
