@@ -8,7 +8,7 @@ from otter_hf.models.media_store import MediaStore
 from otter_hf.models.prefix_store import PrefixStore
 
 
-@pytest.fixture(scope="module", params=["otter", "otter_mpt", "otterhd"])
+@pytest.fixture(scope="module", params=["otter", "otterhd"])
 def family(request):
     return of_family(request.param)
 

@@ -22,7 +22,7 @@ def cached(answer) -> int:
     return answer.usage.prompt_tokens_details.cached_tokens
 
 
-@pytest.mark.parametrize("family", ["otter", "otterhd"])
+@pytest.mark.parametrize("family", ["otter", pytest.param("otterhd", marks=pytest.mark.slow)])
 def test_a_skill_is_a_model_of_its_own_name(family, folders, serve, pictures, tmp_path):
     picture = {"type": "image", "image": pictures[0]}
     examples = [

@@ -37,10 +37,11 @@ def run_make(arguments: argparse.Namespace) -> None:
     check_model_name(arguments.model, weights=True)
     # heavy imports wait until the model's name is known to be good
     from ..loading import load
-    from ..models.skills import Skill, describe_skill
+    from ..models.skills import Skill, check_skill_path, describe_skill
     from ..serving.examples import read_examples
     from ..serving.media import fit_media
 
+    check_skill_path(arguments.output)
     messages = read_examples(arguments.examples, arguments.num_frames)
     model, processor = load(arguments.model, **loading_options(arguments))
     Skill.compile(model, processor, fit_media(messages, processor)).save(arguments.output)

@@ -211,9 +211,11 @@ class Skill:
         Write it as safetensors, whole or not at all.
 
         Raises:
+            ValueError: if there is a folder of that name.
             OSError: if the disk is full.
             TypeError: for messages with keys that JSON has no form for.
         """
+        check_skill_path(path)
         tensors = {"input_ids": self.input_ids}
         for index, layer in enumerate(self.cache.layers):
             tensors |= {f"keys.{index}": layer.keys, f"values.{index}": layer.values}
@@ -265,6 +267,12 @@ class Skill:
             )
         except (KeyError, TypeError, StopIteration) as error:
             raise ValueError(f"{path} is damaged: it lacks {error}; make the skill again.") from error
+
+
+def check_skill_path(path: str | Path) -> None:
+    """ValueError for a folder, where a skill is a file."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; name the file of the skill, e.g. {Path(path) / 'skill.safetensors'}.")
 
 
 def describe_skill(path: str | Path) -> dict:
@@ -362,4 +370,4 @@ def _with_media(messages: list[dict], media: list[PreparedMedium]) -> list[dict]
     return [_map_media(message, lambda part: {**part, part["type"]: next(waiting)}) for message in messages]
 
 
-__all__ = ["FORMAT", "Skill", "describe_skill"]
+__all__ = ["FORMAT", "Skill", "check_skill_path", "describe_skill"]
