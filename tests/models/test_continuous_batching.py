@@ -257,6 +257,7 @@ def test_a_prefix_is_read_once(decoder):
         {"input_ids": torch.cat([head, row(0, length=7, seed=9)], dim=1), "pixel_values": pixels},
         {"input_ids": torch.cat([head, row(length=3, seed=10)], dim=1), "pixel_values": pixels[:, :2]},
         {"input_ids": torch.cat([head, row(length=1, seed=11)], dim=1), "pixel_values": pixels[:, :2]},
+        {"input_ids": torch.cat([head, row(0, length=1, seed=11)], dim=1), "pixel_values": pixels},
     ]
     expected = [alone(model, inputs) for inputs in whole]
     read = []
@@ -269,7 +270,7 @@ def test_a_prefix_is_read_once(decoder):
     batch.step()
     hook.remove()
     batch.run()
-    assert read == [(4, 6), (4, 1)], "all behind the prefix at once, but for the last tokens"
+    assert read == [(4, 6), (4, 1)], "all behind the prefix at once, but for the last tokens and who ends in a picture"
     assert [answer.tokens for answer in rows] == [*expected, expected[0]]
     assert cache.get_seq_length() == 12 and cache.num_media == 2
 

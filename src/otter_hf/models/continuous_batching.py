@@ -31,7 +31,7 @@ from .flamingo import FlamingoForConditionalGeneration
 from .generation import ExcludeTokens
 from .media_cache import MediaDynamicCache
 from .media_store import MediaStore
-from .prefix_cache import can_share_prefixes, expand
+from .prefix_cache import can_share_prefixes, crop, expand
 
 
 # with fewer in a step time goes into reading the weights, and padding costs nothing
@@ -225,9 +225,12 @@ class ContinuousBatch:
         positions = self.model.config.get_text_config()
         if positions.model_type == "opt" and length + limit > positions.max_position_embeddings:
             raise ValueError(f"OPT has no position {length + limit}, only {positions.max_position_embeddings}.")
+        ends_in_picture = ids[-1] == self.model.config.image_token_id
+        if ends_in_picture and prefix is not None and prefix.get_seq_length() == length - 1 > 1:
+            prefix = crop(prefix, length - 2)  # it is read with the token before it
         take = FlamingoMedia if self.is_flamingo else PatchMedia
         row = BatchRow(ids, take(self.model, inputs, prefix), prefix, limit)
-        if row.unread < 0 or (row.unread == 0 and ids[-1] == self.model.config.image_token_id):
+        if row.unread < 0 or (row.unread == 0 and ends_in_picture):
             raise ValueError(
                 f"The prompt has {length} tokens, of which the prefix holds {row.prefix_length}: it must leave one "
                 "that is no picture."
