@@ -161,7 +161,7 @@ def compare_sides(decoder: str, old_python: str, repeats: int) -> list[dict]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--decoder", choices=("llama", "mpt"), help="by default both")
     for name in ("--work", "--side", "--folder"):
         parser.add_argument(name, help=argparse.SUPPRESS, **({"action": "store_true"} if name == "--work" else {}))
