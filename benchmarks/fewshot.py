@@ -32,7 +32,9 @@ from PIL import Image
 
 
 PEER_COMMIT = "1125d7e"
-QUESTIONS, SHOTS, POOL, BATCH, CLASSES, WORDS = 32, 8, 100, 16, 1000, 4000
+# to try it out, QUESTIONS=4 CLASSES=20 in the environment
+QUESTIONS, CLASSES = (int(os.environ.get(name, size)) for name, size in (("QUESTIONS", 32), ("CLASSES", 1000)))
+SHOTS, POOL, BATCH, WORDS = 8, 100, 16, 4000
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<image>{% endif %}{% endfor %}"
