@@ -9,8 +9,8 @@ by default (2023: torch's own; ours: torch's fused one), gradients clipped to 1.
 
 Otter on Llama: width 512, 8 layers, 8 heads, vocabulary 32,004, a gated cross-attention in front of every second layer
 (79M), and on MPT of the same width with 50,432 tokens, tied (72M); a resampler of 6 layers, width 1,024; a CLIP of two
-narrow layers with 256 tokens a picture, as a ViT-L/14 gives, without gradients, on both sides transformers' own. 4 rows
-of 256 tokens, 2 pictures a row; all but the tower is trained. `memory` is the peak of a process in its steps.
+narrow layers with 256 tokens a picture, as a ViT-L/14 gives, without gradients, on both sides transformers' own.
+4 rows of 256 tokens, 2 pictures a row; all but the tower is trained. `memory` is the peak of a process in its steps.
 """
 
 import argparse
@@ -27,7 +27,9 @@ import torch
 from _common import Side, report, summary
 
 
-ROWS, LENGTH, PICTURES, IMAGE, END, ANSWER = 4, 256, 2, 32001, 32000, 32002
+# to try it out, ROWS=1 LENGTH=16 in the environment
+ROWS, LENGTH = (int(os.environ.get(name, size)) for name, size in (("ROWS", 4), ("LENGTH", 256)))
+PICTURES, IMAGE, END, ANSWER = 2, 32001, 32000, 32002
 TOWER = {"hidden_size": 1024, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 16}
 TOWER |= {"image_size": 224, "patch_size": 14}
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "_name_or_path": "llama", "vocab_size": 32004}
