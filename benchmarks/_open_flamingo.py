@@ -8,8 +8,17 @@ those of the examples too, once for each beam, and all text is read for each bea
 import json
 import sys
 
-import open_clip
 import torch
+
+
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:
+    # its compiled operators want torch's build for CUDA; its transforms need only two names, as in tests/parity_2023
+    for operator in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import open_clip
 from fewshot import ASKED, BATCH, QUESTIONS, WORDS, make_questions
 from open_flamingo import Flamingo
 from open_flamingo.src.flamingo_lm import FlamingoLMMixin

@@ -32,8 +32,9 @@ from PIL import Image
 
 
 PEER_COMMIT = "1125d7e"
-# to try it out, QUESTIONS=4 CLASSES=20 in the environment
-QUESTIONS, CLASSES = (int(os.environ.get(name, size)) for name, size in (("QUESTIONS", 32), ("CLASSES", 1000)))
+# to try it out, QUESTIONS=4 CLASSES=20 ROWS=4 in the environment
+SIZES = {"QUESTIONS": 32, "CLASSES": 1000, "ROWS": 24}
+QUESTIONS, CLASSES, ROWS = (int(os.environ.get(name, size)) for name, size in SIZES.items())
 SHOTS, POOL, BATCH, WORDS = 8, 100, 16, 4000
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -199,8 +200,8 @@ def epochs(repeats: int) -> dict:
     config = FlamingoConfig(text_config=text, vision_config=vision, cross_attn_every_n_layers=2, image_token_id=4095)
     config.cross_attn_gate_init = 1.0
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(24, 1, 1, 3, 224, 224, generator=generator)
-    ids = torch.randint(3, 4095, (24, 64), generator=generator)
+    pixels = torch.randn(ROWS, 1, 1, 3, 224, 224, generator=generator)
+    ids = torch.randint(3, 4095, (ROWS, 64), generator=generator)
     ids[:, 0] = 4095
 
     def make(folder: str | None) -> FlamingoForConditionalGeneration:
@@ -229,7 +230,7 @@ def epochs(repeats: int) -> dict:
         if difference > 1e-5:
             raise SystemExit(f"From the store the losses differ by {difference}.")
         return compare(
-            "training, second epoch of 24 pictures from the store",
+            f"training, second epoch of {ROWS} pictures from the store",
             lambda: epoch(stored),
             lambda: epoch(plain),
             repeats,
