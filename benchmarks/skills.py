@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python benchmarks/skills.py      # about a minute on two cores
 
-The model of `media_store.py` (random weights, float32: CLIP ViT-B/32 at 224 pixels, a resampler of 6 layers with 64
-latents, a decoder of width 512 with 8 layers). Eight examples with a picture of 640 x 480 pixels each stand in front
+Random weights, float32: CLIP ViT-B/32 at 224 pixels, a resampler of 6 layers with 64 latents, and the decoder of
+`decoding.py` (width 512, 8 layers). Eight examples with a picture of 640 x 480 pixels each stand in front
 of a question with a ninth; one token is generated. First the processor has done its work, with the pixels of all nine
 pictures on both sides; then it is part of the time: from messages to the token, the examples' pictures being prepared
 with a skill. The peer is the same model given the whole prompt; the tokens are compared. Last, an OtterHD of the same
@@ -16,13 +16,14 @@ import string
 import torch
 from _common import compare, report
 from decoding import HEADS, LAYERS, VOCAB, WIDTH
-from media_store import make_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from otter_hf import (
+    OtterConfig,
+    OtterForConditionalGeneration,
     OtterHDConfig,
     OtterHDForConditionalGeneration,
     OtterHDImageProcessor,
@@ -43,9 +44,20 @@ def make_otter():
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     processor = OtterProcessor(CLIPImageProcessorPil(), OtterProcessor.prepare_tokenizer(tokenizer))
-    model = make_model()
-    model.config.image_token_id = processor.image_token_id
-    return model, processor
+    vision = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32, "hidden_size": 768}
+    vision |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text = {"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCAB}
+    text |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
+    config = OtterConfig(
+        text_config=text,
+        vision_config=vision,
+        cross_attn_every_n_layers=2,
+        cross_attn_gate_init=1.0,
+        perceiver_num_latents=64,
+        image_token_id=processor.image_token_id,
+    )
+    torch.manual_seed(0)
+    return OtterForConditionalGeneration(config).eval(), processor
 
 
 def make_otterhd():
@@ -59,7 +71,7 @@ def make_otterhd():
     tokenizer = TokenizersBackend(tokenizer_object=backend, bos_token=end, eos_token=end, unk_token="<unk>")
     processor = OtterHDProcessor(OtterHDImageProcessor(), tokenizer)
     text = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCAB, "num_hidden_layers": LAYERS}
-    text |= {"num_attention_heads": HEADS, "max_position_embeddings": 4096}
+    text |= {"num_attention_heads": HEADS, "max_position_embeddings": 4096, "rope_theta": 25000.0}
     torch.manual_seed(0)
     config = OtterHDConfig(image_token_id=processor.image_token_id, text_config=text)
     return OtterHDForConditionalGeneration(config).eval(), processor
