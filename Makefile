@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 OUT ?= out/demo
 
-.PHONY: demo demo-real test slow evaluation quality style bench gpu conformance parity-2023 clean
+# what tells soon whether an installed package is whole
+QUICK := test_public_names.py test_pictures.py test_model_names.py test_prompts.py cli/test_start.py models/test_golden_otter.py
+
+.PHONY: demo demo-real test slow evaluation quality style dist docs bench gpu conformance parity-2023 clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -64,14 +67,29 @@ conformance: $(VENV)/.installed ## transformers' own model and processor tests o
 parity-2023: $(VENV)/.installed ## the real code of 2023 and ours on the same folders; its environment is downloaded once
 	PYTHON=$(CURDIR)/$(BIN)/python tests/parity_2023/run.sh
 
-quality: $(VENV)/.installed ## lint, and which package may import which
+quality: $(VENV)/.installed ## lint, which package may import which, types of what a user calls
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 
 style: $(VENV)/.installed ## lint and format in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+dist: $(VENV)/.installed ## wheel and sdist, checked; the quick part of the suite on the installed wheel
+	rm -rf dist build
+	$(INSTALL) build twine
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv dist/venv
+	dist/venv/bin/python -m pip install --quiet --constraint constraints.txt torch
+	dist/venv/bin/python -m pip install --quiet --constraint constraints.txt "$$(ls $(CURDIR)/dist/*.whl)[dev]"
+	cd tests && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ../dist/venv/bin/python -m pytest -m "not slow" $(QUICK)
+
+docs: $(VENV)/.installed ## the pages and the reference as a site, in site/; every link is checked
+	$(INSTALL) mkdocs-material "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed ## every benchmark; results in benchmarks/results
 	for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/[!_]*.py)); do $(BIN)/python $$script || exit 1; done

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
@@ -66,7 +66,7 @@ class Frame(NamedTuple):
     image: Callable[[], Image.Image]
 
 
-def open_film(source, name: str = "video", limits: FilmLimits = DEFAULT_LIMITS) -> "Film":
+def open_film(source: Any, name: str = "video", limits: FilmLimits = DEFAULT_LIMITS) -> "Film":
     """
     An encoded film, to be used in a `with` block.
 
@@ -82,7 +82,7 @@ def open_film(source, name: str = "video", limits: FilmLimits = DEFAULT_LIMITS) 
         raise
 
 
-def _is_picture(file) -> bool:
+def _is_picture(file: BinaryIO) -> bool:
     try:
         with Image.open(file, formats=_PICTURES):
             return True
@@ -109,7 +109,7 @@ class Film:
     ticks: list[int]
     end: int
 
-    def __init__(self, file, name: str, limits: FilmLimits):
+    def __init__(self, file: BinaryIO, name: str, limits: FilmLimits):
         self.file, self.name, self.limits = file, name, limits
         try:
             self._scan()
@@ -147,7 +147,7 @@ class Film:
             self.limits.check()
         check_size(width, height, self.name, self.limits.frame_pixels)
 
-    def unreadable(self, reason) -> ImageError:
+    def unreadable(self, reason: object) -> ImageError:
         """The error to raise for a film that cannot be decoded for this reason."""
         return ImageError(f"{self.name} cannot be read as a video: {str(reason).rstrip('.')}.")
 
@@ -299,7 +299,8 @@ class _FFmpegFilm(Film):
         ]
         self.file.seek(0)
         with self._open() as container:
-            stream, frames, frame = self._stream(container), None, None
+            stream, frames = self._stream(container), None
+            frame: Any = None
             for tick in shown:
                 key = self._keys[bisect_right(self._keys, tick) - 1]
                 if frames is None or frame.pts < key:
@@ -313,7 +314,7 @@ class _FFmpegFilm(Film):
                 yield Frame((tick - self.ticks[0]) * self.time_base, partial(_upright, frame))
 
     @staticmethod
-    def _decoded(container, stream, wanted: set[int]) -> Iterator:
+    def _decoded(container: Any, stream: Any, wanted: set[int]) -> Iterator:
         """Frames from where the container stands; those that no other frame needs only if they are wanted."""
         for packet in container.demux(stream):
             stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
@@ -353,7 +354,7 @@ class _FFmpegFilm(Film):
         return stream
 
 
-def _refuse_to_open(url: str, flags: int, options: dict):
+def _refuse_to_open(url: str, flags: int, options: dict) -> None:
     raise PermissionError("a film is read from its own bytes alone")
 
 
@@ -364,14 +365,14 @@ class _Nameless:
         self.read, self.seek, self.tell = file.read, file.seek, file.tell
 
 
-def _upright(frame) -> Image.Image:
+def _upright(frame: Any) -> Image.Image:
     """A frame of PyAV in RGB, turned as its display matrix says."""
     image = frame.to_image()
     turn = TURNS.get(_orientation(frame))
     return image if turn is None else image.transpose(turn)
 
 
-def _orientation(frame) -> int:
+def _orientation(frame: Any) -> int:
     """The EXIF number of a frame's display matrix; 1, upright, where it has none or turns by no quarter."""
     matrix = next((data for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
     if matrix is None:
@@ -384,7 +385,7 @@ def _orientation(frame) -> int:
     return _EXIF_NUMBERS.get(tuple(round(float(number / size), 1) for number in (a, b, c, d)), 1)
 
 
-_EXIF_NUMBERS = {
+_EXIF_NUMBERS: dict[tuple[float, ...], int] = {
     (1, 0, 0, 1): 1,
     (-1, 0, 0, 1): 2,
     (-1, 0, 0, -1): 3,

@@ -18,6 +18,7 @@
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 from PIL import Image
 
@@ -51,14 +52,14 @@ def check_sampling(num_frames: int | None, fps: float | None, do_sample_frames: 
 
 
 def read_video(
-    video,
+    video: Any,
     name: str = "video",
     *,
     num_frames: int | None = None,
     fps: float | None = None,
     do_sample_frames: bool | None = None,
     limits: FilmLimits = DEFAULT_LIMITS,
-    **image_options,
+    **image_options: Any,
 ) -> list[Image.Image]:
     """
     The frames of a film in RGB, by the rules of this module.
@@ -107,7 +108,7 @@ def is_film(data: bytes) -> bool:
     return data[4:8] in _BOXES or data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
 
 
-def _given_frames(video, name: str, num_frames: int | None, fps: float | None, image_options: dict) -> list:
+def _given_frames(video: Any, name: str, num_frames: int | None, fps: float | None, image_options: dict) -> list:
     if fps is not None:
         raise ImageError(f"{name} cannot be read as a video: fps={fps} needs times, and frames alone have none.")
     if is_array(video):

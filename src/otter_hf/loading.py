@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,7 +37,7 @@ def load(
     tokenizer: str | None = None,
     tokenizer_reference: str | None = None,
     chat_template: str | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A model and its processor; see `load_model` and `load_processor` for arguments and errors."""
     processor = load_processor(name, tokenizer, chat_template, tokenizer_reference)
@@ -82,7 +83,7 @@ def load_model(
     return model
 
 
-def read_model(name: str, tokenizer: str | None = None, **options) -> PreTrainedModel:
+def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTrainedModel:
     """
     A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors.
 
@@ -267,15 +268,15 @@ def read_chat_template(source: str) -> str:
 
 def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:
     """The keyword arguments of `from_pretrained` that were given, which not every family has."""
-    options = {name: value for name, value in options.items() if value is not None}
-    if "tokenizer" in options:
-        check_model_name(options["tokenizer"], "tokenizer", config=False)
-    if options:
+    stated = {name: value for name, value in options.items() if value is not None}
+    if "tokenizer" in stated:
+        check_model_name(stated["tokenizer"], "tokenizer", config=False)
+    if stated:
         model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
         if model_type not in (FlamingoConfig.model_type, OtterConfig.model_type):
-            given = " and ".join(f"{name} {value}" for name, value in options.items())
+            given = " and ".join(f"{name} {value}" for name, value in stated.items())
             raise ValueError(f"{given} was given, but {path} is of type {model_type}, which has its own tokenizer.")
-    return options
+    return stated
 
 
 def _locate(name: str, weights: bool = False) -> tuple[str, str]:

@@ -49,7 +49,7 @@ def state(path: str | Path) -> list | None:
 
 def state_of_all(paths: Iterable[str | Path]) -> list:
     """The state of many files as one: `[number of files, digest of their names, bytes and times]`."""
-    return _joint((Path(path).name, path) for path in paths)
+    return _joint((path.name, path) for path in map(Path, paths))
 
 
 def state_of_model(name_or_path: str | Path) -> Any:

@@ -33,6 +33,7 @@ import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 from transformers.utils import logging
@@ -74,7 +75,7 @@ class ImageTooLarge(ImageError):
     """Decodable, but more pixels than the limit."""
 
 
-def _unreadable(name: str, reason) -> ImageError:
+def _unreadable(name: str, reason: object) -> ImageError:
     return ImageError(f"{name} cannot be read as an image: {str(reason).rstrip('.')}.")
 
 
@@ -102,7 +103,7 @@ def encode_base64(data: bytes) -> str:
 
 
 def read_image(
-    image,
+    image: Any,
     name: str = "image",
     *,
     legacy: bool = False,
@@ -149,17 +150,17 @@ def read_image(
         return _decode(file, name, legacy, truncated, max_pixels, formats)
 
 
-def _not_rescaled(name: str, kind) -> ImageError:
+def _not_rescaled(name: str, kind: object) -> ImageError:
     reason = f"do_rescale=False says that its numbers are floats of 0 to 1, and it is {kind}; leave do_rescale out"
     return _unreadable(name, reason)
 
 
-def is_array(value) -> bool:
+def is_array(value: object) -> bool:
     """Whether it is an array or a tensor."""
     return hasattr(value, "ndim") and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def open_source(source, name: str, kind: str):
+def open_source(source: Any, name: str, kind: str) -> BinaryIO:
     """
     What is encoded in `source` as a binary file that can be sought, to be closed by the caller.
 
@@ -230,7 +231,9 @@ def fetch(url: str) -> bytes:
     return response.content
 
 
-def _decode(file, name: str, legacy: bool, truncated: bool, max_pixels: int | None, formats) -> Image.Image:
+def _decode(
+    file: BinaryIO, name: str, legacy: bool, truncated: bool, max_pixels: int | None, formats: Sequence[str] | None
+) -> Image.Image:
     """The picture in an encoded file."""
     try:
         with Image.open(file, formats=formats) as image:
@@ -282,12 +285,13 @@ def _advice(max_pixels: float | None) -> str:
 
 def _to_rgb(image: Image.Image, name: str, legacy: bool, max_pixels: int | None) -> Image.Image:
     """A PIL image in RGB without metadata, so that nothing is applied a second time; itself if it is that already."""
-    check_size(*image.size, name, max_pixels)
+    width, height = image.size
+    check_size(width, height, name, max_pixels)
     if type(image) is Image.Image and image.mode == "RGB" and not image.info:
         return image
     try:
         image.load()
-        turn = None if legacy else TURNS.get(orientation(image))
+        turn = None if legacy else TURNS.get(orientation(image) or 1)
         if legacy:
             rgb = image.convert("RGB")
         elif image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -353,7 +357,7 @@ def _deep_to_rgb(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
 
 
-def to_numpy(array, name: str):
+def to_numpy(array: Any, name: str) -> Any:
     """An array or tensor as a numpy array of numbers; floats that numpy lacks (bfloat16) become float32."""
     import numpy as np
 
@@ -366,7 +370,7 @@ def to_numpy(array, name: str):
     return array
 
 
-def _channels_last(array, name: str, input_data_format: str | None):
+def _channels_last(array: Any, name: str, input_data_format: str | None) -> Any:
     """The array as `(H, W, C)`."""
     shape = tuple(array.shape)
     if 0 in shape:
@@ -391,13 +395,13 @@ def _channels_last(array, name: str, input_data_format: str | None):
     return array.transpose(1, 2, 0) if (wanted == "channels_first" or (wanted is None and first)) else array
 
 
-def array_range(array, name: str) -> tuple:
+def array_range(array: Any, name: str) -> tuple:
     """The smallest and largest number of an array or tensor."""
     array = to_numpy(array, name)
     return (array.min(), array.max()) if array.size else (0, 0)
 
 
-def _array_to_rgb(array, name: str, max_pixels: float | None, number_range: tuple | None = None) -> Image.Image:
+def _array_to_rgb(array: Any, name: str, max_pixels: float | None, number_range: tuple | None = None) -> Image.Image:
     """An array `(H, W)` or `(H, W, C)` as a PIL image in RGB."""
     import numpy as np
 

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 from .extras import missing
 
@@ -40,7 +40,7 @@ def to_path(path: AnyPath) -> "Path | UPath":
         raise ValueError(f"The address {path} cannot be opened: {error}.") from error
 
 
-def is_address(path: AnyPath) -> bool:
+def is_address(path: AnyPath) -> TypeGuard[Any]:
     """Whether a path is not of this machine's file systems."""
     return "://" in path if isinstance(path, str) else not isinstance(path, Path)
 

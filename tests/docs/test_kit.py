@@ -20,6 +20,12 @@ def test_files_are_yaml_and_name_targets_that_exist():
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
+def test_the_site_has_every_page():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    pages = re.findall(r"\b\w+\.md\b", str(site["nav"]))
+    assert sorted(pages) == sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+
+
 def test_the_version_stands_in_one_place():
     import otter_hf
 

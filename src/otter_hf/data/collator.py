@@ -172,7 +172,7 @@ class OtterCollator:
         )
         if self.removed_tokens:
             batch = self._remove(batch)
-        media = [_read_media(sample) for sample, _ in rows]
+        media: list = [_read_media(sample) for sample, _ in rows]
         if self.packing:
             batch, media = self._pack(batch), [[medium for of_sample in media for medium in of_sample]]
         return batch | self.processor.pack_media(media)
@@ -204,7 +204,7 @@ class OtterCollator:
 
     def _apply_limit(self, rows: list[tuple[Sample, list[int]]]) -> list[tuple[Sample, list[int]]]:
         fitting = [row for row in rows if self._fits(row[1])]
-        if len(fitting) == len(rows):
+        if self.max_length is None or len(fitting) == len(rows):
             return rows
         overlong = [row for row in rows if not self._fits(row[1])]
         if self.on_overlong == "error":
@@ -286,7 +286,7 @@ def _read_media(sample: Sample) -> list[list[Image.Image]]:
         raise SampleError(f"Sample {sample['id']!r}: {error}", reason="bad image") from error
 
 
-def _check_media(sample: Sample):
+def _check_media(sample: Sample) -> None:
     missing = [key for key in ("id", "turns", "media_per_turn", "media") if key not in sample]
     if missing:
         raise SampleError(

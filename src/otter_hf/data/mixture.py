@@ -158,12 +158,12 @@ class MimicitMixture(Dataset):
             datasets.append([entry.task_group, entry.name, len(rows), len(store), digest])
         return datasets
 
-    def skip(self, error: SampleError):
+    def skip(self, error: SampleError) -> None:
         """Counts a sample that is left out, and tells the first of its kind."""
         if self._skipped.add(error.reason) == 1:
             logger.warning(f"{error} It is skipped, as are others like it ({error.reason}).")
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Tells the epoch that the choices made per sample depend on; the `Trainer` calls it."""
         self._epoch[0] = epoch
 
@@ -311,7 +311,7 @@ class GroupedSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self._group_of)
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """The epoch whose order the next iteration has, from 0."""
         self.epoch = epoch
 

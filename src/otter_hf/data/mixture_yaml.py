@@ -75,7 +75,7 @@ class Problem(NamedTuple):
     dataset: str = ""
 
 
-def _raise_or_warn(problem: Problem):
+def _raise_or_warn(problem: Problem) -> None:
     if problem.severity == "error":
         raise ValueError(problem.message)
     logger.warning(problem.message)

@@ -98,7 +98,7 @@ class StreamedMixture(IterableDataset):
         """How many samples were skipped so far, by reason, in all data loader workers."""
         return self._skipped.totals()
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Tells the epoch, whose order and choices the next iteration has; it starts at the beginning."""
         if epoch != int(self._epoch):
             self._start[0] = self._taken = 0
@@ -108,7 +108,7 @@ class StreamedMixture(IterableDataset):
         """The epoch, and the number of samples that were taken of it, in this process."""
         return {"epoch": int(self._epoch), "position": self._taken}
 
-    def load_state_dict(self, state: Mapping[str, int]):
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Makes the next iteration go on where `state_dict` was called."""
         self._epoch[0] = state["epoch"]
         self._start[0] = self._taken = state["position"]
