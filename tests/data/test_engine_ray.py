@@ -35,10 +35,11 @@ def cluster():
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)  # where it also writes down which cluster is the current one
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         common = ["--num-cpus", "1", "--object-store-memory", "100000000", "--disable-usage-stats"]
-        head = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false", "--temp-dir", folder]
+        head = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false"]
         try:
             for arguments in (head, ["--address", address]):
                 # not in a pipe: what it starts would keep that open
