@@ -136,6 +136,8 @@ def drill(folder: Path, kind: str, output: Path, wait: float) -> dict:
 def alone(module: str, arguments: list[str], log: Path) -> None:
     """A training in this process, as a session of its own."""
     os.setsid()
+    # as in any other process; else its data workers come from a server of their own, which outlives it by its imports
+    multiprocessing.set_start_method("fork", force=True)
     file = os.open(log, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
