@@ -30,12 +30,20 @@ def test_a_file_or_folder_is_replaced_whole(tmp_path):
             (written / "inner").mkdir(parents=True)
             (written / "inner" / "file").write_text(content)
         assert (folder / "inner" / "file").read_text() == content
-    # a folder in the place of a file, and a file in that of a folder
+    # a folder in the place of a file
     with replacing(path) as written:
         written.mkdir()
-    write_text(folder, "file")
-    assert path.is_dir() and folder.read_text() == "file"
-    assert sorted(item.name for item in tmp_path.rglob("*")) == ["folder", "new", "result.json"]
+    assert path.is_dir()
+    names = ["file", "folder", "inner", "new", "result.json"]
+    assert sorted(item.name for item in tmp_path.rglob("*")) == names
+
+
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"1")
+    with pytest.raises(IsADirectoryError, match="mine is a folder, and would be replaced by a file"):
+        write_text(tmp_path / "mine", "x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "photo.jpg"]
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
         shared: whether other threads or processes, of this machine or another, may be writing the same.
 
     Raises:
-        OSError: if the disk is full, naming `path`.
+        OSError: if the disk is full, naming `path`; see also `move`.
     """
     path = to_path(path)
     if is_address(path):
@@ -61,11 +61,18 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def move(written: str | Path, path: str | Path) -> None:
-    """Gives a complete file or folder its name, after all of it is on the disk; what had the name is deleted."""
+    """
+    Gives a complete file or folder its name, after all of it is on the disk; what had the name is deleted.
+
+    Raises:
+        IsADirectoryError: for a file with the name of a folder, which may hold anything and stays.
+    """
     written, path = Path(written), Path(path)
+    if path.is_dir() and not written.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, and would be replaced by a file: name a file in it, or another.")
     sync(written)
-    if path.is_dir() or (path.exists() and written.is_dir()):
-        # a folder neither replaces a file nor is replaced by one, and what is deleted by halves shall have no name
+    if path.exists() and written.is_dir():
+        # a folder does not replace a file by itself, and what is deleted by halves shall have no name
         old = path.with_name(f".{path.name}.old")
         remove(old)
         os.replace(path, old)

@@ -185,6 +185,8 @@ def test_tokenizer_for_a_family_that_has_its_own(tmp_path, capsys):
         (["FOLDER", "--image", "none.png"], "none.png cannot be read as an image"),
         (["FOLDER", "--video", "none.mp4"], "none.mp4 cannot be read as a video"),
         (["FOLDER", "--yaml-file", "none.yaml"], "none.yaml"),
+        (["FOLDER", "--yaml-file", "none.yaml", "--controls"], "--controls belongs to a conversation"),
+        (["FOLDER", "--yaml-file", "none.yaml", "--prompt", "x"], "--prompt belongs to a conversation"),
         (["FOLDER", "--chat-template", "none.jinja"], "none.jinja"),
     ],
 )

@@ -51,6 +51,20 @@ def test_json_store_to_parquet(tmp_path, encoded, capsys):
     assert ImageStore(tmp_path / "small.parquet")["red"].size == (3, 3)
 
 
+def test_a_store_takes_no_folder_of_something_else(tmp_path, encoded):
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(data) for id, data in encoded.items()}))
+    (tmp_path / "mine.parquet").mkdir()
+    (tmp_path / "mine.parquet" / "photo.jpg").write_bytes(b"1")
+    with pytest.raises(FileExistsError, match="mine.parquet is a folder with photo.jpg in it: name another one"):
+        store_to_parquet(tmp_path / "X.json", tmp_path / "mine.parquet")
+    assert (tmp_path / "mine.parquet" / "photo.jpg").is_file()
+    # parts of a store before: they are replaced, by a folder again
+    (tmp_path / "mine.parquet" / "photo.jpg").rename(tmp_path / "mine.parquet" / "part.7.parquet")
+    store_to_parquet(tmp_path / "X.json", tmp_path / "mine.parquet")
+    assert [path.name for path in (tmp_path / "mine.parquet").iterdir()] == ["part.0.parquet"]
+    assert ImageStore(tmp_path / "mine.parquet")["red"].size
+
+
 def test_broken_stores_leave_no_parquet(tmp_path, encoded):
     (tmp_path / "X.json").write_text('{"red": "AAAA", ')
     with pytest.raises(ValueError, match="cannot be read as JSON"):

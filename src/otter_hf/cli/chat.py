@@ -137,6 +137,11 @@ def generation_options(arguments: argparse.Namespace) -> dict:
 
 def run(arguments: argparse.Namespace) -> None:
     """Load the model and talk until the prompts, or the user's patience, end."""
+    if arguments.yaml_file is not None:
+        # the list has pictures and questions of its own, and no answers to compare
+        for name in ("image", "video", "prompt", "example", "controls"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} belongs to a conversation, and --yaml-file was given: leave one out.")
     check_model_name(arguments.model, weights=True)
     # heavy imports wait until someone chats
     import torch

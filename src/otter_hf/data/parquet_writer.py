@@ -107,12 +107,26 @@ def kept_for_next_run(folder: Path):
         raise
 
 
+def refuse_other_folder(path: Path):
+    """`FileExistsError` if an image store of this name would replace a folder that holds anything but parts of one."""
+    others = sorted(set(path.iterdir()) - set(path.glob("*.parquet"))) if path.is_dir() else []
+    if others:
+        raise FileExistsError(f"The output {path} is a folder with {others[0].name} in it: name another one.")
+
+
 def move_image_parts(folder: Path, path: Path):
-    """Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder."""
+    """
+    Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder, as does one part in
+    the place of several.
+
+    Raises:
+        FileExistsError: as `refuse_other_folder`.
+    """
+    refuse_other_folder(path)
     parts = list(folder.glob("part.*"))
     for sources in folder.glob("sources.*"):
         sources.unlink()
-    move(parts[0] if len(parts) == 1 else folder, path)
+    move(parts[0] if len(parts) == 1 and not path.is_dir() else folder, path)
     shutil.rmtree(folder, ignore_errors=True)
 
 

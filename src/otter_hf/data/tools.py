@@ -19,7 +19,14 @@ from .formats import MimicitFiles, make_train_config, write_mimicit
 from .image_store import ImageStore, iter_pictures, store_files
 from .images import decode_image
 from .json_stream import iter_json_object
-from .parquet_writer import append_image_parts, ids_of_parts, kept_for_next_run, move_image_parts, write_images
+from .parquet_writer import (
+    append_image_parts,
+    ids_of_parts,
+    kept_for_next_run,
+    move_image_parts,
+    refuse_other_folder,
+    write_images,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +54,7 @@ def store_to_parquet(
     Raises:
         ValueError: if there is no picture that can be decoded, an id is there twice, the output is the input or does
             not end in `.parquet`, or for other values of `resize` and `encoding`.
+        FileExistsError: if the output is a folder that holds anything but parts of a store.
     """
     if resize is not None and resize < 1:
         raise ValueError(f"resize must be a number of pixels, got {resize}.")
@@ -55,6 +63,7 @@ def store_to_parquet(
         raise ValueError(f"The output must end in .parquet, got {output}.")
     sources = list(store_files(_paths(paths)))
     refuse_input_as_output(sources, output)
+    refuse_other_folder(output)
     left_out: list[str] = []
 
     def pictures(written: set[str]) -> Iterator[tuple[str, bytes]]:
