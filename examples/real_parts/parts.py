@@ -109,9 +109,7 @@ def package_folder(name: str) -> Path:
     """Where a package is installed, without importing it: these are installed for their files alone."""
     spec = find_spec(name)
     if spec is None:
-        raise SystemExit(
-            f'{name} is not installed: `make demo-real` installs it, or pip install "otter-hf[real-demo]"'
-        )
+        raise SystemExit(f"{name} is not installed: `make demo-real` installs it.")
     return Path(spec.origin).parent
 
 

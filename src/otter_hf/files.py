@@ -60,19 +60,22 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
             remove(written)
 
 
-def move(written: str | Path, path: str | Path) -> None:
+def move(written: str | Path, path: str | Path, *, known_folder: bool = False) -> None:
     """
     Gives a complete file or folder its name, after all of it is on the disk; what had the name is deleted.
+
+    Args:
+        known_folder: whether a file may take the name of a folder, of which the caller knows what it holds.
 
     Raises:
         IsADirectoryError: for a file with the name of a folder, which may hold anything and stays.
     """
     written, path = Path(written), Path(path)
-    if path.is_dir() and not written.is_dir():
+    if path.is_dir() and not (written.is_dir() or known_folder):
         raise IsADirectoryError(f"{path} is a folder, and would be replaced by a file: name a file in it, or another.")
     sync(written)
-    if path.exists() and written.is_dir():
-        # a folder does not replace a file by itself, and what is deleted by halves shall have no name
+    if path.is_dir() or (path.exists() and written.is_dir()):
+        # a folder neither replaces a file nor is replaced by one, and what is deleted by halves shall have no name
         old = path.with_name(f".{path.name}.old")
         remove(old)
         os.replace(path, old)

@@ -58,11 +58,10 @@ def test_a_store_takes_no_folder_of_something_else(tmp_path, encoded):
     with pytest.raises(FileExistsError, match="mine.parquet is a folder with photo.jpg in it: name another one"):
         store_to_parquet(tmp_path / "X.json", tmp_path / "mine.parquet")
     assert (tmp_path / "mine.parquet" / "photo.jpg").is_file()
-    # parts of a store before: they are replaced, by a folder again
+    # parts of a store before are replaced
     (tmp_path / "mine.parquet" / "photo.jpg").rename(tmp_path / "mine.parquet" / "part.7.parquet")
     store_to_parquet(tmp_path / "X.json", tmp_path / "mine.parquet")
-    assert [path.name for path in (tmp_path / "mine.parquet").iterdir()] == ["part.0.parquet"]
-    assert ImageStore(tmp_path / "mine.parquet")["red"].size
+    assert (tmp_path / "mine.parquet").is_file() and ImageStore(tmp_path / "mine.parquet")["red"].size
 
 
 def test_broken_stores_leave_no_parquet(tmp_path, encoded):

@@ -116,8 +116,7 @@ def refuse_other_folder(path: Path):
 
 def move_image_parts(folder: Path, path: Path):
     """
-    Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder, as does one part in
-    the place of several.
+    Gives what `write_image_parts` wrote its final name: one part becomes a file, several a folder.
 
     Raises:
         FileExistsError: as `refuse_other_folder`.
@@ -126,7 +125,7 @@ def move_image_parts(folder: Path, path: Path):
     parts = list(folder.glob("part.*"))
     for sources in folder.glob("sources.*"):
         sources.unlink()
-    move(parts[0] if len(parts) == 1 and not path.is_dir() else folder, path)
+    move(parts[0] if len(parts) == 1 else folder, path, known_folder=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 

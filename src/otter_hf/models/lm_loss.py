@@ -125,13 +125,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 continue
             del logits
             gradient.scatter_add_(1, wanted, torch.full_like(chosen, -1.0))
-            if not counts.all():
-                gradient *= counts
-            gradient = gradient.to(weight.dtype)
+            gradient, counts = gradient.to(weight.dtype), counts.to(weight.dtype)
             if wants_hidden:
-                torch.mm(gradient, weight, out=of_hidden[start : start + size])
+                torch.mm(gradient, weight, out=of_hidden[start : start + size]).mul_(counts)
             if wants_weight:
-                of_weight.addmm_(gradient.T, rows, alpha=scale)
+                of_weight.addmm_(gradient.T, rows * counts, alpha=scale)
         if wants_hidden and scale != 1:
             of_hidden *= scale
         ctx.gradients = of_hidden, of_weight
