@@ -21,7 +21,7 @@ from _common import report, summary
 ROOT = Path(__file__).resolve().parents[1]
 AUTO = "from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor"
 COMMAND = "import sys; from otter_hf.cli import main; sys.exit(main({!r}))"
-HELPS = ("chat", "train", "eval", "data")
+HELPS = ("chat", "train")
 PROGRAMS = {
     "python alone": "pass",
     "Auto classes of transformers": AUTO,
