@@ -119,12 +119,19 @@ def test_activations_are_about_what_autograd_keeps(arguments, model, frozen, che
         assert 0.7 * measured < plan.memory["activations"] + logits < 1.4 * measured
 
 
-def test_flops_are_those_torch_counts(model):
-    """Of a step in which everything is trained, up to a per cent: torch leaves out nothing that matters here."""
+@pytest.mark.parametrize(
+    "frozen",
+    ["", "vision language embeddings", "vision perceiver cross_attention", "language embeddings cross_attention"]
+    + ["vision perceiver language embeddings"],
+)
+def test_flops_are_those_torch_counts(model, frozen):
+    """Up to a few per cent: torch leaves out nothing that matters here, nor do we a pass that is not made."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    freeze(model, frozen.split())
     with torch.device("meta"):
         empty = AutoModelForImageTextToText.from_config(model.config)
+    freeze(empty, frozen.split())
     flops = count_training_flops(empty)
     model.set_attn_implementation("eager")  # counts its multiplications like any other, the future included
     ids = torch.randint(3, 200, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -146,6 +153,46 @@ def test_frozen_parts_take_fewer_operations(model):
     assert some.per_medium == everything.per_medium
     assert 2 / 3 < some.per_token / everything.per_token < 1
     assert some.per_label == everything.per_label
+
+
+def test_layers_that_no_gradient_reaches_are_read_once(model):
+    """By hand: of four layers, every second with a gated block, the lowest is not reached."""
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(model.config)
+    freeze(empty, ["vision", "perceiver", "language", "embeddings"])
+    layers = empty.model.decoder_layers
+    assert [layer.gated_cross_attn_layer is not None for layer in layers] == [False, True, False, True]
+    everywhere = count_training_flops(empty)
+    lowest = 2 * sum(m.weight.numel() for m in layers[0].modules() if isinstance(m, torch.nn.Linear))
+    square = everywhere.per_square // (3 * 4 - 2)
+    kept = count_training_flops(empty, cache_text_states=True, media_store=True)
+    assert everywhere.per_token - kept.per_token == lowest
+    assert everywhere.per_square - kept.per_square == square
+    assert kept.per_pixel == 0 < kept.per_medium < everywhere.per_medium
+    empty.get_input_embeddings().weight.requires_grad_(True)
+    reached = count_training_flops(empty, cache_text_states=True)  # which is refused: nothing is kept
+    assert reached.per_token - everywhere.per_token == lowest
+    assert reached.per_square == 3 * 4 * square
+
+
+def test_flops_of_a_plan_are_without_what_is_kept(arguments):
+    flags = "--freeze vision language embeddings --packing False"
+    plain, kept = (plan_of(arguments(f"{flags} {more}")).flops for more in ("", "--cache_text_states True"))
+    assert kept.per_token < plain.per_token and kept.per_pixel == plain.per_pixel
+    stored = plan_of(arguments(f"{flags} --media_store store")).flops
+    # the tower alone: the resampler is trained, and reads what is stored
+    assert 0 < stored.per_pixel < plain.per_pixel
+    assert (stored.per_token, stored.per_medium) == (plain.per_token, plain.per_medium)
+
+
+def test_groups_that_lora_trains_whole_count_once(arguments):
+    """Beside each stands a frozen copy."""
+    flags = "--lora True --lora_target_modules v_proj --lora_r 1 --lora_train_groups"
+    without = plan_of(arguments(flags.removesuffix(" --lora_train_groups"))).flops
+    trained = plan_of(arguments(f"{flags} cross_attention")).flops
+    # forward and input are counted in both, the weights and the media's keys in the latter alone
+    assert 1 < trained.per_token / without.per_token < 1.5
+    assert without.per_medium < trained.per_medium < 2 * without.per_medium
 
 
 def test_plan_of_otterhd(tmp_path):

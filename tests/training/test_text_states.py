@@ -77,10 +77,11 @@ def test_memory_is_bounded(frozen):
     inputs = [batch(frozen.config, seed) for seed in range(3)]
     row = 7 * frozen.config.text_config.hidden_size * 4
     cache = TextStateCache(frozen, max_bytes=4 * row)
-    for one in (*inputs, inputs[2], inputs[0]):
+    for one in (*inputs, *inputs):
         frozen(**one)
     assert cache._bytes <= 4 * row == sum(states.nbytes for states in cache._states.values())
-    assert (cache.hits, cache.misses) == (3, 12)
+    # what fitted is found in every epoch, though the epoch is larger
+    assert (cache.hits, cache.misses) == (4, 14)
 
 
 def test_what_would_change_is_refused(model, fit):

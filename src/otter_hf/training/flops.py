@@ -38,40 +38,77 @@ class TrainingFlops:
         )
 
 
-def count_training_flops(model: PreTrainedModel) -> TrainingFlops:
+def count_training_flops(
+    model: PreTrainedModel, *, cache_text_states: bool = False, media_store: bool = False
+) -> TrainingFlops:
     """
     Counts for a Flamingo, Otter or OtterHD.
 
     A matrix multiplication counts twice as many operations as it has weights for each position: once forward, once
     backward for its input, and once more for a weight that is trained. What is in front of the first trained parameter
-    has no backward pass: so a frozen vision tower, and with it a frozen resampler.
+    has no backward pass: so frozen decoder layers below it, and a frozen vision tower, and with it a frozen resampler.
 
     Args:
         model: on the meta device, where nothing is computed, with the parameters to train marked.
+        cache_text_states: leave out the frozen layers below the first gated block, whose states are kept.
+        media_store: leave out a frozen vision tower, and with it a frozen resampler, whose features are kept.
     """
     text = model.config.get_text_config()
+    core = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
+    has_blocks = hasattr(core, "decoder_layers")
+    layers = list(core.decoder_layers if has_blocks else core.language_model.layers)
+    trains_media = has_blocks and (_is_trained(core.vision_tower) or _is_trained(core.perceiver))
+    first = _first_reached(core, layers, trains_media)
+    kept = 0
+    if cache_text_states and has_blocks:
+        gated = [number for number, layer in enumerate(layers) if layer.gated_cross_attn_layer is not None]
+        kept = min(first, gated[0])
+    below = {id(module): number for number, layer in enumerate(layers[:first]) for module in layer.modules()}
     per_token = per_medium = 0
     per_pixel = 0.0
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and ".language_model." in name:
-            if name.endswith("gated_cross_attn_layer.attn.to_kv"):
-                per_medium += model.config.perceiver_num_latents * _of_weight(module)
-            else:
-                per_token += _of_weight(module)
-    core = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
-    if hasattr(core, "vision_tower"):
-        per_pixel, resampler = _count_vision(core)
+        # PEFT keeps what is trained whole as it was, beside the copy that is computed
+        if not isinstance(module, nn.Linear) or ".language_model." not in name or ".original_module." in name:
+            continue
+        if (number := below.get(id(module))) is not None:
+            work = 0 if number < kept else 2 * module.weight.numel()
+        else:
+            work = _of_weight(module)
+        if ".gated_cross_attn_layer." in name and ".to_kv" in name:
+            if id(module) not in below and not trains_media and ".lora_B." not in name:
+                work -= 2 * module.weight.numel()  # what comes in has no gradient
+            per_medium += model.config.perceiver_num_latents * work
+        else:
+            per_token += work
+    if has_blocks:
+        per_pixel, resampler = _count_vision(core, media_store)
         per_medium += resampler
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    # scores and values, 2 operations each, forward and twice backward, over the half that is not in the future
-    per_square = 3 * 4 * text.num_hidden_layers * text.num_attention_heads * head_width // 2
+    # scores and values, 2 operations each, over the half that is not in the future; backward twice as many
+    times = 3 * len(layers) - 2 * first - kept
+    per_square = 4 * times * text.num_attention_heads * head_width // 2
     return TrainingFlops(per_token, _of_weight(model.get_output_embeddings()), per_pixel, per_medium, per_square)
 
 
-def _count_vision(core: nn.Module) -> tuple[float, int]:
+def _first_reached(core: nn.Module, layers: list[nn.Module], trains_media: bool) -> int:
+    """Number of the first decoder layer that a gradient reaches; their number if none does."""
+    patches = getattr(core, "vision_embed_tokens", None)  # of OtterHD
+    if _is_trained(core.get_input_embeddings()) or (patches is not None and _is_trained(patches)):
+        return 0
+    for number, layer in enumerate(layers):
+        if _is_trained(layer) or (trains_media and layer.gated_cross_attn_layer is not None):
+            return number
+    return len(layers)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _count_vision(core: nn.Module, is_stored: bool) -> tuple[float, int]:
     """Operations for each pixel of a frame, and beside these for each medium."""
     config = core.config.vision_config
-    passes = 3 if any(parameter.requires_grad for parameter in core.vision_tower.parameters()) else 1
+    passes = 3 if _is_trained(core.vision_tower) else 0 if is_stored else 1
     size = getattr(config, "image_size", 224)  # convolutional towers take any
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     frame = torch.empty(1, config.num_channels, height, width, device="meta", dtype=core.vision_tower.dtype)
@@ -84,8 +121,8 @@ def _count_vision(core: nn.Module) -> tuple[float, int]:
             core.perceiver(features.repeat(1, length, 1)[:, None])
         counts.append(resampler.get_total_flops())
     source = counts[1] - counts[0]
-    trained = 3 if passes == 3 or any(parameter.requires_grad for parameter in core.perceiver.parameters()) else 1
-    return (passes * tower.get_total_flops() + trained * source) / (height * width), trained * (counts[0] - source)
+    again = 3 if passes == 3 or _is_trained(core.perceiver) else passes
+    return (passes * tower.get_total_flops() + again * source) / (height * width), again * (counts[0] - source)
 
 
 def _of_weight(layer: nn.Module) -> int:

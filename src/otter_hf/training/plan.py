@@ -163,6 +163,11 @@ def make_plan(
     logits = min(MAX_LOGITS, batch_size * data_args.max_length * model.config.get_text_config().vocab_size)
     memory["logits"] = 2 * torch.float32.itemsize * logits  # and their gradient
     attention = {part: str(config._attn_implementation) for part, config in _configs(model.config).items()}
+    flops = None
+    if model.config.model_type != "idefics":
+        flops = count_training_flops(
+            model, cache_text_states=model_args.cache_text_states, media_store=model_args.media_store is not None
+        )
     return TrainingPlan(
         groups=parameter_counts(model),
         dtype="4 bits" if model_args.load_in_4bit else str(model.dtype).removeprefix("torch."),
@@ -179,7 +184,7 @@ def make_plan(
         compiled=bool(training_args.torch_compile),
         learning_rates={**(training_args.learning_rates or {}), "others": training_args.learning_rate},
         weight_decay=training_args.weight_decay,
-        flops=None if model.config.model_type == "idefics" else count_training_flops(model),
+        flops=flops,
     )
 
 

@@ -1,8 +1,6 @@
 """What frozen decoder layers below the first gated block make of a text, kept: a question that comes again is not read
 again."""
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
 
@@ -21,7 +19,8 @@ class TextStateCache:
 
     Args:
         model: an Otter or Flamingo whose embeddings and lower layers are frozen. Their `forward` is replaced.
-        max_bytes: of the states that are kept, on the model's device; those used least recently go first.
+        max_bytes: of the states that are kept, on the model's device. When it is full nothing more is kept: a cache
+            that makes room for the newest would, in an epoch that does not fit, lose each before it comes again.
 
     Raises:
         ValueError: if something of these layers is trained or drawn at random (dropout), if there are none, or if
@@ -31,7 +30,7 @@ class TextStateCache:
     def __init__(self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**30):
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
-        self._states: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # (L, hidden) each
+        self._states: dict[tuple, torch.Tensor] = {}  # (L, hidden) each
         self._bytes = 0
         layers = model.model.decoder_layers
         gated = [index for index, layer in enumerate(layers) if layer.gated_cross_attn_layer is not None]
@@ -67,13 +66,10 @@ class TextStateCache:
 
     def _keep(self, found: dict[tuple, torch.Tensor]) -> None:
         for key, states in found.items():
-            if key not in self._states:
+            if key not in self._states and self._bytes + states.nbytes <= self.max_bytes:
                 # a copy of its own, as a part of a batch would hold all of it
                 self._states[key] = states.clone()
                 self._bytes += states.nbytes
-            self._states.move_to_end(key)
-        while self._bytes > self.max_bytes and self._states:
-            self._bytes -= self._states.popitem(last=False)[1].nbytes
 
 
 class _Passed:
