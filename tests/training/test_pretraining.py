@@ -162,6 +162,7 @@ def test_checkpoint_of_other_processes_is_refused(files):
     [
         (["--train_sets", "gone.yaml"], "gone.yaml does not exist"),
         (["--lora", "True", "--lora_target_modules", "q_proj"], "lora is for fine-tuning"),
+        (["--report_controls", "True"], "report_controls is for fine-tuning"),
         (["--train_mixture", "x.yaml"], "train_mixture"),
     ],
 )

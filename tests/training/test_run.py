@@ -182,6 +182,13 @@ def test_evaluation_needs_data(files, caplog):
     assert "eval_mixture will not be evaluated: set eval_strategy" in caplog.text
 
 
+@pytest.mark.parametrize("more", [["--report_samples", "0", "--eval_strategy", "epoch"], []])
+def test_controls_need_samples_that_are_answered(files, more):
+    with pytest.raises(ValueError, match="report_controls asks the samples that are answered at evaluations"):
+        train(files, "--report_controls", "True", "--eval_mixture", str(files / "eval.yaml"), *more)
+    assert not (files / "out").exists()
+
+
 def test_trained_weights_in_16_bits_are_told(files, caplog):
     for dtype in ("float32", "bfloat16"):
         caplog.clear()

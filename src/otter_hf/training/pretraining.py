@@ -66,6 +66,8 @@ def pretrain(
     for name in ("lora", "media_store", "cache_text_states"):
         if getattr(model_args, name):
             raise ValueError(f"{name} is for fine-tuning: leave it out, and freeze what is not to be pretrained.")
+    if training_args.report_controls:
+        raise ValueError("report_controls is for fine-tuning, whose evaluations answer samples: leave it out.")
     set_seed(training_args.seed)
     processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
     stream = PretrainingStream(

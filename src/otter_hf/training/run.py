@@ -230,6 +230,11 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
         raise ValueError(f"eval_strategy is {strategy!r}: name an eval_mixture or eval_fraction, or set it to no.")
     if given and not evaluates:
         logger.warning(f"{given} will not be evaluated: set eval_strategy to epoch or steps for that.")
+    if training_args.report_controls and not (evaluates and training_args.report_samples):
+        raise ValueError(
+            "report_controls asks the samples that are answered at evaluations, of which there are none: set "
+            "eval_strategy to epoch or steps and report_samples above 0, or leave it out."
+        )
     sharding = sharding_of(training_args)
     if training_args.learning_rates and sharding in ("fsdp", "zero3"):
         raise ValueError(f"learning_rates needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
