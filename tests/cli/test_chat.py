@@ -6,27 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from serving_files import write_video
 
 from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.cli import main
 from otter_hf.evaluation.model import ConversationModel
-
-
-@pytest.fixture
-def folder(model, processor, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def files(pictures, tmp_path):
-    """Paths of two pictures and a video."""
-    for picture, name in zip(pictures, ("red.png", "green.png"), strict=False):
-        picture.save(tmp_path / name)
-    write_video(tmp_path / "ramp.mp4", 12)
-    return [str(tmp_path / name) for name in ("red.png", "green.png", "ramp.mp4")]
 
 
 def chat(capsys, folder, *arguments) -> str:

@@ -10,20 +10,6 @@ from otter_hf.serving.examples import read_examples
 
 
 @pytest.fixture
-def folder(model, processor, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
-def files(pictures, tmp_path):
-    for picture, name in zip(pictures, ("red.png", "green.png"), strict=False):
-        picture.save(tmp_path / name)
-    return [str(tmp_path / name) for name in ("red.png", "green.png")]
-
-
-@pytest.fixture
 def write(tmp_path):
     def write(content) -> str:
         path = tmp_path / "examples.yaml"

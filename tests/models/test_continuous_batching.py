@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from otter_hf.models.continuous_batching import ContinuousBatch
 from otter_hf.models.prefix_cache import compute_prefix
+from otter_hf.serving.batch_thread import BatchThread
 
 
 def prompt(*images_at, length=12, seed=0) -> dict:
@@ -329,3 +330,31 @@ def test_a_generation_config_is_that_of_generate(llama):
     answer = batch.submit(PROMPTS[0], config)
     batch.run()
     assert answer.tokens == alone(llama, PROMPTS[0], max_new_tokens=4)
+
+
+def test_a_fault_of_nobody_s_ends_the_rows_and_later_ones_are_answered(llama):
+    batch = ContinuousBatch(llama, prefill_tokens=4)
+    rows = [submit(batch, inputs) for inputs in PROMPTS]
+    while not batch.num_running:
+        batch.step()
+    batch.fail(RuntimeError("the device is gone"))
+    assert {row.finish for row in rows} == {"error"} and not batch.has_work
+    assert all(str(row.error) == "the device is gone" for row in rows)
+    again = submit(batch, PROMPTS[0])
+    batch.run()
+    assert again.tokens == alone(llama, PROMPTS[0])
+
+
+def test_the_thread_outlives_a_step_that_fails(llama, monkeypatch):
+    batch = ContinuousBatch(llama)
+    thread = BatchThread(batch)
+
+    def step():
+        monkeypatch.undo()
+        raise RuntimeError("nobody foresaw it")
+
+    monkeypatch.setattr(batch, "step", step)
+    settings = {**GREEDY, "max_new_tokens": 6}
+    with pytest.raises(RuntimeError, match="nobody foresaw it"):
+        thread.submit(PROMPTS[0], **settings).future.result(60)
+    assert thread.submit(PROMPTS[0], **settings).future.result(60).tokens == alone(llama, PROMPTS[0])

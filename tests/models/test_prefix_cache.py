@@ -106,8 +106,8 @@ def test_what_prompts_share():
     rows = [ids[0] for ids in ROWS]
     assert shared_length(rows, ["abc", "ab", "abd"], IMAGE) == 9
     assert shared_length(rows, ["abc", "ab", "axd"], IMAGE) == 5  # up to the picture that differs
-    assert shared_length(rows[:1], ["abc"], IMAGE) == 16
-    assert shared_length([rows[0], rows[0][:4]], ["abc", "a"], IMAGE) == 3
+    assert shared_length(rows[:1], ["abc"], IMAGE) == 17
+    assert shared_length([rows[0], rows[0][:4]], ["abc", "a"], IMAGE) == 4
     other = rows[0].clone()
     other[2] += 1
     assert shared_length([rows[0], other], ["abc", "abc"], IMAGE) == 2

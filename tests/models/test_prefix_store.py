@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_skills import EXAMPLES, PICTURES, QUESTIONS, Work, generate, of_family, prompt, turn
 
+from otter_hf.models import prefix_store
 from otter_hf.models.media_store import MediaStore
 from otter_hf.models.prefix_store import PrefixStore
 
@@ -41,10 +42,11 @@ def test_examples_are_found_by_the_second_question(family):
     assert work.columns <= prompts[0]["input_ids"].shape[1] - lengths[0]
 
 
-def test_the_turns_of_a_conversation_are_read_once(family):
+def test_the_turns_of_a_conversation_are_read_once(family, monkeypatch):
     model, processor = family
     media = MediaStore(model) if hasattr(model.model, "vision_tower") else None
-    store, messages, total = PrefixStore(model, media, min_tokens=8), [], 0
+    store, messages, total = PrefixStore(model, media, piece_tokens=16), [], 0
+    monkeypatch.setattr(prefix_store, "_LEAST_TOKENS", 8)
     with Work(model) as work:
         for question, picture in (("what is it?", PICTURES[0]), ("and this?", PICTURES[1]), ("sure?", None)):
             messages += turn(question, picture)
@@ -69,9 +71,22 @@ def test_other_pixels_are_another_beginning(family):
 
 def test_memory_is_bounded(family):
     model, processor = family
-    store = PrefixStore(model, max_bytes=1)
     inputs = prompt(processor, EXAMPLES + QUESTIONS[0])
+    store = PrefixStore(model)
     store.prefix_of(inputs)
-    # what is read for a prompt is given to it all the same
     assert store.prefix_of(inputs).get_seq_length() == inputs["input_ids"].shape[1] - 1
-    assert store.nbytes == 0
+    kept = store.nbytes
+    store = PrefixStore(model, max_bytes=kept - 1, piece_tokens=16)
+    store.prefix_of(inputs)
+    with Work(model) as work:
+        assert store.prefix_of(inputs) is None and store.nbytes == 0
+        # one that would be too large is left to the batch, after a piece tells so
+        assert work.columns <= 2 * 16
+        assert store.prefix_of(inputs) is None
+        assert work.columns <= 2 * 16
+    # a smaller one still finds room, and who is gone has nothing read
+    short = prompt(processor, QUESTIONS[0])
+    store = PrefixStore(model, max_bytes=kept)
+    store.prefix_of(inputs)
+    assert store.prefix_of(inputs, lambda: True) is None and store.nbytes == 0
+    assert store.prefix_of(short) is None or store.nbytes <= kept

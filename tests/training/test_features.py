@@ -1,10 +1,12 @@
 """Training from a store on disk of what is frozen of a model's eyes."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from otter_hf.models.media_folder import MediaFolder
 from otter_hf.models.media_store import MediaStore, fingerprint_of_eyes
@@ -78,7 +80,10 @@ def test_evaluation_keeps_latents_on_disk(model, tmp_path):
 def test_the_folder_is_bounded(tmp_path):
     """What other weights made goes first, then nothing more is written."""
     size = 4096
-    old, new = (MediaFolder(tmp_path, name, max_bytes=3 * size) for name in ("old", "new"))
+    of_others = tmp_path / "model" / "model.safetensors"
+    of_others.parent.mkdir()
+    of_others.write_bytes(bytes(4 * size))
+    old, new = (MediaFolder(tmp_path, name * 32, max_bytes=3 * size) for name in "01")
     for name in "ab":
         old.put(name, torch.ones(size // 8))
     for name in "abcdef":
@@ -86,7 +91,27 @@ def test_the_folder_is_bounded(tmp_path):
     assert old.get("a") is None
     kept = [name for name in "abcdef" if new.get(name) is not None]
     assert kept == list("abcde") and float(new.get("b")[0]) == ord("b")
-    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 3 * size
+    of_others.rename(tmp_path / "safe")  # what is no store is neither counted nor deleted
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 3 * size
+    careful = MediaFolder(tmp_path, "2" * 32, max_bytes=3 * size, evicts=False)
+    careful.put("a", torch.ones(size // 8))
+    assert careful.get("a") is None and new.get("b") is not None
+    with pytest.raises(ValueError, match="made_by must be 32 hexadecimal digits, got 'new'"):
+        MediaFolder(tmp_path, "new")
+
+
+def test_a_store_that_another_process_deletes_ends_no_training(tmp_path, monkeypatch):
+    store = MediaFolder(tmp_path, "0" * 32)
+
+    def save(tensors, path):
+        shutil.rmtree(store.folder)
+        save_file(tensors, path)
+
+    monkeypatch.setattr("otter_hf.models.media_folder.save_file", save)
+    store.put("a", torch.ones(2))
+    monkeypatch.undo()
+    store.put("a", torch.ones(2))
+    assert store.get("a") is not None
 
 
 def test_folders_by_weights(core, tmp_path):

@@ -103,10 +103,12 @@ class PromptBatches:
         if len(prompts) < 2:
             return None
         keys = [prompt.keys for prompt in prompts]
-        length = shared_length([prompt.ids for prompt in prompts], keys, self._model.config.image_token_id)
+        ids = [prompt.ids for prompt in prompts]
+        # a model answers to the last token
+        length = min(shared_length(ids, keys, self._model.config.image_token_id), min(map(len, ids)) - 1)
         if length < _LEAST_SHARED:
             return None
-        ids = prompts[0].ids[:length]
+        ids = ids[0][:length]
         shared = keys[0][: int((ids == self._model.config.image_token_id).sum())]
         if self._prefix is None or not torch.equal(self._prefix[0], ids) or self._prefix[1] != shared:
             inputs, _ = self._pack(prompts[:1])

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .media_attention import batch_first_media
+from .media_attention import split_media
 from .media_store import MediaStore
 
 
@@ -129,11 +129,8 @@ def _media_of(inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     )
     if latents is not None and pixels is not None:
         raise ValueError("Give either pixel_values or image_hidden_states, what they were encoded to, not both.")
-    if latents is None and pixels is None:
-        return []
-    media = latents if pixels is None else batch_first_media(pixels, 1)
+    if latents is None:
+        return split_media(inputs)[0]
     if mask is None:
-        return list(media[0])
-    frames = mask[0].bool().cpu()  # (T, F)
-    there = [(medium, of_medium) for medium, of_medium in zip(media[0], frames, strict=True) if of_medium.any()]
-    return [medium if pixels is None else medium[of_medium] for medium, of_medium in there]
+        return list(latents[0])
+    return [medium for medium, frames in zip(latents[0], mask[0], strict=True) if frames.any()]

@@ -258,6 +258,16 @@ class ContinuousBatch:
         while self.step():
             pass
 
+    def fail(self, error: Exception) -> None:
+        """End all rows with an error that is none of theirs, and begin anew."""
+        waiting = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        reading = [] if self._reading is None else self._reading.rows
+        for row in (*waiting, *reading, *self._running):
+            if row.finish is None:
+                row.end("error", error)
+        self._reading, self._running = None, []
+        self._cache = BatchCache(self.token_budget, self.model.device)
+
     @torch.inference_mode()
     def step(self) -> bool:
         """Read a piece of the prompts of newcomers, and choose a token for every running row; False without any."""
@@ -288,9 +298,10 @@ class ContinuousBatch:
         return ids[0].tolist()
 
     def _drop_cancelled(self) -> None:
-        for row in [row for row in self._waiting if row.is_cancelled()]:
-            self._waiting.remove(row)
-            row.end("cancelled")
+        for row in tuple(self._waiting):  # which other threads add to
+            if row.is_cancelled():
+                self._waiting.remove(row)
+                row.end("cancelled")
         if self._reading is not None:
             # which has one row, as others are read at once
             (row,) = self._reading.rows
@@ -306,7 +317,7 @@ class ContinuousBatch:
     def _admit(self) -> None:
         """Take the first who waits, and of those behind it, as far as there is room for all, who are read at once."""
         together, rows = list(self._running), []
-        for row in self._waiting:
+        for row in tuple(self._waiting):  # which other threads add to
             together.append(row)
             longest = max(one.final_length for one in together)
             if len(together) > self.max_rows or len(together) * longest > self.token_budget:

@@ -2,8 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 
+import numpy as np
 import torch
+import xxhash
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -14,26 +18,23 @@ _UNIMPORTANT = ("_", "transformers_version", "dtype", "torch_dtype", "architectu
 _READERS = ("image_processor_type", "processor_class", "return_tensors", "device", "data_format")
 
 
+def fingerprint_of(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, str]:
+    """What `fingerprint_of_model` and `fingerprint_of_processor` say, as one."""
+    return {**fingerprint_of_model(model), **fingerprint_of_processor(processor)}
+
+
 def fingerprint_of_model(model: PreTrainedModel) -> dict[str, str]:
     """
     `dtype`, `configuration` and `weights` of a model, each as a word.
 
-    All bits of all weights count, by the sums of their rows, which cost a reading of the memory they lie in.
-
     Raises:
         ValueError: for weights that are not in memory, which cannot be read here.
     """
-    digest = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
-        if tensor.device.type == "meta":
-            raise ValueError(f"The weights {name} are offloaded: load the model into memory to tell which one it is.")
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_row_sums(tensor.detach()))
     configuration = json.dumps(_without(model.config.to_dict(), _UNIMPORTANT), sort_keys=True, default=str)
     return {
         "dtype": str(model.dtype).removeprefix("torch."),
         "configuration": _digest(configuration),
-        "weights": digest.hexdigest(),
+        "weights": digest_of_weights([model]),
     }
 
 
@@ -48,12 +49,26 @@ def fingerprint_of_processor(processor: ProcessorMixin) -> dict[str, str]:
     }
 
 
-def _row_sums(tensor: torch.Tensor) -> bytes:
-    """The sums of the bits of a tensor's rows, as whole numbers."""
-    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
-    # float64 is two columns of 32 bits
-    whole = {1: torch.uint8, 2: torch.int16}.get(tensor.element_size(), torch.int32)
-    return rows.contiguous().view(whole).sum(dim=1, dtype=torch.int64).cpu().numpy().tobytes()
+def digest_of_weights(modules: Iterable[nn.Module]) -> str:
+    """
+    A checksum (XXH3) of the names, shapes, dtypes and values of all weights, which are read for it.
+
+    Raises:
+        ValueError: as `fingerprint_of_model`.
+    """
+    digest = xxhash.xxh3_128()
+    for module in modules:
+        for name, tensor in sorted(module.state_dict().items()):
+            if tensor.device.type == "meta":
+                raise ValueError(f"The weights {name} are offloaded: load the model into memory to tell which it is.")
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(bytes_of_tensor(tensor))
+    return digest.hexdigest()
+
+
+def bytes_of_tensor(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor's values, uint8."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _without(config, names: tuple[str, ...]):

@@ -11,6 +11,7 @@ not with text x images. The groups are either
 Shape legend: B rows, L text tokens, T images of a row, n latents of an image, N groups, c tokens of a block, D width.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,27 @@ def batch_first_media(pixel_values: torch.Tensor, batch_size: int) -> torch.Tens
             f"(B, C, H, W) with B = {batch_size}, the rows of input_ids."
         )
     return pixel_values
+
+
+def split_media(inputs: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
+    """
+    Of each row of a batch its media, `(F, C, H, W)` pixels of their frames without those that pad.
+
+    Args:
+        inputs: `input_ids (B, L)`, and `pixel_values (B, T, F, C, H, W)` with `pixel_attention_mask (B, T, F)`, if
+            there are any. A medium without frames is padding itself.
+    """
+    num_rows = len(inputs["input_ids"])
+    if inputs.get("pixel_values") is None:
+        return [[] for _ in range(num_rows)]
+    pixels = batch_first_media(inputs["pixel_values"], num_rows)
+    if inputs.get("pixel_attention_mask") is None:
+        return [list(row) for row in pixels]
+    mask = inputs["pixel_attention_mask"].bool().cpu()
+    return [
+        [medium[frames] for medium, frames in zip(*row, strict=True) if frames.any()]
+        for row in zip(pixels, mask, strict=True)
+    ]
 
 
 class MediaBlocks(NamedTuple):

@@ -1,43 +1,29 @@
 """What frozen weights make of media, kept on disk: each medium is encoded once, not in each epoch or evaluation."""
 
+import contextlib
 import hashlib
+import os
+import re
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ..files import replacing
+from .fingerprint import bytes_of_tensor
 
 
 DEFAULT_MAX_BYTES = 64 * 10**9
+# subfolders of this name are stores, all others somebody else's
+_IS_OURS = re.compile("[0-9a-f]{32}")
 
 
 def hash_of_tensor(tensor: torch.Tensor) -> str:
     """A checksum of a tensor's values and dtype, whatever its shape and device."""
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    data = bytes_of_tensor(tensor)
     return hashlib.blake2b(data, digest_size=16, person=str(tensor.dtype).encode()[-16:]).hexdigest()
-
-
-def fingerprint(parts: Iterable[nn.Module], config: Any, dtype: torch.dtype | None = None) -> str:
-    """
-    Of weights and what else decides the values they compute.
-
-    Args:
-        parts: modules, whose weights count.
-        config: anything whose text says how they are put together.
-        dtype: of the computation, if it is not that of the weights (autocast).
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((config, dtype)).encode())
-    for part in parts:
-        for name, tensor in sorted(part.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {hash_of_tensor(tensor.flatten())}".encode())
-    return digest.hexdigest()
 
 
 class MediaFolder:
@@ -49,22 +35,29 @@ class MediaFolder:
 
     When the folder is full, what other weights made goes, that used the longest time ago first; when there is nothing
     of that, nothing more is written. So what fits is found in every epoch, where a cache that makes room for the
-    newest would have thrown each file away before it is needed again.
+    newest would have thrown each file away before it is needed again. Whatever else lies in the folder is not looked
+    at.
 
     Args:
         folder: made if it is not there.
-        made_by: see `fingerprint`.
-        max_bytes: of all files in `folder`. Each process looks for what others wrote whenever it has written a 64th
-            of this itself: so much, for each process but one, may there be too much for a while.
+        made_by: 32 hexadecimal digits, see `fingerprint_of_eyes`.
+        max_bytes: of all such stores in `folder`. Each process looks for what others wrote whenever it has written a
+            64th of this itself: so much, for each process but one, may there be too much for a while.
+        evicts: False where what other weights made stays, and nothing is written into a full folder.
+
+    Raises:
+        ValueError: for another form of `made_by`.
     """
 
-    def __init__(self, folder: str | Path, made_by: str, max_bytes: int = DEFAULT_MAX_BYTES):
+    def __init__(self, folder: str | Path, made_by: str, max_bytes: int = DEFAULT_MAX_BYTES, evicts: bool = True):
+        if not _IS_OURS.fullmatch(made_by):
+            raise ValueError(f"made_by must be 32 hexadecimal digits, got {made_by!r}.")
         self.root = Path(folder)
         self.folder = self.root / made_by
         self.max_bytes = max_bytes
+        self.evicts = evicts
         self.hits = self.misses = 0
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.touch()
         self._look()
 
     def get(self, name: str) -> torch.Tensor | None:
@@ -83,23 +76,33 @@ class MediaFolder:
         size = tensor.nbytes + 512  # more than the header takes
         if not self._has_room(size):
             return
-        with replacing(self._file(name), shared=True) as written:
-            save_file({"media": tensor.detach().cpu().contiguous()}, written)
+        try:
+            with replacing(self._file(name), shared=True) as written:
+                save_file({"media": tensor.detach().cpu().contiguous()}, written)
+        except (FileNotFoundError, SafetensorError):
+            if self._file(name).parent.exists():
+                raise
+            return  # another process has made room with it; what comes next begins anew
         self._bytes += size
         self._unseen += size
 
     def _file(self, name: str) -> Path:
         return self.folder / name[:2] / f"{name}.safetensors"
 
+    def _stores(self) -> list[Path]:
+        return [path for path in self.root.iterdir() if path.is_dir() and _IS_OURS.fullmatch(path.name)]
+
     def _look(self) -> None:
-        self._bytes, self._unseen = _size(self.root), 0
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self.folder)  # in use, which others see who make room
+        self._bytes, self._unseen = sum(map(_size, self._stores())), 0
 
     def _has_room(self, size: int) -> bool:
         if self._unseen > self.max_bytes // 64:
             self._look()
         if self._bytes + size <= self.max_bytes:
             return True
-        others = [path for path in self.root.iterdir() if path.is_dir() and path != self.folder]
+        others = [path for path in self._stores() if path != self.folder] if self.evicts else []
         for other in sorted(others, key=_last_change):
             shutil.rmtree(other, ignore_errors=True)
             self._look()
@@ -125,4 +128,4 @@ def _last_change(path: Path) -> float:
         return 0.0
 
 
-__all__ = ["DEFAULT_MAX_BYTES", "MediaFolder", "fingerprint", "hash_of_tensor"]
+__all__ = ["DEFAULT_MAX_BYTES", "MediaFolder", "hash_of_tensor"]

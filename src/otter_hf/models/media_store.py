@@ -1,14 +1,17 @@
 """Media that come again are not encoded again: worked examples of every question, pictures of earlier turns."""
 
+import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from .fingerprint import digest_of_weights
 from .flamingo import FlamingoForConditionalGeneration
-from .media_attention import batch_first_media
-from .media_folder import MediaFolder, fingerprint, hash_of_tensor
+from .media_attention import batch_first_media, split_media
+from .media_folder import MediaFolder, hash_of_tensor
 
 
 class MediaStore:
@@ -21,7 +24,8 @@ class MediaStore:
         model: an Otter or Flamingo whose weights stay as they are while the store is in use.
         max_bytes: of the latents that are kept, on the model's device; those used least recently go first. Media of
             the batch at hand are always held.
-        folder: where latents are kept on disk, too, see [`~otter_hf.models.media_folder.MediaFolder`].
+        folder: where latents are kept on disk, too, see [`~otter_hf.models.media_folder.MediaFolder`]; what others
+            keep there is never deleted.
 
     Attributes:
         hits, misses: media that were there, in memory or on disk, and that were encoded.
@@ -31,11 +35,12 @@ class MediaStore:
         self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**29, folder: str | Path | None = None
     ):
         self.model = model
-        self.folder = None if folder is None else MediaFolder(folder, fingerprint_of_eyes(model.model))
+        self.folder = None if folder is None else MediaFolder(folder, fingerprint_of_eyes(model.model), evicts=False)
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._latents: OrderedDict[str, torch.Tensor] = OrderedDict()  # (n, D) each
         self._bytes = 0
+        self._lock = threading.Lock()  # a server's prompts are read in one thread and their beginnings in others
 
     @torch.no_grad()
     def encode(self, inputs: Mapping) -> dict:
@@ -66,34 +71,25 @@ class MediaStore:
         Args:
             inputs: see `encode`.
         """
-        num_rows = len(inputs["input_ids"])
-        if inputs.get("pixel_values") is None:
-            return [[] for _ in range(num_rows)]
-        pixels = batch_first_media(inputs["pixel_values"], num_rows)
-        mask = inputs.get("pixel_attention_mask")
-        mask = torch.ones(pixels.shape[:3]) if mask is None else mask
-        mask = mask.bool().cpu()
-        places = mask.any(dim=2).nonzero().tolist()
-        media = self.encode_media([pixels[row, i, mask[row, i]] for row, i in places])
-        rows: list[list] = [[] for _ in range(num_rows)]
-        for (row, _), medium in zip(places, media, strict=True):
-            rows[row].append(medium)
-        return rows
+        rows = split_media(inputs)
+        encoded = iter(self.encode_media([medium for row in rows for medium in row]))
+        return [[next(encoded) for _ in row] for row in rows]
 
     @torch.no_grad()
     def encode_media(self, media: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """Of each medium `(F, C, H, W)` what it is known by and its latents `(n, D)`, in one batch if new."""
         keys = [name_of_medium(medium) for medium in media]
-        latents = self._known(dict.fromkeys(keys))
-        missing = {key: medium for key, medium in zip(keys, media, strict=True) if key not in latents}
-        self.hits += len(keys) - len(missing)
-        self.misses += len(missing)
-        if missing:
-            new = dict(zip(missing, self._encode(list(missing.values())), strict=True))
-            latents |= new
-            for key, value in new.items() if self.folder is not None else ():
-                self.folder.put(key, value)
-        self._keep(latents)
+        with self._lock:
+            latents = self._known(dict.fromkeys(keys))
+            missing = {key: medium for key, medium in zip(keys, media, strict=True) if key not in latents}
+            self.hits += len(keys) - len(missing)
+            self.misses += len(missing)
+            if missing:
+                new = dict(zip(missing, self._encode(list(missing.values())), strict=True))
+                latents |= new
+                for key, value in new.items() if self.folder is not None else ():
+                    self.folder.put(key, value)
+            self._keep(latents)
         return [(key, latents[key]) for key in keys]
 
     def stack(self, media: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -153,5 +149,6 @@ def fingerprint_of_eyes(model, dtype: torch.dtype | None = None, resampler: bool
     of_tower = model.config.vision_config.to_dict()
     config = {key: value for key, value in config.items() if key.startswith(("vision", "perceiver", "max_num_frames"))}
     config |= {key: value for key, value in of_tower.items() if not key.startswith(("_", "transformers"))}
-    parts = [model.vision_tower, model.perceiver] if resampler else [model.vision_tower]
-    return fingerprint(parts, sorted(config.items(), key=lambda item: item[0]), dtype)
+    digest = digest_of_weights([model.vision_tower, model.perceiver] if resampler else [model.vision_tower])
+    text = repr((digest, sorted(config.items(), key=lambda item: item[0]), dtype))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -26,6 +26,12 @@ def can_share_prefixes(model: PreTrainedModel) -> bool:
     return isinstance(model, (FlamingoForConditionalGeneration, OtterHDForConditionalGeneration))
 
 
+def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many values `(L,)` and `(M,)` begin with alike."""
+    length = min(len(one), len(other))
+    return int((one[:length] == other[:length].to(one.device)).long().cumprod(0).sum())
+
+
 def shared_length(ids: Sequence[torch.Tensor], media: Sequence[Sequence], image_token_id: int | None) -> int:
     """
     How many tokens all prompts begin with, the media among them included.
@@ -35,14 +41,9 @@ def shared_length(ids: Sequence[torch.Tensor], media: Sequence[Sequence], image_
         media: of each prompt one value per image token, equal where what stands there is the same.
         image_token_id: of the model.
 
-    Returns:
-        At most one less than the shortest prompt has, as a model answers to the last token.
     """
     first, *others = ids
-    length = min(map(len, ids)) - 1
-    for other in others:
-        equal = first[:length] == other[:length]
-        length = int(equal.long().cumprod(0).sum())
+    length = min([len(first), *(common_length(first, other) for other in others)])
     places = (first[:length] == image_token_id).nonzero()[:, 0].tolist()
     for number, place in enumerate(places):
         if any(of_row[number] != media[0][number] for of_row in media[1:]):
@@ -116,7 +117,7 @@ def expand(cache: Cache, padding: Sequence[int]) -> Cache:
     has_media = isinstance(cache, MediaCacheMixin)
     expanded = MediaDynamicCache() if has_media else DynamicCache()
     for layer in cache.layers:
-        expanded.layers.append(_layer(_shift(layer.keys, padding, 2), _shift(layer.values, padding, 2)))
+        expanded.layers.append(layer_of(_shift(layer.keys, padding, 2), _shift(layer.values, padding, 2)))
     if has_media and cache.media_index is not None:
         rows = len(padding)
         expanded.media_key_values = {
@@ -140,7 +141,7 @@ def _part(cache: Cache, rows: slice, columns: slice) -> Cache:
     has_media = isinstance(cache, MediaCacheMixin)
     part = MediaDynamicCache() if has_media else DynamicCache()
     for layer in cache.layers:
-        part.layers.append(_layer(layer.keys[rows, :, columns], layer.values[rows, :, columns]))
+        part.layers.append(layer_of(layer.keys[rows, :, columns], layer.values[rows, :, columns]))
     if has_media and cache.media_index is not None and part.get_seq_length():
         part.media_key_values = {index: states[rows] for index, states in cache.media_key_values.items()}
         part.media_index = cache.media_index[rows, columns]
@@ -222,7 +223,8 @@ def forget_media_behind(cache: Cache | None) -> None:
     cache.media_index = cache.media_index.clamp(max=1)
 
 
-def _layer(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+def layer_of(keys: torch.Tensor, values: torch.Tensor) -> DynamicLayer:
+    """A layer of a cache that holds all tokens, with `(B, H, S, d)` keys and values."""
     layer = DynamicLayer()
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
@@ -275,10 +277,12 @@ def _media_between(model: PreTrainedModel, inputs: Mapping, start: int, end: int
 __all__ = [
     "branch",
     "can_share_prefixes",
+    "common_length",
     "compute_prefix",
     "crop",
     "expand",
     "forget_media_behind",
+    "layer_of",
     "read_columns",
     "row_of",
     "shared_length",

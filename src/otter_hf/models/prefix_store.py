@@ -2,18 +2,25 @@
 
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .media_attention import batch_first_media
+from .media_attention import split_media
 from .media_cache import MediaCacheMixin
-from .media_store import MediaStore, hash_of_tensor
+from .media_folder import hash_of_tensor
+from .media_store import MediaStore, name_of_medium
 from .otterhd import OtterHDForConditionalGeneration
-from .prefix_cache import compute_prefix, crop
+from .prefix_cache import compute_prefix, crop, shared_length
+
+
+# a shorter beginning is read again
+_LEAST_TOKENS = 32
+# prompts with which a new one is compared
+_REMEMBERED = 64
 
 
 @dataclass(eq=False)
@@ -41,9 +48,9 @@ class PrefixStore:
     Args:
         model: an Otter, Flamingo or OtterHD whose weights stay as they are while the store is in use.
         media: encoded pictures to share with others.
-        max_bytes: of keys and values that are kept, where the model is; those used least recently go first.
-        min_tokens: a shorter beginning is read again.
-        remembered: prompts with which a new one is compared.
+        max_bytes: of keys and values that are kept, where the model is; those used least recently go first. A
+            beginning that takes more is not read here.
+        piece_tokens: that are read in one go.
     """
 
     def __init__(
@@ -51,12 +58,12 @@ class PrefixStore:
         model: PreTrainedModel,
         media: MediaStore | None = None,
         max_bytes: int = 2**30,
-        min_tokens: int = 32,
-        remembered: int = 64,
+        piece_tokens: int = 512,
     ):
         self.model, self.media = model, media
-        self.max_bytes, self.min_tokens = max_bytes, min_tokens
-        self._seen: deque[_Prompt] = deque(maxlen=remembered)
+        self.max_bytes, self.piece_tokens = max_bytes, piece_tokens
+        self._bytes_per_token = 0.0  # of the last beginning, of which there may be none too large
+        self._seen: deque[_Prompt] = deque(maxlen=_REMEMBERED)
         self._kept: OrderedDict[int, _Prompt] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -66,46 +73,57 @@ class PrefixStore:
         return sum(kept.nbytes for kept in self._kept.values())
 
     @torch.no_grad()
-    def prefix_of(self, inputs: Mapping) -> Cache | None:
+    def prefix_of(self, inputs: Mapping, is_cancelled: Callable[[], bool] = lambda: False) -> Cache | None:
         """
         The cache of what a prompt begins with, to be read only; None where nothing is known of it. What it shares with
         an earlier prompt the model reads here; several threads may ask, one at a time is answered.
 
         Args:
             inputs: of one conversation, as a processor returns them.
+            is_cancelled: looked at before each piece; nothing is read any more once it returns True.
         """
         ids = inputs["input_ids"][0].cpu()
         prompt = _Prompt(ids, _media_keys(self.model, inputs))
         with self._lock:
-            return self._prefix_of(inputs, prompt)
+            return self._prefix_of(inputs, prompt, is_cancelled)
 
-    def _prefix_of(self, inputs: Mapping, prompt: _Prompt) -> Cache | None:
+    def _prefix_of(self, inputs: Mapping, prompt: _Prompt, is_cancelled: Callable[[], bool]) -> Cache | None:
         ids = prompt.ids
         # the last token is answered to, and is no picture's
         limit = len(ids) - 1
         places = {name: min(limit, self._shared(prompt, kept)) for name, kept in self._kept.items()}
         best = max(places, key=places.__getitem__, default=None)
-        held = 0 if best is None else places[best]
+        held = 0 if best is None or places[best] < _LEAST_TOKENS else places[best]
         wanted = 0
         for seen in self._seen:
             shared = self._shared(prompt, seen)
             wanted = max(wanted, limit if shared == len(seen.ids) else min(limit, shared))
         self._seen.append(prompt)
-        if best is not None and held >= self.min_tokens:
-            self._kept.move_to_end(best)
-        else:
-            held = 0
         cache = None
         if held:
+            self._kept.move_to_end(best)
             kept = self._kept[best]
             cache = kept.cache if held == len(kept.ids) else crop(kept.cache, held)
-        if wanted < held + self.min_tokens:
+        if wanted < held + _LEAST_TOKENS:
             return cache
-        cache = compute_prefix(
-            self.model, self._on_device(inputs), wanted, None if cache is None else crop(cache, held)
-        )
-        self._keep(_Prompt(ids[:wanted], prompt.media, cache))
-        return cache
+        longer = self._read(inputs, wanted, None if cache is None else crop(cache, held), is_cancelled)
+        if longer is None:
+            return cache
+        self._keep(_Prompt(ids[:wanted], prompt.media, longer))
+        return longer
+
+    def _read(
+        self, inputs: Mapping, wanted: int, cache: Cache | None, is_cancelled: Callable[[], bool]
+    ) -> Cache | None:
+        """The cache of the first `wanted` tokens, from one that holds fewer; None if that would be too large."""
+        inputs = self._on_device(inputs)
+        held = 0 if cache is None else cache.get_seq_length()
+        for end in (*range(held + self.piece_tokens, wanted, self.piece_tokens), wanted):
+            if is_cancelled() or wanted * self._bytes_per_token > self.max_bytes:
+                return None
+            cache = compute_prefix(self.model, inputs, end, cache)
+            self._bytes_per_token = _bytes_of(cache) / end
+        return cache if _bytes_of(cache) <= self.max_bytes else None
 
     def _keep(self, prompt: _Prompt) -> None:
         self._kept[id(prompt)] = prompt
@@ -113,15 +131,7 @@ class PrefixStore:
             self._kept.popitem(last=False)
 
     def _shared(self, one: _Prompt, other: _Prompt) -> int:
-        """How many tokens two prompts begin with alike, with what stands at the image tokens among them."""
-        length = min(len(one.ids), len(other.ids))
-        length = int((one.ids[:length] == other.ids[:length]).long().cumprod(0).sum())
-        for number, place in enumerate(
-            (one.ids[:length] == self.model.config.image_token_id).nonzero()[:, 0].tolist()
-        ):
-            if one.media[number] != other.media[number]:
-                return place
-        return length
+        return shared_length((one.ids, other.ids), (one.media, other.media), self.model.config.image_token_id)
 
     def _on_device(self, inputs: Mapping) -> dict:
         inputs = dict(inputs)
@@ -142,11 +152,7 @@ def _media_keys(model: PreTrainedModel, inputs: Mapping) -> list:
         counts = [1] * len(pixels) if grids is None else grids.prod(dim=1).tolist()
         keys = [hash_of_tensor(patches) for patches in pixels.split(counts)]
         return [(key, patch) for key, count in zip(keys, counts, strict=True) for patch in range(count)]
-    pixels = batch_first_media(pixels, 1)[0]  # (T, F, C, H, W)
-    mask = inputs.get("pixel_attention_mask")
-    mask = torch.ones(pixels.shape[:2]) if mask is None else mask[0]
-    media = (medium[of_medium.bool()] for medium, of_medium in zip(pixels, mask, strict=True))
-    return [(len(medium), hash_of_tensor(medium)) for medium in media]
+    return [name_of_medium(medium) for medium in split_media(inputs)[0]]
 
 
 def _bytes_of(cache: Cache) -> int:

@@ -18,15 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.processing_utils import ProcessorMixin
 
 from ..files import replacing
 from ..made_from import MadeFrom
-from .fingerprint import fingerprint_of_model, fingerprint_of_processor
-from .media_attention import batch_first_media
+from .fingerprint import fingerprint_of
+from .media_attention import split_media
 from .media_cache import MediaCacheMixin, MediaDynamicCache
-from .prefix_cache import can_share_prefixes, compute_prefix, crop, expand
+from .prefix_cache import can_share_prefixes, common_length, compute_prefix, crop, expand, layer_of
 from .prepared_media import PreparedMedium
 
 
@@ -91,8 +91,7 @@ class Skill:
         ]  # as exact as the model reads them
         probes = [_prompt(processor, [*messages, {"role": "user", "content": _text(probe)}]) for probe in _PROBES]
         ids = [probe["input_ids"][0] for probe in probes]
-        shortest = min(map(len, ids))
-        length = int((ids[0][:shortest] == ids[1][:shortest]).long().cumprod(0).sum())
+        length = common_length(*ids)
         inputs = probes[0].to(model.device, dtype)
         media = [part[part["type"]] for message in messages for part in _parts(message) if part["type"] != "text"]
         return cls(
@@ -101,7 +100,7 @@ class Skill:
             cache=compute_prefix(model, inputs, length),
             media=media,
             image_token_id=model.config.image_token_id,
-            fingerprint={**fingerprint_of_model(model), **fingerprint_of_processor(processor)},
+            fingerprint=fingerprint_of(model, processor),
         )
 
     def cache_for(self, inputs: Mapping, num_beams: int = 1) -> Cache | None:
@@ -162,11 +161,10 @@ class Skill:
             tokens = mask[row].nonzero()[:, 0]
             start, end = int(tokens[0]), int(tokens[-1]) + 1
             width = min(end - start - 1, len(own))  # a model answers to the last token
-            shared = int((ids[row, start : start + width] == own[:width]).long().cumprod(0).sum())
+            shared = common_length(ids[row, start : start + width], own)
             if inputs.get("media_index") is not None:
-                index = self.cache.media_index[0, :shared].to(ids.device)
-                same = inputs["media_index"][row, start : start + shared].to(ids.device) == index
-                shared = int(same.long().cumprod(0).sum())
+                index = inputs["media_index"][row, start : start + shared]
+                shared = common_length(index, self.cache.media_index[0, :shared])
             padding.append(start)
             columns.append(start + self._shared_with_media(shared, media[row]))
         return padding, columns
@@ -181,13 +179,7 @@ class Skill:
             patches = pixels.reshape(-1, pixels.shape[-1])
             # what does not fit together the model refuses
             return list(patches.split(counts)) if sum(counts) == len(patches) else [[] for _ in ids]
-        pixels = batch_first_media(pixels, len(ids))
-        mask = inputs.get("pixel_attention_mask")
-        mask = pixels.new_ones(pixels.shape[:3]) if mask is None else mask
-        return [
-            [medium[of_medium.bool()] for medium, of_medium in zip(*row, strict=True)]
-            for row in zip(pixels, mask, strict=True)
-        ]
+        return split_media(inputs)
 
     def _shared_with_media(self, length: int, media) -> int:
         """How many of the first `length` tokens are the same with what stands at the image tokens."""
@@ -234,9 +226,20 @@ class Skill:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, written, metadata)
 
     @classmethod
-    def load(cls, path: str | Path, model: PreTrainedModel, processor: ProcessorMixin) -> "Skill":
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        fingerprint: Mapping[str, str] | None = None,
+    ) -> "Skill":
         """
         Read a file that `save` wrote.
+
+        Args:
+            path: the file.
+            model, processor: those it was made with.
+            fingerprint: theirs, where [`fingerprint_of`] has read all weights for it before.
 
         Raises:
             ValueError: for a file that is no skill or damaged, and for the skill of another model, processor or
@@ -244,7 +247,7 @@ class Skill:
             OSError: if there is no such file.
         """
         tensors, metadata = _read(path)
-        fingerprint = {**fingerprint_of_model(model), **fingerprint_of_processor(processor)}
+        fingerprint = dict(fingerprint or fingerprint_of(model, processor))
         if changes := MadeFrom(options=fingerprint).changes(json.loads(metadata["made_from"])):
             raise ValueError(
                 f"{path} is a skill of another model ({changes}): load that one, or make the skill again with this "
@@ -318,10 +321,7 @@ def _cache(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> Cache
     decoder = model.model.decoder_layers if has_media else model.model.language_model.layers
     for index, module in enumerate(decoder):
         device = next(module.parameters()).device
-        layer = DynamicLayer()
-        layer.lazy_initialization(*(tensors[f"{name}.{index}"].to(device) for name in ("keys", "values")))
-        layer.keys, layer.values = (tensors[f"{name}.{index}"].to(device) for name in ("keys", "values"))
-        cache.layers.append(layer)
+        cache.layers.append(layer_of(*(tensors[f"{name}.{index}"].to(device) for name in ("keys", "values"))))
         if has_media and f"media_key_values.{index}" in tensors:
             cache.media_key_values[index] = tensors[f"media_key_values.{index}"].to(device)
     if has_media:
@@ -333,10 +333,6 @@ def _prompt(processor: ProcessorMixin, messages: list[dict]) -> Mapping:
     return processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
-
-
-def _pair(numbers: list | None) -> tuple | None:
-    return None if numbers is None else (*numbers,)
 
 
 def _text(words: str) -> list[dict]:

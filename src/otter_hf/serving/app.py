@@ -111,7 +111,7 @@ def find_model(models: ServedModels, name: str) -> dict:
     for model in models.get_gen_models():
         if model["id"] == name:
             return model
-    raise HTTPException(404, f"This server has no model {name!r}; it has {', '.join(models.names)}.")
+    raise HTTPException(404, models.refusal_of(name))
 
 
 def is_allowed_host(host: str, allowed: Sequence[str]) -> bool:

@@ -1,12 +1,16 @@
 """The thread in which a model answers."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from ..models.continuous_batching import BatchRow, ContinuousBatch
 from ..models.prefix_store import PrefixStore
+
+
+logger = logging.get_logger(__name__)
 
 
 class BatchThread:
@@ -23,9 +27,9 @@ class BatchThread:
         self._lock = threading.Lock()
         self._is_running = False
 
-    def prefix_of(self, inputs: Mapping) -> Cache | None:
-        """What is known of the beginning of a prompt, for `submit`."""
-        return None if self.prefixes is None else self.prefixes.prefix_of(inputs)
+    def prefix_of(self, inputs: Mapping, is_cancelled: Callable[[], bool]) -> Cache | None:
+        """What is known of the beginning of a prompt, for `submit`; see [`PrefixStore.prefix_of`]."""
+        return None if self.prefixes is None else self.prefixes.prefix_of(inputs, is_cancelled)
 
     def submit(self, *args, **kwargs) -> BatchRow:
         """As [`ContinuousBatch.submit`]; the row's future ends with its answer."""
@@ -42,4 +46,8 @@ class BatchThread:
                 if not self.batch.has_work:
                     self._is_running = False
                     return
-            self.batch.step()
+            try:
+                self.batch.step()
+            except Exception as error:  # which nobody foresaw: rows shall end, and later ones be answered
+                logger.exception("A step of the batch failed.")
+                self.batch.fail(error)

@@ -175,8 +175,7 @@ class ChatCompletions(ChatCompletionHandler):
                 429, "Too many requests are waiting; try again in a moment.", headers={"Retry-After": "1"}
             ) from None
         except KeyError as error:
-            known = ", ".join((*self.model_manager.names, *self.model_manager.skills))
-            raise HTTPException(404, f"This server has no model {error.args[0]!r:.80}; it has {known}.") from error
+            raise HTTPException(404, self.model_manager.refusal_of(error.args[0])) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         job = Job(body, options, ticket)
@@ -259,7 +258,10 @@ class ChatCompletions(ChatCompletionHandler):
         messages = reader.decode(messages)
         name = self.model_manager.process_model_name(self.model_manager.model_of(job.body["model"]))
         model, processor = self.model_manager.load_model_and_processor(name)
-        job.skill = self.model_manager.skill_of(job.body["model"], model, processor)
+        try:
+            job.skill = self.model_manager.skill_of(job.body["model"], model, processor)
+        except (ValueError, OSError) as error:  # a file of the server's, not what the client sent
+            raise RuntimeError(f"The skill {job.body['model']} cannot be read: {error}") from error
         inputs = processor.apply_chat_template(
             [*(job.skill.messages if job.skill else ()), *fit_media(messages, processor)],
             add_generation_prompt=True,
@@ -333,7 +335,10 @@ class ChatCompletions(ChatCompletionHandler):
         batch = self.model_manager.batch_of(name, model, self._make_batch)
 
         def submit():
-            prefix = (job.skill or batch).prefix_of(inputs)
+            if job.skill is not None:
+                prefix = job.skill.prefix_of(inputs)
+            else:
+                prefix = batch.prefix_of(inputs, job.cancelled.is_set)
             job.known_tokens = 0 if prefix is None else prefix.get_seq_length()
             return batch.submit(
                 inputs,
@@ -354,7 +359,9 @@ class ChatCompletions(ChatCompletionHandler):
         settings = self.settings
         media = MediaStore(model, _MEDIA_BYTES) if isinstance(model, FlamingoForConditionalGeneration) else None
         batch = ContinuousBatch(model, settings.batch_tokens, settings.slots, settings.prefill_tokens, media)
-        prefixes = PrefixStore(model, max_bytes=settings.prefix_bytes) if settings.prefix_bytes else None
+        prefixes = None
+        if settings.prefix_bytes:
+            prefixes = PrefixStore(model, media, settings.prefix_bytes, settings.prefill_tokens)
         return BatchThread(batch, prefixes)
 
     async def _answer_alone(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:

@@ -13,7 +13,7 @@ class Gate:
     they wait, for pictures and tensors once they hold a slot.
 
     Args:
-        slots: requests prepared or answered at a time. A model generates for one of them; another is being prepared.
+        slots: requests prepared or answered at a time: some are being prepared, the others are rows of a batch.
         queue: requests that may wait.
     """
 

@@ -1,5 +1,6 @@
 """The models a server answers with."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ class ServedModels(ModelManager):
         for name in names:
             check_model_name(name, weights=True)
         self.skills = dict(skills or {})
+        self._reading_skills = threading.Lock()
         for _, path in self.skills.values():
             describe_skill(path)  # what is no skill is told before a model is loaded
         super().__init__(model_timeout=model_timeout)
@@ -102,9 +104,16 @@ class ServedModels(ModelManager):
             return None
         loaded = self.loaded_models.get(self.process_model_name(self.model_of(name)))
         kept = {} if loaded is None or loaded.model is not model else loaded.__dict__.setdefault("skills", {})
-        if name not in kept:
-            kept[name] = Skill.load(self.skills[name][1], model, processor)
+        with self._reading_skills:
+            if name not in kept:
+                # all weights are read for it: once for all skills of a model
+                fingerprint = next((skill.fingerprint for skill in kept.values()), None)
+                kept[name] = Skill.load(self.skills[name][1], model, processor, fingerprint)
         return kept[name]
+
+    def refusal_of(self, name: str) -> str:
+        """What is said to a request for another model."""
+        return f"This server has no model {name!r:.80}; it has {', '.join((*self.names, *self.skills))}."
 
     def model_of(self, name: str) -> str:
         """The name of the model behind a name that a request may call."""

@@ -9,7 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..data.controls import control_messages, media_of
 from ..models.chat_processing import ChatProcessorMixin
-from ..models.prefix_cache import can_share_prefixes
+from ..models.prefix_cache import can_share_prefixes, common_length
 from ..models.skills import Skill
 from ..prompts import IMAGE_TOKEN
 from .media import fit_media
@@ -158,9 +158,7 @@ class ChatSession:
         input_ids = inputs["input_ids"]
         shared = min(len(media), len(self._cached_media))
         same_media = all(old is new for old, new in zip(self._cached_media[:shared], media[:shared], strict=True))
-        length = min(input_ids.shape[1] - 1, self._cached_ids.shape[1])
-        equal = (input_ids[0, :length] == self._cached_ids.to(input_ids.device)[0, :length]).long()
-        kept = int(equal.cumprod(0).sum()) if same_media else 0
+        kept = common_length(input_ids[0, :-1], self._cached_ids[0]) if same_media else 0
         of_skill = None
         if self.skill is not None and kept < self.skill.input_ids.shape[1]:
             of_skill = self.skill.cache_for(inputs)

@@ -112,7 +112,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
             media_counts (`list[int]`): image tokens of each row, if the host knows them; see `known_on_host`.
 
         Raises:
-            ValueError: when image tokens and patches do not match in number, when patches have the wrong width, when
+            ValueError: when image tokens and patches do not match in number, when patches have the wrong width,
                 and when there are image tokens but no patches.
         """
         if (input_ids is None) == (inputs_embeds is None):
