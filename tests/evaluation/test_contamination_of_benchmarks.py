@@ -1,6 +1,7 @@
 """`otter-hf eval --training-data`: rows of benchmarks that a model was trained on."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -9,6 +10,7 @@ from PIL import Image
 
 from otter_hf.cli import main
 from otter_hf.data import write_mimicit
+from otter_hf.data.contamination import Overlap
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
@@ -45,3 +47,22 @@ def test_shared_rows_are_listed_before_anything_is_asked(tmp_path, monkeypatch, 
     assert {pair["evaluation"] for pair in found["pictures"]} == {"mme/0/0", "mme/1/0"}
     assert {pair["evaluation"] for pair in found["questions"]} == {"mme/existence/a.png", "vqav2/7"}
     assert found["compared"]["evaluation_rows"] == 3
+
+    # started again it does not look again, but for other data
+    from otter_hf.evaluation import contamination
+    from otter_hf.evaluation.config import load_config
+    from otter_hf.evaluation.run import _look_for_contamination
+
+    looked = []
+    monkeypatch.setattr(contamination, "check_contamination", lambda config: looked.append(1) or Overlap())
+    monkeypatch.setattr(Overlap, "table", lambda self: "")
+    config = replace(load_config(tmp_path / "eval.yaml"), training_data=str(tmp_path / "train.yaml"))
+    _look_for_contamination(config)
+    assert not looked and json.loads((tmp_path / "out" / "contamination.json").read_text()) == found
+    config.datasets[0].limit = 3
+    _look_for_contamination(config)
+    write_parquet(tmp_path / "mme.parquet", mme()[:4])
+    _look_for_contamination(config)
+    (tmp_path / "LA_instructions.json").write_text(json.dumps({"data": records}))
+    _look_for_contamination(config)
+    assert len(looked) == 3

@@ -117,6 +117,18 @@ MODELS = {"models": ["a/b"]}
         ({"models": [{"name": "unheard_of"}], "datasets": ["mme"]}, "needs a `path`"),
         ({"models": [{"name": "video_chat"}], "datasets": ["mme"]}, "not part of this package"),
         ({"models": [{"endpoint": "http://x"}], "datasets": ["mme"]}, "needs `model`"),
+        (
+            {
+                "models": [{"endpoint": "http://x", "model": "m", "generation": {"num_beams": 3}, "dtype": "float16"}],
+                "datasets": ["mme"],
+            },
+            "'m' is behind an endpoint, which is not told `dtype`, `generation`: leave",
+        ),
+        ({"models": [{"name": "gpt4v", "max_new_tokens": 9}], "datasets": ["mme"]}, "is not told `max_new_tokens`"),
+        (
+            {"models": [{"path": "a/b", "model": "m"}], "datasets": ["mme"]},
+            "a name for an `endpoint`, and a/b is none",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(config, message, load):

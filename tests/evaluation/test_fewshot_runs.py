@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from benchmark_rows import endpoint, run_two_processes, write_parquet
 from PIL import Image, ImageColor
@@ -77,6 +78,50 @@ def test_what_the_right_picture_is_worth(evaluate, tables, tmp_path, monkeypatch
     assert told == {"swapped": 0.0, "blank": 0.0, "visual_gain": 100.0, "interval": [100.0, 100.0]}
     shown, blank = (samples(tmp_path, f"vqav2.1-shot.seed-42{end}") for end in ("", ".blank"))
     assert [row["demonstrations"] for row in shown] == [row["demonstrations"] for row in blank]
+
+
+def test_controls_of_several_seeds_are_means_and_scored_once(evaluate, tables, tmp_path, monkeypatch):
+    from otter_hf.evaluation.scoring import captions
+
+    scored = []
+
+    def by_length(records):
+        scored.append(len(records))
+        return [float(len(record["caption"]) + record["id"]) for record in records]
+
+    monkeypatch.setattr(captions, "scores_of", by_length)
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    with endpoint(lambda text: "red") as (address, _):
+        model = {"name": "stub", "endpoint": address, "model": "stub", "batch_size": 4}
+        dataset = {"name": "coco", **tables, "shots": [1], "seeds": [1, 2], "num_samples": 3}
+        figures = evaluate([model], [dataset], controls=True)["stub"]["coco"]
+    told = figures["controls"]["1-shot cider"]
+    assert told["swapped"] == told["blank"] == figures["1-shot cider"] and told["visual_gain"] == 0.0
+    assert figures["1-shot/seed 1"] != figures["1-shot/seed 2"] and scored == 6 * [3]
+
+
+def test_seeds_that_ask_the_same_do_not_narrow_the_interval():
+    from otter_hf.evaluation.fewshot.run import _gains
+
+    generator = torch.Generator().manual_seed(0)
+    ranked = {
+        control: {row: (float(torch.rand((), generator=generator)), row % 2) for row in range(20)}
+        for control in (None, "swapped", "blank")
+    }
+    answered = {control: {row: 100.0 * (p > 0.5) for row, (p, _) in of.items()} for control, of in ranked.items()}
+    for kind, units in (("hateful_memes", ranked), ("vqa", answered)):
+        once, thrice = (_gains(kind, {control: n * [of_seed] for control, of_seed in units.items()}) for n in (1, 3))
+        assert thrice["interval"] == pytest.approx(once["interval"]) and once["interval"][0] < once["interval"][1]
+
+
+def test_areas_of_several_seeds_are_not_pooled():
+    from otter_hf.evaluation.fewshot.run import _gains
+
+    # each seed tells its own classes apart, but they have no order in common; the second lacks row 3
+    seeds = [{0: (0.1, 0), 1: (0.2, 1), 2: (0.1, 0), 3: (0.2, 1)}, {0: (0.8, 0), 1: (0.9, 1), 2: (0.8, 0)}]
+    wrong = [{row: (1 - p, label) for row, (p, label) in of_seed.items()} for of_seed in seeds]
+    told = _gains("hateful_memes", {None: seeds, "swapped": wrong, "blank": [seeds[0], wrong[1]]})
+    assert (told["swapped"], told["blank"], told["visual_gain"]) == (0.0, 50.0, 100.0)
 
 
 def test_answers_of_an_endpoint_with_the_most_similar_demonstrations(evaluate, tables, tmp_path, monkeypatch):

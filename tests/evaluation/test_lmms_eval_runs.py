@@ -343,6 +343,28 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(
     assert main(["eval", str(tmp_path / "again.yaml")]) == 0
 
 
+def test_a_group_of_which_all_is_answered_is_not_prepared(otter_folder, monkeypatch):
+    """Two kinds of questions in a window: of those without a missing reply no picture is read."""
+    from lmms_eval.api.instance import Instance
+
+    from otter_hf.evaluation.lmms import TransformersModel
+
+    class Answering:
+        def answers(self, conversations, until, chat_template, batch_size, wanted, **options):
+            yield {place: f"{text} {sorted(wanted)}" for place, text in enumerate(conversations)}
+
+    lm = TransformersModel(otter_folder, batch_size=4)
+    lm.conversation_model = Answering()
+    read = []
+    monkeypatch.setattr(lm, "messages", lambda request: read.append(request.args[3]) or f"row {request.args[3]}")
+    told = {"task": "task", "doc_id": 0, "repeats": 1}
+    window = [
+        Instance("generate_until", ("", None, {"max_new_tokens": 1 + i // 2}, i, "task", "test"), 0, told)
+        for i in range(4)
+    ]
+    assert list(lm._ask(window, {3})) == [{2: "row 2 [1]", 3: "row 3 [1]"}] and read == [2, 3]
+
+
 def test_replies_of_a_model_that_has_changed_are_not_used(otter_folder, evaluate, data, no_key, monkeypatch, caplog):
     from otter_hf.evaluation.model import ConversationModel
 

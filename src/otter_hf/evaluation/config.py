@@ -61,6 +61,7 @@ _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "tokenizer", "
 _MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store")
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
 _MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
+_ENDPOINT_KEYS = {"endpoint", "model", "name", "batch_size", "batch"}
 _UNUSED_DATASET_KEYS = {"default_output_path", "version", "batch_size", "batch", "decimail_places", "cache_dir"}
 _UNUSED_DATASET_KEYS |= {"debug"}
 _PROMPT_KEYS = ("prompt", "sys_prompt", "shot_type")
@@ -171,6 +172,11 @@ def _read_model(entry) -> ModelSpec:
         model = entry.get("model", "gpt-4-vision-preview" if name == "gpt4v" else None)
         if model is None:
             raise ValueError(f"The endpoint {entry['endpoint']!r} needs `model`, the name it knows the model by.")
+        if given := sorted(key for key in entry.keys() - _ENDPOINT_KEYS if entry[key] is not None):
+            raise ValueError(
+                f"The model {model!r} is behind an endpoint, which is not told `{'`, `'.join(given)}`: leave that to "
+                "its server."
+            )
         return ModelSpec(name or _short(model), None, entry.get("endpoint", ""), model, batch_size)
 
     checkpoint, generation = _KEYS_OF_2023.get(name, (None, {}))
@@ -178,6 +184,8 @@ def _read_model(entry) -> ModelSpec:
     if path is None:
         known = ", ".join(_KEYS_OF_2023)
         raise ValueError(f"A model needs a `path` (folder or Hub id), or one of the names {known}; got {entry!r}.")
+    if entry.get("model") is not None:
+        raise ValueError(f"`model` is {entry['model']!r}, a name for an `endpoint`, and {path} is none: take it out.")
     if "path" in entry:
         generation = {}  # the plain form: as each benchmark asks
     options = {key: entry[key] for key in _MODEL_OPTIONS if entry.get(key) is not None}

@@ -1,12 +1,16 @@
 """What benchmarks share with the data that a model was trained on; see `otter_hf.data.contamination`."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from ..data.contamination import Overlap, Questions, Row, find_overlap, mixture_questions
+from ..data.mixture_yaml import read_mixture
+from ..made_from import MadeFrom
 from .benchmarks import BENCHMARKS, images, row_id
 from .config import DatasetSpec, EvalConfig
 from .fewshot.rows import Rows
@@ -43,6 +47,25 @@ def check_contamination(config: EvalConfig) -> Overlap:
         return tables[name].look(int(number))[2][int(k)]
 
     return find_overlap(mixture_questions(config.training_data), Questions(rows(), picture))
+
+
+def made_from(config: EvalConfig) -> MadeFrom:
+    """What `check_contamination` reads: local files by their state, what is on the Hub by its name."""
+    entries = read_mixture(config.training_data)
+    paths = [path for entry in entries for path in (entry.mimicit_path, *entry.images_path)]
+    asked = []
+    for dataset in config.datasets:
+        place = {"name": dataset.name, "tasks": list(dataset.tasks), "limit": dataset.limit, "split": dataset.split}
+        sources = [dataset.data_path, dataset.image_dir]
+        if (settings := dataset.fewshot) is not None:
+            test = settings["test"]
+            place |= {name: settings[name] for name in ("test", "columns", "image_dir") if name in settings}
+            sources = [*(test.values() if isinstance(test, Mapping) else [test]), settings.get("image_dir")]
+        paths += [path for path in sources if path and Path(path).expanduser().exists()]
+        asked.append({**place, "sources": list(map(str, sources))})
+    training = [[entry.task_group, entry.name] for entry in entries]
+    options = {"training_data": training, "datasets": asked, "lmms-eval": version("lmms-eval")}
+    return MadeFrom.of([Path(path).expanduser() for path in paths], **options)
 
 
 def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Table]]:

@@ -183,8 +183,10 @@ class TransformersModel(ResumableModel):
         for options, numbers in ((dict(options), list(numbers)) for options, numbers in by_options):
             until, chat_template = options.pop("until", None) or [], options.pop("chat_template", None)
             until = [until] if isinstance(until, str) else until
-            conversations = (self.messages(window[number]) for number in numbers)
             missing = {place for place, number in enumerate(numbers) if number in wanted}
+            if not missing:
+                continue
+            conversations = (self.messages(window[number]) for number in numbers)
             for found in self.conversation_model.answers(
                 conversations, until, chat_template, self.batch_size, missing, **options
             ):

@@ -79,11 +79,7 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
     if config.training_data is not None and PartialState().is_main_process:
-        from .contamination import check_contamination
-
-        overlap = check_contamination(config)
-        write_json(config.output / "contamination.json", overlap.to_dict(), indent=2)
-        logger.warning(f"training_data {config.training_data}: {overlap.table()}")
+        _look_for_contamination(config)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for spec in config.models:
         folder = config.output / _file_name(spec.name)
@@ -105,6 +101,23 @@ def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return results
+
+
+def _look_for_contamination(config: EvalConfig) -> None:
+    """Writes `contamination.json`, unless it is there and was made from the same."""
+    from .contamination import check_contamination, made_from
+
+    path, now = config.output / "contamination.json", made_from(config)
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))["made_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = None
+    if not now.changes(before):
+        logger.warning(f"training_data {config.training_data}: as before, see {path}")
+        return
+    overlap = check_contamination(config)
+    write_json(path, {**overlap.to_dict(), "made_from": now.to_json()}, indent=2)
+    logger.warning(f"training_data {config.training_data}: {overlap.table()}")
 
 
 def build_model(spec: ModelSpec, replies: Path):

@@ -66,8 +66,8 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
         with_controls: whether every question is asked with other pictures, too; its demonstrations stay.
 
     Returns:
-        `N-shot METRIC` (mean over seeds) and `N-shot/seed S` for each trial, and `controls` of the first, over the
-        rows of all seeds together; {} on other processes than the main one.
+        `N-shot METRIC` (mean over seeds) and `N-shot/seed S` for each trial, and `controls` of the first, means over
+        seeds, too; {} on other processes than the main one.
 
     Raises:
         ValueError: for settings or data that do not fit.
@@ -83,7 +83,10 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
     figures: dict[str, Any] = {}
     for shots in settings.get("shots", [0, 4, 8]):
         trials, unanswered = [], Counter()
-        units: dict[str | None, list] = {control: [] for control in ((None, *CONTROLS) if with_controls else (None,))}
+        # of each seed the units of its rows
+        units: dict[str | None, list[dict[int, Any]]] = {
+            control: [] for control in ((None, *CONTROLS) if with_controls else (None,))
+        }
         for seed in settings.get("seeds", [42]):
             rows = test_subset(settings.get("num_samples"), len(test), seed)
             mine = rows[lm.rank :: lm.world_size]
@@ -91,21 +94,22 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
             drawn = min(2, len(train) - 1) if shots == 0 and style.text_only_zero_shot else shots
             choose = _chooser(settings, train, test, rows, drawn, seed, folder, same)
             shown = {row: choose(row) for row in mine}
-            for control, scored in units.items():
+            for control, of_seeds in units.items():
                 build = _conversation_builder(kind, style, train, test, shots, names, control)
                 likelihood = settings.get("likelihood", "mean")
                 replies = _ask(lm, dataset.name, kind, template, build, shown, names, likelihood)
-                records = _gather(lm, [_record(kind, test[row], shown[row], reply) for row, reply in replies.items()])
+                records = [_record(kind, test[row], shown[row], reply, settings) for row, reply in replies.items()]
+                records = _gather(lm, records)
                 if lm.rank > 0:
                     continue
                 records.sort(key=lambda record: record["row"])
-                score = _score(kind, records, settings.get("normaliser", "official"))
+                scored = _units(kind, records)
+                of_seeds.append({record["row"]: unit for record, unit in zip(records, scored, strict=True)})
                 if control is None:
+                    score = _score(kind, records, scored)
                     trials.append(score)
                     figures[f"{shots}-shot/seed {seed}"] = score[_METRICS[kind]]
                     unanswered.update(count_fates(record["reply"] for record in records if "reply" in record))
-                if with_controls:
-                    scored += _units(kind, records)
                 stem = f"{dataset.name}.{shots}-shot.seed-{seed}{'' if control is None else f'.{control}'}"
                 write_samples(folder / f"{stem}.samples.jsonl", records)
         if lm.rank == 0:
@@ -213,25 +217,40 @@ def _pictures(rows: Rows, number: int) -> list:
 
 
 def _units(kind: str, records: list[dict]) -> list:
-    """What the score of records is the mean of, in percent; for an area under a curve the records."""
+    """What the score of records is the mean of, in percent; for an area under a curve P(yes) and the label."""
     if kind == "caption":
         return captions.scores_of([{**record, "id": record["row"]} for record in records])
     if kind == "vqa":
         return [100.0 * record["accuracy"] for record in records]
-    return [ranking.score([record])["top1_accuracy"] for record in records] if kind == "imagenet" else records
+    if kind == "imagenet":
+        return [ranking.score([record])["top1_accuracy"] for record in records]
+    return [(ranking.probabilities(record["log_likelihoods"])[1], record["label"]) for record in records]
 
 
-def _gains(kind: str, units: dict[str | None, list]) -> dict[str, Any]:
-    """As [`~otter_hf.evaluation.benchmarks.Benchmark.gains`] of one figure."""
+def _gains(kind: str, units: dict[str | None, list[dict[int, Any]]]) -> dict[str, Any]:
+    """
+    As [`~otter_hf.evaluation.benchmarks.Benchmark.gains`] of one figure, the mean over seeds. Seeds ask the same rows,
+    or some of the same: a row is drawn with its units of all of them.
 
-    def metric(drawn: list) -> float:
+    Args:
+        units: for each control, and None, of each seed the unit of each row.
+    """
+    rows = sorted({row for of_seed in units[None] for row in of_seed})
+    asked = {control: [[of_seed.get(row) for of_seed in seeds] for row in rows] for control, seeds in units.items()}
+
+    def of_one_seed(drawn: list) -> float:
         if kind != "hateful_memes":
-            return sum(drawn) / max(1, len(drawn))
-        area = ranking.score_binary(drawn)["roc_auc"]
-        return 50.0 if area is None else area  # of one class alone
+            return sum(drawn) / len(drawn)
+        area = ranking.roc_auc(*zip(*drawn, strict=True))
+        return 50.0 if area is None else 100.0 * area  # of one class alone
 
-    scores = {control: metric(drawn) for control, drawn in units.items() if control is not None}
-    return {**scores, **visual_gain(metric, units[None], units["swapped"])}
+    def metric(drawn: list[list]) -> float:
+        of_seeds = ([unit for unit in of_seed if unit is not None] for of_seed in zip(*drawn, strict=True))
+        scores = [of_one_seed(there) for there in of_seeds if there]
+        return sum(scores) / len(scores)
+
+    scores = {control: metric(drawn) for control, drawn in asked.items() if control is not None}
+    return {**scores, **visual_gain(metric, asked[None], asked["swapped"])}
 
 
 def _truth(kind: str, row: dict, names: list[str] | None) -> str:
@@ -277,22 +296,21 @@ def _with_pictures(messages: list[dict]) -> list[dict]:
     return ChatMessages(messages=messages).to_hf_messages()
 
 
-def _record(kind: str, row: dict, shown: list[int], reply) -> dict[str, Any]:
+def _record(kind: str, row: dict, shown: list[int], reply, settings: dict) -> dict[str, Any]:
     record = {"row": row["number"], "id": row["id"], "demonstrations": shown}
     if kind == "caption":
         return {**record, "reply": reply, "caption": captions.clean_reply(reply), "references": row["captions"]}
     if kind == "vqa":
-        return {**record, "reply": reply, "answer": vqa.clean_reply(reply), "answers": row["answers"]}
+        answer, normalise = vqa.clean_reply(reply), vqa.answer_normaliser(settings.get("normaliser", "official"))
+        accuracy = vqa.accuracy(answer, row["answers"], normalise)
+        return {**record, "reply": reply, "answer": answer, "answers": row["answers"], "accuracy": accuracy}
     return {**record, "log_likelihoods": reply, "label": int(row["label"])}
 
 
-def _score(kind: str, records: list[dict], normaliser: str) -> dict[str, Any]:
+def _score(kind: str, records: list[dict], units: list) -> dict[str, Any]:
     if kind == "caption":
-        return captions.score([{**record, "id": record["row"]} for record in records])
+        return captions.score(records, units)
     if kind == "vqa":
-        normalise = vqa.answer_normaliser(normaliser)
-        for record in records:
-            record["accuracy"] = vqa.accuracy(record["answer"], record["answers"], normalise)
         return vqa.score(records)
     return ranking.score(records) if kind == "imagenet" else ranking.score_binary(records)
 
