@@ -152,3 +152,20 @@ def test_films_and_damaged_pictures_are_counted(mixtures):
     assert overlap.left_out == 1
     assert overlap.pictures == [("TRAIN/I3", "TEST/I3")]
     assert "not compared: 1 films" in overlap.table()
+
+
+def test_datasets_whose_names_begin_alike(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets = {}
+    for file, name, pictures in (
+        ("a", "A", {"1": photograph(0), "B/2": photograph(1)}),
+        ("b", "A/B", {"1": TRAINING["t3"]}),
+    ):
+        records = {id: {"instruction": "what?", "answer": "it", "image_ids": [id]} for id in pictures}
+        write_mimicit(tmp_path, file, records, pictures)
+        datasets[name] = {"mimicit_path": f"{file}_instructions.json", "images_path": f"{file}.parquet"}
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"IMAGE_TEXT": datasets}))
+    picture = mixture_questions(tmp_path / "mix.yaml").picture
+    for name, seed in (("A/1", 0), ("A/B/2", 1), ("A/B/1", 3)):
+        assert (perceptual_hash(picture(name)) == perceptual_hash(photograph(seed))).all()
+    assert picture("A/B/3") is picture("C/1") is None

@@ -10,8 +10,8 @@ import pytest
 from engine_steps import Mark, write_documents
 from packaging.requirements import Requirement
 
-from otter_hf.cli import main
-from otter_hf.data.engine import Engine, read_records, run
+from otter_hf.cli import engine_options, main
+from otter_hf.data.engine import EXECUTORS, Engine, read_records, run
 from otter_hf.data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from otter_hf.data.pretraining.converters import mmc4_to_tar
 
@@ -22,6 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def files(folder) -> dict[str, bytes]:
     """What is in a folder, but for the books of the engine."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != ".engine"}
+
+
+def conversion(folder, files: int) -> list[str]:
+    """A command on so many files of a document each."""
+    docs, images = write_documents(folder / "in", files=files, documents=1)
+    inputs = ["--doc-shards", docs, "--image-shards", images]
+    return ["data", "mmc4-to-tar", *inputs, "--output", str(folder / "out")]
 
 
 def times_worked(folder, item) -> int:
@@ -47,6 +54,7 @@ def test_one_worker_needs_no_engine(tmp_path, threads):
         ({"executor": "spark"}, "executor must be one of local, slurm, ray, got 'spark'"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
         ({"options": {"time": "1:00"}}, "The options time are of an executor"),
+        ({"tasks": 3}, "tasks=3 divides the work among workers, and one worker here does all of it"),
     ],
 )
 def test_engines_that_are_none(settings, message):
@@ -54,22 +62,17 @@ def test_engines_that_are_none(settings, message):
         Engine(**settings)
 
 
+def test_the_command_offers_the_executors_there_are():
+    """They stand there a second time: its help loads nothing."""
+    assert engine_options.EXECUTORS == EXECUTORS
+
+
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
     """Without datatrove one worker works, and more of them end in the line that installs it."""
     monkeypatch.setattr("otter_hf.extras.requirements", lambda extra: [Requirement("datatrove>=0.10.1")])
     monkeypatch.setitem(sys.modules, "datatrove.executor", None)
     monkeypatch.delitem(sys.modules, "otter_hf.data.executors", raising=False)
-    docs, images = write_documents(tmp_path / "in", files=2, documents=1)
-    command = [
-        "data",
-        "mmc4-to-tar",
-        "--doc-shards",
-        docs,
-        "--image-shards",
-        images,
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    command = conversion(tmp_path, files=2)
     assert main([*command, "--workers", "2"]) == 2
     assert "needs datatrove" in capsys.readouterr().err
     assert main([*command, "--executor-options", "time"]) == 2
@@ -164,18 +167,7 @@ def slurm(folder, monkeypatch, runs: bool) -> Path:
 def test_what_slurm_is_handed(tmp_path, monkeypatch, capsys, datatrove):
     """The text of the jobs; Slurm itself is not here."""
     folder = slurm(tmp_path / "slurm", monkeypatch, runs=False)
-    docs, images = write_documents(tmp_path / "in", files=5, documents=1)
-    command = [
-        "data",
-        "mmc4-to-tar",
-        "--doc-shards",
-        docs,
-        "--image-shards",
-        images,
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    command += ["--executor", "slurm", "--tasks", "3", "--workers", "2"]
+    command = conversion(tmp_path, files=5) + ["--executor", "slurm", "--tasks", "3", "--workers", "2"]
     assert main([*command, "--executor-options", "time=1:00:00", "partition=cpu", "mem_per_cpu_gb=4"]) == 0
     assert "handed to Slurm" in capsys.readouterr().out
     jobs = [(folder / f"{number}.sbatch").read_text() for number in (1, 2, 3)]

@@ -54,7 +54,8 @@ def _check(commands) -> None:
     parser.add_argument(
         "--against",
         metavar="MIXTURE",
-        help="an evaluation set in one of these forms: list the pictures and questions that are in both",
+        help="an evaluation set in one of these forms: list the pictures and questions that are in both; this part "
+        "runs in this process with --threads, whatever --executor and --workers say",
     )
     add_engine_options(parser, threads=os.cpu_count() or 1)
 

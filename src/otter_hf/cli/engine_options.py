@@ -20,7 +20,9 @@ def add_engine_options(parser, *, threads: int | None = None) -> None:
         default="local",
         help="processes of this machine, an array job, or a Ray cluster (default: local)",
     )
-    group.add_argument("--tasks", type=positive, metavar="N", help="parts of the work (default: 4 for each worker)")
+    group.add_argument(
+        "--tasks", type=positive, metavar="N", help="parts of the work, for several workers (default: 4 for each)"
+    )
     group.add_argument("--workers", type=positive, default=1, metavar="W", help="parts at a time (default: 1)")
     if threads is not None:
         group.add_argument(

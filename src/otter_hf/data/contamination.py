@@ -182,12 +182,16 @@ def mixture_questions(
                 yield Row(f"{entry.name}/{id}", question, [f"{entry.name}/{image}" for image in ids])
 
     def picture(name: str) -> Image.Image | None:
-        dataset = next(dataset for dataset in stores if name.startswith(f"{dataset}/"))
-        try:
-            medium = stores[dataset].medium(name.removeprefix(f"{dataset}/"))
-            return None if isinstance(medium, Path) or is_film(medium) else stores[dataset].decode(medium)
-        except (KeyError, OSError):
-            return None
+        # the longest name first: "A/B/1" is of "A/B" where there is one, or else a picture "B/1" of "A"
+        for dataset in sorted((one for one in stores if name.startswith(f"{one}/")), key=len, reverse=True):
+            try:
+                medium = stores[dataset].medium(name.removeprefix(f"{dataset}/"))
+                return None if isinstance(medium, Path) or is_film(medium) else stores[dataset].decode(medium)
+            except KeyError:
+                continue
+            except OSError:
+                return None
+        return None
 
     return Questions(rows(), picture)
 

@@ -35,7 +35,8 @@ class Engine:
     Args:
         executor: `"local"`, processes of this machine; `"slurm"`, an array job; `"ray"`, the Ray cluster that this
             machine belongs to, or a new one of this machine. All machines must reach the files by the same names.
-        tasks: parts, each with every `tasks`-th item; default: 4 for each worker, but at most one for each item.
+        tasks: parts, each with every `tasks`-th item; default: 4 for each worker, but at most one for each item. Not
+            for one worker here.
         workers: tasks at a time.
         threads: items at a time, of each worker.
         logging_dir: for the engine's logs, marks and statistics, a folder or an address; default: `.engine` beside
@@ -43,7 +44,7 @@ class Engine:
         options: of datatrove's executor, by name: for Slurm at least `time` and `partition`.
 
     Raises:
-        ValueError: for an executor that is none, or numbers below 1.
+        ValueError: for an executor that is none, numbers below 1, or what one worker here has no use for.
     """
 
     executor: str = "local"
@@ -62,6 +63,11 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.options and self.is_plain:
             raise ValueError(f"The options {', '.join(self.options)} are of an executor: one worker here has none.")
+        if self.tasks is not None and self.is_plain:
+            raise ValueError(
+                f"tasks={self.tasks} divides the work among workers, and one worker here does all of it: raise "
+                "workers, or leave tasks out."
+            )
 
     @property
     def is_plain(self) -> bool:
