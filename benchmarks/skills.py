@@ -2,12 +2,13 @@
 
     OMP_NUM_THREADS=2 python benchmarks/skills.py      # about a minute on two cores
 
-Random weights, float32: CLIP ViT-B/32 at 224 pixels, a resampler of 6 layers with 64 latents, and the decoder of
-`decoding.py` (width 512, 8 layers). Eight examples with a picture of 640 x 480 pixels each stand in front
-of a question with a ninth; one token is generated. First the processor has done its work, with the pixels of all nine
-pictures on both sides; then it is part of the time: from messages to the token, the examples' pictures being prepared
-with a skill. The peer is the same model given the whole prompt; the tokens are compared. Last, an OtterHD of the same
-decoder widths, whose pictures of 300 x 300 pixels are 100 tokens each.
+Random weights, float32: the model of `decoding.py` (decoder of width 512 and 8 layers, a small tower at 56 pixels) as
+an Otter; the same decoder behind CLIP ViT-B/32 at 224 pixels and a resampler of 6 layers with 64 latents; and an
+OtterHD of the same decoder widths, whose pictures of 300 x 300 pixels are 100 tokens each. Eight examples with a
+picture each (for the Otters of 640 x 480 pixels) stand in front of a question with a ninth; one token is generated.
+First the processor has done its work, with the pixels of all nine pictures on both sides; then it is part of the time:
+from messages to the token, the examples' pictures being prepared with a skill. The peer is the same model given the
+whole prompt; the tokens are compared.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import string
 
 import torch
 from _common import compare, report
-from decoding import HEADS, LAYERS, VOCAB, WIDTH
+from decoding import HEADS, LAYERS, VISION, VOCAB, WIDTH
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
@@ -34,18 +35,21 @@ from otter_hf.models.skills import Skill
 
 
 SHOTS = 8
+VIT_B = {"patch_size": 32, "hidden_size": 768, "intermediate_size": 3072}
+VIT_B |= {"num_hidden_layers": 12, "num_attention_heads": 12}
 
 
-def make_otter():
+def make_otter(image_size: int, vision: dict, resampler: dict):
     """The model, and a processor with a token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    processor = OtterProcessor(CLIPImageProcessorPil(), OtterProcessor.prepare_tokenizer(tokenizer))
-    vision = {"model_type": "clip_vision_model", "image_size": 224, "patch_size": 32, "hidden_size": 768}
-    vision |= {"intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    side = {"height": image_size, "width": image_size}
+    images = CLIPImageProcessorPil(size=side, do_center_crop=False)
+    processor = OtterProcessor(images, OtterProcessor.prepare_tokenizer(tokenizer))
+    vision = {"model_type": "clip_vision_model", "image_size": image_size, **vision}
     text = {"model_type": "llama", "hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCAB}
     text |= {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": HEADS}
     config = OtterConfig(
@@ -55,6 +59,7 @@ def make_otter():
         cross_attn_gate_init=1.0,
         perceiver_num_latents=64,
         image_token_id=processor.image_token_id,
+        **resampler,
     )
     torch.manual_seed(0)
     return OtterForConditionalGeneration(config).eval(), processor
@@ -134,7 +139,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     with torch.inference_mode():
-        rows = measure("Otter", *make_otter(), (640, 480), args.repeats)
+        small = make_otter(56, {"patch_size": 14, **VISION}, {"perceiver_depth": 2})
+        rows = measure("Otter", *small, (640, 480), args.repeats)
+        rows += measure("Otter, CLIP ViT-B/32", *make_otter(224, VIT_B, {}), (640, 480), args.repeats)
         rows += measure("OtterHD", *make_otterhd(), (300, 300), args.repeats)
     report("skills", "the same model given the whole prompt", rows)
 

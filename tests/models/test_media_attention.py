@@ -96,7 +96,10 @@ def test_images_nobody_sees_are_empty_segments():
     # the first of a row takes what sees nothing
     assert segments.flash_kwargs["cu_seq_lens_q"].tolist() == [0, 1, 3, 3, 6, 6, 6]
     assert segments.seen.tolist() == [True, True, False, True, False, False]
-    assert not segments.gather_media(torch.full((2, 3, 4, 1), torch.nan))[0].view(6, 4)[~segments.seen].any()
+    media = torch.full((2, 3, 4, 1), torch.nan)
+    assert not segments.gather_media(media.requires_grad_())[0].view(6, 4)[~segments.seen].any()
+    # without gradients nothing reads them, and nothing is copied
+    assert segments.gather_media(media.detach()).data_ptr() == media.data_ptr()
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ class MediaSegments(NamedTuple):
     def gather_media(self, media: torch.Tensor) -> torch.Tensor:
         """`(B, T, n, D)` image features -> `(1, N*n, D)`."""
         media = media.flatten(0, 1)  # (N, n, D)
-        if self.seen is not None:
+        if self.seen is not None and media.requires_grad:
             # kernels may leave the gradients of keys in an empty segment as they find them
             media = torch.where(self.seen[:, None, None], media, 0)
         return media.flatten(0, 1)[None]

@@ -9,6 +9,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache, StaticCache
 from transformers.utils.import_utils import is_torchdynamo_compiling
 
+from .host_reads import reads_are_free
+
 
 class MediaCacheMixin:
     """
@@ -54,7 +56,9 @@ class MediaCacheMixin:
             `(B, T_old + T_new, n, 2 * inner)`; image `i` of a row at place `i - 1`.
         """
         old = self.media_key_values.get(layer_idx)
-        if old is not None:
+        if old is not None and self._ends_with_last_medium(old.shape[1]):
+            key_values = torch.cat([old, key_values], dim=1)
+        elif old is not None:
             seen = self.media_seen[:, None]  # (B, 1)
             place = torch.arange(old.shape[1] + key_values.shape[1], device=seen.device)  # (T,)
             source = torch.where(place < seen, place, old.shape[1] + place - seen)  # (B, T)
@@ -63,6 +67,12 @@ class MediaCacheMixin:
             key_values = torch.cat([old, key_values], dim=1)[row, source]
         self.media_key_values[layer_idx] = self._fix_address(key_values)
         return key_values
+
+    def _ends_with_last_medium(self, num_media: int) -> bool:
+        """Whether every row is known to have seen all `num_media` that are stored, so that none is padding."""
+        if is_torchdynamo_compiling() or not reads_are_free(self.media_index):
+            return False
+        return bool((self.media_seen == num_media).all())
 
     def update_media_index(self, media_index: torch.Tensor) -> None:
         """Remember the image each new token sees. `media_index`: `(B, L)` int64."""
