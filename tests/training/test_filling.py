@@ -1,34 +1,13 @@
 """One sample never ends a run that leaves out what it cannot use."""
 
-import otter_tiny
-import otterhd_tiny
 import pytest
+from collators_tiny import COLLATORS
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import IdeficsImageProcessorPil
 
-from otter_hf.data import IdeficsCollator, prepare_idefics_tokenizer
-from otter_hf.data.collator import OtterCollator
-from otter_hf.data.collator_otterhd import OtterHDCollator
 from otter_hf.data.mixture import SkipCounter
 from otter_hf.data.samples import SampleError
 from otter_hf.training.trainer import NamingCollator
-
-
-def otter(**options):
-    return OtterCollator(otter_tiny.tiny_processor(), **options)
-
-
-def otterhd(**options):
-    return OtterHDCollator(otterhd_tiny.tiny_processor(), **options)
-
-
-def idefics(**options):
-    tokenizer = prepare_idefics_tokenizer(otter_tiny.build_tokenizer())
-    return IdeficsCollator(tokenizer, IdeficsImageProcessorPil(image_size=28), **options)
-
-
-COLLATORS = {"otter": otter, "otterhd": otterhd, "idefics": idefics}
 
 
 class Data:

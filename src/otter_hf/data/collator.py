@@ -1,8 +1,8 @@
-"""Samples to training batches: prompt text, token ids, labels and packed images."""
+"""Samples to training batches: what all families share, and the text of those with a token in front of each answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -75,22 +75,252 @@ def _last_before(flags: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
 
 
-@dataclass
-class OtterCollator:
-    """Turns a list of samples (see `Sample`) into one training batch for Otter.
+def padding_token_id(tokenizer: Any) -> int:
+    """The id that batches are padded with: of the padding token, else of the end-of-sequence token."""
+    token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if token_id is None:
+        raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set pad_token.")
+    return token_id
 
-    A sample is `[BOS] prompt [EOS]`. BOS and EOS count towards `max_length`. Samples that are too long lose their
-    oldest turns; images go with the last turn that refers to them, so that their number always equals the number of
-    `<image>` tokens. With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
+
+@dataclass
+class Row:
+    """
+    A sample on its way into a batch.
+
+    Args:
+        ids, labels: `(l,)` int64 each; -100 where nothing is learned.
+        media: what became of the sample's media, where that decides about the ids.
+    """
+
+    sample: Any
+    ids: torch.Tensor
+    labels: torch.Tensor
+    media: Any = None
+
+
+def pad(rows: Sequence[Row], pad_token_id: int, multiple: int | None = None) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask` and `labels`, `(B, L)` int64, padded on the right to a multiple of `multiple`."""
+    length = max(len(row.ids) for row in rows)
+    length += -length % (multiple or 1)
+
+    def column(values: list[torch.Tensor], padding: int) -> torch.Tensor:
+        padded = torch.full((len(values), length), padding, dtype=torch.int64)  # (B, L)
+        for index, value in enumerate(values):
+            padded[index, : len(value)] = value
+        return padded
+
+    return {
+        "input_ids": column([row.ids for row in rows], pad_token_id),
+        "attention_mask": column([torch.ones_like(row.ids) for row in rows], 0),
+        "labels": column([row.labels for row in rows], IGNORE_INDEX),
+    }
+
+
+def pack(rows: Sequence[Row]) -> dict[str, torch.Tensor | int]:
+    """The rows one behind the other, `(1, L)`, and what tells a model where each begins."""
+    lengths = torch.tensor([len(row.ids) for row in rows])  # (samples,)
+    boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (samples + 1,)
+    return {
+        "input_ids": torch.cat([row.ids for row in rows])[None],
+        "labels": torch.cat([row.labels for row in rows])[None],
+        "position_ids": torch.cat([torch.arange(len(row.ids)) for row in rows])[None],
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": int(lengths.max()),
+        "max_length_k": int(lengths.max()),
+    }
+
+
+class Collator:
+    """
+    Turns a list of samples (see `Sample`) into one training batch: each becomes ids, labels and media, is made to fit
+    `max_length`, and all are padded, or packed into one row.
+
+    Samples that are too long lose their oldest turns first. What happens to one whose last turn alone is too long is
+    `on_overlong`: `"error"` raises, `"skip"` leaves it out of the batch, `"truncate"` cuts the end of its answer. A
+    batch is never empty: when all of it would be left out that is an error, for which our trainer takes other samples
+    (`FillingCollator`). With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
+
+    A family says how a sample is written, `_encode`, how one is cut, `_cut`, and what its media are to the model,
+    `_model_media`.
+    """
+
+    max_length: int | None
+    on_overlong: str
+    pad_to_multiple_of: int | None
+    packing: bool
+    _pad_token_id: int
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
+        for sample in samples:
+            _check_media(sample)
+        rows = self._fit(self._encode(self._prepare(samples)))
+        batch = pack(rows) if self.packing else pad(rows, self._pad_token_id, self.pad_to_multiple_of)
+        return batch | self._model_media(rows, batch)
+
+    def _prepare(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """What is done to the samples once, before they are written."""
+        return samples
+
+    def _encode(self, samples: Sequence[Sample]) -> list[Row]:
+        """A row of each sample, as long as it is."""
+        raise NotImplementedError
+
+    def _cut(self, row: Row) -> Row | None:
+        """The row with `max_length` tokens; None to leave it out, as nothing of its answer is left."""
+        raise NotImplementedError
+
+    def _model_media(self, rows: Sequence[Row], batch: dict) -> dict[str, torch.Tensor]:
+        """What the model is told of the media of a batch."""
+        raise NotImplementedError
+
+    def _check_choices(self, **choices: tuple[str, ...]) -> None:
+        for name, values in ({"on_overlong": ("error", "truncate", "skip")} | choices).items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}.")
+
+    def _fits(self, row: Row) -> bool:
+        return self.max_length is None or len(row.ids) <= self.max_length
+
+    def _drop_oldest_turns(self, row: Row) -> Row:
+        while not self._fits(row) and len(row.sample["turns"]) > 1:
+            logger.warning_once(f"Samples longer than max_length={self.max_length} lose their oldest turns.")
+            (row,) = self._encode([drop_oldest_turn(row.sample)])
+        return row
+
+    def _fit(self, rows: list[Row]) -> list[Row]:
+        """The rows by the rules of `max_length` and `on_overlong`."""
+        rows = [self._drop_oldest_turns(row) for row in rows]
+        overlong = [row for row in rows if not self._fits(row)]
+        if not overlong:
+            return rows
+        limit, first = f"max_length={self.max_length}", f"Sample {overlong[0].sample['id']!r}"
+        if self.on_overlong == "error":
+            raise SampleError(
+                f"{first} has {len(overlong[0].ids)} tokens after dropping its context, the limit is {limit}: raise "
+                "the limit or set on_overlong to 'truncate' or 'skip'.",
+                reason="overlong",
+            )
+        if self.on_overlong == "skip":
+            kept = [row for row in rows if self._fits(row)]
+            problem = f"are longer than {limit}: raise the limit or set on_overlong to 'truncate'."
+        else:
+            cut = [row if self._fits(row) else self._cut(row) for row in rows]
+            kept = [row for row in cut if row is not None]
+            problem = f"are cut before their answers start: {limit} is too small for their instructions."
+        if not kept:
+            raise SampleError(f"{first} and the rest of its batch {problem}", reason="overlong")
+        ids = ", ".join(repr(row.sample["id"]) for row in overlong)
+        logger.warning(f"Cut or left out samples longer than {limit}: {ids}.")
+        return kept
+
+
+class AnswerTokenCollator(Collator):
+    """
+    A collator of a prompt format with a token in front of each answer, which tells what is learned (`make_labels`).
+
+    A sample is `[BOS] prompt [EOS]`. BOS and EOS count towards `max_length`, and so do tokens that are removed.
+    """
+
+    format: str
+    remove_answer_token: bool
+    remove_end_of_turn_token: bool
+
+    def _set_up(self, tokenizer: Any, image_token: str, answer_token: str) -> None:
+        """Checks the options; `tokenizer` is the one to write samples with, which has these tokens."""
+        pieces = get_format(self.format)
+        if image_token not in pieces.media or answer_token not in pieces.reply:
+            raise ValueError(
+                f"format={self.format!r} has no {image_token} or no {answer_token}: {type(self).__name__} needs both, "
+                "use 'simple', 'spaced', 'llama2' or 'idefics'."
+            )
+        self._check_choices()
+        if pieces.end not in tokenizer.get_vocab():
+            raise ValueError(
+                f"The tokenizer has no {pieces.end!r} token, which format={self.format!r} ends turns with."
+            )
+        self._tokenizer, self._image_token = tokenizer, image_token
+        tokens = [image_token, answer_token, pieces.end]
+        self._image_id, self._answer_id, self._end_of_turn_id = tokenizer.convert_tokens_to_ids(tokens)
+        self._prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._pad_token_id = padding_token_id(tokenizer)
+        if self.remove_end_of_turn_token and not self._suffix:
+            raise ValueError(
+                "remove_end_of_turn_token: the tokenizer has no end-of-sequence token, so nothing would end an answer."
+            )
+        # tokens of the format that the batches are without
+        self.removed_tokens = [
+            *([answer_token] if self.remove_answer_token else []),
+            *([pieces.end] if self.remove_end_of_turn_token else []),
+        ]
+        self._removed_ids = torch.tensor(tokenizer.convert_tokens_to_ids(self.removed_tokens), dtype=torch.int64)
+        self._reserved_tokens = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
+
+    def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
+        texts = [
+            render(
+                sample["turns"],
+                self.format,
+                sample["media_per_turn"],
+                sample.get("task_description"),
+                self._reserved_tokens,
+                sample.get("media_places"),
+            )
+            for sample in samples
+        ]
+        # `verbose` would warn of rows longer than the model's limit, which are cut later
+        return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _row(self, sample: Sample, tokens: list[int]) -> Row:
+        ids = torch.tensor(self._prefix + tokens + self._suffix, dtype=torch.int64)
+        return Row(sample, ids, labels=torch.full_like(ids, IGNORE_INDEX))
+
+    def _encode(self, samples: Sequence[Sample]) -> list[Row]:
+        return [self._row(*row) for row in zip(samples, self._tokenize(samples), strict=True)]
+
+    def _cut(self, row: Row) -> Row | None:
+        around = len(self._prefix) + len(self._suffix)
+        keep = max(0, (self.max_length or 0) - around)
+        tokens = row.ids[len(self._prefix) :][:keep].tolist()
+        # what is cut before its answer starts has nothing to learn, and may have lost <image> tokens
+        return self._row(row.sample, tokens) if self._answer_id in tokens[:-1] else None
+
+    def _fit(self, rows: list[Row]) -> list[Row]:
+        return [self._label(row) for row in super()._fit(rows)]
+
+    def _label(self, row: Row) -> Row:
+        """The row with labels, and without the tokens that are removed."""
+        placeholders = int((row.ids == self._image_id).sum())
+        if placeholders != len(row.sample["media"]):
+            raise SampleError(
+                f"Sample {row.sample['id']!r} has {placeholders} {self._image_token} tokens for "
+                f"{len(row.sample['media'])} images or videos: there must be one token for each.",
+            )
+        (labels,) = make_labels(
+            row.ids[None],
+            torch.ones_like(row.ids)[None],
+            answer_token_id=self._answer_id,
+            end_of_turn_token_id=self._end_of_turn_id,
+            eos_token_id=self._tokenizer.eos_token_id,
+        )
+        kept = ~torch.isin(row.ids, self._removed_ids)  # (l,)
+        return replace(row, ids=row.ids[kept], labels=labels[kept])
+
+
+@dataclass
+class OtterCollator(AnswerTokenCollator):
+    """Turns a list of samples (see `Sample`) into one training batch for Otter, see `Collator`.
+
+    Images go with the last turn that refers to them, so that there is always one for each `<image>` token.
 
     Args:
         processor: an `OtterProcessor`.
         format: instruction format, one of `otter_hf.prompts.FORMATS` with an image and an answer token.
-        max_length: largest number of tokens of a row, or `None` for no limit.
-        on_overlong: what to do with a sample whose last turn alone is longer than `max_length`. `"error"` raises;
-            `"truncate"` cuts the end of its answer and trains on the rest, and leaves it out of the batch if not even
-            the start of its answer fits; `"skip"` leaves it out of the batch. A batch is never empty: when all of it
-            would be left out that is an error, for which our trainer takes other samples (`FillingCollator`).
+        max_length: largest number of tokens of a row, BOS and EOS included, or `None` for no limit.
+        on_overlong: what to do with a sample whose last turn alone is longer than `max_length`, see `Collator`;
+            `"truncate"` leaves it out of the batch if not even the start of its answer fits.
         pad_to_multiple_of: pads the length of a padded batch to a multiple of this.
         packing: put the samples one behind the other into one row, without padding, or pad them on the right.
         remove_answer_token, remove_end_of_turn_token: delete these tokens, once they have told what is learned, as two
@@ -118,167 +348,24 @@ class OtterCollator:
     remove_answer_token: bool = False
     remove_end_of_turn_token: bool = False
 
-    def __post_init__(self):
-        pieces = get_format(self.format)
-        processor, tokenizer = self.processor, self.processor.tokenizer
-        if processor.image_token not in pieces.media or processor.answer_token not in pieces.reply:
-            raise ValueError(
-                f"format={self.format!r} has no {processor.image_token} or no {processor.answer_token}: "
-                "OtterCollator needs both, use 'simple', 'spaced', 'llama2' or 'idefics'."
-            )
-        if self.on_overlong not in ("error", "truncate", "skip"):
-            raise ValueError(f"on_overlong must be 'error', 'truncate' or 'skip', got {self.on_overlong!r}.")
-        if pieces.end not in tokenizer.get_vocab():
-            raise ValueError(
-                f"The tokenizer has no {pieces.end!r} token, which format={self.format!r} ends turns with."
-            )
-        self._end_of_turn_token_id = tokenizer.convert_tokens_to_ids(pieces.end)
-        self._prefix = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._suffix = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        if self._pad_token_id is None:
-            raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set pad_token.")
-        if self.remove_end_of_turn_token and not self._suffix:
-            raise ValueError(
-                "remove_end_of_turn_token: the tokenizer has no end-of-sequence token, so nothing would end an answer."
-            )
-        # tokens of the format that the batches are without
-        self.removed_tokens = [
-            *([processor.answer_token] if self.remove_answer_token else []),
-            *([pieces.end] if self.remove_end_of_turn_token else []),
-        ]
-        self._reserved_tokens = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
+    def __post_init__(self) -> None:
+        processor = self.processor
+        self._set_up(processor.tokenizer, processor.image_token, processor.answer_token)
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor | int]:
-        for sample in samples:
-            _check_media(sample)
-        rows = list(zip(samples, self._tokenize(samples), strict=True))
-        rows = [self._drop_oldest_turns(sample, tokens) for sample, tokens in rows]
-        rows = self._apply_limit(rows)
-        for sample, tokens in rows:
-            placeholders = tokens.count(self.processor.image_token_id)
-            if placeholders != len(sample["media"]):
-                raise SampleError(
-                    f"Sample {sample['id']!r} has {placeholders} {self.processor.image_token} tokens for "
-                    f"{len(sample['media'])} images or videos: there must be one token for each.",
-                )
-
-        batch = self._pad([self._prefix + tokens + self._suffix for _, tokens in rows])
-        batch["labels"] = make_labels(
-            **batch,
-            answer_token_id=self.processor.answer_token_id,
-            end_of_turn_token_id=self._end_of_turn_token_id,
-            eos_token_id=self.processor.tokenizer.eos_token_id,
-        )
-        if self.removed_tokens:
-            batch = self._remove(batch)
-        media: list = [_read_media(sample) for sample, _ in rows]
-        if self.packing:
-            batch, media = self._pack(batch), [[medium for of_sample in media for medium in of_sample]]
-        return batch | self.processor.pack_media(media)
-
-    def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
-        texts = [
-            render(
-                sample["turns"],
-                self.format,
-                sample["media_per_turn"],
-                sample.get("task_description"),
-                self._reserved_tokens,
-                sample.get("media_places"),
-            )
-            for sample in samples
-        ]
-        # `verbose` would warn of rows longer than the model's limit, which are cut below
-        return self.processor.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _fits(self, tokens: list[int]) -> bool:
-        return self.max_length is None or len(self._prefix) + len(tokens) + len(self._suffix) <= self.max_length
-
-    def _drop_oldest_turns(self, sample: Sample, tokens: list[int]) -> tuple[Sample, list[int]]:
-        while not self._fits(tokens) and len(sample["turns"]) > 1:
-            logger.warning_once(f"Samples longer than max_length={self.max_length} lose their oldest turns.")
-            sample = drop_oldest_turn(sample)
-            (tokens,) = self._tokenize([sample])
-        return sample, tokens
-
-    def _apply_limit(self, rows: list[tuple[Sample, list[int]]]) -> list[tuple[Sample, list[int]]]:
-        fitting = [row for row in rows if self._fits(row[1])]
-        if self.max_length is None or len(fitting) == len(rows):
-            return rows
-        overlong = [row for row in rows if not self._fits(row[1])]
-        if self.on_overlong == "error":
-            sample, tokens = overlong[0]
-            raise SampleError(
-                f"Sample {sample['id']!r} has {len(self._prefix) + len(tokens) + len(self._suffix)} tokens after "
-                f"dropping its context, the limit is max_length={self.max_length}: raise the limit or set "
-                "on_overlong to 'truncate' or 'skip'.",
-                reason="overlong",
-            )
-        if self.on_overlong == "skip" and fitting:
-            logger.warning(f"Left out {len(overlong)} samples longer than max_length, first {overlong[0][0]['id']!r}.")
-            return fitting
-        if self.on_overlong == "skip":
-            raise SampleError(
-                f"Sample {overlong[0][0]['id']!r} and the rest of its batch are longer than max_length="
-                f"{self.max_length}: raise the limit or set on_overlong to 'truncate'.",
-                reason="overlong",
-            )
-        keep = max(0, self.max_length - len(self._prefix) - len(self._suffix))
-        truncated = [(sample, tokens if self._fits(tokens) else tokens[:keep]) for sample, tokens in rows]
-        # a row that is cut before its answer starts has nothing to learn and may have lost <image> tokens
-        useful = [row for row in truncated if self.processor.answer_token_id in row[1][:-1]]
-        if not useful:
-            raise SampleError(
-                f"Sample {rows[0][0]['id']!r} and the rest of its batch are cut before their answers start: "
-                f"max_length={self.max_length} is too small for their instructions.",
-                reason="overlong",
-            )
-        ids = ", ".join(repr(sample["id"]) for sample, _ in overlong)
-        logger.warning(f"Cut or left out samples longer than max_length={self.max_length}: {ids}.")
-        return useful
-
-    def _pad(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
-        length = max(len(row) for row in rows)
-        if self.pad_to_multiple_of:
-            length += -length % self.pad_to_multiple_of
-        input_ids = torch.full((len(rows), length), self._pad_token_id, dtype=torch.int64)  # (B, L)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.int64)  # (B, L)
-        for index, row in enumerate(rows):
-            input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-            attention_mask[index, : len(row)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-    def _remove(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The rows of a padded batch without `removed_tokens`."""
-        removed = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(self.removed_tokens))
-        kept = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], removed)  # (B, L)
-        shorter = self._pad([ids[keep].tolist() for ids, keep in zip(batch["input_ids"], kept, strict=True)])
-        labels = torch.full_like(shorter["input_ids"], IGNORE_INDEX)
-        labels[shorter["attention_mask"].bool()] = batch["labels"][kept]  # row by row, in the same order
-        return {**shorter, "labels": labels}
-
-    def _pack(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
-        """The rows of a padded batch, one behind the other."""
-        real = batch["attention_mask"].bool()  # (B, L)
-        lengths = real.sum(dim=1)  # (B,)
-        seen = (batch["input_ids"] == self.processor.image_token_id).cumsum(dim=1)  # (B, L), counted in its sample
-        before = torch.nn.functional.pad(seen[:, -1].cumsum(0)[:-1], (1, 0))  # (B,), media of the samples in front
-        media_index = torch.where(seen > 0, seen + before[:, None], 0)  # (B, L)
-        boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (B + 1,)
-        return {
-            "input_ids": batch["input_ids"][real][None],  # (1, L)
-            "labels": batch["labels"][real][None],  # (1, L)
-            "position_ids": torch.cat([torch.arange(length) for length in lengths.tolist()])[None],  # (1, L)
-            "media_index": media_index[real][None],  # (1, L)
-            "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": int(lengths.max()),
-            "max_length_k": int(lengths.max()),
-        }
+    def _model_media(self, rows: Sequence[Row], batch: dict) -> dict[str, torch.Tensor]:
+        media: list = [read_media(row.sample) for row in rows]
+        if not self.packing:
+            return self.processor.pack_media(media)
+        index, before = [], 0
+        for row in rows:
+            seen = (row.ids == self._image_id).cumsum(0)  # (l,), counted in its sample
+            index.append(torch.where(seen > 0, seen + before, 0))
+            before += len(row.sample["media"])
+        flat = [medium for of_sample in media for medium in of_sample]
+        return {"media_index": torch.cat(index)[None]} | self.processor.pack_media([flat])
 
 
-def _read_media(sample: Sample) -> list[list[Image.Image]]:
+def read_media(sample: Sample) -> list[list[Image.Image]]:
     """The frames of each medium by the rules of `otter_hf.pictures`; those that image stores give are that already."""
     try:
         return [[read_image(frame, "an image") for frame in medium] for medium in sample["media"]]

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..prompts import ANSWER_TOKEN, IMAGE_TOKEN, get_format
-from .collator import OtterCollator
+from .collator import AnswerTokenCollator, Row, read_media
 from .samples import Sample, frames_as_media
 
 
@@ -33,7 +33,7 @@ def idefics_loss(outputs, labels: torch.Tensor, **kwargs) -> torch.Tensor:
 
 
 @dataclass
-class IdeficsCollator:
+class IdeficsCollator(AnswerTokenCollator):
     """Turns a list of samples into one training batch for Idefics, in the prompt format `idefics`.
 
     Each frame of a video is a picture of its own, as Idefics has no videos. See `OtterCollator` for the limits and
@@ -61,47 +61,31 @@ class IdeficsCollator:
     remove_answer_token: bool = False
     remove_end_of_turn_token: bool = False
 
-    def __post_init__(self):
-        self._collator = OtterCollator(
-            _IdeficsMedia(self.tokenizer, self.image_processor),
-            format="idefics",
-            max_length=self.max_length,
-            on_overlong=self.on_overlong,
-            pad_to_multiple_of=self.pad_to_multiple_of,
-            remove_answer_token=self.remove_answer_token,
-            remove_end_of_turn_token=self.remove_end_of_turn_token,
-        )
+    format = "idefics"
+    packing = False
 
-    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-        batch = self._collator([frames_as_media(sample) for sample in samples])
-        image_token_id = self._collator.processor.image_token_id
-        seen = (batch["input_ids"] == image_token_id).cumsum(dim=1) * batch["attention_mask"]  # (B, L), 0: none yet
-        numbers = torch.arange(1, batch["pixel_values"].shape[1] + 1)  # (T,)
-        batch["image_attention_mask"] = (seen[..., None] == numbers).long()  # (B, L, T)
-        return batch
-
-
-class _IdeficsMedia:
-    """What `OtterCollator` needs of a processor."""
-
-    image_token = IMAGE_TOKEN
-    answer_token = ANSWER_TOKEN
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_processor: Any):
-        missing = [token for token in (IMAGE_TOKEN, ANSWER_TOKEN) if token not in tokenizer.get_vocab()]
+    def __post_init__(self) -> None:
+        missing = [token for token in (IMAGE_TOKEN, ANSWER_TOKEN) if token not in self.tokenizer.get_vocab()]
         if missing:
             raise ValueError(f"The tokenizer lacks {', '.join(missing)}: pass it to prepare_idefics_tokenizer first.")
-        self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.answer_token_id = tokenizer.convert_tokens_to_ids(ANSWER_TOKEN)
+        self._set_up(self.tokenizer, IMAGE_TOKEN, ANSWER_TOKEN)
 
-    def pack_media(self, media: list[list[list[Image.Image]]]) -> dict[str, torch.Tensor]:
-        """`pixel_values` of one picture per medium, `(B, T, C, H, W)`, with at least one slot, as the model needs."""
-        pictures = [frame for of_row in media for (frame,) in of_row]
+    def _prepare(self, samples: Sequence[Sample]) -> list[Sample]:
+        return [frames_as_media(sample) for sample in samples]
+
+    def _model_media(self, rows: Sequence[Row], batch: dict) -> dict[str, torch.Tensor]:
+        pictures = [[frame for (frame,) in read_media(row.sample)] for row in rows]
+        flat = [picture for of_row in pictures for picture in of_row]
         # without any picture, the shape is that of a blank one
-        pixels = self.image_processor(pictures or [Image.new("RGB", (1, 1))], return_tensors="pt")
-        pixels = iter(pixels if torch.is_tensor(pixels) else pixels["pixel_values"])  # (C, H, W) each
-        rows = [[next(pixels) for _ in of_row] for of_row in media]
-        blank = torch.zeros_like(next(row[0] for row in rows if row) if pictures else next(pixels))
-        slots = max(1, *map(len, rows))
-        return {"pixel_values": torch.stack([torch.stack(row + [blank] * (slots - len(row))) for row in rows])}
+        pixels = self.image_processor(flat or [Image.new("RGB", (1, 1))], return_tensors="pt")
+        pixels = pixels if torch.is_tensor(pixels) else pixels["pixel_values"]  # (N, C, H, W)
+        slots = max(1, *map(len, pictures))  # the model needs one
+        packed = pixels.new_zeros(len(rows), slots, *pixels.shape[1:])  # (B, T, C, H, W)
+        of_picture = iter(pixels)
+        for row, of_row in enumerate(pictures):
+            for slot in range(len(of_row)):
+                packed[row, slot] = next(of_picture)
+        seen = (batch["input_ids"] == self._image_id).cumsum(dim=1)  # (B, L), 0: none yet
+        seen = seen * batch["attention_mask"]
+        mask = seen[..., None] == torch.arange(1, slots + 1)  # (B, L, T)
+        return {"pixel_values": packed, "image_attention_mask": mask.long()}

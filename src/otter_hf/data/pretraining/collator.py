@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..collator import IGNORE_INDEX
+from ..collator import IGNORE_INDEX, Row, pad, padding_token_id
 from .samples import PretrainingSample
 
 
@@ -64,28 +64,19 @@ class PretrainingCollator:
     processor: "FlamingoProcessor"
 
     def __post_init__(self):
-        tokenizer = self.processor.tokenizer
-        self._pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        if self._pad_token_id is None:
-            raise ValueError("The tokenizer has neither a padding nor an end-of-sequence token: set pad_token.")
+        self._pad_token_id = padding_token_id(self.processor.tokenizer)
 
     def __call__(self, samples: Sequence[PretrainingSample], label_all: bool) -> dict[str, torch.Tensor]:
         """`label_all`: labels as `caption_labels` has them, not as `interleaved_labels`."""
-        length = max(len(sample.input_ids) for sample in samples)
-        input_ids = torch.full((len(samples), length), self._pad_token_id)  # (B, L)
-        attention_mask = torch.zeros_like(input_ids)  # (B, L)
-        for row, sample in enumerate(samples):
-            input_ids[row, : len(sample.input_ids)] = torch.tensor(sample.input_ids)
-            attention_mask[row, : len(sample.input_ids)] = 1
-        image_token_id = self.processor.image_token_id
+        rows = [self._row(sample, label_all) for sample in samples]
+        pictures = [[[image] for image in sample.images] for sample in samples]
+        return pad(rows, self._pad_token_id) | self.processor.pack_media(pictures)
+
+    def _row(self, sample: PretrainingSample, label_all: bool) -> Row:
+        ids = torch.tensor(sample.input_ids)
+        tokens = (ids[None], torch.ones_like(ids)[None], self.processor.image_token_id)
         if label_all:
-            labels = caption_labels(input_ids, attention_mask, image_token_id)
+            (labels,) = caption_labels(*tokens)
         else:
-            end = self.processor.end_of_chunk_token_id
-            labels = interleaved_labels(input_ids, attention_mask, image_token_id, end)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            **self.processor.pack_media([[[image] for image in sample.images] for sample in samples]),
-        }
+            (labels,) = interleaved_labels(*tokens, self.processor.end_of_chunk_token_id)
+        return Row(sample, ids, labels)
