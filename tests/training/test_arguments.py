@@ -59,6 +59,7 @@ def test_dict_in_yaml(recipe):
         ("dtype: int3", "dtype must be auto, float32, .*, got 'int3'"),
         ("remove_unused_columns: true", "remove_unused_columns must stay False"),
         ("label_smoothing_factor: 0.1", "label_smoothing_factor is 0.1"),
+        ("train_sampling_strategy: sequential", "train_sampling_strategy is 'sequential'"),
     ],
 )
 def test_mistakes_in_the_recipe(recipe, text, message):

@@ -140,7 +140,7 @@ class Collator:
     Samples that are too long lose their oldest turns first. What happens to one whose last turn alone is too long is
     `on_overlong`: `"error"` raises, `"skip"` leaves it out of the batch, `"truncate"` cuts the end of its answer. A
     batch is never empty: when all of it would be left out that is an error, for which our trainer takes other samples
-    (`FillingCollator`). With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
+    (`NamingCollator`). With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
 
     A family says how a sample is written, `_encode`, how one is cut, `_cut`, and what its media are to the model,
     `_model_media`.

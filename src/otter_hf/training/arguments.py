@@ -49,6 +49,11 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         self._tell_wandb()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns must stay False: the collator takes the samples' columns.")
+        if self.train_sampling_strategy not in ("random", "group_by_length"):
+            raise ValueError(
+                f"train_sampling_strategy is {self.train_sampling_strategy!r}, but steps are of one task group: "
+                "set it to random or group_by_length."
+            )
         # the Trainer would compare each label with the token it is the label of, not with the next one
         if self.label_smoothing_factor:
             raise ValueError(

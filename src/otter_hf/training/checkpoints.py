@@ -211,6 +211,8 @@ class CheckpointTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
+        if not self.args.save_only_model:
+            self.save_data_state(staged)
         if self.state.best_model_checkpoint == str(staged):
             self.state.best_model_checkpoint = str(final)
             if self.args.should_save:
@@ -227,6 +229,9 @@ class CheckpointTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_checkpoint(final)
+
+    def save_data_state(self, checkpoint: Path) -> None:
+        """For data that know how far they have been read: called on all processes, to add to a checkpoint."""
 
     def _discard(self, checkpoint: Path):
         # renamed first: what is deleted by halves must not look like a checkpoint

@@ -1,6 +1,7 @@
 """Pretraining of a Flamingo or Otter on streams of shards: each step has a batch of each set."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
@@ -156,10 +158,12 @@ class PretrainingTrainer(OtterTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """As in the parent class, noting how far the data have been read."""
-        return super().get_batch_samples(self.train_dataset.track(epoch_iterator), num_batches, device)
+        """As in the parent class, noting how far the data have been read; with the divisors of the sets' losses."""
+        items = self.throughput.timed(self.train_dataset.track(epoch_iterator))
+        batches = list(itertools.islice(items, num_batches))
+        return batches, self._loss_divisors(batches, device)
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
+    def _loss_divisors(self, batch_samples: list, device: torch.device) -> dict[str, torch.Tensor]:
         """What divides the summed loss of each set: the labels of the step, on all devices, over the set's weight."""
         counts = torch.stack(
             [
@@ -190,15 +194,20 @@ class PretrainingTrainer(OtterTrainer):
         """As in the parent class, of all sets."""
         return sum(super(PretrainingTrainer, self).floating_point_ops(batch) for batch in inputs.values())
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        path = self._state_file(output_dir)
-        path.write_text(json.dumps(self.train_dataset.state_dict()) + "\n", encoding="utf-8")
+    def save_data_state(self, checkpoint: Path) -> None:
+        """How far this process has read."""
+        state = json.dumps(self.train_dataset.state_dict())
+        self._state_file(checkpoint).write_text(state + "\n", encoding="utf-8")
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or self.args.ignore_data_skip:
-            return
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As in the parent class, with the data of the checkpoint."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint and not self.args.ignore_data_skip:
+            self._load_data_state(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_data_state(self, checkpoint: str) -> None:
         path = self._state_file(checkpoint)
         if not path.is_file():
             raise ValueError(

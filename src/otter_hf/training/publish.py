@@ -7,11 +7,11 @@ training goes on. The last push, at the end, must succeed, or says what to do.
 import dataclasses
 import json
 import logging
-from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from ..conversion.model_card import usage
 from .checkpoints import UNFINISHED, CheckpointTrainer
@@ -54,7 +54,6 @@ class PublishingTrainer(CheckpointTrainer):
 
     def __init__(self, *args, recipe: dict | None = None, **kwargs):
         self.recipe = recipe or {}
-        self._push: Future | None = None
         self._pushed: Path | None = None
         super().__init__(*args, **kwargs)
 
@@ -71,15 +70,24 @@ class PublishingTrainer(CheckpointTrainer):
     def _push_checkpoint(self, checkpoint: Path):
         if self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
-        if self._push is not None and not self._push.done() and not self.args.hub_always_push:
-            logger.info(f"The last push is still under way: {checkpoint.name} is not pushed.")
-            return
-        self._finish_current_push()
+        if self._is_pushing:
+            if not self.args.hub_always_push:
+                logger.info(f"The last push is still under way: {checkpoint.name} is not pushed.")
+                return
+            self.push_in_progress.wait_until_done()
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         # the card goes into the checkpoint, which is what is pushed: the output folder gets its model at the end
         (checkpoint / "README.md").write_text(self.make_card(), encoding="utf-8")
         self._pushed = checkpoint
-        self._push = self._api.run_as_future(self._upload_checkpoint, checkpoint, self.state.global_step)
+        # as the parent class keeps it, which waits for it at the end
+        self.push_in_progress = PushInProgress(
+            [self._api.run_as_future(self._upload_checkpoint, checkpoint, self.state.global_step)]
+        )
+
+    @property
+    def _is_pushing(self) -> bool:
+        push = getattr(self, "push_in_progress", None)
+        return push is not None and not push.is_done()
 
     @property
     def _api(self) -> HfApi:
@@ -88,27 +96,20 @@ class PublishingTrainer(CheckpointTrainer):
     def _upload_checkpoint(self, checkpoint: Path, step: int):
         common = {"repo_id": self.hub_model_id, "folder_path": checkpoint, "revision": self.args.hub_revision}
         message = f"Training in progress, step {step}"
-        self._api.upload_folder(**common, commit_message=message, ignore_patterns=_STATE_FILES)
         strategy = self.args.hub_strategy
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
-            self._api.upload_folder(**common, commit_message=f"{message}, checkpoint", path_in_repo=name)
-
-    def _is_in_use(self, checkpoint: Path) -> bool:
-        return checkpoint == self._pushed and self._push is not None and not self._push.done()
-
-    def _finish_current_push(self):
-        """Waits for the push under way, if there is one, and warns if it failed."""
-        push, self._push = self._push, None
-        if push is None:
-            return
         try:
-            push.result()
+            self._api.upload_folder(**common, commit_message=message, ignore_patterns=_STATE_FILES)
+            if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+                name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+                self._api.upload_folder(**common, commit_message=f"{message}, checkpoint", path_in_repo=name)
         except Exception as error:
             logger.warning(
-                f"{self._pushed.name} could not be pushed to {self.hub_model_id} ({_reason(error)}): training goes "
-                "on, the next push takes all of it."
+                f"{checkpoint.name} could not be pushed to {self.hub_model_id} ({_reason(error)}): training goes on, "
+                "the next push takes all of it."
             )
+
+    def _is_in_use(self, checkpoint: Path) -> bool:
+        return checkpoint == self._pushed and self._is_pushing
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
         """

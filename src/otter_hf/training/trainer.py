@@ -1,16 +1,18 @@
 """The HF `Trainer` for MIMIC-IT mixtures."""
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback
+from transformers.trainer_utils import seed_worker
 
 from ..data.collator import IGNORE_INDEX
-from ..data.mixture import GroupedSampler, MimicitMixture
+from ..data.mixture import GroupedSampler
 from ..data.samples import Sample, SampleError
 from ..models.host_reads import accepts_known_numbers, known_on_host, reads_are_free
 from .flops import TrainingFlops, measure_peak_flops
@@ -54,6 +56,7 @@ class OtterTrainer(PublishingTrainer):
         self.add_callback(_TellEpoch(self))
         self.add_callback(_CountOverflow(self))
         self._sampler: GroupedSampler | None = None
+        self._eval_loaders: dict[int, DataLoader] = {}
         # loss and sample ids of each batch since the last optimizer step
         self._losses: list[tuple[torch.Tensor, list[str]]] = []
 
@@ -70,34 +73,67 @@ class OtterTrainer(PublishingTrainer):
             set_learning_rates(optimizer, self.model, rates)
         return optimizer
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        by_length = self.args.train_sampling_strategy == "group_by_length"
+    def get_train_dataloader(self) -> DataLoader:
+        """As in the parent class, with a `GroupedSampler`."""
+        dataset, args = self.train_dataset, self.args
         self._sampler = GroupedSampler(
             dataset.task_groups,
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
-            seed,
-            lengths=dataset.text_lengths if by_length else None,
+            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            lengths=dataset.text_lengths if args.train_sampling_strategy == "group_by_length" else None,
         )
-        return self._sampler
+        seed = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        return self._loader(dataset, self._train_batch_size, self._sampler, worker_init_fn=seed)
 
-    def _get_dataloader(self, dataset: Dataset, *args, **kwargs):
-        """As in the parent class, with a collator that finds other samples in `dataset` for unusable ones."""
-        naming = self.data_collator
-        self.data_collator = naming.on(dataset)
-        try:
-            return super()._get_dataloader(dataset, *args, **kwargs)
-        finally:
-            self.data_collator = naming
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As in the parent class, in the order of the dataset."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if eval_dataset is None:
+            raise ValueError("Evaluation needs an eval_dataset: give one to the trainer or to evaluate.")
+        key = id(eval_dataset)
+        if key in self._eval_loaders:
+            return self._eval_loaders[key]
+        loader = self._loader(eval_dataset, self.args.eval_batch_size)
+        if self.args.dataloader_persistent_workers:  # those of the first evaluation work in the next one
+            self._eval_loaders[key] = loader
+        return loader
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As in the parent class, in the order of the dataset."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def _loader(self, dataset: Dataset, batch_size: int, sampler: Sampler | None = None, **options) -> DataLoader:
+        """A loader whose collator finds other samples in `dataset` for unusable ones."""
+        args = self.args
+        loader = DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            collate_fn=self.data_collator.on(dataset),
+            drop_last=args.dataloader_drop_last,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
+            **options,
+        )
+        return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As in the parent class, timed."""
         return super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
 
-    def _prepare_inputs(self, inputs: dict) -> dict:
+    def _model_inputs(self, inputs: dict) -> dict:
+        """What the model is given of a batch."""
         known = self._on_host(inputs).get("known", {})
-        return super()._prepare_inputs({key: value for key, value in inputs.items() if key not in _NAMES}) | known
+        return {key: value for key, value in inputs.items() if key not in _NAMES} | known
+
+    def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        """As in the parent class."""
+        return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
 
     def _on_host(self, inputs: dict) -> dict:
         """What is known of a batch without reading it from a device, see `NamingCollator`."""
@@ -107,7 +143,7 @@ class OtterTrainer(PublishingTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         """As in the parent class; counts the batch."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, self._model_inputs(inputs), num_items_in_batch)
         self._losses.append((loss, inputs["sample_ids"]))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # the Trainer multiplied it by the number of processes, over which gradients are averaged
@@ -159,38 +195,60 @@ _NAMES = ("sample_ids", "task_groups", "on_host")
 _OF_LENGTH = ("overlong", "nothing to learn")
 
 
-class FillingCollator:
+class NamingCollator:
     """
-    A collator in which no sample ends a run that leaves out what it cannot use.
+    A collator in which no sample ends a run that leaves out what it cannot use, and whose batches say who is in them.
 
     Where a batch is refused, and the mixture's `on_error` is `skip` (or for what is too long the collator's
     `on_overlong` not `error`), its samples are tried one by one, and others of the same data take the place of those
     that are unusable, always the same. They are counted in `MimicitMixture.skipped`.
 
+    Batches have `sample_ids` and `task_groups`, lists of text, and as `on_host` what would have to be read back later
+    from the device: `counts` of `count_batch`, and `known`, the arguments of `known_on_host` for a model that takes
+    them.
+
     Args:
         collator: of a batch of samples.
-        dataset: a `MimicitMixture`.
+        image_token_id: of the model; None if it does not take these arguments.
+        dataset: a `MimicitMixture`, where to find samples for unusable ones.
 
     Raises:
         SampleError: as the collator, where nothing is to be left out, or if no sample of the data can be used.
     """
 
-    def __init__(self, collator: Callable[[Sequence[Sample]], dict], dataset: MimicitMixture):
+    def __init__(
+        self,
+        collator: Callable[[Sequence[Sample]], dict],
+        image_token_id: int | None = None,
+        dataset: Dataset | None = None,
+    ):
         self.collator = collator
+        self.image_token_id = image_token_id
         self.dataset = dataset
 
-    def __call__(self, samples: Sequence[Sample]) -> dict:
-        return self.fill(samples)[0]
+    def on(self, dataset: Dataset) -> "NamingCollator":
+        """The same for samples of `dataset`."""
+        return NamingCollator(self.collator, self.image_token_id, dataset)
 
-    def fill(self, samples: Sequence[Sample]) -> tuple[dict, list[Sample]]:
-        """The batch and its samples."""
+    def __call__(self, samples: Sequence[Sample]) -> dict:
         try:
-            return self.collator(samples), list(samples)
+            batch = self.collator(samples)
         except SampleError as error:
             if not self._leaves_out(error):
                 raise
-        samples = [self._usable(sample) for sample in samples]
-        return self.collator(samples), samples
+            samples = [self._usable(sample) for sample in samples]
+            batch = self.collator(samples)
+        return {
+            **batch,
+            **({"on_host": self.look(batch)} if "labels" in batch else {}),
+            "sample_ids": [sample["id"] for sample in samples],
+            "task_groups": [sample.get("task_group", "") for sample in samples],
+        }
+
+    def look(self, batch: dict) -> dict[str, dict]:
+        """`counts` and `known` of a batch on the CPU."""
+        known = {} if self.image_token_id is None else known_on_host(batch, self.image_token_id, IGNORE_INDEX)
+        return {"counts": count_batch(batch), "known": known}
 
     def _leaves_out(self, error: SampleError) -> bool:
         if error.reason in _OF_LENGTH and getattr(self.collator, "on_overlong", "error") != "error":
@@ -209,46 +267,6 @@ class FillingCollator:
                     raise
                 self.dataset.skip(error)
         raise SampleError(f"None of the {len(self.dataset)} samples can be used: look at the reasons above.")
-
-
-class NamingCollator:
-    """
-    Adds to the batches of a collator who is in them, `sample_ids` and `task_groups`, lists of text, and as `on_host`
-    what would have to be read back later from the device: `counts` of `count_batch`, and `known`, the arguments of
-    `known_on_host` for a model that takes them.
-
-    Args:
-        image_token_id: of the model; None if it does not take these arguments.
-        dataset: where to find samples for unusable ones, see `FillingCollator`.
-    """
-
-    def __init__(
-        self,
-        collator: Callable[[Sequence[Sample]], dict],
-        image_token_id: int | None = None,
-        dataset: Dataset | None = None,
-    ):
-        self.collator = collator
-        self.image_token_id = image_token_id
-        self.dataset = dataset
-
-    def on(self, dataset: Dataset) -> "NamingCollator":
-        """The same for samples of `dataset`."""
-        return NamingCollator(self.collator, self.image_token_id, dataset)
-
-    def __call__(self, samples: Sequence[Sample]) -> dict:
-        batch, samples = FillingCollator(self.collator, self.dataset).fill(samples)
-        return {
-            **batch,
-            **({"on_host": self.look(batch)} if "labels" in batch else {}),
-            "sample_ids": [sample["id"] for sample in samples],
-            "task_groups": [sample.get("task_group", "") for sample in samples],
-        }
-
-    def look(self, batch: dict) -> dict[str, dict]:
-        """`counts` and `known` of a batch on the CPU."""
-        known = {} if self.image_token_id is None else known_on_host(batch, self.image_token_id, IGNORE_INDEX)
-        return {"counts": count_batch(batch), "known": known}
 
 
 # so many times in a row a scale is halved from 2^16 down to where nothing overflows that could be learned from
