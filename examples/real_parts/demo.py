@@ -47,18 +47,11 @@ def main(output: Path, started: float, random: bool, scale: float, extra: list[s
     otter_hf(
         *("convert", "inject-lm", "--model-type", "otter", "--output", untrained),
         *("--language-model", parts / "language_model", "--vision-tower", parts / "vision_tower"),
-        *(
-            "--cross-attn-every-n-layers",
-            GATED_EVERY,
-            "--max-num-frames",
-            4,
-            "--set",
-            *NEW_PARTS,
-            "--init-rows",
-            *ROWS,
-        ),
+        *("--cross-attn-every-n-layers", GATED_EVERY, "--max-num-frames", 4),
+        *("--set", *NEW_PARTS, "--init-rows", *ROWS),
     )
     python("prepare.py", "--output", data, "--scale", scale)
+    python("begin.py", "--model", untrained, "--data", data)
     otter_hf("data", "check", data / "train.yaml", "--against", data / "test.yaml")
     train_seconds = otter_hf(
         *("train", FOLDER / "recipe.yaml", "--model_name_or_path", untrained, "--output_dir", model),

@@ -27,7 +27,7 @@ FILMS = {"rabbit": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "man": "carphone_pr
 TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "ihc.png", "china.jpg", "grace_hopper.jpg")
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "flower.jpg")
 # of training and test: pictures of shapes, digits, pairs of digits, words, crops of photographs, clips
-SIZES = {"train": (1200, 1000, 800, 800, 90, 240), "test": (75, 150, 100, 125, 12, 60)}
+SIZES = {"train": (2000, 1000, 800, 800, 90, 240), "test": (75, 150, 100, 125, 12, 60)}
 NUM_TRAIN_DIGITS = 1400
 
 

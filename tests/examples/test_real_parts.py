@@ -22,7 +22,7 @@ def script(monkeypatch):
     before = {*sys.modules}
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     yield importlib.import_module
-    for name in ("measure", "parts", "pictures", "prepare"):
+    for name in ("begin", "measure", "parts", "pictures", "prepare"):
         if name not in before:
             sys.modules.pop(name, None)
 
@@ -59,6 +59,45 @@ def test_a_tower_out_of_a_graph(script):
         assert torch.equal(parts.tower_of(arrays, weights, **sizes).eval()(pixels)[0], tower(pixels)[0])
     with pytest.raises(SystemExit, match="no_such_package is not installed: `make demo-real`"):
         parts.package_folder("no_such_package")
+
+
+def test_what_is_new_begins_at_the_size_of_what_is_there(script, model):
+    """Of features that hardly differ and of states that are large, the first step sees what differs."""
+    core = model.eval().requires_grad_(False).model
+    blocks = [layer.gated_cross_attn_layer for layer in core.decoder_layers if layer.gated_cross_attn_layer]
+    with torch.no_grad():
+        core.vision_tower.encoder.layers[-1].mlp.fc2.bias += torch.linspace(-9, 9, 32)
+        core.get_input_embeddings().weight.mul_(40)
+        for block in blocks:
+            block.attn_gate.fill_(1.0)
+            block.ff_gate.fill_(0.5)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 90, (4, 8), generator=generator)
+    ids[:, 0] = model.config.image_token_id
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(4, 1, 1, 3, 28, 28, generator=generator)}
+    begin = script("begin")
+    begin.begin(model, inputs)
+
+    seen = {}
+
+    def keep(name):
+        return lambda module, args, output=None: seen.update({name: args[0] if output is None else output})
+
+    resampler = core.perceiver.layers[-1]
+    resampler.norm_media.register_forward_hook(keep("media"))
+    for name, block in (("resampler", resampler), ("gated", blocks[-1])):
+        block.register_forward_pre_hook(keep(name))
+        getattr(block, "attn", block).to_out.register_forward_hook(keep(f"{name} attention"))
+        block.feed_forward[3].register_forward_hook(keep(f"{name} feed-forward"))
+    model(**inputs)
+    torch.testing.assert_close(seen["media"].mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(seen["media"].std(0), torch.ones(32), atol=1e-3, rtol=0)
+    open_gates = [float(gate.tanh()) for gate in (blocks[-1].attn_gate, blocks[-1].ff_gate)]
+    for name, gates in (("resampler", (1.0, 1.0)), ("gated", open_gates)):
+        states = seen[name].flatten(0, -2).pow(2).mean(-1).sqrt().median()
+        for part, gate in zip(("attention", "feed-forward"), gates, strict=True):
+            added = float(gate * seen[f"{name} {part}"].pow(2).mean().sqrt())
+            assert added == pytest.approx(begin.SHARE * float(states), rel=1e-3)
 
 
 def test_digits(script):

@@ -1,0 +1,91 @@
+"""
+What is new in a model begins at the size of what is there: a data-dependent initialisation.
+
+    python examples/real_parts/begin.py --model out/demo-real/untrained --data out/demo-real/data
+
+Of random weights the first thousands of steps go into two differences of size, which a few training samples show
+(Krähenbühl et al. 2016, https://huggingface.co/papers/1511.06856):
+
+- The channels of a tower's features have a mean and a deviation each, and what differs from picture to picture is a
+  small part of them. The resampler's norm of them begins as the one that leaves them at mean 0 and deviation 1.
+- What a new block adds is small beside a decoder's states, which grow from layer to layer: the next layer hardly sees
+  it. The last matrix of each branch begins as large as makes it `SHARE` of what it is added to.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import otter_hf  # noqa: F401  registers the models with the Auto classes
+from otter_hf.data import MimicitMixture, OtterCollator, SampleOptions
+
+
+NUM_SAMPLES = 64
+SHARE = 0.5
+
+
+def main(model_folder: Path, data: Path) -> None:
+    """Writes the model in `model_folder` anew."""
+    processor = AutoProcessor.from_pretrained(model_folder)
+    model = AutoModelForImageTextToText.from_pretrained(model_folder)
+    mixture = MimicitMixture(data / "train.yaml", SampleOptions(num_frames=4))
+    samples = [mixture[i] for i in torch.randperm(len(mixture), generator=torch.Generator().manual_seed(0))]
+    begin(model, OtterCollator(processor)(samples[:NUM_SAMPLES]))
+    model.save_pretrained(model_folder)
+
+
+@torch.no_grad()
+def begin(model, inputs: dict) -> None:
+    """One pass over a batch, in which each new part is set before the next one reads what it gives."""
+    hooks = []
+    for block in model.model.perceiver.layers:
+        hooks.append(block.norm_media.register_forward_hook(standardise))
+        hooks += scale_branches(block, block.to_out, gates=(1.0, 1.0))
+    for layer in model.model.decoder_layers:
+        if (block := layer.gated_cross_attn_layer) is not None:
+            gates = (block.attn_gate.tanh(), block.ff_gate.tanh())
+            hooks += scale_branches(block, block.attn.to_out, gates)
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+
+
+def standardise(norm, _, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a fresh LayerNorm over `(tokens, D)`."""
+    deviation, mean = torch.std_mean(output, dim=0)
+    norm.weight.copy_(1 / deviation)
+    norm.bias.copy_(-mean / deviation)
+    return (output - mean) / deviation
+
+
+def scale_branches(block, attention_out, gates) -> list:
+    """Hooks on a block with residual branches for attention and feed-forward: what both begin with."""
+    size = {}
+
+    def measure(_, args):
+        # the first token of a text has states many times as large as all others
+        size["states"] = args[0].flatten(0, -2).pow(2).mean(dim=-1).sqrt().median()
+
+    def scale(gate):
+        def hook(linear, _, output):
+            factor = SHARE * size["states"] / (gate * output.pow(2).mean().sqrt())
+            linear.weight.mul_(factor)
+            return output * factor
+
+        return hook
+
+    return [
+        block.register_forward_pre_hook(measure),
+        attention_out.register_forward_hook(scale(gates[0])),
+        block.feed_forward[3].register_forward_hook(scale(gates[1])),
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("out/demo-real/untrained"))
+    parser.add_argument("--data", type=Path, default=Path("out/demo-real/data"))
+    arguments = parser.parse_args()
+    main(arguments.model, arguments.data)
