@@ -6,14 +6,15 @@ What is new in a model begins at the size of what is there: a data-dependent ini
 Of random weights the first thousands of steps go into two differences of size, which a few training samples show
 (Krähenbühl et al. 2016, https://huggingface.co/papers/1511.06856):
 
-- The channels of a tower's features have a mean and a deviation each, and what differs from picture to picture is a
-  small part of them. The resampler's norm of them begins as the one that leaves them at mean 0 and deviation 1.
-- What a new block adds is small beside a decoder's states, which grow from layer to layer: the next layer hardly sees
-  it. The last matrix of each branch begins as large as makes it `SHARE` of what it is added to.
+- Each channel of a tower's features has a mean and a deviation of its own, and what differs from picture to picture is
+  a small part of them. The resampler's norm of them begins as the one that leaves mean 0 and deviation 1.
+- The states of a decoder grow from layer to layer: beside those of the last ones, what a new block adds is nothing.
+  The last matrices of its attention and feed-forward begin as large as makes that `SHARE` of the states.
 """
 
 import argparse
 from pathlib import Path
+from random import Random
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -31,8 +32,8 @@ def main(model_folder: Path, data: Path) -> None:
     processor = AutoProcessor.from_pretrained(model_folder)
     model = AutoModelForImageTextToText.from_pretrained(model_folder)
     mixture = MimicitMixture(data / "train.yaml", SampleOptions(num_frames=4))
-    samples = [mixture[i] for i in torch.randperm(len(mixture), generator=torch.Generator().manual_seed(0))]
-    begin(model, OtterCollator(processor)(samples[:NUM_SAMPLES]))
+    drawn = Random(0).sample(range(len(mixture)), min(NUM_SAMPLES, len(mixture)))
+    begin(model, OtterCollator(processor)([mixture[i] for i in drawn]))
     model.save_pretrained(model_folder)
 
 
@@ -42,11 +43,9 @@ def begin(model, inputs: dict) -> None:
     hooks = []
     for block in model.model.perceiver.layers:
         hooks.append(block.norm_media.register_forward_hook(standardise))
-        hooks += scale_branches(block, block.to_out, gates=(1.0, 1.0))
     for layer in model.model.decoder_layers:
         if (block := layer.gated_cross_attn_layer) is not None:
-            gates = (block.attn_gate.tanh(), block.ff_gate.tanh())
-            hooks += scale_branches(block, block.attn.to_out, gates)
+            hooks += scale_branches(block)
     model(**inputs)
     for hook in hooks:
         hook.remove()
@@ -60,8 +59,8 @@ def standardise(norm, _, output: torch.Tensor) -> torch.Tensor:
     return (output - mean) / deviation
 
 
-def scale_branches(block, attention_out, gates) -> list:
-    """Hooks on a block with residual branches for attention and feed-forward: what both begin with."""
+def scale_branches(block) -> list:
+    """Hooks on a gated block, whose gates are open: attention and feed-forward begin with `SHARE`."""
     size = {}
 
     def measure(_, args):
@@ -70,7 +69,7 @@ def scale_branches(block, attention_out, gates) -> list:
 
     def scale(gate):
         def hook(linear, _, output):
-            factor = SHARE * size["states"] / (gate * output.pow(2).mean().sqrt())
+            factor = SHARE * size["states"] / (gate.tanh() * output.pow(2).mean().sqrt())
             linear.weight.mul_(factor)
             return output * factor
 
@@ -78,8 +77,8 @@ def scale_branches(block, attention_out, gates) -> list:
 
     return [
         block.register_forward_pre_hook(measure),
-        attention_out.register_forward_hook(scale(gates[0])),
-        block.feed_forward[3].register_forward_hook(scale(gates[1])),
+        block.attn.to_out.register_forward_hook(scale(block.attn_gate)),
+        block.feed_forward[3].register_forward_hook(scale(block.ff_gate)),
     ]
 
 

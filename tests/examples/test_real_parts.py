@@ -83,21 +83,18 @@ def test_what_is_new_begins_at_the_size_of_what_is_there(script, model):
     def keep(name):
         return lambda module, args, output=None: seen.update({name: args[0] if output is None else output})
 
-    resampler = core.perceiver.layers[-1]
-    resampler.norm_media.register_forward_hook(keep("media"))
-    for name, block in (("resampler", resampler), ("gated", blocks[-1])):
-        block.register_forward_pre_hook(keep(name))
-        getattr(block, "attn", block).to_out.register_forward_hook(keep(f"{name} attention"))
-        block.feed_forward[3].register_forward_hook(keep(f"{name} feed-forward"))
+    block = blocks[-1]
+    core.perceiver.layers[-1].norm_media.register_forward_hook(keep("media"))
+    block.register_forward_pre_hook(keep("states"))
+    block.attn.to_out.register_forward_hook(keep("attention"))
+    block.feed_forward[3].register_forward_hook(keep("feed-forward"))
     model(**inputs)
     torch.testing.assert_close(seen["media"].mean(0), torch.zeros(32), atol=1e-4, rtol=0)
     torch.testing.assert_close(seen["media"].std(0), torch.ones(32), atol=1e-3, rtol=0)
-    open_gates = [float(gate.tanh()) for gate in (blocks[-1].attn_gate, blocks[-1].ff_gate)]
-    for name, gates in (("resampler", (1.0, 1.0)), ("gated", open_gates)):
-        states = seen[name].flatten(0, -2).pow(2).mean(-1).sqrt().median()
-        for part, gate in zip(("attention", "feed-forward"), gates, strict=True):
-            added = float(gate * seen[f"{name} {part}"].pow(2).mean().sqrt())
-            assert added == pytest.approx(begin.SHARE * float(states), rel=1e-3)
+    size = float(seen["states"].flatten(0, -2).pow(2).mean(-1).sqrt().median())
+    for name, gate in (("attention", block.attn_gate), ("feed-forward", block.ff_gate)):
+        added = float(gate.tanh() * seen[name].pow(2).mean().sqrt())
+        assert added == pytest.approx(begin.SHARE * size, rel=1e-3)
 
 
 def test_digits(script):
