@@ -52,10 +52,10 @@ def begin(model, inputs: dict) -> None:
 
 
 def standardise(norm, _, output: torch.Tensor) -> torch.Tensor:
-    """Forward hook of a fresh LayerNorm over `(tokens, D)`."""
+    """Forward hook of a LayerNorm over `(tokens, D)`."""
     deviation, mean = torch.std_mean(output, dim=0)
-    norm.weight.copy_(1 / deviation)
-    norm.bias.copy_(-mean / deviation)
+    norm.weight.div_(deviation)
+    norm.bias.sub_(mean).div_(deviation)
     return (output - mean) / deviation
 
 
