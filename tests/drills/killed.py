@@ -182,12 +182,12 @@ def is_up(port: int) -> bool:
 
 
 def questions() -> list[bytes]:
-    """Every eighth is poisoned: a picture cut off, or a text beyond any context."""
+    """Every eighth is poisoned: a picture cut off, or a text beyond the limit."""
     shown = picture()
     bodies = []
     for number in range(QUESTIONS):
         poisoned = number % 8 == 7
-        text = "a b" * 20_000 if poisoned and number % 16 == 7 else f"what is {number}?"
+        text = "a b" * 1_000_000 if poisoned and number % 16 == 7 else f"what is {number}?"
         data = shown[: len(shown) // 2] if poisoned and number % 16 != 7 else shown
         bodies.append(request(image_at(data_url(data)), text=text))
     return bodies
@@ -198,7 +198,8 @@ def drill_server(folder: Path, repeats: int, draw: random.Random) -> list[dict]:
     server = start_server(model, port)
     assert wait_for(lambda: is_up(port))
     alone = [ask(port, body) for body in bodies]
-    refused = sum(status != 200 for status, _ in alone)
+    refused = sum(status == 400 for status, _ in alone)
+    assert refused == QUESTIONS // 8, alone
     results = []
     for number in range(repeats):
         answered: dict[int, tuple[int, str]] = {}
