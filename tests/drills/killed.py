@@ -43,7 +43,8 @@ from otter_hf.cli import main as otter_hf  # noqa: E402
 
 
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["otter_hf.cli", "otter_hf.serving.app", "otter_hf.evaluation.run", "lmms_eval.evaluator"])
+# not all for both: importing lmms-eval makes Pillow fill up pictures that are cut off
+PRELOAD = {"evaluation": ["otter_hf.evaluation.run", "lmms_eval.evaluator"], "server": ["otter_hf.serving.app"]}
 CLIENTS, QUESTIONS = 8, 48
 
 
@@ -155,7 +156,8 @@ def free_port() -> int:
 
 
 def start_server(model: str, port: int):
-    process = FORK.Process(target=silenced, args=(otter_hf, ["serve", model, "--port", str(port), "--device", "cpu"]))
+    arguments = ["serve", model, "--port", str(port), "--device", "cpu"]
+    process = FORK.Process(target=silenced, args=(otter_hf, arguments), daemon=True)
     process.start()
     return process
 
@@ -193,50 +195,59 @@ def questions() -> list[bytes]:
     return bodies
 
 
+class Clients:
+    """Threads that ask all questions once; one whose answer did not come whole is asked again."""
+
+    def __init__(self, port: int, bodies: list[bytes]):
+        self.answered: dict[int, tuple[int, str]] = {}
+        self.asked_twice: list[int] = []
+        self._port, self._bodies, self._waiting = port, bodies, list(range(len(bodies)))
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._ask_all) for _ in range(CLIENTS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    return
+                question = self._waiting.pop(0)
+                if question in self.answered:
+                    self.asked_twice.append(question)
+            try:
+                reply = ask(self._port, self._bodies[question])
+            except (OSError, http.client.HTTPException, ValueError):
+                with self._lock:
+                    self._waiting.append(question)
+                wait_for(lambda: is_up(self._port))
+                continue
+            with self._lock:
+                self.answered[question] = reply
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
 def drill_server(folder: Path, repeats: int, draw: random.Random) -> list[dict]:
     model, port, bodies = write_models(folder)["otter"], free_port(), questions()
     server = start_server(model, port)
     assert wait_for(lambda: is_up(port))
     alone = [ask(port, body) for body in bodies]
     refused = sum(status == 400 for status, _ in alone)
-    assert refused == QUESTIONS // 8, alone
+    assert refused == QUESTIONS // 8, Counter(alone)
     results = []
     for number in range(repeats):
-        answered: dict[int, tuple[int, str]] = {}
-        asked_twice, kill_at, killed = [], draw.randrange(QUESTIONS), threading.Event()
-        waiting, lock = list(range(QUESTIONS)), threading.Lock()
-
-        def client() -> None:
-            while True:
-                with lock:
-                    if not waiting:
-                        return
-                    question = waiting.pop(0)
-                    if question in answered:
-                        asked_twice.append(question)
-                try:
-                    reply = ask(port, bodies[question])
-                except (OSError, http.client.HTTPException, ValueError):
-                    with lock:
-                        waiting.append(question)  # no answer came: it is asked again
-                    killed.wait(), wait_for(lambda: is_up(port))
-                    continue
-                with lock:
-                    answered[question] = reply
-
-        clients = [threading.Thread(target=client) for _ in range(CLIENTS)]
-        for thread in clients:
-            thread.start()
-        wait_for(lambda: len(answered) >= kill_at)
-        os.kill(server.pid, signal.SIGKILL)
-        server.join()
-        at = len(answered)
+        kill_at = draw.randrange(QUESTIONS)
+        clients = Clients(port, bodies)
+        wait_for(lambda answered=clients.answered, least=kill_at: len(answered) >= least)
+        server.kill(), server.join()
+        at = len(clients.answered)
         server = start_server(model, port)
-        killed.set()
-        for thread in clients:
-            thread.join()
-        faults = [f"asked twice: {asked_twice}"] if asked_twice else []
-        wrong = [question for question in range(QUESTIONS) if answered.get(question) != alone[question]]
+        clients.join()
+        faults = [f"asked twice: {clients.asked_twice}"] if clients.asked_twice else []
+        wrong = [question for question in range(QUESTIONS) if clients.answered.get(question) != alone[question]]
         if wrong:
             faults.append(f"not answered as alone: {wrong}")
         results.append({"killed_at": at, "of": QUESTIONS, "refused": refused, "faults": faults})
@@ -250,6 +261,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=("evaluation", "server"), required=True)
     parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
+    FORK.set_forkserver_preload(["otter_hf.cli", *PRELOAD[arguments.kind]])
     drill = {"evaluation": drill_evaluation, "server": drill_server}[arguments.kind]
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"HF_DATASETS_CACHE": folder, "LMMS_EVAL_DATASETS_CACHE": folder}
