@@ -38,9 +38,11 @@ demo-real: export DEMO_STARTED := $(shell date +%s)
 demo-real: $(VENV)/.demo-real ## an experiment: an Otter of pretrained parts out of wheels (docs/experiments.md)
 	$(BIN)/python examples/real_parts/demo.py --output $(OUT)-real --started $(DEMO_STARTED)
 
-# processes of one thread each: models this small spend longer agreeing among threads than computing
+# of one thread each: models this small spend longer agreeing among threads than computing
+PROCESSES := -n logical --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/.installed ## the test suite
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 8 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" $(PROCESSES)
 
 next: ## the tests with the transformers behind the pinned one: what fails here is to be changed before the pin is
 	$(MAKE) .venv-next/.installed VENV=.venv-next
@@ -64,7 +66,7 @@ $(VENV)/.evaluation: $(VENV)/.installed
 	@touch $@
 
 evaluation: $(VENV)/.evaluation ## the tests of `otter-hf eval`, which are skipped without lmms-eval
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/evaluation
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/evaluation $(PROCESSES)
 
 conformance: $(VENV)/.installed ## transformers' own model and processor tests on ours (downloads them)
 	PYTHON=$(CURDIR)/$(BIN)/python tests/conformance/run.sh -q

@@ -3,31 +3,11 @@
 import base64
 import io
 import time
-from pathlib import Path
 
-import otter_tiny
-import otterhd_tiny
 from PIL import Image
 
-from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor, OtterForConditionalGeneration, OtterProcessor
 from otter_hf.serving.fetch import FetchPolicy
 from otter_hf.serving.media import MediaLimits
-
-
-def write_models(folder: Path) -> dict[str, str]:
-    """Folders of a tiny Otter, Flamingo (as OpenFlamingo's, without a chat template) and OtterHD."""
-    paths = {name: folder / name for name in ("otter", "flamingo", "otterhd")}
-    for name, processor_class, model_class in (
-        ("otter", OtterProcessor, OtterForConditionalGeneration),
-        ("flamingo", FlamingoProcessor, FlamingoForConditionalGeneration),
-    ):
-        processor = otter_tiny.tiny_processor(processor_class)
-        processor.save_pretrained(paths[name])
-        otter_tiny.tiny_model(processor, model_class).save_pretrained(paths[name])
-    processor = otterhd_tiny.tiny_processor()
-    processor.save_pretrained(paths["otterhd"])
-    otterhd_tiny.tiny_model(processor, max_position_embeddings=2048).save_pretrained(paths["otterhd"])
-    return {name: str(path) for name, path in paths.items()}
 
 
 class Server:

@@ -8,7 +8,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from otter_tiny import build_tokenizer
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
@@ -18,6 +17,7 @@ from otter_hf.pictures import ImageError
 from otter_hf.production.convert_it.base import LeftOut
 from otter_hf.production.convert_it.frames import frames_by_second
 from otter_hf.serving.media import MediaLimits, read_frames
+from otter_hf.testing.otter import build_tokenizer
 
 
 WIDTH, HEIGHT = 48, 32

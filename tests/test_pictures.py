@@ -6,8 +6,6 @@ import struct
 from random import Random
 
 import numpy as np
-import otter_tiny
-import otterhd_tiny
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -25,6 +23,8 @@ from otter_hf.production.convert_it.writer import encode_picture
 from otter_hf.serving.fetch import FetchPolicy
 from otter_hf.serving.media import MediaLimits, open_image
 from otter_hf.serving.messages import MessageReader
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 SIDE = 20

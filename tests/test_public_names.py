@@ -25,6 +25,7 @@ PACKAGES = [
     "otter_hf.models.otterhd",
     "otter_hf.production.convert_it",
     "otter_hf.production.syphus",
+    "otter_hf.testing",
     "otter_hf.training",
 ]
 

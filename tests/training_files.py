@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from otter_tiny import tiny_model, tiny_processor
 from PIL import Image
 
 from otter_hf.data import write_mimicit
+from otter_hf.testing import write_tiny
 
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
@@ -24,9 +24,7 @@ def write_training_files(folder: Path, text_only: int = 0) -> Path:
     Args:
         text_only: so many questions without a picture as well, in a group of their own.
     """
-    processor = tiny_processor()
-    tiny_model(processor).save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    write_tiny("otter", folder / "base")
     records, images = {}, {}
     for i, colour in enumerate(COLOURS):
         images[f"IMG_{i}"] = Image.new("RGB", (20, 24), colour)
@@ -89,17 +87,6 @@ from otter_hf.training.run import main
 for recipe in sys.argv[1:]:
     main([recipe])
 """
-
-
-def start(folder: Path, arguments: list[str], program: str = PROGRAM, **variables: str) -> subprocess.CompletedProcess:
-    """Trains in another process."""
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        env=environment(folder, **variables),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def torchrun(

@@ -1,14 +1,15 @@
 """What is asked in a terminal: a model's folder, and files to ask about."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from serving_files import write_video
 
 
 @pytest.fixture
-def folder(model, processor, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def folder(folders, tmp_path):
+    return Path(shutil.copytree(folders["otter"], tmp_path / "model"))
 
 
 @pytest.fixture

@@ -6,18 +6,17 @@ import subprocess
 import sys
 
 import pytest
-from serving_double import write_models
 from training_files import environment
 
 from otter_hf.cli import main
 
 
-def test_flags_become_limits(monkeypatch, tmp_path):
+def test_flags_become_limits(monkeypatch, folders, tmp_path):
     uvicorn = pytest.importorskip("uvicorn", reason="the serve extra is not installed")
     monkeypatch.setenv("OTTER_HF_API_KEY", "secret")
     started = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: started.update(options, app=app))
-    folder = write_models(tmp_path)["otter"]
+    folder = folders["otter"]
     flags = "--port 1234 --max-body-mb 2 --max-image-pixels 100 --max-video-pixels 200 --max-pictures 3 --num-frames 4"
     flags += " --max-new-tokens 5 --request-timeout 6 --slots 7 --queue 8 --shutdown-timeout 9 --no-fetch"
     assert main(["serve", folder, *flags.split(), "--allow-files", str(tmp_path), "--allow-private-addresses"]) == 0
@@ -30,11 +29,11 @@ def test_flags_become_limits(monkeypatch, tmp_path):
     assert (fetch.http, fetch.private_addresses, fetch.file_root, fetch.max_bytes) == (False, True, tmp_path, 2 << 20)
 
 
-def test_bad_input_is_one_sentence(tmp_path, capsys):
+def test_bad_input_is_one_sentence(folders, capsys):
     pytest.importorskip("uvicorn", reason="the serve extra is not installed")
     assert main(["serve", "./nowhere"]) == 2
     assert "model './nowhere' is neither a folder" in capsys.readouterr().err
-    folder = write_models(tmp_path)["otter"]
+    folder = folders["otter"]
     assert main(["serve", folder, "--allow-files", "none"]) == 2
     assert "--allow-files none: there is no such folder." in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -45,17 +44,17 @@ def test_bad_input_is_one_sentence(tmp_path, capsys):
     assert "99999 is no port, use one from 0 (any free one) to 65535" in capsys.readouterr().err
 
 
-def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
+def test_missing_packages_are_named(folders, monkeypatch, capsys):
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
-    assert main(["serve", write_models(tmp_path)["otter"]]) == 2
+    assert main(["serve", folders["otter"]]) == 2
     assert re.search("serving needs fastapi, uvicorn and openai: .*pip install 'fastapi>", capsys.readouterr().err)
 
 
 @pytest.mark.slow
-def test_the_process_ends_when_told_to(tmp_path):
+def test_the_process_ends_when_told_to(folders, tmp_path):
     httpx = pytest.importorskip("httpx2", reason="comes with the serve extra")
     pytest.importorskip("uvicorn", reason="the serve extra is not installed")
-    folder = write_models(tmp_path)["otter"]
+    folder = folders["otter"]
     command = [sys.executable, "-m", "otter_hf.cli", "serve", folder, "--port", "0", "--device-map", "cpu"]
     with subprocess.Popen(command, env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stderr if "running on" in line)

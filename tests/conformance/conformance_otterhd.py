@@ -5,7 +5,6 @@ import unittest
 from unittest.mock import patch
 
 import torch
-from otterhd_tiny import tiny_processor
 from PIL import Image
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import (
@@ -22,6 +21,7 @@ from otter_hf import (
     OtterHDProcessor,
 )
 from otter_hf.models.otterhd.modeling_otterhd import _FirstRevisionName
+from otter_hf.testing.otterhd import tiny_processor
 
 from ..generation.test_utils import GenerationTesterMixin
 from ..test_modeling_common import ModelTesterMixin

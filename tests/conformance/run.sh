@@ -35,7 +35,7 @@ else
     printf 'class GenerationTesterMixin:\n    pass\n' > "$tests/generation/test_utils.py"
     printf 'class ExportTesterMixin:\n    pass\n' > "$tests/exporters/test_export.py"
 fi
-cp "$here"/conformance_*.py "$here"/../models/tiny_flamingo.py "$here"/../otterhd_tiny.py "$tests/otter_hf/"
+cp "$here"/conformance_*.py "$here"/../models/tiny_flamingo.py "$tests/otter_hf/"
 
 cd "$tree"
 export PYTHONPATH="$cache/site:$tree/utils:$tests/otter_hf${PYTHONPATH:+:$PYTHONPATH}"

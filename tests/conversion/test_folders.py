@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from filelock import FileLock
-from otter_tiny import build_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA, MPT, TEXT_CONFIGS, assert_equal_tensors, logits, save_model, tensors_of
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, ResNetConfig
@@ -24,6 +23,7 @@ from otter_hf.conversion import (
     plan_trainer_pt,
 )
 from otter_hf.conversion.job import finish_with_adapter
+from otter_hf.testing.otter import build_tokenizer
 
 
 GOLDEN_FOLDERS = [

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from otterhd_tiny import tiny_model, tiny_processor
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, FuyuForCausalLM
@@ -13,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, FuyuForCaus
 from otter_hf import OtterHDForConditionalGeneration, OtterHDProcessor
 from otter_hf.cli import convert
 from otter_hf.conversion import ConversionError, convert_fuyu
+from otter_hf.testing.otterhd import tiny_model, tiny_processor
 
 
 def make_folder_of_2023(folder, first_revision: bool):

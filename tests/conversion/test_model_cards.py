@@ -4,11 +4,11 @@ import importlib.util
 import re
 from pathlib import Path
 
-import otterhd_tiny
 import pytest
 import yaml
 
 from otter_hf.prompts import render
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 FOLDER = Path(__file__).resolve().parents[2] / "model_cards"

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from otter_tiny import build_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ from transformers import (
 
 from otter_hf.conversion import ConversionError, finish, plan_folder, plan_inject_lm, plan_openflamingo
 from otter_hf.conversion.tensors import open_checkpoint
+from otter_hf.testing.otter import build_tokenizer
 
 
 CASES = {

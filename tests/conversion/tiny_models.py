@@ -1,7 +1,6 @@
 """Small random models in folders, and what tests compare of them."""
 
 import torch
-from otter_tiny import build_tokenizer
 from transformers import CLIPImageProcessorPil
 
 from otter_hf import (
@@ -13,6 +12,7 @@ from otter_hf import (
     OtterProcessor,
 )
 from otter_hf.conversion.tensors import open_checkpoint
+from otter_hf.testing.otter import build_tokenizer
 
 
 VISION = {"hidden_size": 32, "image_size": 28, "intermediate_size": 64, "num_attention_heads": 2}

@@ -5,7 +5,6 @@ import pickle
 
 import pytest
 import torch
-from otterhd_tiny import tiny_model, tiny_processor
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoProcessor, Trainer, TrainingArguments
@@ -13,6 +12,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 from otter_hf.data.collator_otterhd import OtterHDCollator
 from otter_hf.data.samples import SampleError
 from otter_hf.prompts import clean_text
+from otter_hf.testing.otterhd import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from otter_hf.data.contamination import (
     Questions,
     Row,
     find_overlap,
+    fingerprint,
     mixture_questions,
     normalise_question,
     perceptual_hash,
@@ -39,7 +40,8 @@ def stored_with_loss(picture: Image.Image) -> Image.Image:
 
 
 def side(rows, pictures):
-    return Questions([Row(*row) for row in rows], pictures.get)
+    known = {name: fingerprint(picture) for name, picture in pictures.items()}
+    return Questions([Row(*row) for row in rows], known.get)
 
 
 TRAINING = {"t0": photograph(0), "t1": photograph(1), "t2": drawing("ellipse", "red"), "t3": photograph(3)}
@@ -147,7 +149,7 @@ def test_check_lists_what_is_shared(mixtures, capsys):
 def test_films_and_damaged_pictures_are_counted(mixtures):
     training = mixture_questions(mixtures / "train.yaml")
     evaluation = mixture_questions(mixtures / "test.yaml")
-    broken = evaluation._replace(picture=lambda id: None if id == "TEST/I2" else evaluation.picture(id))
+    broken = evaluation._replace(fingerprint=lambda id: None if id == "TEST/I2" else evaluation.fingerprint(id))
     overlap = find_overlap(training, broken, num_threads=1)
     assert overlap.left_out == 1
     assert overlap.pictures == [("TRAIN/I3", "TEST/I3")]
@@ -165,7 +167,7 @@ def test_datasets_whose_names_begin_alike(tmp_path, monkeypatch):
         write_mimicit(tmp_path, file, records, pictures)
         datasets[name] = {"mimicit_path": f"{file}_instructions.json", "images_path": f"{file}.parquet"}
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"IMAGE_TEXT": datasets}))
-    picture = mixture_questions(tmp_path / "mix.yaml").picture
+    look = mixture_questions(tmp_path / "mix.yaml").fingerprint
     for name, seed in (("A/1", 0), ("A/B/2", 1), ("A/B/1", 3)):
-        assert (perceptual_hash(picture(name)) == perceptual_hash(photograph(seed))).all()
-    assert picture("A/B/3") is picture("C/1") is None
+        assert (look(name)[0] == perceptual_hash(photograph(seed))).all()
+    assert look("A/B/3") is look("C/1") is None

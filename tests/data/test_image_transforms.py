@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from otter_tiny import build_tokenizer
 from PIL import Image
 from transformers import CLIPImageProcessorPil, IdeficsImageProcessorPil
 
 from otter_hf import OtterHDImageProcessor, OtterProcessor
 from otter_hf.data.collator import OtterCollator
+from otter_hf.testing.otter import build_tokenizer
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

@@ -1,13 +1,7 @@
-"""Tiny models on disk and a server for one of them."""
+"""A server for a tiny model."""
 
 import pytest
-from serving_double import Server, write_models
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, str]:
-    """Folders of a tiny Otter, Flamingo and OtterHD."""
-    return write_models(tmp_path_factory.mktemp("models"))
+from serving_double import Server
 
 
 @pytest.fixture

@@ -164,13 +164,14 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=30)
     arguments = parser.parse_args()
-    from serving_double import Server, write_models
+    from serving_double import Server
 
     from otter_hf.serving.fetch import FetchPolicy
+    from otter_hf.testing import write_tiny
 
     with tempfile.TemporaryDirectory() as folder:
         policy = FetchPolicy(private_addresses=True, timeout=5)
-        server = Server([write_models(Path(folder))["otter"]], fetch=policy, body_seconds=5)
+        server = Server([str(write_tiny("otter", folder))], fetch=policy, body_seconds=5)
         context = multiprocessing.get_context("spawn")
         percentiles, failures = [], {}
         site = slow_site()

@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import yaml  # noqa: E402
-from otter_tiny import tiny_model, tiny_processor  # noqa: E402
 from pretraining_shards import write_documents, write_pairs  # noqa: E402
 from training_files import environment, write_training_files  # noqa: E402
 
@@ -68,9 +67,6 @@ def prepare(folder: Path) -> None:
         "laion": {"kind": "pairs", "shards": "pairs", "batch_size": 1},
     }
     (folder / "sets.yaml").write_text(yaml.safe_dump(sets, sort_keys=False))
-    processor = tiny_processor()
-    tiny_model(processor).save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
     common = SETTINGS | {"model_name_or_path": str(folder / "base")}
     recipes = {
         "train": common | {"train_mixture": str(folder / "data.yaml"), "per_device_train_batch_size": 2},

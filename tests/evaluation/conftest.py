@@ -1,13 +1,15 @@
 """Models in folders, for what loads them by path."""
 
 import os
+import shutil
+from pathlib import Path
 
 
 # no test looks at the network, nor at somebody's cache of data sets
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import benchmark_rows
 import pytest
-from otterhd_tiny import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,17 +25,25 @@ def datasets_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def otter_folder(tmp_path, model, processor):
-    """A tiny Otter on disk."""
-    model.save_pretrained(tmp_path / "otter")
-    processor.save_pretrained(tmp_path / "otter")
-    return tmp_path / "otter"
+def otter_folder(tmp_path, folders):
+    """A tiny Otter on disk, the test's own."""
+    return Path(shutil.copytree(folders["otter"], tmp_path / "otter"))
 
 
 @pytest.fixture
-def otterhd_folder(tmp_path):
-    """A tiny OtterHD on disk."""
-    processor = tiny_processor()
-    tiny_model(processor, max_position_embeddings=2048).save_pretrained(tmp_path / "otterhd")
-    processor.save_pretrained(tmp_path / "otterhd")
-    return tmp_path / "otterhd"
+def otterhd_folder(tmp_path, folders):
+    """A tiny OtterHD on disk, the test's own."""
+    return Path(shutil.copytree(folders["otterhd"], tmp_path / "otterhd"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Name of a benchmark -> its parquet file."""
+    return lambda name, **kwargs: str(
+        benchmark_rows.write_parquet(tmp_path / f"{name}.parquet", getattr(benchmark_rows, name)(**kwargs))
+    )
+
+
+@pytest.fixture
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)

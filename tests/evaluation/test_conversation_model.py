@@ -2,44 +2,16 @@
 
 import pytest
 import torch
-from otter_tiny import build_tokenizer
 from PIL import Image
-from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
-from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from otter_hf.evaluation.model import ConversationModel
+from otter_hf.testing import write_tiny
 
 
 @pytest.fixture
 def idefics_folder(tmp_path):
     """A tiny Idefics-instruct on disk."""
-    tokenizer = build_tokenizer()
-    tokens = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": tokens, "pad_token": "<unk>", "unk_token": "<unk>"})
-    processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), tokenizer)
-    torch.manual_seed(0)
-    config = IdeficsConfig(
-        vocab_size=len(tokenizer),
-        additional_vocab_size=0,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        cross_layer_interval=1,
-        alpha_initializer="ones",
-        initializer_range=0.2,
-        use_resampler=True,
-        vision_config={"embed_dim": 32, "image_size": 28, "patch_size": 14, "num_hidden_layers": 1}
-        | {"num_attention_heads": 2, "intermediate_size": 64},
-        perceiver_config={"resampler_n_latents": 4, "resampler_depth": 1, "resampler_n_heads": 2}
-        | {"resampler_head_dim": 16},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    IdeficsForVisionText2Text(config).save_pretrained(tmp_path / "idefics")
-    processor.save_pretrained(tmp_path / "idefics")
-    return tmp_path / "idefics"
+    return write_tiny("idefics", tmp_path / "idefics")
 
 
 @pytest.fixture(params=["otter", "otterhd", "idefics"])

@@ -53,7 +53,7 @@ def test_the_form_of_2023(load):
 
 def test_prompts_of_2023_to_the_byte(load):
     """Under its name of 2023 OtterHD is asked with a space that its training did not have; by its path without."""
-    from otterhd_tiny import tiny_processor
+    from otter_hf.testing.otterhd import tiny_processor
 
     hd, plain = load({"models": [{"name": "otterhd"}, {"name": "mine", "path": "a/b"}], "datasets": ["mme"]}).models
     question = [{"type": "image", "image": RED}, {"type": "text", "text": "What?"}]
@@ -106,6 +106,11 @@ MODELS = {"models": ["a/b"]}
         ({"models": [{"name": "gpt4v", "api_key": "sk-1"}], "datasets": ["mme"]}, "set OPENAI_API_KEY"),
         ({**MODELS, "datasets": [{"name": "mme", "splits": "x"}]}, "unknown key `splits`"),
         ({**MODELS, "datasets": [{"split": "x"}]}, "needs a `name`"),
+        ({"models": [{"path": "a", "media_store_gb": 3}], "datasets": ["mme"]}, "`media_store_gb` bounds a"),
+        (
+            {"models": [{"path": "a", "media_store": "b", "media_store_gb": -1}], "datasets": ["mme"]},
+            "`media_store_gb` is -1; it must be a number from 0 on",
+        ),
         ({**MODELS, "datasets": ["mme", "mme"]}, "Two datasets are called 'mme'"),
         ({**MODELS, "datasets": [{"name": "coco", "train": "x"}]}, "needs `test`"),
         ({**MODELS, "datasets": [{"name": "textvqa_val", "data_path": "x"}]}, "whose `data_path` is fixed"),

@@ -14,21 +14,12 @@ from benchmark_rows import endpoint, run_two_processes, write_parquet
 from PIL import ImageFile
 
 from otter_hf.cli import main
-from otter_hf.evaluation import run
 from otter_hf.pictures import read_image
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
 
 ALL = ("magnifierbench", "mme", "pope", "mmbench", "scienceqa", "seedbench", "mmvet", "mathvista")
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Name of a benchmark -> its parquet file."""
-    return lambda name, **kwargs: str(
-        write_parquet(tmp_path / f"{name}.parquet", getattr(benchmark_rows, name)(**kwargs))
-    )
 
 
 @pytest.fixture
@@ -60,11 +51,6 @@ def answering(monkeypatch):
     yield start
     for server in servers:
         server.__exit__(None, None, None)
-
-
-@pytest.fixture
-def no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def at(address: str) -> dict:
@@ -444,45 +430,6 @@ def test_lmms_eval_finds_the_model_and_the_tasks_by_themselves(otter_folder, dat
     assert output["n-samples"]["my_pope"]["effective"] == 12
     assert 0 <= output["results"]["my_pope"]["f1,none"] <= 100
     assert output["results"]["my_seedbench"]["accuracy,none"] in (0, 25, 50, 75, 100)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "message"),
-    [
-        ({"name": "mme", "data_path": "./missing.parquet"}, "./missing.parquet, do not exist"),
-        ({"name": "mme", "api_key": "sk-secret"}, "OPENAI_API_KEY"),
-        ({"name": "mmvet"}, "needs a judge"),
-    ],
-)
-def test_what_cannot_be_run_is_one_sentence(dataset, message, otter_folder, data, tmp_path, capsys, no_key):
-    if dataset == {"name": "mmvet"}:
-        dataset = {**dataset, "data_path": data("mmvet")}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"models": [str(otter_folder)], "datasets": [dataset], "output": str(tmp_path)}))
-    assert main(["eval", str(path)]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and "sk-secret" not in error
-
-
-def test_a_filelock_that_lmms_eval_cannot_use_is_named(otter_folder, data, tmp_path, capsys, no_key, monkeypatch):
-    """filelock 4 has no `filelock._api`, which lmms-eval 0.7.3 imports when a run starts."""
-    find = run.find_spec
-    monkeypatch.setattr(run, "find_spec", lambda name: None if name == "filelock._api" else find(name))
-    dataset = {"name": "pope", "data_path": data("pope")}
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump({"models": [str(otter_folder)], "datasets": [dataset], "output": str(tmp_path)}))
-    assert main(["eval", str(path)]) == 2
-    assert "install 'filelock<4'" in capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def test_a_missing_column_is_named(otter_folder, tmp_path, capsys, no_key):
-    rows = [{key: value for key, value in row.items() if key != "category"} for row in benchmark_rows.mmbench()]
-    rows = [{key: value for key, value in row.items() if key != "question"} for row in rows]
-    path = write_parquet(tmp_path / "rows.parquet", rows)
-    config = {"models": [str(otter_folder)], "datasets": [{"name": "mmbench", "data_path": str(path)}]}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    assert main(["eval", str(tmp_path / "config.yaml")]) == 2
-    assert "'question'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

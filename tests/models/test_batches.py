@@ -4,14 +4,14 @@ their rows one by one, in logits, loss, gradients and greedy tokens.
 """
 
 import numpy as np
-import otter_tiny
-import otterhd_tiny
 import pytest
 import torch
 from PIL import Image
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor, OtterForConditionalGeneration, OtterProcessor
 from otter_hf.models.media_attention import running_media_index
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 hypothesis = pytest.importorskip("hypothesis")

@@ -1,7 +1,5 @@
 """What a user of any family relies on in messages, prompts and generation: Otter, Flamingo and OtterHD alike."""
 
-import otter_tiny
-import otterhd_tiny
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +9,8 @@ from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.data.collator import OtterCollator
 from otter_hf.data.collator_otterhd import OtterHDCollator
 from otter_hf.prompts import chat_template
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 RED, BLUE = (Image.new("RGB", (20, 20), colour) for colour in ("red", "blue"))
@@ -30,7 +30,7 @@ OLD_TEMPLATE = """
 def make(name):
     if name == "otterhd":
         processor = otterhd_tiny.tiny_processor()
-        return processor, otterhd_tiny.tiny_model(processor, max_position_embeddings=2048)
+        return processor, otterhd_tiny.tiny_model(processor)
     if name == "flamingo":
         processor = otter_tiny.tiny_processor(FlamingoProcessor)
         processor.chat_template = chat_template("plain")

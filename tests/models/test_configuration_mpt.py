@@ -1,7 +1,6 @@
 """Reading the 2023 MPT configs."""
 
 import json
-from pathlib import Path
 
 import pytest
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -113,12 +112,9 @@ def test_impossible_shapes_are_refused():
         OtterMptConfig(logit_scale="sqrt")
 
 
-@pytest.mark.parametrize("folder", ["otter_mpt_image", "otter_mpt1b_redpajama", "flamingo_mpt"])
-def test_text_configs_of_the_original_code(folder):
-    path = Path(__file__).parents[2].parent / "shared/golden/otter" / folder / "config.json"
-    if not path.exists():
-        pytest.skip(f"outputs of the original code are not here: {path}")
-    legacy = json.loads(path.read_text())["text_config"]
+@pytest.mark.parametrize("folder", ["otter_mpt_image", "otter_mpt1b_redpajama", "flamingo_mpt", "otter_mpt_vis1024"])
+def test_text_configs_of_the_original_code(folder, golden_case):
+    legacy = json.loads((golden_case(f"otter/{folder}") / "config.json").read_text())["text_config"]
     config = OtterMptConfig.from_legacy(legacy)
     assert config.hidden_size == legacy["d_model"] and config.vocab_size == 448
     assert config.qk_ln is (folder == "otter_mpt1b_redpajama")

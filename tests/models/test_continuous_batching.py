@@ -1,6 +1,5 @@
 """Rows of a running batch answer what they would alone, whoever joins and leaves."""
 
-import otterhd_tiny
 import pytest
 import torch
 from tiny_flamingo import DECODERS, GREEDY, IMAGE, images, row, tiny_model
@@ -9,6 +8,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from otter_hf.models.continuous_batching import ContinuousBatch
 from otter_hf.models.prefix_cache import compute_prefix
 from otter_hf.serving.batch_thread import BatchThread
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 def prompt(*images_at, length=12, seed=0) -> dict:

@@ -1,6 +1,5 @@
 """What trainers other than ours rely on: gradients, modes, precisions, names, in each family."""
 
-import otterhd_tiny
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -9,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from otter_hf import OtterConfig, OtterForConditionalGeneration
 from otter_hf.models.quantization import keep_stored_weights
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 RESNET = {

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 import flash_stand_in
-import otterhd_tiny
 import pytest
 import torch
 from tiny_flamingo import GREEDY, IMAGE, assert_close, images, pad_rows, row, tiny_model
 from transformers import StaticCache
 
 from otter_hf.models.host_reads import known_on_host
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

@@ -1,5 +1,6 @@
 """What the models need to be imported: on a machine with a GPU at hand for minutes, little is installed."""
 
+import json
 import subprocess
 import sys
 
@@ -9,10 +10,7 @@ import pytest
 # of the package's own dependencies, all that only data, training and adapters need
 ABSENT = ["accelerate", "av", "datasets", "pandas", "peft", "pyarrow", "sentencepiece", "torchvision"]
 
-
-def test_models_are_imported_without_the_packages_of_data_and_training():
-    """Nor does the package alone load transformers; once that is loaded, the Auto classes know the families."""
-    code = f"""
+WITHOUT_PACKAGES = f"""
 import importlib.util, sys
 sys.modules.update(dict.fromkeys({ABSENT}))
 import otter_hf
@@ -23,19 +21,43 @@ assert type(AutoConfig.for_model("fuyu")).__name__ == "OtterHDConfig"
 assert type(AutoConfig.for_model("otter")) is otter_hf.OtterConfig in AutoModelForImageTextToText._model_mapping
 otter_hf.OtterConfig()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# imported first in a process of its own: what loads transformers itself and is needed by the models, and what is above
-FIRST = ["pictures", "films", "data.parquet_store", "loading", "training.run", "evaluation.model"]
-
-
-@pytest.mark.parametrize("name", FIRST)
-def test_any_module_can_be_the_first(name):
-    code = f"""
-import otter_hf.{name}
+FIRST = """
+import otter_hf.{}
 from transformers import AutoConfig
 assert type(AutoConfig.for_model("fuyu")).__name__ == "OtterHDConfig"
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-2000:]
+# imported first in a process of its own: what loads transformers itself and is needed by the models, and what is above
+MODULES = ["pictures", "films", "data.parquet_store", "loading", "training.run", "evaluation.model", "testing"]
+PROGRAMS = {"without packages": WITHOUT_PACKAGES} | {name: FIRST.format(name) for name in MODULES}
+
+# each in a child that has nothing but torch from its parent: to load that takes longer than all the rest
+RUN_EACH = """
+import json, os, sys
+import torch, torch._dynamo, torch.distributed
+
+assert not {"transformers", "otter_hf", "pandas", "pyarrow", "torchvision"} & sys.modules.keys()
+statuses = {}
+for name, program in json.loads(sys.argv[1]).items():
+    child = os.fork()
+    if not child:
+        exec(program, {})
+        os._exit(0)
+    statuses[name] = os.waitpid(child, 0)[1]
+print(json.dumps(statuses))
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    command = [sys.executable, "-c", RUN_EACH, json.dumps(PROGRAMS)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_models_are_imported_without_the_packages_of_data_and_training(run):
+    """Nor does the package alone load transformers; once that is loaded, the Auto classes know the families."""
+    assert json.loads(run.stdout)["without packages"] == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_any_module_can_be_the_first(name, run):
+    assert json.loads(run.stdout)[name] == 0, run.stderr[-2000:]

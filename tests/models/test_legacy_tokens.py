@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from make_tokens_2023 import DIALECTS, OTTER_TOKENS, TEXTS, write_llama
-from otter_tiny import build_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, IdeficsImageProcessorPil
@@ -21,6 +20,7 @@ from otter_hf.loading import load_processor, read_processor
 from otter_hf.models.legacy_tokens import PAD_TOKEN, SPECIAL_TOKENS, load_tokenizer, read_token_table
 from otter_hf.models.otterhd.processing_otterhd import TokenizersBackend
 from otter_hf.prompts import FORMATS, render
+from otter_hf.testing.otter import build_tokenizer
 
 
 DATA = Path(__file__).parent / "tokens_2023"

@@ -59,7 +59,7 @@ def test_text_alone_stays_as_it_is(model):
     assert MediaStore(model).encode(inputs) == inputs
 
 
-def test_memory_is_bounded(model):
+def test_memory_and_folder_are_bounded(model, tmp_path):
     size = model.config.perceiver_num_latents * model.config.vision_hidden_size * 4
     store = MediaStore(model, max_bytes=2 * size)
     of = [{"input_ids": ROWS[1], **pack([[MEDIA[1][0] + i]])} for i in range(3)]
@@ -75,3 +75,12 @@ def test_memory_is_bounded(model):
         [False, False, False],
         [True, True, True],
     ]
+    # nothing goes into a folder that is full, and what is in it is read
+    folder, inputs = tmp_path / "store", of[0]
+    expected = MediaStore(model, folder=folder, folder_bytes=0).encode(inputs)
+    assert not [*folder.rglob("*.safetensors")]
+    for hits in (0, 1):
+        store = MediaStore(model, folder=folder, folder_bytes=size + 600)
+        assert torch.equal(store.encode(inputs)["image_hidden_states"], expected["image_hidden_states"])
+        store.encode(of[1])
+        assert store.hits == hits and len([*folder.rglob("*.safetensors")]) == 1

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from otterhd_tiny import tiny_model, tiny_processor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -16,6 +15,7 @@ from transformers import (
 )
 
 from otter_hf.models.otterhd import OtterHDForConditionalGeneration, OtterHDModel
+from otter_hf.testing.otterhd import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")

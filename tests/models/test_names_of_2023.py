@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
-from otter_tiny import tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
+from otter_hf.testing.otter import tiny_model, tiny_processor
 
 
 @pytest.fixture(scope="module")

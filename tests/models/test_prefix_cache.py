@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from otterhd_tiny import tiny_model as tiny_otterhd
-from otterhd_tiny import tiny_processor
 from PIL import Image
 from tiny_flamingo import GREEDY, IMAGE, assert_close, images, pad_rows, row, tiny_model
 
 from otter_hf.models.prefix_cache import branch, compute_prefix, crop, expand, forget_media_behind, shared_length
+from otter_hf.testing.otterhd import tiny_model as tiny_otterhd
+from otter_hf.testing.otterhd import tiny_processor
 
 
 PREFIX = row(1, 5, length=9)

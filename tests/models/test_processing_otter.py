@@ -120,10 +120,11 @@ def test_auto_processor_finds_the_class(processor, model, tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path)) is OtterProcessor
 
 
-def test_2023_folder_without_image_processor(golden):
-    processor = AutoProcessor.from_pretrained(golden / "otter" / "otter_llama_image")
+@pytest.mark.parametrize(("case", "size"), [("otter_llama_image", 56), ("otter_mpt_vis1024", 28)])
+def test_2023_folder_without_image_processor(golden_case, case, size):
+    processor = AutoProcessor.from_pretrained(golden_case(f"otter/{case}"))
     pixels = processor(text="<image>", images=Image.new("RGB", (80, 60)), return_tensors="pt")["pixel_values"]
-    assert pixels.shape == (1, 1, 1, 3, 56, 56)
+    assert pixels.shape == (1, 1, 1, 3, size, size)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from otterhd_tiny import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlamaTokenizer, pipeline
 
 from otter_hf.models.otterhd import OtterHDImageProcessor, OtterHDProcessor
 from otter_hf.models.otterhd.processing_otterhd import RESERVED_TOKENS
 from otter_hf.prompts import render
+from otter_hf.testing.otterhd import tiny_config, tiny_model, tiny_processor, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 import copy
 import json
 
-import otter_tiny
-import otterhd_tiny
 import pytest
 import torch
 from PIL import Image
@@ -17,6 +15,8 @@ from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.models.prepared_media import PreparedMedium
 from otter_hf.models.skills import Skill, describe_skill
 from otter_hf.prompts import chat_template
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 COLORS = ("red", "green", "blue", "yellow", "black")

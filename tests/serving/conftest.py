@@ -1,17 +1,11 @@
-"""Tiny models on disk and servers for them."""
+"""Servers for tiny models."""
 
 import contextlib
 
 import pytest
-from serving_double import Server, write_models
+from serving_double import Server
 
 from otter_hf.serving.media import MediaLimits
-
-
-@pytest.fixture(scope="session")
-def folders(tmp_path_factory) -> dict[str, str]:
-    """Folders of a tiny Otter, Flamingo and OtterHD."""
-    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 import json
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
-from otter_tiny import tiny_model, tiny_processor
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -19,12 +19,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("folder") / "whole"
-    processor = tiny_processor()
-    tiny_model(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+def whole(folders):
+    return Path(folders["otter"])
 
 
 @pytest.fixture
@@ -97,7 +93,7 @@ def test_a_damaged_folder_is_refused(folder, damage, told):
 
 
 @pytest.fixture(scope="module")
-def adapter(whole):
+def adapter(whole, tmp_path_factory):
     """A folder of updates of attention and a whole resampler, for the model in `whole`."""
     model = get_peft_model(
         AutoModelForImageTextToText.from_pretrained(whole),
@@ -106,7 +102,7 @@ def adapter(whole):
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)
-    folder = whole.parent / "adapter"
+    folder = tmp_path_factory.mktemp("adapter")
     model.save_pretrained(folder)
     return folder
 

@@ -20,6 +20,8 @@ httpx = pytest.importorskip("httpx2", reason="comes with the serve extra")
 
 
 JSON = {"Content-Type": "application/json"}
+# one, as making one takes a moment; a connection for each request, as some of them end theirs
+http = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def said(completion) -> str:
@@ -129,11 +131,11 @@ def test_a_browser_asks_before_it_sends(folders, serve):
     preflight = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
     allowed, closed = serve(folders["otter"], allow_origins=("http://localhost:3000",)), serve(folders["otter"])
     url = f"{allowed.url}/v1/chat/completions"
-    answer = httpx.options(url, headers=preflight)
+    answer = http.options(url, headers=preflight)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == preflight["Origin"]
-    assert httpx.options(url, headers={**preflight, "Origin": "http://a.b"}).status_code == 400
-    assert httpx.options(f"{closed.url}/v1/chat/completions", headers=preflight).status_code == 400
-    assert httpx.options(url).headers["allow"] == "GET, POST, OPTIONS"
+    assert http.options(url, headers={**preflight, "Origin": "http://a.b"}).status_code == 400
+    assert http.options(f"{closed.url}/v1/chat/completions", headers=preflight).status_code == 400
+    assert http.options(url).headers["allow"] == "GET, POST, OPTIONS"
 
 
 def test_order_of_parts_is_kept(folders, serve, pictures):
@@ -172,7 +174,7 @@ def test_a_stream_ends_as_openai_ends_it(folders, serve):
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     assert chunks[-1].usage.completion_tokens > 0
     body = {"messages": [{"role": "user", "content": "what?"}], "stream": True, "max_tokens": 2}
-    lines = httpx.post(f"{server.url}/v1/chat/completions", json=body).text.strip().splitlines()
+    lines = http.post(f"{server.url}/v1/chat/completions", json=body).text.strip().splitlines()
     assert lines[-1] == "data: [DONE]"
 
 
@@ -182,9 +184,9 @@ def test_api_key(folders, serve):
     server.key = "wrong"
     with pytest.raises(openai.AuthenticationError, match="Send the API key"):
         server.ask()
-    assert httpx.get(f"{server.url}/v1/models").status_code == 401
-    assert httpx.get(f"{server.url}/metrics").status_code == 401
-    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    assert http.get(f"{server.url}/v1/models").status_code == 401
+    assert http.get(f"{server.url}/metrics").status_code == 401
+    assert http.get(f"{server.url}/health").json() == {"status": "ok"}
 
 
 def huge_png() -> bytes:
@@ -276,7 +278,7 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
 def test_bad_requests_are_named(body, status, message, shared_server):
     body = {"messages": [{"role": "user", "content": "what?"}], **body} if body else {}
     url = f"{shared_server.url}/v1/chat/completions"
-    response = httpx.post(url, content=json.dumps(body), headers=JSON)
+    response = http.post(url, content=json.dumps(body), headers=JSON)
     assert response.status_code == status, response.text
     assert message in response.json()["error"]["message"]
     assert said(shared_server.ask()) is not None
@@ -284,7 +286,7 @@ def test_bad_requests_are_named(body, status, message, shared_server):
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000])
 def test_what_is_no_json_object(content, shared_server):
-    response = httpx.post(f"{shared_server.url}/v1/chat/completions", content=content, headers=JSON)
+    response = http.post(f"{shared_server.url}/v1/chat/completions", content=content, headers=JSON)
     assert response.status_code == 400
     message = response.json()["error"]["message"]
     assert "The body of the request is" in message or "nested more than 64 deep" in message
@@ -298,7 +300,7 @@ def test_too_large_bodies(shared_server, pictures):
             yield b"a" * 100_000
 
     for content in (b"a" * 4_000_000, chunks()):
-        response = httpx.post(url, content=content, headers=JSON)
+        response = http.post(url, content=content, headers=JSON)
         assert response.status_code == 413
     assert "send smaller pictures" in response.json()["error"]["message"]
     assert shared_server.gate.admitted == 0
@@ -364,7 +366,7 @@ def test_a_client_that_leaves_frees_its_slot(stream, folders, serve):
     wait_until(lambda: server.gate.admitted == 0)
     assert len(steps) < 1000
     assert said(server.ask()) is not None
-    assert "otter_cancelled_total 1" in httpx.get(f"{server.url}/metrics").text
+    assert "otter_cancelled_total 1" in http.get(f"{server.url}/metrics").text
 
 
 def test_who_leaves_the_queue_is_forgotten(folders, serve):
@@ -423,7 +425,7 @@ def test_metrics(folders, serve, pictures):
     usage = server.ask("what?", image_url(pictures[0])).usage
     with pytest.raises(openai.BadRequestError):
         server.ask("what?", image_url(b"no"))
-    text = httpx.get(f"{server.url}/metrics").text
+    text = http.get(f"{server.url}/metrics").text
     assert 'otter_requests_total{status="200"} 1' in text
     assert 'otter_requests_total{status="400"} 1' in text
     assert f"otter_prompt_tokens_total {usage.prompt_tokens}" in text

@@ -1,6 +1,5 @@
 """Conversations: what is kept between turns changes nothing but the work."""
 
-import otterhd_tiny
 import pytest
 from PIL import Image
 from serving_files import write_video
@@ -8,6 +7,7 @@ from serving_files import write_video
 from otter_hf.models.skills import Skill
 from otter_hf.serving.media import IMAGE_FORMATS, fit_media, image_part, open_image, read_frames, video_part
 from otter_hf.serving.session import ChatSession, make_message
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 @pytest.fixture(params=["otter", "otterhd"])
@@ -15,7 +15,7 @@ def chatter(request, model, processor):
     if request.param == "otter":
         return model, processor
     processor = otterhd_tiny.tiny_processor()
-    return otterhd_tiny.tiny_model(processor, max_position_embeddings=2048), processor
+    return otterhd_tiny.tiny_model(processor), processor
 
 
 class Counter:

@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from otter_tiny import tiny_model, tiny_processor
-
+from otter_hf.testing.otter import tiny_model, tiny_processor
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.outlook import network_bytes
 

@@ -1,7 +1,9 @@
 """Checkpoints: killed at any moment, stopped on request, without frozen weights."""
 
 import errno
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -11,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from filelock import FileLock
-from training_files import PROGRAM, command, environment, losses, start, torchrun, weights, write_training_files
+from training_files import PROGRAM, command, environment, losses, torchrun, weights, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, CheckpointTrainer, find_checkpoint, load_trainable
@@ -23,21 +26,21 @@ from otter_hf.training.run import run as main
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "freeze": ["vision"]}
 
-KILLED = """
-import os, signal, sys
-import {module} as module
 
-original, calls = module.{function}, 0
+def train_until_killed(arguments, cache, module, function, call):
+    """Trains, and is killed by the `call`-th call of a function."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    module = importlib.import_module(module)
+    original, calls = getattr(module, function), []
 
-def die(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == {call}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
+    def die(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
 
-module.{function} = die
-"""
+    setattr(module, function, die)
+    main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +94,12 @@ def test_killed(files, unbroken, module, function, call, left):
     """kill -9, also in the middle of a checkpoint: `auto` goes on from the last whole one, to the same bits."""
     arguments = command(files, "killed", resume_from_checkpoint="auto", **SAVING)
     shutil.rmtree(files / "killed", ignore_errors=True)
-    patch = KILLED.format(module=module, function=function, call=call)
-    result = start(files, arguments, patch + PROGRAM)
-    assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    process = multiprocessing.get_context("forkserver").Process(
+        target=train_until_killed, args=(arguments, files / "cache", module, function, call)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     found = find_checkpoint("auto", files / "killed")
     if left is not None:
         assert found == str(files / "killed" / f"checkpoint-{left}")

@@ -4,15 +4,15 @@ import shutil
 
 import pytest
 import torch
-from otter_tiny import tiny_model, tiny_processor
-from otterhd_tiny import tiny_model as tiny_otterhd
-from otterhd_tiny import tiny_processor as tiny_otterhd_processor
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from training_files import PROGRAM, command, losses, torchrun, weights, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf.loading import read_model
+from otter_hf.testing.otter import tiny_model, tiny_processor
+from otter_hf.testing.otterhd import tiny_model as tiny_otterhd
+from otter_hf.testing.otterhd import tiny_processor as tiny_otterhd_processor
 from otter_hf.training.run import main
 
 

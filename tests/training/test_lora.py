@@ -3,8 +3,6 @@
 import shutil
 from types import SimpleNamespace
 
-import otter_tiny
-import otterhd_tiny
 import pytest
 import torch
 from peft import PeftModel
@@ -16,6 +14,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from otter_hf import FlamingoForConditionalGeneration, OtterConfig, OtterForConditionalGeneration
 from otter_hf.models import quantization
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 from otter_hf.training import lora
 from otter_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from otter_hf.training.lora import lora_config

@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from otterhd_tiny import tiny_model, tiny_processor
 from safetensors.torch import load_file
 
+from otter_hf.testing.otterhd import tiny_model, tiny_processor
 from otter_hf.training.freezing import train_only_rows
 from otter_hf.training.optimizer import decayed_parameter_names
 

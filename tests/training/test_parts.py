@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from otter_tiny import tiny_model, tiny_processor
 from training_files import command, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.data import MimicitMixture, SampleOptions
 from otter_hf.data.collator_flamingo import flamingo_collator
+from otter_hf.testing.otter import tiny_model, tiny_processor
 from otter_hf.training import run
 from otter_hf.training.arguments import parse_arguments, read_rates
 from otter_hf.training.lora import with_updates

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from models.tiny_flamingo import tiny_config
-from otterhd_tiny import tiny_model, tiny_processor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from otter_hf import OtterHDConfig
+from otter_hf.testing.otterhd import tiny_model, tiny_processor
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.flops import count_training_flops
 from otter_hf.training.freezing import freeze

@@ -5,13 +5,14 @@ import json
 import pytest
 import torch
 import yaml
-from idefics_tiny import tiny_config, write_idefics
 from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from otter_hf.data import write_mimicit
 from otter_hf.evaluation.model import ConversationModel
+from otter_hf.testing import write_tiny
+from otter_hf.testing.idefics import tiny_config
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.freezing import parameter_groups
 from otter_hf.training.optimizer import decayed_parameter_names
@@ -27,7 +28,7 @@ COLOURS = ["red", "green", "blue", "black"]
 def files(tmp_path, monkeypatch):
     """A model folder, four pictures with a question each, one film and one text."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    write_idefics(tmp_path / "base")
+    write_tiny("idefics", tmp_path / "base")
     images = {colour: Image.new("RGB", (35, 24), colour) for colour in COLOURS}
     records = {c: {"instruction": "what color?", "answer": c, "image_ids": [c]} for c in COLOURS}
     records["text"] = {"instruction": "say yes", "answer": "yes", "image_ids": []}

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from otterhd_tiny import tiny_model, tiny_processor
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import OtterHDProcessor
 from otter_hf.data import write_mimicit
 from otter_hf.models.quantization import quantization_config
+from otter_hf.testing.otterhd import tiny_model, tiny_processor
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.run import run as main
 

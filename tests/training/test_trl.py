@@ -3,8 +3,6 @@
 import importlib
 from pathlib import Path
 
-import otter_tiny
-import otterhd_tiny
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationM
 from otter_hf import OtterProcessor
 from otter_hf.data import OtterCollator, OtterHDCollator
 from otter_hf.prompts import chat_template
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 pytest.importorskip("trl", reason="TRL is not installed")

@@ -44,17 +44,21 @@ class Row(NamedTuple):
     pictures: Sequence[str]
 
 
+# hash `(64,)` and thumbnail `(192,)`
+Fingerprint = tuple[np.ndarray, np.ndarray]
+
+
 class Questions(NamedTuple):
     """
     One side of a comparison.
 
     Args:
-        rows: read once.
-        picture: id -> picture; None for a film, or what cannot be decoded.
+        rows: read once, before the pictures are looked at.
+        fingerprint: id -> what [`fingerprint`] says of the picture; None for a film, or what cannot be decoded.
     """
 
     rows: Iterable[Row]
-    picture: Callable[[str], Image.Image | None]
+    fingerprint: Callable[[str], Fingerprint | None]
 
 
 @dataclass
@@ -181,19 +185,20 @@ def mixture_questions(
                 question = str(record.get("instruction") or "")
                 yield Row(f"{entry.name}/{id}", question, [f"{entry.name}/{image}" for image in ids])
 
-    def picture(name: str) -> Image.Image | None:
+    def look(name: str) -> Fingerprint | None:
         # the longest name first: "A/B/1" is of "A/B" where there is one, or else a picture "B/1" of "A"
         for dataset in sorted((one for one in stores if name.startswith(f"{one}/")), key=len, reverse=True):
             try:
                 medium = stores[dataset].medium(name.removeprefix(f"{dataset}/"))
-                return None if isinstance(medium, Path) or is_film(medium) else stores[dataset].decode(medium)
+                is_picture = not isinstance(medium, Path) and not is_film(medium)
+                return fingerprint(stores[dataset].decode(medium)) if is_picture else None
             except KeyError:
                 continue
             except OSError:
                 return None
         return None
 
-    return Questions(rows(), picture)
+    return Questions(rows(), look)
 
 
 def normalise_question(text: str) -> str:
@@ -221,30 +226,28 @@ def _cosines() -> np.ndarray:
     return 2 * np.cos(np.pi * np.outer(np.arange(8), 2 * np.arange(32) + 1) / 64)
 
 
+def fingerprint(picture: Image.Image) -> Fingerprint:
+    """What pictures are compared by: [`perceptual_hash`], and 8x8 pixels in colour, `(192,)` int16."""
+    picture = picture.convert("RGB")
+    thumbnail = picture.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    return perceptual_hash(picture), np.asarray(thumbnail, dtype=np.int16).flatten()
+
+
 def _fingerprints(
     side: Questions, pictures: Iterable[str], overlap: Overlap, num_threads: int | None
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, hash `(64,)` and thumbnail `(192,)` of each picture; the others are counted as left out."""
-
-    def look(name: str) -> tuple[str, np.ndarray, np.ndarray] | None:
-        picture = side.picture(name)
-        if picture is None:
-            return None
-        picture = picture.convert("RGB")
-        thumbnail = picture.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-        return name, perceptual_hash(picture), np.asarray(thumbnail, dtype=np.int16).flatten()
-
+    """Name and fingerprint of each picture; those that have none are counted as left out."""
     names = [*pictures]
     with (
         ThreadPoolExecutor(num_threads or os.cpu_count()) as pool,
         logging.tqdm(desc="Comparing pictures", total=len(names), unit=" images") as progress,
     ):
         for batch in _batches(iter(names)):
-            for found in pool.map(look, batch):
+            for name, found in zip(batch, pool.map(side.fingerprint, batch), strict=True):
                 if found is None:
                     overlap.left_out += 1
                 else:
-                    yield found
+                    yield name, *found
             progress.update(len(batch))
 
 

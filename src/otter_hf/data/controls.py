@@ -7,7 +7,7 @@ that with other pictures.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -101,34 +101,44 @@ def blank(medium: Any) -> Any:
     return [Image.new("RGB", (224, 224), _GREY)]
 
 
-def visual_gain(
-    metric: Callable[[list[Unit]], float],
+def visual_gains(
+    metrics: Callable[[list[Unit]], Mapping[str, float]],
     shown: Sequence[Unit],
     swapped: Sequence[Unit],
     samples: int = 1000,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     """
-    The score less that with the pictures of other rows, with its 95 % interval: the bootstrap over questions, each
+    Each score less that with the pictures of other rows, with its 95 % interval: the bootstrap over questions, each
     with both of its answers (Efron 1979).
 
     Args:
-        metric: the score of any number of questions, some of them several times.
+        metrics: the scores of any number of questions, some of them several times.
         shown: of each question what is scored.
         swapped: the same with the picture of another row.
         samples: of the bootstrap.
         seed: of the bootstrap.
 
     Returns:
-        `visual_gain`, and `interval`, its lower and upper bound.
+        score -> `visual_gain`, and `interval`, its lower and upper bound.
     """
-    gain = metric(list(shown)) - metric(list(swapped))
-    generator, gains = np.random.default_rng(seed), []
-    for _ in range(samples):
-        drawn = generator.integers(len(shown), size=len(shown)).tolist()
-        gains.append(metric([shown[i] for i in drawn]) - metric([swapped[i] for i in drawn]))
-    low, high = np.percentile(gains, (2.5, 97.5)).tolist()
-    return {"visual_gain": gain, "interval": [low, high]}
+
+    def gains(places: Sequence[int]) -> dict[str, float]:
+        with_others = metrics([swapped[i] for i in places])
+        return {name: score - with_others[name] for name, score in metrics([shown[i] for i in places]).items()}
+
+    generator = np.random.default_rng(seed)
+    drawn = [gains(generator.integers(len(shown), size=len(shown)).tolist()) for _ in range(samples)]
+    intervals = {name: np.percentile([gain[name] for gain in drawn], (2.5, 97.5)).tolist() for name in drawn[0]}
+    found = gains(range(len(shown)))
+    return {name: {"visual_gain": found[name], "interval": interval} for name, interval in intervals.items()}
+
+
+def visual_gain(
+    metric: Callable[[list[Unit]], float], shown: Sequence[Unit], swapped: Sequence[Unit], **options: int
+) -> dict[str, Any]:
+    """As [`visual_gains`], of one score."""
+    return visual_gains(lambda units: {"": metric(units)}, shown, swapped, **options)[""]
 
 
 def _question(messages: list[dict]) -> int | None:

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 
 from transformers.utils import logging
 
-from ..data.controls import visual_gain
+from ..data.controls import visual_gains
 from ..pictures import read_image
 from .judge import Judge, lmms_eval_constant
 from .scoring import magnifierbench, mathvista, mmbench, mme, mmvet, pope, ranking, scienceqa, seedbench
@@ -331,19 +331,17 @@ class Benchmark:
         questions: dict[Hashable, list[int]] = {}
         for place, record in enumerate(shown):
             questions.setdefault(place if self.question is None else self.question(record), []).append(place)
-        gains = {}
         scores = [self.score(list(records)) for records in (shown, swapped, blank)]
-        for name in self.metrics:
-            if name in NO_SCORES or scores[0].get(name) is None:
-                continue
+        names = [name for name in self.metrics if name not in NO_SCORES and scores[0].get(name) is not None]
 
-            def metric(drawn: list[list[Mapping]], name: str = name) -> float:
-                numbered = [self.numbered(r, number) for number, records in enumerate(drawn) for r in records]
-                return self.score(numbered).get(name) or 0.0
+        def metrics(drawn: list[list[Mapping]]) -> dict[str, float]:
+            numbered = [self.numbered(r, number) for number, records in enumerate(drawn) for r in records]
+            score = self.score(numbered)
+            return {name: score.get(name) or 0.0 for name in names}
 
-            units = [[[records[i] for i in places] for places in questions.values()] for records in (shown, swapped)]
-            gains[name] = {"swapped": scores[1][name], "blank": scores[2][name], **visual_gain(metric, *units)}
-        return gains
+        units = [[[records[i] for i in places] for places in questions.values()] for records in (shown, swapped)]
+        gains = visual_gains(metrics, *units) if names else {}
+        return {name: {"swapped": scores[1][name], "blank": scores[2][name], **gains[name]} for name in names}
 
 
 # figures that are better neither high nor low

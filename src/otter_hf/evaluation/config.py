@@ -1,5 +1,6 @@
 """What `otter-hf eval` reads: the YAML of 2023, and a plainer one, into the same two lists."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ _TEMPLATES_OF_2023 = {"fuyu": _FUYU_TEMPLATE, "otterhd": _OTTERHD_TEMPLATE}
 _DTYPES_OF_2023 = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "tokenizer", "tokenizer_reference", "chat_template")
-_MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store")
+_MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store", "media_store_gb")
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
 _MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
 _ENDPOINT_KEYS = {"endpoint", "model", "name", "batch_size", "batch"}
@@ -189,6 +190,7 @@ def _read_model(entry) -> ModelSpec:
     if "path" in entry:
         generation = {}  # the plain form: as each benchmark asks
     options = {key: entry[key] for key in _MODEL_OPTIONS if entry.get(key) is not None}
+    _check_media_store(options)
     if "max_new_tokens" in entry:
         generation = {**generation, "max_new_tokens": _whole(entry["max_new_tokens"], "max_new_tokens")}
     if generation or "generation" in options:
@@ -202,6 +204,14 @@ def _read_model(entry) -> ModelSpec:
     if name in _TEMPLATES_OF_2023 and "path" not in entry:
         options.setdefault("chat_template", _TEMPLATES_OF_2023[name])
     return ModelSpec(name or _short(path), path, batch_size=batch_size, options=options)
+
+
+def _check_media_store(options: Mapping) -> None:
+    gigabytes = options.get("media_store_gb", 0)
+    if isinstance(gigabytes, bool) or not isinstance(gigabytes, (int, float)) or not 0 <= gigabytes < math.inf:
+        raise ValueError(f"`media_store_gb` is {gigabytes!r}; it must be a number from 0 on.")
+    if "media_store_gb" in options and "media_store" not in options:
+        raise ValueError("`media_store_gb` bounds a `media_store`, and there is none: add one, or leave it out.")
 
 
 def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..data.contamination import Overlap, Questions, Row, find_overlap, mixture_questions
+from ..data.contamination import Overlap, Questions, Row, find_overlap, fingerprint, mixture_questions
 from ..data.mixture_yaml import read_mixture
 from ..made_from import MadeFrom
 from .benchmarks import BENCHMARKS, images, row_id
@@ -36,17 +36,17 @@ def check_contamination(config: EvalConfig) -> Overlap:
     """
     tables = dict(chain.from_iterable(_tables(dataset, config) for dataset in config.datasets))
 
+    seen = {}  # a row is read with its pictures: each is looked at once
+
     def rows() -> Iterator[Row]:
         for name, table in tables.items():
             for number in range(table.length):
                 id, question, pictures = table.look(number)
-                yield Row(f"{name}/{id}", question, [f"{name}/{number}/{k}" for k in range(len(pictures))])
+                places = [f"{name}/{number}/{k}" for k in range(len(pictures))]
+                seen.update(zip(places, map(fingerprint, pictures), strict=True))
+                yield Row(f"{name}/{id}", question, places)
 
-    def picture(place: str) -> Image.Image | None:
-        name, number, k = place.rsplit("/", 2)
-        return tables[name].look(int(number))[2][int(k)]
-
-    return find_overlap(mixture_questions(config.training_data), Questions(rows(), picture))
+    return find_overlap(mixture_questions(config.training_data), Questions(rows(), seen.get))
 
 
 def made_from(config: EvalConfig) -> MadeFrom:

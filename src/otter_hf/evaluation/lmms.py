@@ -113,7 +113,7 @@ class TransformersModel(ResumableModel):
         self.batch_size = int(batch_size)
         if replies is not None:
             parts = (path, *(kwargs.get(part) for part in ("processor", "tokenizer", "tokenizer_reference")))
-            options = {name: value for name, value in kwargs.items() if name != "media_store"}
+            options = {name: value for name, value in kwargs.items() if not name.startswith("media_store")}
             made_from = MadeFrom({str(part): state_of_model(part) for part in parts if part}, options)
             self.replies = ReplyLog(replies, self._rank, context=made_from.to_json())
             if self._rank == 0:

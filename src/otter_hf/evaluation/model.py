@@ -52,6 +52,7 @@ class ConversationModel:
         processor_kwargs: for every call of the processor, e.g. `{"resolution": 512}` for OtterHD.
         generation: for every `generate`, over what a task asks for, e.g. `{"num_beams": 3}`.
         media_store: folder in which an Otter or Flamingo keeps what it made of pictures and films, for later runs.
+        media_store_gb: most that is in it, in 10**9 bytes; what is above is encoded.
 
     Raises:
         ValueError: for a `media_store` of another model; when asked, if the processor has no chat template and none is
@@ -73,11 +74,12 @@ class ConversationModel:
         processor_kwargs: Mapping[str, Any] | None = None,
         generation: Mapping[str, Any] | None = None,
         media_store: str | Path | None = None,
+        media_store_gb: float = 64.0,
     ):
         options = {"dtype": dtype, "device_map": device, "load_in_4bit": load_in_4bit, "tokenizer": tokenizer}
         model = load_model(str(path), **options)
         processor = read_processor(str(processor or path), tokenizer, tokenizer_reference)
-        self._use(path, model, processor, media_store)
+        self._use(path, model, processor, media_store, int(media_store_gb * 10**9))
         self.chat_template = chat_template
         self.processor_kwargs = dict(processor_kwargs or {})
         self.generation = dict(generation or {})
@@ -90,12 +92,12 @@ class ConversationModel:
         asked.chat_template, asked.processor_kwargs, asked.generation = None, {}, {}
         return asked
 
-    def _use(self, path, model, processor, media_store=None) -> None:
+    def _use(self, path, model, processor, media_store=None, media_store_bytes=0) -> None:
         self.path, self.model, self.processor = path, model, processor
         # demonstrations and pictures that several questions are about are encoded once
         self.media = None
         if isinstance(self.model, FlamingoForConditionalGeneration):
-            self.media = MediaStore(self.model, folder=media_store)
+            self.media = MediaStore(self.model, folder=media_store, folder_bytes=media_store_bytes)
         elif media_store is not None:
             raise ValueError(
                 f"media_store is for Otter and Flamingo, not {self.model.config.model_type}: leave it out."

@@ -11,7 +11,7 @@ import torch
 from .fingerprint import digest_of_weights
 from .flamingo import FlamingoForConditionalGeneration
 from .media_attention import batch_first_media, split_media
-from .media_folder import MediaFolder, hash_of_tensor
+from .media_folder import DEFAULT_MAX_BYTES, MediaFolder, hash_of_tensor
 
 
 class MediaStore:
@@ -26,16 +26,23 @@ class MediaStore:
             the batch at hand are always held.
         folder: where latents are kept on disk, too, see [`~otter_hf.models.media_folder.MediaFolder`]; what others
             keep there is never deleted.
+        folder_bytes: most that the folder holds; what is above is encoded in each run.
 
     Attributes:
         hits, misses: media that were there, in memory or on disk, and that were encoded.
     """
 
     def __init__(
-        self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**29, folder: str | Path | None = None
+        self,
+        model: FlamingoForConditionalGeneration,
+        max_bytes: int = 2**29,
+        folder: str | Path | None = None,
+        folder_bytes: int = DEFAULT_MAX_BYTES,
     ):
         self.model = model
-        self.folder = None if folder is None else MediaFolder(folder, fingerprint_of_eyes(model.model), evicts=False)
+        self.folder = None
+        if folder is not None:
+            self.folder = MediaFolder(folder, fingerprint_of_eyes(model.model), folder_bytes, evicts=False)
         self.max_bytes = max_bytes
         self.hits = self.misses = 0
         self._latents: OrderedDict[str, torch.Tensor] = OrderedDict()  # (n, D) each

@@ -39,32 +39,7 @@ from .decoders_flamingo import get_decoder_layers, make_language_model, reset_ad
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
 from .layers_flamingo import PerceiverResampler, make_media_groups
 from .media_flamingo import FlamingoMediaMixin
-
-
-# parameters of a tower that do not reach `last_hidden_state`: frozen, or DDP would wait for their gradients for ever
-_UNUSED_TOWER_MODULES = {
-    "clip_vision_model": ["post_layernorm"],
-    "convnext": ["layernorm"],
-    "convnextv2": ["layernorm"],
-    "siglip_vision_model": ["head"],
-    "vit": ["pooler"],
-}
-
-
-def _freeze_unused_modules(vision_tower: nn.Module) -> None:
-    for name in _UNUSED_TOWER_MODULES.get(vision_tower.config.model_type, []):
-        getattr(vision_tower, name).requires_grad_(False)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _require_input_grad(module: nn.Module, args: tuple) -> tuple | None:
-    """Forward pre-hook: a first argument that needs a gradient, for a module of which something is trained."""
-    if torch.is_grad_enabled() and not args[0].requires_grad and not _is_frozen(module):
-        return (args[0].detach().requires_grad_(), *args[1:])
-    return None
+from .tower_flamingo import freeze_unused_modules, keep_frozen_statistics, require_input_grad
 
 
 @dataclass
@@ -175,7 +150,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         core = self.base_model
         hook = self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
         parts = (core.vision_tower, core.perceiver)
-        self._require_grads_hooks = [hook, *(part.register_forward_pre_hook(_require_input_grad) for part in parts)]
+        self._require_grads_hooks = [hook, *(part.register_forward_pre_hook(require_input_grad) for part in parts)]
         self._require_grads_hook = hook
 
     @staticmethod
@@ -187,7 +162,7 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         index_tied_weights(model, loaded[1])
         keep_stored_weights(model)
-        _freeze_unused_modules(model.base_model.vision_tower)  # loading makes every parameter trainable
+        freeze_unused_modules(model.base_model.vision_tower)  # loading makes every parameter trainable
         return loaded
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
@@ -220,7 +195,7 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
             tower_class, config.vision_config._attn_implementation, "vision_config"
         )
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        _freeze_unused_modules(self.vision_tower)
+        freeze_unused_modules(self.vision_tower)
         self.perceiver = PerceiverResampler(config)
         self.language_model = make_language_model(config)
         self.gradient_checkpointing = False
@@ -236,12 +211,8 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
         evaluation mode, and so do frozen batch norms in a tower of which something else is trained.
         """
         super().train(mode)
-        if mode and _is_frozen(self.vision_tower):
-            self.vision_tower.eval()
-        elif mode:
-            for module in self.vision_tower.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase) and module.affine and _is_frozen(module):
-                    module.eval()
+        if mode:
+            keep_frozen_statistics(self.vision_tower)
         return self
 
     @property

@@ -1,10 +1,10 @@
-"""A tiny Otter for tests: a tokenizer small enough to read, random weights."""
+"""A tiny Otter or Flamingo: one token per byte, pictures of 28x28, two of four layers gated."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from otter_hf import OtterForConditionalGeneration, OtterProcessor
+from ..models import OtterForConditionalGeneration, OtterProcessor
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -27,7 +27,7 @@ def tiny_processor(processor_class=OtterProcessor):
 
 
 def tiny_model(processor, model_class=OtterForConditionalGeneration):
-    """A random Otter or Flamingo with open gates (two of four layers gated), in evaluation mode."""
+    """A random Otter or Flamingo with open gates, in evaluation mode, for a processor of its kind."""
     torch.manual_seed(0)
     config = model_class.config_class(
         vision_config=CLIPVisionConfig(

@@ -1,4 +1,4 @@
-"""A tiny OtterHD for tests: Fuyu's kind of tokenizer with one token per letter, random weights, real processing."""
+"""A tiny OtterHD: a tokenizer of Fuyu's kind with one token per letter, pictures of at most 60x80 in patches of 10."""
 
 import string
 
@@ -7,18 +7,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import set_seed
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
-from otter_hf.models.otterhd import (
-    OtterHDConfig,
-    OtterHDForConditionalGeneration,
-    OtterHDImageProcessor,
-    OtterHDProcessor,
-)
+from ..models import OtterHDConfig, OtterHDForConditionalGeneration, OtterHDImageProcessor, OtterHDProcessor
 
 
 END_OF_TEXT = "|ENDOFTEXT|"
 
 
 def tiny_tokenizer() -> TokenizersBackend:
+    """Numbers below 100, bytes, letters and marks, as Fuyu's tokenizer writes them."""
     special = ["<unk>", "<s>", "</s>", "|SPEAKER|", END_OF_TEXT, "|NEWLINE|"]
     pieces = special + [str(number) for number in range(100)] + [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = [(piece, 0.0) for piece in pieces]
@@ -35,6 +31,7 @@ def tiny_tokenizer() -> TokenizersBackend:
 
 
 def tiny_processor(height: int = 60, width: int = 80, patch: int = 10) -> OtterHDProcessor:
+    """A processor whose pictures fit into `height` x `width` pixels, in square patches of `patch`."""
     image_processor = OtterHDImageProcessor(
         size={"height": height, "width": width}, patch_size={"height": patch, "width": patch}
     )
@@ -42,6 +39,7 @@ def tiny_processor(height: int = 60, width: int = 80, patch: int = 10) -> OtterH
 
 
 def tiny_config(processor: OtterHDProcessor, **text_config) -> OtterHDConfig:
+    """Two layers of width 32; `text_config` changes single fields of the text model's configuration."""
     return OtterHDConfig(
         patch_size=processor.image_processor.patch_size.height,
         image_token_id=processor.image_token_id,
@@ -53,7 +51,7 @@ def tiny_config(processor: OtterHDProcessor, **text_config) -> OtterHDConfig:
             "intermediate_size": 64,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
-            "max_position_embeddings": 512,
+            "max_position_embeddings": 2048,
             "rope_theta": 25000.0,
             **text_config,
         },
