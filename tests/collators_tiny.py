@@ -1,7 +1,5 @@
 """A collator of each family, with tiny parts."""
 
-import otter_tiny
-import otterhd_tiny
 from transformers import IdeficsImageProcessorPil
 
 from otter_hf.data import IdeficsCollator, prepare_idefics_tokenizer
@@ -9,6 +7,8 @@ from otter_hf.data.collator import OtterCollator
 from otter_hf.data.collator_flamingo import flamingo_collator
 from otter_hf.data.collator_otterhd import OtterHDCollator
 from otter_hf.models.flamingo import FlamingoProcessor
+from otter_hf.testing import otter as otter_tiny
+from otter_hf.testing import otterhd as otterhd_tiny
 
 
 def otter(**options):

@@ -7,8 +7,6 @@ from torch.utils.data import DataLoader
 
 from otter_hf.data.mixture import SkipCounter
 from otter_hf.data.samples import SampleError
-from otter_hf.testing import otter as otter_tiny
-from otter_hf.testing import otterhd as otterhd_tiny
 from otter_hf.training.trainer import NamingCollator
 
 
