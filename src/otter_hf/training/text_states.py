@@ -47,7 +47,8 @@ class TextStateCache:
             return self._layers[0](hidden_states, *args, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(("vision_", "media_"))}
         size = len(hidden_states)
-        keys = [_key(hidden_states[row], kwargs, row, size) for row in range(size)]
+        lengths = _lengths(hidden_states, kwargs.get("attention_mask"))
+        keys = [_key(hidden_states[row], kwargs, row, size, lengths[row]) for row in range(size)]
         found = {key: self._states[key] for key in keys if key in self._states}
         missing = {key: row for row, key in enumerate(keys) if key not in found}
         self.hits += size - len(missing)
@@ -60,9 +61,13 @@ class TextStateCache:
                 states = layer(states, *args, **kwargs)
                 if not isinstance(states, torch.Tensor):
                     raise ValueError("cache_text_states: this decoder's layers give more than states: leave it out.")
-            found |= dict(zip(missing, states, strict=True))
+            for (key, row), of_row in zip(missing.items(), states, strict=True):
+                found[key] = of_row[: lengths[row]]
         self._keep(found)
-        return torch.stack([found[key] for key in keys])
+        output = torch.zeros_like(hidden_states, dtype=next(iter(found.values())).dtype)  # nobody looks at padding
+        for row, key in enumerate(keys):
+            output[row, : lengths[row]] = found[key]
+        return output
 
     def _keep(self, found: dict[tuple, torch.Tensor]) -> None:
         for key, states in found.items():
@@ -103,13 +108,28 @@ def _check(model: FlamingoForConditionalGeneration, lower: list[nn.Module]) -> N
         raise ValueError(f"cache_text_states: the decoder's layers are of several kinds ({', '.join(sorted(kinds))}).")
 
 
-def _key(embeddings: torch.Tensor, kwargs: dict, row: int, size: int) -> tuple:
+def _lengths(hidden_states: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+    """Of each row `(B, L)` the tokens up to the last that is no padding: what is behind changes nothing before it."""
+    size, length = hidden_states.shape[:2]
+    is_token = None
+    if isinstance(mask, torch.Tensor) and len(mask) == size and mask.ndim in (2, 4):
+        # as transformers makes them: (B, L) for flash attention, else (B, 1, L, L), where only padding misses itself
+        own = mask if mask.ndim == 2 else mask[:, 0].diagonal(dim1=-2, dim2=-1)
+        is_token = own == 0 if own.is_floating_point() else own != 0
+    if is_token is None or is_token.shape[1] != length:
+        return [length] * size
+    last = is_token * torch.arange(1, length + 1, device=is_token.device)
+    return [found or length for found in last.amax(dim=1).tolist()]
+
+
+def _key(embeddings: torch.Tensor, kwargs: dict, row: int, size: int, length: int) -> tuple:
     """What the states of a row depend on."""
-    told = [embeddings]
+    told = [embeddings[:length]]
     for name in ("attention_mask", "position_ids"):
         value = kwargs.get(name)
         if isinstance(value, torch.Tensor):
-            told.append(value[row if len(value) == size else 0])
+            value = value[row if len(value) == size else 0][..., :length]
+            told.append(value[..., :length, :] if value.ndim > 1 else value)
     return tuple((tuple(value.shape), hash_of_tensor(value)) for value in told)
 
 
