@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .storage import is_address, to_path
+from .storage import is_remote, to_path
 
 
 # a full disk, a quota, a file that may not grow; and what libraries say whose errors have no number
@@ -42,7 +42,7 @@ def replacing(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
         OSError: if the disk is full, naming `path`; see also `move`.
     """
     path = to_path(path)
-    if is_address(path):
+    if is_remote(path):
         with tempfile.TemporaryDirectory(prefix="otter_hf-") as folder:
             yield Path(folder, path.name)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _sync_one(path: Path) -> None:
 def remove(path: str | Path) -> None:
     """Deletes a file or a folder, if it is there."""
     path = to_path(path)
-    if is_address(path):
+    if is_remote(path):
         if path.exists():
             path.fs.rm(path.path, recursive=True)
         return

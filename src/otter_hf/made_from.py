@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_text
-from .storage import full_name, is_address, to_path
+from .storage import full_name, is_remote, to_path
 
 
 # of a model's folder, what its replies depend on; beside it lie logs, checkpoints, and results of ours
@@ -33,7 +33,7 @@ def state(path: str | Path) -> list | None:
     times]`, of a file at an address `[bytes, what its store tells of it]`, of what is not there None.
     """
     path = to_path(path)
-    if is_address(path):
+    if is_remote(path):
         try:
             return [path.stat().st_size, path.fs.ukey(path.path)]
         except OSError:

@@ -28,7 +28,7 @@ def to_path(path: AnyPath) -> "Path | UPath":
     """
     if not isinstance(path, str):
         return path
-    if not is_address(path):
+    if not is_remote(path):
         return Path(path)
     try:
         from upath import UPath
@@ -40,14 +40,14 @@ def to_path(path: AnyPath) -> "Path | UPath":
         raise ValueError(f"The address {path} cannot be opened: {error}.") from error
 
 
-def is_address(path: AnyPath) -> TypeGuard[Any]:
+def is_remote(path: AnyPath) -> TypeGuard[Any]:
     """Whether a path is not of this machine's file systems."""
     return "://" in path if isinstance(path, str) else not isinstance(path, Path)
 
 
 def in_this_process(path: AnyPath) -> AnyPath:
     """The same path, of a file system that was opened here: what holds connections does not live through a fork."""
-    return to_path(str(path)) if is_address(path) else path
+    return to_path(str(path)) if is_remote(path) else path
 
 
 def is_one_path(paths: object) -> bool:
@@ -57,7 +57,7 @@ def is_one_path(paths: object) -> bool:
 
 def full_name(path: AnyPath) -> str:
     """What names a file wherever the process is: its absolute path without links, or its address."""
-    return str(path) if is_address(path) else str(Path(path).resolve())
+    return str(path) if is_remote(path) else str(Path(path).resolve())
 
 
-__all__ = ["AnyPath", "full_name", "in_this_process", "is_address", "is_one_path", "to_path"]
+__all__ = ["AnyPath", "full_name", "in_this_process", "is_remote", "is_one_path", "to_path"]

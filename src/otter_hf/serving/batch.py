@@ -10,7 +10,7 @@ from ..evaluation.model import ConversationModel
 from ..evaluation.replies import ReplyLog, answer_all
 from ..files import remove, write_json
 from ..reading import load_yaml
-from .media import fit_media, image_part, is_address, local_path, local_source, open_image, read_frames, video_part
+from .media import fit_media, image_part, is_url, local_path, local_source, open_image, read_frames, video_part
 from .session import make_message
 
 
@@ -42,7 +42,7 @@ def check_entry(entry, place: str, fields: tuple[str, ...]) -> None:
     if unknown := set(entry) - set(fields):
         raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(fields)}.")
     for file in [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]:
-        if not isinstance(file, str) or not (is_address(file) or local_path(file).is_file()):
+        if not isinstance(file, str) or not (is_url(file) or local_path(file).is_file()):
             raise ValueError(f"{place}: there is no file {file}.")
 
 

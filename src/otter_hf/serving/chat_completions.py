@@ -38,7 +38,7 @@ from .media import fit_media
 from .messages import Cancelled, MessageReader
 from .metrics import Metrics
 from .models import ServedModels
-from .request import Options, check_request
+from .request import ChatOptions, check_request
 from .settings import ServerSettings
 
 
@@ -62,7 +62,7 @@ class Finish:
         self.usage = usage
 
 
-class Job:
+class ChatJob:
     """
     One request between the HTTP side and its work.
 
@@ -70,7 +70,7 @@ class Job:
     exception. `cancelled` tells the work to stop.
     """
 
-    def __init__(self, body: dict, options: Options, ticket: Ticket):
+    def __init__(self, body: dict, options: ChatOptions, ticket: Ticket):
         self.body = body
         self.options = options
         self.ticket = ticket
@@ -178,7 +178,7 @@ class ChatCompletions(ChatCompletionHandler):
             raise HTTPException(404, self.model_manager.refusal_of(error.args[0])) from error
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
-        job = Job(body, options, ticket)
+        job = ChatJob(body, options, ticket)
         job.task = asyncio.create_task(self._work(job))
         self._tasks.add(job.task)
         job.task.add_done_callback(self._tasks.discard)
@@ -225,7 +225,7 @@ class ChatCompletions(ChatCompletionHandler):
 
     # ----- the work -----
 
-    async def _work(self, job: Job) -> None:
+    async def _work(self, job: ChatJob) -> None:
         try:
             loop = asyncio.get_running_loop()
             frames = job.options.num_frames or self.settings.num_frames
@@ -252,7 +252,7 @@ class ChatCompletions(ChatCompletionHandler):
         finally:
             job.ticket.release()
 
-    def _prepare(self, job: Job, reader: MessageReader, messages: list[dict]):
+    def _prepare(self, job: ChatJob, reader: MessageReader, messages: list[dict]):
         """Model, processor, inputs and generation config of a request; ValueError for what is wrong with it."""
         settings, options = self.settings, job.options
         messages = reader.decode(messages)
@@ -305,7 +305,7 @@ class ChatCompletions(ChatCompletionHandler):
         body = {name: value for name, value in body.items() if name not in own}
         return super()._build_generation_config(body, copy.deepcopy(model_generation_config), use_cb=use_cb)
 
-    async def _generate(self, job: Job, model, processor, inputs, config) -> None:
+    async def _generate(self, job: ChatJob, model, processor, inputs, config) -> None:
         loop = asyncio.get_running_loop()  # which a thread cannot reach itself
         emit = functools.partial(loop.call_soon_threadsafe, job.items.put_nowait)
         answer = Answer(processor.tokenizer, job.options.stops, bool(job.body.get("stream")), emit)
@@ -330,7 +330,9 @@ class ChatCompletions(ChatCompletionHandler):
         # behind what the answer's thread has sent
         emit(Finish("length" if cut_off else "stop", usage))
 
-    async def _answer_in_batch(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
+    async def _answer_in_batch(
+        self, job: ChatJob, model, inputs, config, penalties: list, answer: Answer
+    ) -> list[int]:
         name = self.model_manager.model_of(job.body["model"])
         batch = self.model_manager.batch_of(name, model, self._make_batch)
 
@@ -364,7 +366,7 @@ class ChatCompletions(ChatCompletionHandler):
             prefixes = PrefixStore(model, media, settings.prefix_bytes, settings.prefill_tokens)
         return BatchThread(batch, prefixes)
 
-    async def _answer_alone(self, job: Job, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
+    async def _answer_alone(self, job: ChatJob, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
         """What a batch does not have (beams), and other families: one at a time beside it."""
         inputs = inputs.to(model.device, model.dtype)
 
@@ -393,7 +395,7 @@ class ChatCompletions(ChatCompletionHandler):
 class _Reader:
     """What a job says, as long as the client is there and the time lasts."""
 
-    def __init__(self, job: Job, request: Request, deadline: float):
+    def __init__(self, job: ChatJob, request: Request, deadline: float):
         self.job = job
         self.deadline = deadline
         self._finished = False

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..reading import load_yaml
 from .batch import FIELDS, check_entry, read_media_of
-from .media import is_address, local_path
+from .media import is_url, local_path
 from .session import make_message
 
 
@@ -75,7 +75,7 @@ def _read(message, place: str, num_frames: int) -> dict:
             parts.append(part)
         elif kind in _SOURCES and len(part) == 2 and part.keys() & {"path", "url"}:
             file = part.get("path", part.get("url"))
-            if not isinstance(file, str) or not (is_address(file) or local_path(file).is_file()):
+            if not isinstance(file, str) or not (is_url(file) or local_path(file).is_file()):
                 raise ValueError(f"{place}: there is no file {file}.")
             parts += read_media_of({_SOURCES[kind]: file}, num_frames)
         else:

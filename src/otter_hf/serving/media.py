@@ -83,7 +83,7 @@ def read_frames(
     return read_video(source, name, num_frames=num_frames, limits=film_limits)
 
 
-def is_address(name: str) -> bool:
+def is_url(name: str) -> bool:
     """Whether it is a http(s) address."""
     return name.lower().startswith(("http://", "https://"))
 
@@ -112,7 +112,7 @@ def local_source(name: str) -> Path | bytes:
     Raises:
         ValueError: naming it, if it cannot be fetched.
     """
-    if not is_address(name):
+    if not is_url(name):
         return local_path(name)
     try:
         return fetch(name)

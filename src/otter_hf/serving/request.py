@@ -49,7 +49,7 @@ MAX_STOPS = 16
 
 
 @dataclass(frozen=True)
-class Options:
+class ChatOptions:
     """What a request asks for beside its messages."""
 
     stops: list[str]
@@ -58,7 +58,7 @@ class Options:
     logit_bias: dict[int, float]
 
 
-def check_request(body) -> Options:
+def check_request(body) -> ChatOptions:
     """
     Check everything but the messages.
 
@@ -78,7 +78,7 @@ def check_request(body) -> Options:
     if not isinstance(body.get("stream") or False, bool):
         raise ValueError(f"stream must be true or false, not {body['stream']!r:.80}.")
     _check_stream_options(body.get("stream_options"))
-    return Options(
+    return ChatOptions(
         _stops(body.get("stop")),
         _num_frames(body.get("chat_template_kwargs")),
         _generation(body),

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ...files import claim, remove
 from ...made_from import MadeFrom, keep, kept
 from ...reading import parse_json, refuse_lfs_pointer
-from ...storage import AnyPath, full_name, is_address, to_path
+from ...storage import AnyPath, full_name, is_remote, to_path
 from ..engine import Engine, read_records, run
 from ..images import decode_base64, encode_base64
 from .shards import ShardWriter, numbered_files, read_sizes, remove_shards, tar_files, write_sizes
@@ -203,7 +203,7 @@ def convert_all(
     output.mkdir(parents=True, exist_ok=True)
     shared = MadeFrom.of(pictures).files
     made_from = {stem(job[0]): MadeFrom({**MadeFrom.of(job).files, **shared}, options) for job in jobs}
-    with nullcontext() if is_address(output) else claim(output / ".lock", output):
+    with nullcontext() if is_remote(output) else claim(output / ".lock", output):
         items = {stem(job[0]): (job, made_from[stem(job[0])].to_json()) for job in _pending(jobs, made_from, output)}
         step, finish = partial(_convert_job, convert=convert, output=output), partial(_settle, output)
         try:

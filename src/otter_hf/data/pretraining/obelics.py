@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...reading import parse_json, refuse_lfs_pointer
-from ...storage import AnyPath, is_address, is_one_path, to_path
+from ...storage import AnyPath, is_one_path, is_remote, to_path
 from ..engine import Engine
 from ..images import encode_base64
 from .converters import ConversionCounts, convert_all, stem
@@ -130,7 +130,7 @@ def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
     refuse_lfs_pointer(path)
     try:
-        file = pq.ParquetFile(path.open("rb") if is_address(path) else path)
+        file = pq.ParquetFile(path.open("rb") if is_remote(path) else path)
         if missing := {"images", "texts"} - set(file.schema_arrow.names):
             raise ValueError(f"{path} has no column {' or '.join(sorted(missing))}, only {file.schema_arrow.names}.")
         for batch in file.iter_batches(256, columns=["images", "texts"]):

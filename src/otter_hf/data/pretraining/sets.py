@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...reading import load_yaml
-from ...storage import is_address, is_one_path
+from ...storage import is_one_path, is_remote
 from .samples import KINDS, ImageTextPairs, InterleavedDocuments
 from .shards import expand_shards, shard_sizes
 
@@ -135,7 +135,7 @@ def _read_set(name: str, settings: Any, folder: Path) -> PretrainingSet:
 
 
 def _find(shards: Any, folder: Path) -> str:
-    if is_address(str(shards)):
+    if is_remote(str(shards)):
         return str(shards)
     # a pattern is no path: what it stands for is looked for
     try:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ...files import remove, replacing, write_json
 from ...reading import parse_json, refuse_lfs_pointer
-from ...storage import in_this_process, is_address, is_one_path, to_path
+from ...storage import in_this_process, is_one_path, is_remote, to_path
 
 
 logger = logging.get_logger(__name__)
@@ -66,7 +66,7 @@ def expand_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
 
 def _glob(pattern: str) -> list[str]:
     """Names of files for a pattern with wildcards, in their order."""
-    if not is_address(pattern):
+    if not is_remote(pattern):
         return sorted(glob(pattern))
     path = to_path(pattern)
     return [path.fs.unstrip_protocol(name) for name in sorted(path.fs.glob(path.path))]
@@ -98,7 +98,7 @@ def numbered_files(pattern: str) -> dict[tuple[str, ...], str]:
     """
     if "*" in pattern:
         # each star becomes a group; a star does not reach over a folder, as in glob
-        normal = (lambda path: "/".join(filter(None, path.split("/")))) if is_address(pattern) else os.path.normpath
+        normal = (lambda path: "/".join(filter(None, path.split("/")))) if is_remote(pattern) else os.path.normpath
         stars = re.compile("([^/]*)".join(map(re.escape, normal(pattern).split("*"))))
         found = ((stars.fullmatch(normal(path)), path) for path in _glob(pattern))
         files = ((match.groups(), path) for match, path in found if match)
@@ -154,7 +154,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
 def open_unbuffered(path: Path) -> BinaryIO:
     """A file of which parts are read here and there: what is read ahead would be thrown away."""
     # 64 kB are what an answer of an object store costs in time
-    return path.open("rb", block_size=1 << 16) if is_address(path) else open(path, "rb", buffering=0)
+    return path.open("rb", block_size=1 << 16) if is_remote(path) else open(path, "rb", buffering=0)
 
 
 def tar_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
