@@ -131,8 +131,8 @@ def kinds_of(questions) -> dict[int, tuple[str, str]]:
             found[image]["shape"] = answer
         elif answer in COLOURS:
             found[image]["colour"] = answer
-        elif "not" not in words and answer == "yes":
-            # "is there a red shape?", "does the image contain a circle?"
+        elif answer == ("no" if {"no", "not"} & set(words) else "yes"):
+            # yes to "is there a red shape?", no to "is no red shape present?"
             for word in words:
                 if word in (*COLOURS, *SHAPES):
                     found[image]["shape" if word in SHAPES else "colour"] = word

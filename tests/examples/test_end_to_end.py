@@ -1,5 +1,6 @@
-"""`examples/end_to_end.py`, with a few steps."""
+"""`examples/end_to_end.py`: what its captions say, and all of it with a few steps."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,18 @@ import pytest
 
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "end_to_end.py"
+
+
+def test_captions_say_what_the_answers_say():
+    easy_vqa = pytest.importorskip("easy_vqa", reason="the demo's extra is not installed")
+    spec = importlib.util.spec_from_file_location("end_to_end", SCRIPT)
+    end_to_end = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(end_to_end)
+    questions = easy_vqa.get_test_questions()
+    kinds = end_to_end.kinds_of(questions)
+    assert len(kinds) > 700
+    answers = [(picture, answer) for _, answer, picture in zip(*questions, strict=True) if answer not in ("yes", "no")]
+    assert all(answer in kinds[picture] for picture, answer in answers if picture in kinds)
 
 
 @pytest.mark.slow
