@@ -1,8 +1,10 @@
 """Pictures in parquet files: read page by page, at random, lazily."""
 
+import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +17,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset
 
-from otter_hf.data import parquet_store
+from otter_hf.data import arrow_cache, parquet_store
 from otter_hf.data.image_store import ImageStore, iter_pictures
 from otter_hf.data.images import encode_base64
-from otter_hf.data.parquet_pages import PagedColumn, UnsupportedLayout
+from otter_hf.data.parquet_pages import PlainPages
 from otter_hf.data.parquet_writer import write_images
 
 
@@ -32,7 +35,7 @@ def values(count, nulls):
 
 def paged(path, leaf):
     with pq.ParquetFile(path) as file:
-        return PagedColumn(path, file.metadata, file.schema, leaf), file.metadata.num_row_groups
+        return PlainPages(path, file.metadata, file.schema, leaf)
 
 
 LAYOUTS = list(
@@ -51,14 +54,18 @@ def test_pages_hold_what_pyarrow_reads(tmp_path, nulls, nested, compression, ver
     layout = {"row_group_size": 400, "write_batch_size": 50, "data_page_size": 2000, "dictionary_pagesize_limit": 3000}
     options = {"compression": compression, "data_page_version": version, "use_dictionary": dictionary}
     pq.write_table(table, tmp_path / "x.parquet", **layout, **options)
-    pages, groups = paged(tmp_path / "x.parquet", leaf)
-    read, count = [], 0
-    for group in range(groups):
-        for page in pages.pages(group):
-            assert page.first_row == len(read)
-            read += pages.values(page)
-            count += 1
-    assert read == column and count > 4
+    pages = paged(tmp_path / "x.parquet", leaf)
+    every = [page for group in range(pages.num_groups) for page in pages.pages(group)]
+    assert [page.first_row for page in every] == np.cumsum([0, *(page.num_rows for page in every)])[:-1].tolist()
+    assert sum(page.num_rows for page in every) == 700
+    plain = [page for page in every if page.is_plain]
+    assert bool(plain) == (version == "1.0") and (dictionary or len(plain) in (0, len(every)))
+    for page in plain:
+        assert list(pages.values(page)) == column[page.first_row : page.first_row + page.num_rows]
+    store = ImageStore(tmp_path / "x.parquet", tmp_path / "cache")
+    pictures = store._parts[0][0]
+    order = random.Random(0).sample(range(700), 12)
+    assert list(pictures) == column and [pictures[row] for row in order] == [column[row] for row in order]
 
 
 def test_other_layouts_are_left_to_pyarrow(tmp_path, by_colour):
@@ -68,8 +75,7 @@ def test_other_layouts_are_left_to_pyarrow(tmp_path, by_colour):
     pq.write_table(table, tmp_path / "lz4.parquet", compression="lz4")
     for name in ("delta", "lz4"):
         path = tmp_path / f"{name}.parquet"
-        with pytest.raises(UnsupportedLayout):
-            paged(path, "image")[0].pages(0)
+        assert [page.is_plain for page in paged(path, "image").pages(0)] == [False]
         store = ImageStore(path, tmp_path / "cache")
         assert [store.read_bytes(id) for id in "ab"] == [b"1", b"2"]
 
@@ -85,22 +91,54 @@ def copies(cache):
     return sorted(path.name for path in cache.glob("*-images-*.arrow"))
 
 
-def test_large_pages_are_copied_when_they_are_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_store, "_SEGMENT_BYTES", 1 << 20)
+def test_a_store_of_large_pages_is_copied_when_that_is_cheaper(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(arrow_cache, "_TOLD_BYTES", 1_000_000)
     data = big_store(tmp_path / "X.parquet")
     store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
     assert list(store) == list(data) and not copies(tmp_path / "cache")
-    assert store.read_bytes("I2500") == data["I2500"]
+    # three pages, of 1024, 1024 and 952 pictures
+    assert all(store.read_bytes(id) == data[id] for id in ("I2500", "I1500", "I1501"))
     assert not copies(tmp_path / "cache")
     assert store.read_bytes("I2501") == data["I2501"]
-    assert len(copies(tmp_path / "cache")) == 1
-    order = random.Random(0).sample(list(data), len(data))
-    assert all(store.read_bytes(id) == data[id] for id in order)
-    before = copies(tmp_path / "cache")
-    assert len(before) == 3
+    (copy,) = (tmp_path / "cache").glob("*-images-*.arrow")
+    assert f"A copy of 0.0 GB is made in {tmp_path / 'cache'}, once" in caplog.text
+    assert Dataset.from_file(str(copy))[2500] == {"id": "I2500", "image": data["I2500"]}
     again = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
-    assert all(again.read_bytes(id) == data[id] for id in order)
-    assert copies(tmp_path / "cache") == before
+    order = random.Random(0).sample(list(data), len(data))
+    for opened in (store, again, ImageStore(copy, tmp_path / "cache")):
+        assert all(opened.read_bytes(id) == data[id] for id in order)
+    assert [path.name for path in (tmp_path / "cache").glob("*-images-????????????????????.arrow")] == [copy.name]
+
+
+def test_without_room_for_a_copy(tmp_path, monkeypatch, caplog):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(arrow_cache.shutil, "disk_usage", lambda path: usage)
+    data = big_store(tmp_path / "X.parquet", 40)
+    store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+    assert {id: store.read_bytes(id) for id in data} == data and not copies(tmp_path / "cache")
+    assert caplog.text.count("does not fit in the 0.0 GB that are free") == 1
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(one) for id, one in data.items()}))
+    with pytest.raises(OSError, match="a copy of 0.0 GB does not fit .*cache"):
+        ImageStore(tmp_path / "X.json", tmp_path / "cache")
+
+
+def test_a_damaged_page_costs_itself_only(tmp_path):
+    data = big_store(tmp_path / "X.parquet")
+    page = paged(tmp_path / "X.parquet", "base64").find(1500)
+    content = bytearray((tmp_path / "X.parquet").read_bytes())
+    content[page.offset : page.offset + page.stored_bytes] = bytes(page.stored_bytes)
+    (tmp_path / "X.parquet").write_bytes(content)
+    store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+    for _ in range(2):  # where they are, and copied
+        bad = []
+        for id in data:
+            try:
+                assert store.read_bytes(id) == data[id]
+            except OSError as error:
+                assert "damaged" in str(error)
+                bad.append(id)
+        assert bad == [f"I{i}" for i in range(1024, 2048)]
+    assert copies(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("encoding", ["bytes", "base64"])
@@ -144,8 +182,7 @@ def read_slowly(path, cache, order, started):
         time.sleep(0.001)
 
 
-def test_killed_readers_leave_copies_that_are_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_store, "_SEGMENT_BYTES", 1 << 20)
+def test_killed_readers_leave_copies_that_are_whole(tmp_path):
     data = big_store(tmp_path / "X.parquet")
     context = multiprocessing.get_context("fork")
     for attempt in range(4):

@@ -1,7 +1,9 @@
 """Arrow files that are built once from other files and memory-mapped ever after."""
 
+import errno
 import hashlib
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
@@ -12,11 +14,25 @@ import datasets
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock
+from transformers.utils import logging
 
 from ..files import replacing
 
 
+logger = logging.get_logger(__name__)
+
+_TOLD_BYTES = 100_000_000
 _FORMAT_VERSION = 5  # raise it when the content of cached files changes
+
+
+def cached_arrow_path(
+    sources: Sequence[str | Path], purpose: str, cache_dir: str | Path | None = None, **parameters: Any
+) -> Path:
+    """Where `cached_arrow_file` keeps what it builds of these."""
+    stats = [(str(Path(source).resolve()), os.stat(source).st_size, os.stat(source).st_mtime_ns) for source in sources]
+    key = repr((_FORMAT_VERSION, purpose, stats, sorted(parameters.items())))
+    name = f"{Path(sources[0]).name}-{purpose}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.arrow"
+    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf") / name
 
 
 def cached_arrow_file(
@@ -24,6 +40,8 @@ def cached_arrow_file(
     purpose: str,
     build: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]],
     cache_dir: str | Path | None = None,
+    *,
+    num_bytes: int = 0,
     **parameters: Any,
 ) -> Path:
     """The path of an Arrow stream file made by `build` from `sources`, built now unless it exists.
@@ -37,18 +55,20 @@ def cached_arrow_file(
         purpose: what is built, also part of the name.
         build: returns the schema and the batches to write.
         cache_dir: where to keep the file; default: `otter_hf` in the cache of the `datasets` library.
+        num_bytes: about how many bytes a large one takes, which is told and looked for before it is built.
         parameters: anything else that the result depends on; must have a faithful `repr`.
+
+    Raises:
+        OSError: if there is no room for it.
     """
-    stats = [(str(Path(source).resolve()), os.stat(source).st_size, os.stat(source).st_mtime_ns) for source in sources]
-    key = repr((_FORMAT_VERSION, purpose, stats, sorted(parameters.items())))
-    name = f"{Path(sources[0]).name}-{purpose}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.arrow"
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf")
-    path = folder / name
+    path = cached_arrow_path(sources, purpose, cache_dir, **parameters)
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if not path.exists():
+            if num_bytes:
+                _tell_size(path, num_bytes)
             schema, batches = build()
             with (
                 replacing(path) as written,
@@ -58,6 +78,15 @@ def cached_arrow_file(
                 for batch in batches:
                     writer.write_batch(batch)
     return path
+
+
+def _tell_size(path: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if num_bytes > free:
+        message = f"a copy of {num_bytes / 1e9:.1f} GB does not fit in the {free / 1e9:.1f} GB that are free"
+        raise OSError(errno.ENOSPC, message, str(path.parent))
+    if num_bytes > _TOLD_BYTES:
+        logger.warning(f"A copy of {num_bytes / 1e9:.1f} GB is made in {path.parent}, once, for reading at random.")
 
 
 def open_arrow_file(path: str | Path) -> pa.Table:

@@ -14,13 +14,12 @@ from ..reading import path_inside, refuse_lfs_pointer
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .images import decode_image
 from .json_stream import iter_json_object
-from .parquet_store import ParquetPictures, picture_batches, text_picture
+from .parquet_store import PICTURE_SCHEMA, ParquetPictures, picture_batches, text_picture
 
 
 logger = logging.get_logger(__name__)
 
 SUFFIXES = (".parquet", ".json", ".arrow")
-_SCHEMA = pa.schema({"id": pa.string(), "image": pa.binary()})
 
 
 class ImageStore:
@@ -37,9 +36,9 @@ class ImageStore:
 
     A parquet store opens at once: only its ids are read, and kept with an index in the cache (see
     `cached_arrow_file`). Pictures in small pages, as `write_mimicit` stores them, are read where they are. pandas
-    packs them in pages of dozens of megabytes; such a page is copied to the cache, as the pictures' own bytes, when a
-    second one of its pictures is asked for, so that it need not be unpacked again, in whatever order and by however
-    many processes it is read. JSON files are copied whole on first use.
+    packs them in pages of dozens of megabytes: once reading has unpacked as much as the whole file, it is copied to
+    the cache as a memory-mapped Arrow file of the pictures' own bytes, in whatever order and by however many
+    processes it is read. JSON files are copied so on first use. A large copy is told with its size.
 
     `store[id]` is the picture in RGB, read as `otter_hf.pictures` says: `KeyError` if there is no such id, `OSError`
     if it cannot be decoded. Instances can be pickled and forked into data loader workers; they carry paths, not
@@ -175,7 +174,7 @@ def iter_pictures(
             yield from _json_rows(path)
         else:
             pictures = (ParquetPictures if path.suffix == ".parquet" else _ArrowPictures)(path, cache_dir)
-            yield from ((id.as_py(), pictures[row]) for row, id in enumerate(pictures.ids))
+            yield from zip((id.as_py() for id in pictures.ids), pictures, strict=True)
 
 
 def store_files(paths: Iterable[str | Path]) -> Iterator[Path]:
@@ -229,7 +228,7 @@ def _open_images(path: Path) -> pa.Table:
     refuse_lfs_pointer(path)
     try:
         table = open_arrow_file(path)
-        if table.schema.names == _SCHEMA.names and table.schema.types == _SCHEMA.types:
+        if table.schema.names == PICTURE_SCHEMA.names and table.schema.types == PICTURE_SCHEMA.types:
             table["id"].validate(full=True)  # that it is UTF-8
             return table
     except pa.ArrowInvalid as error:
@@ -244,13 +243,20 @@ class _ArrowPictures:
         self.id_file = path
         if path.suffix == ".json":
             self.id_file = cached_arrow_file(
-                [path], "images", lambda: (_SCHEMA, picture_batches(_json_rows(path), _SCHEMA)), cache_dir
+                [path],
+                "images",
+                lambda: (PICTURE_SCHEMA, picture_batches(_json_rows(path))),
+                cache_dir,
+                num_bytes=path.stat().st_size * 3 // 4,
             )
         table = _open_images(self.id_file)
         self.ids, self._images = table["id"], table["image"]
 
     def __getitem__(self, row: int) -> bytes | None:
         return self._images[row].as_py()
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        return (picture.as_py() for picture in self._images)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, bytes | None]]:

@@ -1,4 +1,4 @@
-"""Pictures in parquet files, by row: read where they are, or copied page by page to the cache when they are used."""
+"""Pictures in parquet files, by row: read where they are, or from an Arrow copy of the whole file in the cache."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,19 +8,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers.utils import logging
 
+from ..files import is_disk_full
 from ..reading import refuse_lfs_pointer
-from .arrow_cache import cached_arrow_file, open_arrow_file
+from .arrow_cache import cached_arrow_file, cached_arrow_path, open_arrow_file
 from .images import decode_base64
-from .parquet_pages import INDEX_SCHEMA, Page, PagedColumn, PageIndex, UnsupportedLayout
+from .parquet_pages import PAGE_SCHEMA, Page, PlainPages
 
+
+logger = logging.get_logger(__name__)
 
 ID_SCHEMA = pa.schema({"id": pa.string()})
-_PICTURE_SCHEMA = pa.schema({"image": pa.binary()})
+PICTURE_SCHEMA = pa.schema({"id": pa.string(), "image": pa.binary()})
 _BATCH_BYTES = 16 << 20
 # up to this size, unpacking a page costs less than decoding the picture that is wanted from it
 _DIRECT_BYTES = 256 << 10
-_SEGMENT_BYTES = 32 << 20
 # who reads more row groups than this gets the places of all pages from the cache
 _SCANNED_GROUPS = 16
 # without a buffer, a row group is read whole, and pandas writes files of one row group
@@ -31,8 +34,8 @@ class ParquetPictures:
     """Pictures of a parquet file by row; `ids` are their ids, kept in `id_file` of the cache.
 
     Opening reads the ids only. A picture in a small page is read from there; where all pages are is kept in the cache
-    when pictures of many row groups are read. Larger pages are copied to Arrow files of the pictures' own bytes,
-    `_SEGMENT_BYTES` at a time, when a second of their pictures is asked for.
+    when pictures of many row groups are read. A picture in a larger page is, too, until so much has been unpacked for
+    nothing that a copy would have been cheaper: then the file is copied to the cache, as Arrow, once.
 
     Args:
         path: the parquet file, see `ImageStore` for its columns.
@@ -59,88 +62,89 @@ class ParquetPictures:
         kind = schema.field(self._picture_column).type
         # the image feature of the datasets library has its bytes in a struct
         leaf = f"{self._picture_column}.bytes" if pa.types.is_struct(kind) else self._picture_column
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         self._is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        self._column = PagedColumn(path, metadata, parquet_schema, leaf)
-        self._page_index: PageIndex | None = None
-        self._layouts: dict[int, tuple[np.ndarray, list[list[Page]]]] = {}
-        self._segments: dict[int, pa.ChunkedArray] = {}
-        self._asked: set[int] = set()
+        self._pages = PlainPages(path, metadata, parquet_schema, leaf)
+        self._page_columns: list[np.ndarray] | None = None
+        copy = cached_arrow_path([path], "images", cache_dir)
+        self._copy: pa.ChunkedArray | None = open_arrow_file(copy)["image"] if copy.exists() else None
+        self._unpacked_bytes = 0
 
     def __getitem__(self, row: int) -> bytes | None:
         """The picture's bytes, None if there are none; `OSError` if the file is damaged there."""
+        if self._copy is None:
+            page = self._page_of(row)
+            small = page.is_plain and page.plain_bytes <= _DIRECT_BYTES
+            # a first batch should not wait for a copy of all that is not in it
+            if small or not self._is_worth_a_copy(page):
+                return next(islice(self._read(page), row - page.first_row, None))
+        return self._copy[row].as_py()
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        """All pictures in the order of the file, None for those that are damaged, each page unpacked once."""
+        for group in range(self._pages.num_groups):
+            for page in self._pages.pages(group):
+                left = page.num_rows
+                try:
+                    for picture in self._read(page):
+                        yield picture
+                        left -= 1
+                except OSError as error:
+                    logger.warning(f"{left} pictures cannot be read, {error}.")
+                    yield from [None] * left
+
+    def _page_of(self, row: int) -> Page:
+        if self._page_columns is None and self._pages.num_scanned >= _SCANNED_GROUPS:
+            path = cached_arrow_file(
+                [self._path], "pages", lambda: (PAGE_SCHEMA, [self._pages.batch()]), self._cache_dir
+            )
+            # made as one batch, so these are views of the memory map
+            self._page_columns = [column.chunk(0).to_numpy() for column in open_arrow_file(path).columns]
+        return self._pages.find(row, self._page_columns)
+
+    def _is_worth_a_copy(self, page: Page) -> bool:
+        """Counts what reading this page unpacks; makes the copy when that is more than all of the file."""
+        self._unpacked_bytes += page.plain_bytes
+        if self._unpacked_bytes <= self._pages.plain_bytes:
+            return False
+        size = self._pages.plain_bytes * (3 if self._is_text else 4) // 4
         try:
-            page = self._indexed_page(row)
-            if page is not None and page.cost <= _DIRECT_BYTES:
-                return self._read_one([page], row)
-            group = self._column.row_group_of(row)
-            if group not in self._layouts:
-                self._layouts[group] = self._segment_layout(group)
-            starts, segments = self._layouts[group]
-            number = int(starts.searchsorted(row, side="right")) - 1
-            start, pages = int(starts[number]), segments[number]
-            small = len(pages) == 1 and pages[0].cost <= _DIRECT_BYTES
-            if small or (pages and start not in self._asked):
-                # a first batch should not wait for copies of all the places that it touches
-                self._asked.add(start)
-                return self._read_one(pages, row)
-            if start not in self._segments:
-                self._segments[start] = self._copy_segment(group, start, pages)
-            return self._segments[start][row - start].as_py()
-        except (ValueError, IndexError, pa.ArrowException) as error:
+            copy = cached_arrow_file([self._path], "images", self._copied, self._cache_dir, num_bytes=size)
+        except OSError as error:
+            if not is_disk_full(error):
+                raise
+            logger.warning(f"{error} {self._path} is read without a copy in the cache, which takes longer.")
+            self._unpacked_bytes = -(1 << 62)
+            return False
+        self._copy = open_arrow_file(copy)["image"]
+        return True
+
+    def _copied(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        ids = (id for chunk in self.ids.chunks for id in chunk.to_pylist())
+        bar = logging.tqdm(self, desc=f"Copying {self._path.name}", unit=" images", total=len(self.ids))
+        return PICTURE_SCHEMA, picture_batches(zip(ids, bar, strict=True))
+
+    def _read(self, page: Page) -> Iterator[bytes | None]:
+        """The pictures of a page; `OSError` if it is damaged."""
+        try:
+            for value in self._pages.values(page) if page.is_plain else self._read_with_pyarrow(page):
+                yield text_picture(value) if self._is_text and value is not None else value
+        except (ValueError, pa.ArrowException, OSError) as error:
             raise OSError(f"damaged file {self._path}: {error}") from None
 
-    def _indexed_page(self, row: int) -> Page | None:
-        if self._page_index is None:
-            if len(self._layouts) < _SCANNED_GROUPS:
-                return None
-            index = cached_arrow_file(
-                [self._path], "pages", lambda: (INDEX_SCHEMA, [self._column.index()]), self._cache_dir
-            )
-            self._page_index = PageIndex(open_arrow_file(index))
-        return self._page_index.find(row)
+    def _read_with_pyarrow(self, page: Page) -> Iterator[str | bytes | None]:
+        group, first_row = self._pages.group_of(page.first_row)
+        start = page.first_row - first_row
 
-    def _segment_layout(self, group: int) -> tuple[np.ndarray, list[list[Page]]]:
-        """First rows of the segments of a row group, and their pages; none for what pyarrow has to read."""
-        try:
-            pages = self._column.pages(group)
-        except UnsupportedLayout:
-            return np.array([self._column.row_group_rows(group)[0]]), [[]]
-        segments, cost = [], _SEGMENT_BYTES
-        for page in pages:
-            # a page to be read where it is stays alone
-            page_cost = page.cost
-            if cost >= _SEGMENT_BYTES or page_cost <= _DIRECT_BYTES:
-                segments.append([])
-                cost = 0
-            segments[-1].append(page)
-            cost += page_cost if page_cost > _DIRECT_BYTES else _SEGMENT_BYTES
-        return np.array([segment[0].first_row for segment in segments]), segments
+        def values() -> Iterator[str | bytes | None]:
+            # opened again, because other threads may be reading
+            with pq.ParquetFile(self._path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
+                options = {"row_groups": [group], "columns": [self._picture_column], "use_threads": False}
+                for batch in file.iter_batches(batch_size=64, **options):
+                    for value in batch.column(0).to_pylist():
+                        yield value.get("bytes") if isinstance(value, dict) else value
 
-    def _copy_segment(self, group: int, start: int, pages: list[Page]) -> pa.ChunkedArray:
-        pictures = self._read_pages(pages) if pages else self._read_row_group(group)
-        path = cached_arrow_file(
-            [self._path], "images", lambda: (_PICTURE_SCHEMA, _picture_batches(pictures)), self._cache_dir, row=start
-        )
-        return open_arrow_file(path)["image"]
-
-    def _read_one(self, pages: list[Page], row: int) -> bytes | None:
-        page = next(page for page in pages if row < page.first_row + page.num_rows)
-        value = next(islice(self._column.values(page), row - page.first_row, None))
-        return text_picture(value) if self._is_text and value is not None else value
-
-    def _read_pages(self, pages: list[Page]) -> Iterator[bytes | None]:
-        for page in pages:
-            for value in self._column.values(page):
-                yield text_picture(value) if self._is_text and value is not None else value
-
-    def _read_row_group(self, group: int) -> Iterator[bytes | None]:
-        options = {"row_groups": [group], "columns": [self._picture_column], "use_threads": False}
-        # opened again, because other threads may be reading
-        with pq.ParquetFile(self._path, buffer_size=_READ_BYTES, pre_buffer=False) as file:
-            for batch in file.iter_batches(batch_size=64, **options):
-                for value in batch.column(0).to_pylist():
-                    value = value.get("bytes") if isinstance(value, dict) else value
-                    yield text_picture(value) if isinstance(value, str) else value
+        return islice(values(), start, start + page.num_rows)
 
     def _id_batches(self, file: pq.ParquetFile, id_column: str) -> Iterator[pa.RecordBatch]:
         for batch in file.iter_batches(batch_size=1 << 16, columns=[id_column], use_threads=False):
@@ -159,21 +163,17 @@ def text_picture(text: str | bytes) -> bytes | None:
         return None
 
 
-def picture_batches(pictures: Iterable[tuple], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Batches of at most about 16 MB of rows whose last value is a picture or None."""
+def picture_batches(pictures: Iterable[tuple[str, bytes | None]]) -> Iterator[pa.RecordBatch]:
+    """Batches of at most about 16 MB of `PICTURE_SCHEMA`."""
     rows, size = [], 0
     for row in pictures:
         rows.append(row)
         size += len(row[-1] or b"")
         if size > _BATCH_BYTES:
-            yield pa.RecordBatch.from_arrays(list(map(list, zip(*rows, strict=True))), schema=schema)
+            yield pa.RecordBatch.from_arrays(list(map(list, zip(*rows, strict=True))), schema=PICTURE_SCHEMA)
             rows, size = [], 0
     if rows:
-        yield pa.RecordBatch.from_arrays(list(map(list, zip(*rows, strict=True))), schema=schema)
-
-
-def _picture_batches(pictures: Iterable[bytes | None]) -> Iterator[pa.RecordBatch]:
-    return picture_batches(((picture,) for picture in pictures), _PICTURE_SCHEMA)
+        yield pa.RecordBatch.from_arrays(list(map(list, zip(*rows, strict=True))), schema=PICTURE_SCHEMA)
 
 
 def _columns(path: Path, schema: pa.Schema) -> tuple[str, str]:
