@@ -84,7 +84,7 @@ def digit_tasks(images, labels, num_pairs: int, seed: int) -> dict[str, Task]:
         names = (f"DIGIT_{i}", f"DIGIT_{j}")
         a, b = int(labels[i]), int(labels[j])
         if len(total.records) < num_pairs:
-            total.ask("<image> one digit, <image> another digit: what is their sum?", str(a + b), *names)
+            total.ask("<image> plus <image>: what is the sum?", str(a + b), *names)
         if a != b and len(larger.records) < num_pairs:
             larger.ask("which digit is larger?", "the first" if a > b else "the second", *names)
     return {"digit": digit, "larger": larger, "sum": total}

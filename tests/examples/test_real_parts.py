@@ -190,7 +190,7 @@ def test_files_give_the_pictures_their_places_and_controls_move_them(script, tmp
         "film first": [[4]],
         "shapes": [[1]],
     }
-    assert read["sum"][0]["media_places"][0] == [0, len("one digit, ")]
+    assert read["sum"][0]["media_places"][0] == [0, len("plus ")]
     sums = read["sum"]
     swapped = measure.swap_pictures(sums)
     assert all(a["turns"] == b["turns"] and a["media"] != b["media"] for a, b in zip(sums, swapped, strict=True))
