@@ -11,7 +11,7 @@ from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MimicitMixture
 from otter_hf.data.preview import contact_sheet, describe_sample
-from otter_hf.data.tools import store_to_parquet
+from otter_hf.data.to_parquet import store_to_parquet
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +51,38 @@ def test_json_store_to_parquet(tmp_path, encoded, capsys):
     assert ImageStore(tmp_path / "small.parquet")["red"].size == (3, 3)
 
 
+@pytest.mark.parametrize("encoding", ["bytes", "base64"])
+def test_parquet_at_addresses(tmp_path, encoded, monkeypatch, encoding):
+    """From and to an address, in one part and in several: the pictures, and the bytes, of local files."""
+    pytest.importorskip("upath", reason="universal-pathlib is not installed: the extra scale")
+    import fsspec
+
+    memory, root = fsspec.filesystem("memory"), f"memory://{tmp_path.name}"
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(data) for id, data in encoded.items()}))
+    memory.makedirs(f"/{tmp_path.name}")
+    memory.put_file(str(tmp_path / "X.json"), f"/{tmp_path.name}/X.json")
+    for size in (1, 1 << 20, 100):
+        monkeypatch.setattr("otter_hf.data.to_parquet.PART_BYTES", size)
+        result = store_to_parquet(f"{root}/X.json", f"{root}/Y.parquet", encoding=encoding)
+        assert result == (4, []) == store_to_parquet(tmp_path / "X.json", tmp_path / "Y.parquet", encoding=encoding)
+        assert set(memory.ls(f"/{tmp_path.name}", detail=False)) == {f"/{tmp_path.name}/{n}" for n in NAMES}
+        several = encoding == "bytes" and size < 1 << 20
+        parts = sorted(path.name for path in (tmp_path / "Y.parquet").iterdir()) if several else [""]
+        assert len(parts) == (4 if several else 1)
+        for name in parts:
+            place = f"/{tmp_path.name}/Y.parquet/{name}".rstrip("/")
+            assert memory.cat_file(place) == (tmp_path / "Y.parquet" / name).read_bytes()
+    assert store_to_parquet(f"{root}/Y.parquet", tmp_path / "Z.parquet") == (4, [])
+    assert {id: ImageStore(tmp_path / "Z.parquet").read_bytes(id) for id in encoded} == encoded
+    with pytest.raises(FileNotFoundError, match="gone.json does not exist"):
+        store_to_parquet(f"{root}/gone.json", tmp_path / "Z.parquet")
+    with pytest.raises(ValueError, match="would replace its input"):
+        store_to_parquet(f"{root}/Y.parquet", f"{root}/Y.parquet")
+
+
+NAMES = ("X.json", "Y.parquet")
+
+
 def test_a_store_takes_no_folder_of_something_else(tmp_path, encoded):
     (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(data) for id, data in encoded.items()}))
     (tmp_path / "mine.parquet").mkdir()
@@ -68,7 +100,7 @@ def test_broken_stores_leave_no_parquet(tmp_path, encoded):
     (tmp_path / "X.json").write_text('{"red": "AAAA", ')
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         store_to_parquet(tmp_path / "X.json", tmp_path / "X.parquet")
-    assert [path.name for path in tmp_path.iterdir()] == ["X.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["X.json", "cache"]
 
 
 @pytest.mark.parametrize(
@@ -104,12 +136,17 @@ def test_mistakes_end_in_one_sentence(tmp_path, encoded, monkeypatch, capsys, ar
     store_to_parquet("X.json", "P.parquet")
     (tmp_path / "F.parquet").mkdir()
     store_to_parquet("X.json", "F.parquet/1.parquet")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def files():
+        paths = (path for path in tmp_path.rglob("*") if path.is_file() and "cache" not in path.parts)
+        return {path: path.read_bytes() for path in paths}
+
+    before = files()
     capsys.readouterr()
     assert main(["data", *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("otter-hf: ")
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files() == before
 
 
 def test_train_config_command(tmp_path, monkeypatch):

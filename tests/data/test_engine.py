@@ -9,9 +9,14 @@ from pathlib import Path
 import pytest
 from engine_steps import Mark, write_documents
 from packaging.requirements import Requirement
+from pretraining_shards import padded, picture
+from transformers import BertConfig, BertModel
 
 from otter_hf.cli import engine_options, main
+from otter_hf.data import neighbours, to_parquet
 from otter_hf.data.engine import EXECUTORS, Engine, read_records, run
+from otter_hf.data.formats import write_mimicit
+from otter_hf.data.images import encode_base64
 from otter_hf.data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from otter_hf.data.pretraining.converters import mmc4_to_tar
 
@@ -152,10 +157,13 @@ print(f"Submitted batch job {{number}}")
 def slurm(folder, monkeypatch, runs: bool) -> Path:
     """Stands in for Slurm: its `sbatch` keeps what it is handed, and runs the tasks of the array one by one."""
     folder.mkdir()
+    launch = f'#!/bin/bash\nexec {sys.executable} -m datatrove.tools.launch_pickled_pipeline "$@"\n'
     programs = {
         "sbatch": STAND_IN.format(python=sys.executable, folder=str(folder), runs=runs),
         "srun": '#!/bin/bash\nwhile [[ "$1" == -* ]]; do [ "$1" == -n ] && shift; shift; done\nexec "$@"\n',
         "scontrol": "#!/bin/bash\necho n\n",
+        # datatrove's, which only a whole environment has beside its Python
+        "launch_pickled_pipeline": launch,
     }
     for name, text in programs.items():
         (folder / name).write_text(text)
@@ -220,3 +228,48 @@ def test_tasks_here(tmp_path, datatrove):
     (tmp_path / "failed" / "3.json").unlink(missing_ok=True)  # of a task that may be marked as complete
     assert run(Mark(seen), items, tmp_path / "failed", engine, name="marks")
     assert sorted(read_records(tmp_path / "failed")) == sorted(items)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_a_store_to_parquet_in_tasks(tmp_path, monkeypatch, datatrove, executor):
+    """In parts, of which one holds no picture: the bytes of one process."""
+    slurm(tmp_path / "slurm", monkeypatch, runs=True)
+    monkeypatch.setattr(to_parquet, "PART_BYTES", 20_000)
+    data = {f"I{i}": padded(picture(i), 1000) if i not in range(20, 40) else b"none" for i in range(100)}
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(one) for id, one in data.items()}))
+    options = {"time": "1:00:00", "partition": "cpu"} if executor == "slurm" else {}
+    settings = {"resize": 8, "cache_dir": tmp_path / "cache"}
+    for encoding in ("bytes", "base64"):
+        one, two = (tmp_path / f"{name}.{encoding}.parquet" for name in ("one", "two"))
+        expected = to_parquet.store_to_parquet(tmp_path / "X.json", one, encoding=encoding, **settings)
+        assert expected == (80, [f"I{i}" for i in range(20, 40)])
+        settings["engine"] = Engine(executor, tasks=3, workers=2, options=options)
+        done = to_parquet.store_to_parquet(tmp_path / "X.json", two, encoding=encoding, **settings)
+        if executor == "slurm":
+            assert done is None and two.exists()
+            done = to_parquet.store_to_parquet(tmp_path / "X.json", two, encoding=encoding, **settings)
+        del settings["engine"]
+        assert done == expected
+        assert (files(one) == files(two) and len(files(two)) > 2) if encoding == "bytes" else same(one, two)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_neighbours_in_tasks(tmp_path, datatrove, monkeypatch, tiny_processor):
+    """Other processes embed what one would have."""
+    monkeypatch.setattr(neighbours, "ITEM_RECORDS", 3)
+    records = {f"r{i}": {"instruction": f"{i % 7} of {i}", "answer": "A"} for i in range(20)}
+    files = write_mimicit(tmp_path, "X", records)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=300, **sizes)).save_pretrained(tmp_path / "encoder")
+    tiny_processor.tokenizer.save_pretrained(tmp_path / "encoder")
+    written = [
+        neighbours.write_neighbours(files.instructions_path, tmp_path / name, tmp_path / "encoder", k=3, engine=engine)
+        for name, engine in (("one", None), ("two", Engine(tasks=4, workers=2)))
+    ]
+    assert all(same(*paths) for paths in zip(*written, strict=True))
+
+
+def same(one: Path, two: Path) -> bool:
+    return one.read_bytes() == two.read_bytes()

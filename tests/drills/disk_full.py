@@ -21,7 +21,7 @@ import datasets  # noqa: E402
 from training_files import command, write_training_files  # noqa: E402
 
 from otter_hf.cli import main as otter_hf  # noqa: E402
-from otter_hf.data import parquet_writer  # noqa: E402
+from otter_hf.data import to_parquet  # noqa: E402
 from otter_hf.data.images import encode_base64, image_bytes  # noqa: E402
 from otter_hf.files import is_disk_full  # noqa: E402
 from otter_hf.training.checkpoints import find_checkpoint  # noqa: E402
@@ -92,7 +92,7 @@ WORK: dict[str, tuple[Callable, Callable]] = {
 def prepare(folder: Path) -> None:
     """A model, mixtures and a store of pictures."""
     datasets.config.HF_DATASETS_CACHE = folder / "cache"
-    parquet_writer._PART_BYTES = 200_000
+    to_parquet.PART_BYTES = 200_000
     write_training_files(folder, text_only=7)
     from PIL import Image
 

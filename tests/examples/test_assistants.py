@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -164,38 +161,3 @@ def test_the_proxy_has_several_deployments_and_no_keys():
     assert {*fallback, *fallback["annotator"]} <= set(names)
     keys = [entry["litellm_params"].get("api_key", "os.environ/") for entry in content["model_list"]]
     assert all(key.startswith("os.environ/") for key in [*keys, content["general_settings"]["master_key"]])
-
-
-VLLM = """#!{python}
-import json, sys
-given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
-assert sys.argv[1] == "run-batch" and given["--model"] == "m"
-with open(given["--input-file"]) as requests, open(given["--output-file"], "w") as results:
-    for line in requests:
-        request = json.loads(line)
-        message = {{"role": "assistant", "content": "Question: What is new?\\nAnswer: A car."}}
-        body = {{"choices": [{{"index": 0, "message": message, "finish_reason": "stop"}}],
-                "usage": {{"prompt_tokens": 5, "completion_tokens": 3}}}}
-        response = {{"status_code": 200, "request_id": "r", "body": body}}
-        results.write(json.dumps({{"id": "vllm-1", "custom_id": request["custom_id"], "response": response,
-                                  "error": None}}) + "\\n")
-"""
-
-
-@pytest.mark.slow
-def test_vllm_batch(tmp_path):
-    """The script with a `vllm` that answers everything."""
-    (tmp_path / "sd.json").write_text(json.dumps([{"img_id": str(n), "sentences": ["a car"]} for n in range(3)]))
-    commands = {"vllm": VLLM.format(python=sys.executable)}
-    commands["otter-hf"] = f'#!/bin/sh\nexec {sys.executable} -m otter_hf.cli "$@"\n'
-    (tmp_path / "bin").mkdir()
-    for name, text in commands.items():
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    words = ["change.SpotTheDifference", str(tmp_path / "sd.json"), "m", str(tmp_path / "run")]
-    for _ in range(2):  # once more changes nothing
-        command = ["bash", str(EXAMPLES / "syphus" / "vllm_batch.sh"), *words]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert "3 of 3 queries answered" in done.stdout

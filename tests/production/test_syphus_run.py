@@ -1,16 +1,20 @@
 """Runs: budgets, attempts, resuming, batch files; with a model in this process, which answers as it is told."""
 
 import json
+import os
+import sys
 import threading
 import time
 
 import pytest
 
 from otter_hf.cli import main
+from otter_hf.data.engine import Engine
 from otter_hf.production.syphus import Budget, ChatReply, SyphusRun
 from otter_hf.production.syphus.batch import custom_id, read_batch_results, write_batch_files
 from otter_hf.production.syphus.client import EndpointError, RejectedError, TransientError
 from otter_hf.production.syphus.journal import Journal
+from otter_hf.production.syphus.offline import answer_offline
 
 
 REPLY = "Question: Q of {id}?\nAnswer: A of {id}."
@@ -310,6 +314,85 @@ def test_results_of_another_run_are_refused(make_run, tmp_path):
     with pytest.raises(ValueError, match="Line 1 of .* is no result of a batch"):
         read_batch_results(run, [path])
     assert run.summary().replies == 0
+
+
+VLLM = """#!{python}
+import json, sys
+given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+open({calls!r}, "a").write(given["--input-file"].split("/")[-1] + "\\n")
+assert sys.argv[1] == "run-batch" and given["--model"] == "m"
+with open(given["--input-file"]) as requests, open(given["--output-file"], "w") as results:
+    for line in requests:
+        request = json.loads(line)
+        message = {{"role": "assistant", "content": "Question: What is new?\\nAnswer: A car."}}
+        body = {{"choices": [{{"index": 0, "message": message, "finish_reason": "stop"}}],
+                "usage": {{"prompt_tokens": 5, "completion_tokens": 3}}}}
+        response = {{"status_code": 200, "request_id": "r", "body": body}}
+        results.write(json.dumps({{"id": "vllm-1", "custom_id": request["custom_id"], "response": response,
+                                  "error": None}}) + "\\n")
+"""
+
+
+@pytest.fixture
+def vllm(tmp_path, monkeypatch):
+    """A `vllm` on the path that answers everything; gives the file that tells when it was called."""
+    calls = tmp_path / "calls"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "vllm"
+    program.write_text(VLLM.format(python=sys.executable, calls=str(calls)))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return calls
+
+
+@pytest.mark.parametrize("engine", [None, pytest.param(Engine(tasks=2, workers=2), marks=pytest.mark.slow)])
+def test_a_command_answers_batch_files(make_run, vllm, engine):
+    run = make_run(5)
+    ask(run, Model(), Budget(max_requests=1), concurrency=1)
+    summary = answer_offline(run, max_requests=2, engine=engine)
+    assert (summary.replies, summary.in_batch, summary.pending) == (5, 0, 0)
+    assert sorted(vllm.read_text().split()) == ["requests-00000.jsonl", "requests-00001.jsonl"]
+    # nothing is left to do, and nothing is done
+    assert answer_offline(run).replies == 5 and len(vllm.read_text().split()) == 2
+
+
+def test_a_command_that_fails(make_run, tmp_path, vllm, capsys):
+    """The files that it has answered are kept, and the next call goes on."""
+    run = make_run(4)
+    for command, message in (
+        ("vllm run-batch --input-file {input}", "must hold {input} and {output}"),
+        ("vllm {input} {output} {prompt}", "'prompt'.*it may hold {input}, {output} and {model}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answer_offline(run, command)
+    assert run.summary().in_batch == 0
+    fails = tmp_path / "fails.sh"
+    answers = 'exec vllm run-batch --input-file "$1" --output-file "$2" --model m'
+    fails.write_text(f'case "$1" in *00001*) exit 3;; esac\n{answers}')
+    with pytest.raises(ValueError, match="sh ended with status 3 for .*requests-00001.jsonl"):
+        answer_offline(run, f"sh {fails} {{input}} {{output}}", max_requests=2)
+    with pytest.raises(ValueError, match="The command gone cannot be run"):
+        answer_offline(run, "gone {input} {output}")
+    with pytest.raises(ValueError, match="true wrote no results"):
+        answer_offline(run, "true {input} {output}")
+    folder = run.folder / "batch"
+    assert [path.name for path in folder.glob("results-*")] == ["results-00000.jsonl"]
+    assert main(["syphus", "resume", str(run.folder), "--batch-command"]) == 0
+    assert "4 of 4 queries answered" in capsys.readouterr().out and len(vllm.read_text().split()) == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--batch-files", "--batch-command"], "--batch-files and --batch-command are two ways to go on"),
+        (["--workers", "2"], "are for --batch-command"),
+        (["--batch-requests", "2"], "--batch-requests is for"),
+        (["--batch-command", "--max-requests", "3"], "--max-requests is for requests to an endpoint"),
+    ],
+)
+def test_ways_that_do_not_go_together(make_run, capsys, options, message):
+    assert main(["syphus", "resume", str(make_run(1).folder), *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_batches_by_command(make_run, tmp_path, capsys):

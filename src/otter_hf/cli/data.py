@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..model_names import check_model_name
 from . import convert_it, pretraining_data
-from .engine_options import add_engine_options, engine_of
+from .engine_options import add_engine_options, engine_of, tell_submitted
 from .numbers import not_negative, positive
 
 
@@ -169,15 +169,24 @@ def _to_parquet(commands) -> None:
         "--resize", type=positive, metavar="PIXELS", help="to squares of PNG (default: bytes as they are)"
     )
     parser.add_argument("--base64", action="store_true", help="one file of base64 text, for the loader of 2023")
+    add_engine_options(parser, threads=os.cpu_count() or 1)
 
 
 def _run_to_parquet(args) -> None:
-    from ..data.tools import store_to_parquet
+    from ..data.to_parquet import store_to_parquet
 
-    encoding = "base64" if args.base64 else "bytes"
-    written, left_out = store_to_parquet(
-        args.images, args.output, resize=args.resize, encoding=encoding, cache_dir=args.cache_dir
+    done = store_to_parquet(
+        args.images,
+        args.output,
+        resize=args.resize,
+        encoding="base64" if args.base64 else "bytes",
+        engine=engine_of(args),
+        cache_dir=args.cache_dir,
     )
+    if done is None:
+        tell_submitted()
+        return
+    written, left_out = done
     print(f"{written:,} pictures in {args.output}, {len(left_out):,} left out that cannot be decoded")
 
 
@@ -235,6 +244,7 @@ def _neighbours(commands) -> None:
     parser.add_argument("--images", nargs="*", default=[], help="image stores, with --by image")
     parser.add_argument("--k", type=positive, default=10, help="neighbours of each record (default: 10)")
     parser.add_argument("--context", type=not_negative, default=2, help="of them in the train config (default: 2)")
+    add_engine_options(parser)
 
 
 def _run_neighbours(args) -> None:
@@ -248,8 +258,12 @@ def _run_neighbours(args) -> None:
         images_path=args.images,
         k=args.k,
         context=args.context,
+        engine=engine_of(args),
         cache_dir=args.cache_dir,
     )
+    if written is None:
+        tell_submitted()
+        return
     print("\n".join(map(str, written)))
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 
+from .engine_options import add_engine_options, engine_of, tell_submitted
 from .numbers import not_negative, number, positive
 
 
@@ -44,6 +45,20 @@ def _asking_arguments(parser) -> None:
     )
 
 
+def _offline_arguments(parser) -> None:
+    parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
+    parser.add_argument(
+        "--batch-command",
+        nargs="?",
+        const="",
+        metavar="COMMAND",
+        help="write them, have this command answer each, and take up the results; {input}, {output} and {model} stand "
+        "for the files and the model (without COMMAND: vllm run-batch)",
+    )
+    parser.add_argument("--batch-requests", type=positive, metavar="N", help="in a batch file (default: 50000)")
+    add_engine_options(parser)
+
+
 def _run(commands) -> None:
     parser = _command(commands, "run", run_new, "ask a language model about annotations, with OPENAI_API_KEY if set")
     parser.add_argument("dataset", metavar="NAME", help="kind of annotations, such as video.DenseCaptions")
@@ -63,7 +78,7 @@ def _run(commands) -> None:
     parser.add_argument("--slice-end", type=not_negative, help="query to stop in front of (default: none)")
     parser.add_argument("--shard", default="0/1", metavar="K/N", help="of these, part K of N, counted from 0")
     parser.add_argument("--random-sample", type=int, metavar="SEED", help="shuffle the queries before slicing")
-    parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
+    _offline_arguments(parser)
     parser.add_argument(
         "--with-pictures", nargs="+", metavar="PATH", help="show the pictures of these image stores too"
     )
@@ -84,6 +99,7 @@ def run_new(args) -> int:
     from ..production.syphus.prompts import without_examples
 
     budget = _budget(args)
+    _check_offline(args)
     prompt = load_prompt(args.prompt or find_dataset(args.dataset).prompt)
     run = SyphusRun.create(
         args.output,
@@ -100,7 +116,7 @@ def run_new(args) -> int:
         pictures=_picture_options(args),
         verify=args.verify,
     )
-    return _write_batches(run, False) if args.batch_files else _ask(run, args, budget, False)
+    return _go_on(run, args, budget, False)
 
 
 def _picture_options(args):
@@ -119,7 +135,7 @@ def _resume(commands) -> None:
     parser = _command(commands, "resume", run_resume, "go on with a run, or take up the results of a batch")
     parser.add_argument("run", metavar="FOLDER", help="folder of the run")
     parser.add_argument("--retry-failed", action="store_true", help="also ask what was given up, or is in a batch")
-    parser.add_argument("--batch-files", action="store_true", help="write files for a batch API, do not ask")
+    _offline_arguments(parser)
     parser.add_argument("--batch-results", nargs="+", metavar="PATH", help="results and errors of batches; do not ask")
     parser.add_argument(
         "--keep-queries", action="store_true", help="go on though the annotations or pictures have changed since"
@@ -133,6 +149,7 @@ def run_resume(args) -> int:
     from ..production.syphus.batch import read_batch_results
 
     run, budget = SyphusRun(args.run), _budget(args)
+    _check_offline(args)
     if not args.keep_queries and (changes := run.changes()):
         raise ValueError(
             f"{changes}, and the queries of {run.folder} are those of then: make a new run in another folder, or go "
@@ -142,7 +159,7 @@ def run_resume(args) -> int:
         summary, new = read_batch_results(run, args.batch_results, budget)
         print(f"{new:,} new results")
         return _print_summary(summary)
-    return _write_batches(run, args.retry_failed) if args.batch_files else _ask(run, args, budget, args.retry_failed)
+    return _go_on(run, args, budget, args.retry_failed)
 
 
 _OF_TRANSLATIONS = ("instructions", "train_config", "languages")
@@ -231,9 +248,37 @@ def run_cold_start(args) -> None:
     print(f"{count} examples in {args.output}: keep the good ones, correct them, and use it with --prompt")
 
 
-def _ask(run, args, budget, retry_failed: bool) -> int:
-    from ..production.syphus import make_verification, verifications
+def _check_offline(args) -> None:
+    """`ValueError` for options that do not go together."""
+    from ..data.engine import Engine
 
+    given = {
+        "--batch-files": args.batch_files,
+        "--batch-command": args.batch_command is not None,
+        "--batch-results": bool(getattr(args, "batch_results", None)),
+    }
+    ways = [name for name, is_given in given.items() if is_given]
+    if len(ways) > 1:
+        raise ValueError(f"{' and '.join(ways)} are two ways to go on: choose one.")
+    if engine_of(args) != Engine() and not given["--batch-command"]:
+        raise ValueError("--executor, --workers and what belongs to them are for --batch-command.")
+    if args.batch_requests and ways not in (["--batch-files"], ["--batch-command"]):
+        raise ValueError("--batch-requests is for --batch-files and --batch-command.")
+    limits = [name for name in ("requests", "tokens", "cost") if getattr(args, f"max_{name}") is not None]
+    if limits and ways:
+        raise ValueError(f"--max-{limits[0]} is for requests to an endpoint, and {ways[0]} makes none: leave it out.")
+
+
+def _go_on(run, args, budget, retry_failed: bool) -> int:
+    """Write batch files, or ask, or have a command answer; status 1 if something is left to do."""
+    if args.batch_files:
+        return _write_batches(run, args, retry_failed)
+    ask = _asking(run, args, retry_failed) if args.batch_command is None else _offline(args, retry_failed)
+    return _ask(run, ask, budget)
+
+
+def _asking(run, args, retry_failed: bool):
+    """What asks the endpoint all queries of a run within a budget."""
     try:
         client = run.client(args.base_url, timeout=args.timeout)
     except ImportError as error:
@@ -244,27 +289,52 @@ def _ask(run, args, budget, retry_failed: bool) -> int:
         "first_pause": args.first_pause,
         "retry_failed": retry_failed,
     }
-    summary = run.ask(client, budget, **how)
+    return lambda one, budget: one.ask(client, budget, **how)
+
+
+def _offline(args, retry_failed: bool):
+    """What has a command answer all queries of a run."""
+    from ..production.syphus.batch import MAX_REQUESTS
+    from ..production.syphus.offline import VLLM, answer_offline
+
+    how = {
+        "engine": engine_of(args),
+        "max_requests": args.batch_requests or MAX_REQUESTS,
+        "retry_failed": retry_failed,
+    }
+    return lambda one, budget: answer_offline(one, args.batch_command or VLLM, budget=budget, **how)
+
+
+def _ask(run, ask, budget) -> int:
+    from ..production.syphus import make_verification, verifications
+
+    summary = ask(run, budget)
+    if summary is None:
+        tell_submitted()
+        return 0
     status = _print_summary(summary)
     if not run.settings.get("verify"):
         return status
-    if summary.pending:
+    if summary.pending or summary.in_batch:
         print("pairs are verified when all queries are answered: go on with `otter-hf syphus resume`")
         return status
     make_verification(run)
     budget = budget.behind(summary)
     for verification in verifications(run):
-        summary = verification.ask(client, budget, **how)
+        summary = ask(verification, budget)
+        if summary is None:
+            tell_submitted()
+            return status
         budget = budget.behind(summary)
         print(f"verification {verification.folder.name}:")
         status = max(status, _print_summary(summary))
     return status
 
 
-def _write_batches(run, retry_failed: bool) -> int:
-    from ..production.syphus.batch import write_batch_files
+def _write_batches(run, args, retry_failed: bool) -> int:
+    from ..production.syphus.batch import MAX_REQUESTS, write_batch_files
 
-    paths = write_batch_files(run, retry_failed=retry_failed)
+    paths = write_batch_files(run, max_requests=args.batch_requests or MAX_REQUESTS, retry_failed=retry_failed)
     print("\n".join(map(str, paths)) or "every query has its reply, or is in a batch file")
     return 0
 

@@ -2,22 +2,32 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from glob import escape
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+import numpy as np
 import torch
-from transformers.utils import logging
 
-from ..files import write_text
+from ..files import claim, remove, replacing, write_text
+from ..made_from import MadeFrom, state_of_model
 from ..model_names import check_model_name
+from ..storage import AnyPath, is_address, is_one_path, to_path
+from .engine import Engine, run
 from .formats import stream_records
 from .image_store import ImageStore
 from .json_stream import iter_json_object
-from .tools import refuse_input_as_output
+from .to_parquet import local_copy, refuse_input_as_output
 
 
-logger = logging.get_logger(__name__)
+BATCH_SIZE = 64
+# records embedded at a time on an engine: whole batches, and many, as each time begins with loading the encoder
+ITEM_RECORDS = 64 * BATCH_SIZE
 
 
 def nearest_neighbours(embeddings: torch.Tensor, k: int, block: int = 1024) -> torch.Tensor:
@@ -52,7 +62,7 @@ def nearest_neighbours(embeddings: torch.Tensor, k: int, block: int = 1024) -> t
 
 
 @torch.inference_mode()
-def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = 64) -> torch.Tensor:
+def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """Mean of a text encoder's last hidden states over the real tokens, float32 of shape `(N, D)`.
 
     Args:
@@ -73,11 +83,11 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = 64)
         mask = inputs["attention_mask"][..., None].to(hidden)  # (B, L, 1)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (B, D)
 
-    return _in_batches(texts, embed, batch_size, len(texts))
+    return _in_batches(texts, embed, batch_size)
 
 
 @torch.inference_mode()
-def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = 64) -> torch.Tensor:
+def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = BATCH_SIZE) -> torch.Tensor:
     """Pooled output of a vision encoder for PIL pictures, float32 of shape `(N, D)`.
 
     Args:
@@ -97,11 +107,11 @@ def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = 6
         output = encode(pixel_values=processor(batch, return_tensors="pt")["pixel_values"])
         return output if isinstance(output, torch.Tensor) else output.pooler_output  # (B, D)
 
-    return _in_batches(images, embed, batch_size, None)
+    return _in_batches(images, embed, batch_size)
 
 
-def _in_batches(items: Iterable, embed: Callable[[list], torch.Tensor], size: int, total: int | None) -> torch.Tensor:
-    remaining: Iterator = iter(logging.tqdm(items, desc="Embedding", total=total))
+def _in_batches(items: Iterable, embed: Callable[[list], torch.Tensor], size: int) -> torch.Tensor:
+    remaining: Iterator = iter(items)
     embedded = []
     while batch := list(islice(remaining, size)):
         embedded.append(embed(batch).float())
@@ -109,30 +119,37 @@ def _in_batches(items: Iterable, embed: Callable[[list], torch.Tensor], size: in
 
 
 def write_neighbours(
-    instructions_path: str | Path,
-    output: str | Path,
+    instructions_path: AnyPath,
+    output: AnyPath,
     encoder: str | Path,
     *,
     by: str = "text",
-    images_path: str | Path | Sequence[str | Path] = (),
+    images_path: AnyPath | Sequence[AnyPath] = (),
     k: int = 10,
     context: int = 2,
+    engine: Engine | None = None,
     cache_dir: str | Path | None = None,
-) -> tuple[Path, Path]:
+) -> tuple[AnyPath, AnyPath] | None:
     """Finds for each record the `k` most similar other ones, as its context.
 
     Writes `<output>_instructions.json`, the records with their neighbours as `rel_ins_ids`, nearest first, and
-    `<output>_train.json`, which has each record with the first `context` of them.
+    `<output>_train.json`, which has each record with the first `context` of them. Records are embedded on the engine,
+    4,096 at a time; then one process compares each with all others. A call that was stopped goes on with what is not
+    embedded yet; the rest is in the hidden folder `.<output>.<digest>.embeddings`.
 
     Args:
-        instructions_path: the records.
+        instructions_path: the records; a file at an address is copied to the cache first.
         output: path of the new files without `_instructions.json`.
         encoder: see `embed_texts` and `embed_images`.
         by: compare the `"text"` of the instructions, or the first `"image"` of the records.
         images_path: their image store, for `by="image"`.
         k: number of neighbours of each record.
         context: number of them in the train config.
+        engine: where records are embedded; default: in this process.
         cache_dir: see `ImageStore`.
+
+    Returns:
+        The paths of both files, instructions first; None if the rest was handed to Slurm.
 
     Raises:
         ValueError: for other values of `by`, `k` and `context`, too few records, or a record without text or image;
@@ -142,8 +159,12 @@ def write_neighbours(
         raise ValueError(f"by must be 'text' or 'image', got {by!r}.")
     if context < 0:
         raise ValueError(f"context must be a number of neighbours, got {context}.")
-    paths = Path(f"{output}_train.json"), Path(f"{output}_instructions.json")
-    refuse_input_as_output([Path(instructions_path)], paths[1])
+    images = [images_path] if is_one_path(images_path) else list(images_path)
+    if images and by == "text":
+        raise ValueError("images_path is for by='image': leave it out, or compare pictures.")
+    paths = to_path(f"{output}_train.json"), to_path(f"{output}_instructions.json")
+    refuse_input_as_output([instructions_path], paths[1])
+    instructions_path = local_copy(instructions_path, cache_dir)
     rows = list(stream_records(instructions_path))
     key = "instruction" if by == "text" else "image_ids"
     for row in rows:
@@ -151,15 +172,55 @@ def write_neighbours(
             raise ValueError(f"Record {row['id']!r} has no {key} to be compared by.")
     if not 0 < k < len(rows):
         raise ValueError(f"k must be from 1 to {len(rows) - 1}, the number of other records, got {k}.")
-    if by == "text":
-        embeddings = embed_texts([row["instruction"] for row in rows], encoder)
+    check_model_name(encoder, "encoder", weights=True)
+    images = [local_copy(path, cache_dir) for path in images]
+    store = ImageStore(images, cache_dir) if by == "image" else None
+    compared = [row["instruction"] if store is None else row["image_ids"][0] for row in rows]
+    if store is not None and (unknown := next((id for id in compared if id not in store), None)) is not None:
+        names = ", ".join(map(str, images)) or "(none is given)"
+        raise ValueError(f"Image {unknown!r} is in none of the image stores {names}.")
+    items = {f"{n:06d}": (n, compared[n : n + ITEM_RECORDS]) for n in range(0, len(rows), ITEM_RECORDS)}
+    made_from = MadeFrom.of([instructions_path, *images], by=by, encoder=[str(encoder), state_of_model(encoder)])
+    digest = blake2b(repr(made_from.to_json()).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    name = to_path(output).name
+    folder = paths[1].with_name(f".{name}.{digest}.embeddings")
+    with nullcontext() if is_address(folder) else claim(paths[1].with_name(f".{name}.lock"), output):
+        for other in folder.parent.glob(f".{escape(name)}.*.embeddings"):
+            if other.name != folder.name:  # of other records, or another encoder
+                remove(other)
+        step = partial(_embed_item, encoder=encoder, store=store, folder=folder)
+        finish = partial(_settle, folder, instructions_path, paths, k, context)
+        if not run(step, items, folder / "records", engine or Engine(), name="Embeddings", finish=finish):
+            return None
+        finish()
+        remove(folder)
+    return paths[1], paths[0]
+
+
+def _embed_item(
+    item: tuple[int, Sequence[str]], stop: Event, encoder: str | Path, store: ImageStore | None, folder: AnyPath
+) -> dict[str, Any]:
+    """Writes the embeddings of some texts, or pictures by their ids."""
+    number, compared = item
+    if store is None:
+        embeddings = embed_texts(compared, encoder)
     else:
-        store = ImageStore(images_path, cache_dir)
-        embeddings = embed_images((store[row["image_ids"][0]] for row in rows), encoder)
-    ids = [row["id"] for row in rows]
+        embeddings = embed_images((store[id] for id in compared), encoder)
+    with replacing(folder / f"{number:06d}.npy", shared=True) as written, open(written, "wb") as file:
+        np.save(file, embeddings.numpy())
+    return {"records": len(compared)}
+
+
+def _settle(folder: AnyPath, instructions_path: Path, paths: tuple[AnyPath, AnyPath], k: int, context: int) -> None:
+    """Compares all embeddings, and writes both files."""
+    embeddings = []
+    for path in sorted(folder.glob("*.npy")):
+        with path.open("rb") as file:
+            embeddings.append(torch.from_numpy(np.load(file)))
+    ids = [row["id"] for row in stream_records(instructions_path)]
     neighbours = {
         id: [ids[other] for other in nearest]
-        for id, nearest in zip(ids, nearest_neighbours(embeddings, k).tolist(), strict=True)
+        for id, nearest in zip(ids, nearest_neighbours(torch.cat(embeddings), k).tolist(), strict=True)
     }
     data = {
         id: {**record, "rel_ins_ids": neighbours[id]} for id, record in iter_json_object(instructions_path, "data")
@@ -167,4 +228,3 @@ def write_neighbours(
     config = {id: nearest[:context] for id, nearest in neighbours.items()}
     for path, content in zip(paths, (config, {"meta": {"version": "0.0.1"}, "data": data}), strict=True):
         write_text(path, json.dumps(content, ensure_ascii=False))
-    return paths[1], paths[0]

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, Value
 
 from ..files import is_disk_full, move, replacing, write_text
+from ..storage import AnyPath, to_path
 from .images import encode_base64, image_bytes
 
 
@@ -29,7 +30,7 @@ _ID_COLUMNS = {"bytes": "id", "base64": "__index_level_0__"}
 # A page is closed behind each picture. Pictures do not repeat, and their smallest and largest are of no use.
 _PAGES = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 4 << 10, "write_statistics": False}
 _ROWS = 100
-_PART_BYTES = 256 << 20
+PART_BYTES = 256 << 20
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]]):
@@ -82,18 +83,24 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
     return ids
 
 
-def append_image_parts(folder: Path, images: Iterable[tuple[str, Any]]) -> set[str]:
-    """Like `write_image_parts`, for what comes behind the parts that are complete; returns all ids."""
-    folder.mkdir(parents=True, exist_ok=True)
-    ids = ids_of_parts(folder)
-    _write_parts(folder, len(list(folder.glob("part.*"))), _unique(images, ids), "bytes")
-    return ids
+def join_parts(parts: Iterable[AnyPath], path: Path) -> None:
+    """Writes the rows of parquet files of one encoding to one."""
+    paths = list(parts)
+    with paths[0].open("rb") as file:
+        schema = pq.read_schema(file)
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for part in paths:
+            with part.open("rb") as file, pq.ParquetFile(file) as parquet:
+                for batch in parquet.iter_batches(_ROWS):
+                    yield from batch.to_pylist()
+
+    write_rows(path, schema, rows())
 
 
-def ids_of_parts(folder: Path) -> set[str]:
-    """The ids in the parts that `append_image_parts` has completed."""
-    parts = (pq.read_table(part, columns=["id"])["id"] for part in folder.glob("part.*"))
-    return {id for ids in parts for id in ids.to_pylist()}
+def check_encoding(encoding: str) -> None:
+    """`ValueError` if there is no such encoding of pictures."""
+    _schema(encoding)
 
 
 @contextmanager
@@ -107,9 +114,10 @@ def kept_for_next_run(folder: Path):
         raise
 
 
-def refuse_other_folder(path: Path):
+def refuse_other_folder(path: AnyPath):
     """`FileExistsError` if an image store of this name would replace a folder that holds anything but parts of one."""
-    others = sorted(set(path.iterdir()) - set(path.glob("*.parquet"))) if path.is_dir() else []
+    path = to_path(path)
+    others = sorted(other for other in path.iterdir() if other.suffix != ".parquet") if path.is_dir() else []
     if others:
         raise FileExistsError(f"The output {path} is a folder with {others[0].name} in it: name another one.")
 
@@ -165,7 +173,7 @@ def _rows_of_part(images: Iterable[tuple[str, Any]], encoding: str, sources: lis
         data = image_bytes(image)
         yield _row(id, data, encoding)
         size += len(data)
-        if size >= _PART_BYTES:
+        if size >= PART_BYTES:
             return
 
 

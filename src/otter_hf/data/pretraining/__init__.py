@@ -1,29 +1,25 @@
-"""Pretraining data: WebDataset shards of image-caption pairs and interleaved documents, streamed and written."""
+"""Pretraining data: WebDataset shards of image-caption pairs and interleaved documents, streamed and written.
 
-from .collator import PretrainingCollator, caption_labels, interleaved_labels
-from .order import ShardOrder
-from .samples import ImageTextPairs, InterleavedDocuments, PretrainingSample, RejectedSample, interleave
-from .sets import PretrainingSet, read_pretraining_sets
-from .shards import ShardWriter, expand_shards, shard_sizes, write_sizes
-from .stream import PretrainingStream, num_batches
+Names are imported when they are first used: who writes shards needs no models, and begins at once.
+"""
+
+from importlib import import_module
 
 
-__all__ = [
-    "ImageTextPairs",
-    "InterleavedDocuments",
-    "PretrainingCollator",
-    "PretrainingSample",
-    "PretrainingSet",
-    "PretrainingStream",
-    "RejectedSample",
-    "ShardOrder",
-    "ShardWriter",
-    "caption_labels",
-    "expand_shards",
-    "interleave",
-    "interleaved_labels",
-    "num_batches",
-    "read_pretraining_sets",
-    "shard_sizes",
-    "write_sizes",
-]
+_MODULES = {
+    "collator": ("PretrainingCollator", "caption_labels", "interleaved_labels"),
+    "order": ("ShardOrder",),
+    "samples": ("ImageTextPairs", "InterleavedDocuments", "PretrainingSample", "RejectedSample", "interleave"),
+    "sets": ("PretrainingSet", "read_pretraining_sets"),
+    "shards": ("ShardWriter", "expand_shards", "shard_sizes", "write_sizes"),
+    "stream": ("PretrainingStream", "num_batches"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,235 @@
+"""Image stores of any kind to parquet, part by part on an engine."""
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from glob import escape
+from hashlib import blake2b
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import datasets
+from PIL import Image
+from transformers.utils import logging
+
+from ..files import claim, disk_full_told, move, remove, replacing
+from ..films import is_film
+from ..made_from import state
+from ..storage import AnyPath, full_name, is_address, is_one_path, to_path
+from .engine import Engine, read_records, run
+from .image_store import ImageStore, natural_order, store_files
+from .images import decode_image
+from .parquet_writer import PART_BYTES, check_encoding, join_parts, refuse_other_folder, write_images
+
+
+logger = logging.get_logger(__name__)
+
+
+def store_to_parquet(
+    paths: AnyPath | Sequence[AnyPath],
+    output: AnyPath,
+    *,
+    resize: int | None = None,
+    encoding: str = "bytes",
+    engine: Engine | None = None,
+    cache_dir: str | Path | None = None,
+) -> tuple[int, list[str]] | None:
+    """Writes an image store of any kind as parquet whose pictures can be read at random at once.
+
+    Pictures are kept byte by byte, unless they are resized: to a square of `resize` pixels, bicubic, as PNG. Pictures
+    that cannot be decoded are left out. The output appears when it is complete; what is made of more than 256 MB
+    becomes a folder of parts. A call that was stopped or killed goes on with the parts that are not complete; the
+    others are in the hidden folder `.<output>.<digest>.parts`. What is written does not depend on the engine.
+
+    Args:
+        paths: files and folders of the store, see `ImageStore`; those at addresses are copied to the cache first.
+        output: ends in `.parquet`; at an address, parts get their names one after the other.
+        resize: side of the squares in pixels.
+        encoding: that of `write_images`: `"bytes"` is read fastest, `"base64"` also by the loader of 2023, which reads
+            no folders: it is one file.
+        engine: where it runs, a part at a time, which holds a hundred pictures in memory; default: in a thread per
+            processor.
+        cache_dir: see `ImageStore`.
+
+    Returns:
+        The number of pictures written and the ids of those left out; None if the rest was handed to Slurm.
+
+    Raises:
+        ValueError: if there is no picture that can be decoded, an id is there twice, the output is the input or does
+            not end in `.parquet`, or for other values of `resize` and `encoding`.
+        FileExistsError: if the output is a folder that holds anything but parts of a store.
+    """
+    if resize is not None and resize < 1:
+        raise ValueError(f"resize must be a number of pixels, got {resize}.")
+    check_encoding(encoding)
+    output = to_path(output)
+    if output.suffix != ".parquet":
+        raise ValueError(f"The output must end in .parquet, got {output}.")
+    given = [paths] if is_one_path(paths) else list(paths)
+    sources = list(store_files(local_copy(path, cache_dir) for path in given))
+    refuse_input_as_output([*sources, *given], output)
+    refuse_other_folder(output)
+    store = ImageStore(sources, cache_dir)
+    ids = list(store)
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        id = next(id for id in ids if id in seen or seen.add(id))
+        raise ValueError(f"Image id {id!r} is given twice: ids must be unique.")
+    rows = max(1, PART_BYTES * len(ids) // max(1, sum(map(_size, sources))))
+    items = {f"{n:06d}": (n, ids[start : start + rows]) for n, start in enumerate(range(0, len(ids), rows))}
+    with nullcontext() if is_address(output) else claim(output.with_name(f".{output.name}.lock"), output):
+        with disk_full_told(output):
+            parts = _parts_folder(output, sources, resize, encoding)
+            _forget_parts_that_are_gone(parts, output)
+            step = partial(_write_part, store=store, parts=parts, resize=resize, encoding=encoding)
+            finish = partial(_settle, parts, output, encoding, ", ".join(map(str, given)))
+            engine = engine or Engine(threads=os.cpu_count() or 1)
+            if not run(step, items, parts / "records", engine, name=f"Parts of {output.name}", finish=finish):
+                return None
+            result = finish()
+            remove(parts)
+            return result
+
+
+def local_copy(path: AnyPath, cache_dir: str | Path | None = None) -> Path:
+    """The path itself, or of a file, or folder of parquet files, at an address its copy in the cache."""
+    path = to_path(path)
+    if not is_address(path):
+        return Path(path)
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"{path} does not exist, or is a folder without .parquet files.")
+    states = repr([(full_name(file), state(file)) for file in files]).encode("utf-8", "surrogateescape")
+    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf")
+    folder = cache / f"{path.name}-{blake2b(states, digest_size=10).hexdigest()}"
+    for file in files:
+        copy = folder / file.name
+        if not copy.exists():
+            with replacing(copy, shared=True) as written:
+                file.fs.get_file(file.path, str(written))
+    return folder if path.is_dir() else folder / path.name
+
+
+def refuse_input_as_output(sources: Sequence[AnyPath], output: AnyPath) -> None:
+    """`ValueError` if the output is one of the sources, or a folder that one of them is in."""
+    name = full_name(to_path(output))
+    for path in sources:
+        if f"{full_name(to_path(path))}/".startswith(f"{name}/"):
+            raise ValueError(f"The output {output} would replace its input {path}: name another one.")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
+def _parts_folder(output: AnyPath, sources: Sequence[Path], resize: int | None, encoding: str) -> AnyPath:
+    """Where the parts are until all are complete: another folder for sources that have changed, or other settings."""
+    settings = [(str(path.resolve()), state(path)) for path in sources], resize, encoding
+    digest = blake2b(repr(settings).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    parts = output.with_name(f".{output.name}.{digest}.parts")
+    for other in output.parent.glob(f".{escape(output.name)}.*.parts"):
+        if other.name != parts.name:
+            remove(other)
+    return parts
+
+
+def _part(parts: AnyPath, number: int) -> AnyPath:
+    return parts / "store" / f"part.{number}.parquet"
+
+
+def _forget_parts_that_are_gone(parts: AnyPath, output: AnyPath) -> None:
+    """Takes the records from parts that somebody has deleted; of a Slurm job, they are in the output."""
+    if not output.exists():
+        for name, record in read_records(parts / "records").items():
+            if record["pictures"] and not _part(parts, int(name)).exists():
+                remove(parts / "records" / f"{name}.json")
+
+
+def _write_part(
+    item: tuple[int, Sequence[str]],
+    stop: Event,
+    store: ImageStore,
+    parts: AnyPath,
+    resize: int | None,
+    encoding: str,
+) -> dict[str, Any]:
+    """Writes pictures of a store as one part, or none if there are none, and gives its record."""
+    number, ids = item
+    left_out: list[str] = []
+    pictures = _pictures(store, ids, resize, left_out, stop)
+    first = next(pictures, None)
+    if first is None:
+        return {"pictures": 0, "left_out": left_out}
+    with replacing(_part(parts, number), shared=True) as written:
+        count = len(write_images(written, _behind(first, pictures), encoding))
+    return {"pictures": count, "left_out": left_out}
+
+
+def _behind(first: Any, others: Iterator) -> Iterator:
+    yield first
+    yield from others
+
+
+def _pictures(
+    store: ImageStore, ids: Sequence[str], resize: int | None, left_out: list[str], stop: Event
+) -> Iterator[tuple[str, bytes]]:
+    for id in ids:
+        if stop.is_set():
+            raise InterruptedError("the conversion was stopped")
+        try:
+            data = store.read_bytes(id)
+            picture = None if is_film(data) else decode_image(data)
+        except OSError as error:
+            if error.errno is not None:  # of the disk, not of the picture
+                raise
+            logger.warning(f"Left out image {id!r}: {error}.")
+            left_out.append(id)
+            continue
+        yield id, data if resize is None or picture is None else _resized(picture, resize)
+
+
+def _resized(picture: Image.Image, size: int) -> bytes:
+    buffer = io.BytesIO()
+    picture.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _settle(parts: AnyPath, output: AnyPath, encoding: str, names: str) -> tuple[int, list[str]]:
+    """Gives the parts their final name, unless they have it; tells how many pictures there are, and which are not."""
+    records = list(read_records(parts / "records").values())
+    store = parts / "store"
+    for path in store.glob(".*.incomplete") if store.is_dir() else ():  # of workers that were killed
+        remove(path)
+    files = sorted(store.glob("part.*.parquet"), key=natural_order) if store.is_dir() else []
+    left_out = [id for record in records for id in record["left_out"]]
+    if not any(record["pictures"] for record in records):
+        remove(parts)
+        raise ValueError(f"There is no picture in {names} that can be decoded: is it an image store?")
+    if files:
+        refuse_other_folder(output)
+        written = files[0] if len(files) == 1 else store
+        if len(files) > 1 and encoding != "bytes":
+            written = parts / output.name
+            with replacing(written) as joined:
+                join_parts(files, joined)
+        _move(written, output)
+        remove(store)
+    return sum(record["pictures"] for record in records), left_out
+
+
+def _move(written: AnyPath, output: AnyPath) -> None:
+    if not is_address(output):
+        move(written, output, known_folder=True)
+        return
+    remove(output)
+    for file in sorted(written.iterdir(), key=natural_order) if written.is_dir() else [written]:
+        target = output / file.name if written.is_dir() else output
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.fs.mv(file.path, target.path)
+
+
+__all__ = ["local_copy", "refuse_input_as_output", "store_to_parquet"]
