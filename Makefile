@@ -9,7 +9,7 @@ OUT ?= out/demo
 # what tells soon whether an installed package is whole
 QUICK := test_public_names.py test_pictures.py test_model_names.py test_prompts.py cli/test_start.py models/test_golden_otter.py
 
-.PHONY: demo demo-real test next slow evaluation quality style dist docs bench gpu conformance parity-2023 clean
+.PHONY: demo demo-real test next fuzz slow evaluation quality style dist docs bench gpu conformance parity-2023 clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,11 @@ next: ## the tests with the transformers behind the pinned one: what fails here 
 	$(MAKE) .venv-next/.installed VENV=.venv-next
 	.venv-next/bin/python -m pip install --quiet --upgrade "transformers>=5.24"
 	$(MAKE) test VENV=.venv-next
+
+FUZZ_SECONDS ?= 60
+
+fuzz: $(VENV)/.installed ## mutated files of every kind through their readers; FUZZ_SECONDS=1200 for longer
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 # Gradio asks for a pillow below 13, and works with 13, whose pictures are to the bit those of the stored numbers
 $(VENV)/.slow: $(VENV)/.demo

@@ -1,6 +1,7 @@
 """The tools of `otter-hf data` on whole files, and what makes samples visible."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
@@ -12,6 +13,7 @@ from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MimicitMixture
 from otter_hf.data.preview import contact_sheet, describe_sample
 from otter_hf.data.to_parquet import store_to_parquet
+from otter_hf.files import claim
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +96,15 @@ def test_a_store_takes_no_folder_of_something_else(tmp_path, encoded):
     (tmp_path / "mine.parquet" / "photo.jpg").rename(tmp_path / "mine.parquet" / "part.7.parquet")
     store_to_parquet(tmp_path / "X.json", tmp_path / "mine.parquet")
     assert (tmp_path / "mine.parquet").is_file() and ImageStore(tmp_path / "mine.parquet")["red"].size
+
+
+def test_two_at_one_parquet(tmp_path, encoded):
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(data) for id, data in encoded.items()}))
+    with claim(tmp_path / ".X.parquet.lock", "it"), ThreadPoolExecutor(1) as other:
+        second = other.submit(store_to_parquet, tmp_path / "X.json", tmp_path / "X.parquet")
+        with pytest.raises(OSError, match="X.parquet is in use by process .* since .*: wait until it ends"):
+            second.result()
+    assert not (tmp_path / "X.parquet").exists()
 
 
 def test_broken_stores_leave_no_parquet(tmp_path, encoded):

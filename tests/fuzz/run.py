@@ -3,7 +3,8 @@
     python tests/fuzz/run.py --seconds 1200 [--seed 0] [TARGET ...]
 
 Prints a line for each target, and for each fault the number that makes it again. Faults are exceptions other than
-ValueError and OSError, files that take longer than `HANG_SECONDS`, and more than a gigabyte of memory.
+ValueError and OSError, files that take longer than `HANG_SECONDS` of a processor, or ten times that by the clock, and
+more than a gigabyte of memory.
 """
 
 import argparse
@@ -60,6 +61,11 @@ def _hang(*_):
     raise Hang(f"no end within {HANG_SECONDS} s")
 
 
+def _alarms(seconds: float) -> None:
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 10 * seconds)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (default: all)")
@@ -68,20 +74,20 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGALRM, _hang)
+    for number in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(number, _hang)
     names = arguments.targets or list(TARGETS)
     failed = False
     for name in names:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         read = TARGETS[name][1]
 
         def timed(path, read=read):
-            signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
+            _alarms(HANG_SECONDS)
             try:
                 read(path)
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                _alarms(0)
 
         TARGETS[name] = TARGETS[name][0], timed
         tried, refused, faults = fuzz(name, arguments.seed, time.monotonic() + arguments.seconds / len(names))
