@@ -17,7 +17,7 @@ import torch
 from ..files import claim, remove, replacing, write_text
 from ..made_from import MadeFrom, state_of_model
 from ..model_names import check_model_name
-from ..storage import AnyPath, is_address, is_one_path, to_path
+from ..storage import AnyPath, is_one_path, is_remote, to_path
 from .engine import Engine, run
 from .formats import stream_records
 from .image_store import ImageStore
@@ -184,7 +184,7 @@ def write_neighbours(
     digest = blake2b(repr(made_from.to_json()).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     name = to_path(output).name
     folder = paths[1].with_name(f".{name}.{digest}.embeddings")
-    with nullcontext() if is_address(folder) else claim(paths[1].with_name(f".{name}.lock"), output):
+    with nullcontext() if is_remote(folder) else claim(paths[1].with_name(f".{name}.lock"), output):
         for other in folder.parent.glob(f".{escape(name)}.*.embeddings"):
             if other.name != folder.name:  # of other records, or another encoder
                 remove(other)

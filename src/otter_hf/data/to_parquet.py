@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..files import claim, disk_full_told, move, remove, replacing
 from ..films import is_film
 from ..made_from import state
-from ..storage import AnyPath, full_name, is_address, is_one_path, to_path
+from ..storage import AnyPath, full_name, is_one_path, is_remote, to_path
 from .engine import Engine, read_records, run
 from .image_store import ImageStore, natural_order, store_files
 from .images import decode_image
@@ -80,7 +80,7 @@ def store_to_parquet(
         raise ValueError(f"Image id {id!r} is given twice: ids must be unique.")
     rows = max(1, PART_BYTES * len(ids) // max(1, sum(map(_size, sources))))
     items = {f"{n:06d}": (n, ids[start : start + rows]) for n, start in enumerate(range(0, len(ids), rows))}
-    with nullcontext() if is_address(output) else claim(output.with_name(f".{output.name}.lock"), output):
+    with nullcontext() if is_remote(output) else claim(output.with_name(f".{output.name}.lock"), output):
         with disk_full_told(output):
             parts = _parts_folder(output, sources, resize, encoding)
             _forget_parts_that_are_gone(parts, output)
@@ -97,7 +97,7 @@ def store_to_parquet(
 def local_copy(path: AnyPath, cache_dir: str | Path | None = None) -> Path:
     """The path itself, or of a file, or folder of parquet files, at an address its copy in the cache."""
     path = to_path(path)
-    if not is_address(path):
+    if not is_remote(path):
         return Path(path)
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files or not files[0].exists():
@@ -222,7 +222,7 @@ def _settle(parts: AnyPath, output: AnyPath, encoding: str, names: str) -> tuple
 
 
 def _move(written: AnyPath, output: AnyPath) -> None:
-    if not is_address(output):
+    if not is_remote(output):
         move(written, output, known_folder=True)
         return
     remove(output)
