@@ -2,7 +2,7 @@
 What the engine costs: documents like MMC4's to shards, in 64 tasks on 2 workers, beside the pool of 2 processes that
 did it before there was an engine.
 
-    python benchmarks/engine.py      # about 3 minutes on two cores
+    python benchmarks/engine.py
 
 The peer is this project at the commit before. Each side is a process of its own, they run in turn, and both start
 their workers anew each time. Their shards are compared first. Needs the extra `scale`.
