@@ -200,14 +200,16 @@ def compare_language(before, after, processor) -> dict:
     """
     tokenizer, models = processor.tokenizer, {"before": before.eval(), "after": after}
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    known = min(after.config.image_token_id, after.config.end_of_chunk_token_id, after.config.answer_token_id)
+    # a new token whose row is that of a known one would be as likely: these are not to be chosen
+    new = [after.config.image_token_id, after.config.end_of_chunk_token_id, after.config.answer_token_id]
+    known = min(new)
     replies, losses, count, same = defaultdict(list), Counter(), 0, True
     for question in tqdm(text_questions(), desc="language"):
         prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         start = inputs["input_ids"].shape[1]
         written = {
-            name: model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=stop)
+            name: model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=stop, suppress_tokens=new)
             for name, model in models.items()
         }
         ids, logits = written["before"], {}
