@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
@@ -83,12 +84,23 @@ def _run_received(rank: int) -> None:
     _run_task(_executor, rank)
 
 
+def _start_context() -> BaseContext:
+    """
+    Workers are not forked from this process, where threads are at work whose locks they would inherit, but from one
+    that only imports this module, which takes seconds, once for all of them; on Windows each worker imports it.
+    """
+    if "forkserver" not in get_all_start_methods():
+        return get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def _locally(executor: PipelineExecutor, workers: int) -> Iterator[int]:
     """Runs the tasks that are not complete; yields their numbers as they are done."""
-    deaths = 0
+    deaths, context = 0, _start_context()
     while ranks := executor.get_incomplete_ranks():
-        # not forked: threads are at work here, whose locks a child would inherit
-        processes = {"mp_context": get_context("spawn"), "initializer": _receive, "initargs": (executor,)}
+        processes = {"mp_context": context, "initializer": _receive, "initargs": (executor,)}
         with ProcessPoolExecutor(min(workers, len(ranks)), **processes) as pool:
             futures = {pool.submit(_run_received, rank): rank for rank in ranks}
             try:
