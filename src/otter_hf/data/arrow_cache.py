@@ -22,7 +22,7 @@ from ..files import replacing
 logger = logging.get_logger(__name__)
 
 _TOLD_BYTES = 100_000_000
-_FORMAT_VERSION = 5  # raise it when the content of cached files changes
+_FORMAT_VERSION = 6  # raise it when the content of cached files changes
 
 
 def cached_arrow_path(
