@@ -74,6 +74,7 @@ class PlainPages:
 
     @property
     def num_groups(self) -> int:
+        """Row groups of the file."""
         return len(self._starts) - 1
 
     @property
