@@ -12,8 +12,8 @@ from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MimicitMixture
 from otter_hf.data.preview import contact_sheet, describe_sample
-from otter_hf.data.to_parquet import store_to_parquet
-from otter_hf.files import claim
+from otter_hf.data.to_parquet import local_copy, store_to_parquet
+from otter_hf.files import claim, remove
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +83,47 @@ def test_parquet_at_addresses(tmp_path, encoded, monkeypatch, encoding):
 
 
 NAMES = ("X.json", "Y.parquet")
+
+
+@pytest.mark.parametrize("encoding", ["bytes", "base64"])
+def test_killed_while_parts_get_their_names(tmp_path, encoded, monkeypatch, encoding):
+    """Copied to an address part by part, or joined and deleted part by part: the next call has all of them."""
+    pytest.importorskip("upath", reason="universal-pathlib is not installed: the extra scale")
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(data) for id, data in encoded.items()}))
+    monkeypatch.setattr("otter_hf.data.to_parquet.PART_BYTES", 100)
+    output = f"memory://{tmp_path.name}/Y.parquet" if encoding == "bytes" else tmp_path / "Y.parquet"
+    copy, copied = MemoryFileSystem.cp_file, []
+
+    def copy_one(system, *paths):
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(paths)
+        copy(system, *paths)
+
+    def remove_one(path):
+        if path.name != "store":
+            return remove(path)
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cp_file", copy_one)
+        patch.setattr("otter_hf.data.to_parquet.remove", remove if encoding == "bytes" else remove_one)
+        with pytest.raises(KeyboardInterrupt):
+            store_to_parquet(tmp_path / "X.json", output, encoding=encoding)
+    assert store_to_parquet(tmp_path / "X.json", output, encoding=encoding) == (4, [])
+    store = ImageStore(local_copy(output))
+    assert {id: store.read_bytes(id) for id in store} == encoded
+
+
+def test_parts_that_another_call_has_taken(tmp_path, encoded, monkeypatch):
+    (tmp_path / "X.json").write_text(json.dumps({id: encode_base64(data) for id, data in encoded.items()}))
+    monkeypatch.setattr("otter_hf.data.to_parquet.run", lambda *args, **options: True)
+    with pytest.raises(OSError, match="Parts of .*Y.parquet are gone: another call has finished it"):
+        store_to_parquet(tmp_path / "X.json", tmp_path / "Y.parquet")
+    assert not (tmp_path / "Y.parquet").exists()
 
 
 def test_a_store_takes_no_folder_of_something_else(tmp_path, encoded):

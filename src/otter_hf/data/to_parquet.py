@@ -15,7 +15,7 @@ import datasets
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import claim, disk_full_told, move, remove, replacing
+from ..files import claim, disk_full_told, move, remove, replacing, write_text
 from ..films import is_film
 from ..made_from import state
 from ..storage import AnyPath, full_name, is_one_path, is_remote, to_path
@@ -61,6 +61,7 @@ def store_to_parquet(
         ValueError: if there is no picture that can be decoded, an id is there twice, the output is the input or does
             not end in `.parquet`, or for other values of `resize` and `encoding`.
         FileExistsError: if the output is a folder that holds anything but parts of a store.
+        OSError: if another process is at this output, or, at an address, where nothing keeps it out, has finished it.
     """
     if resize is not None and resize < 1:
         raise ValueError(f"resize must be a number of pixels, got {resize}.")
@@ -85,7 +86,7 @@ def store_to_parquet(
             parts = _parts_folder(output, sources, resize, encoding)
             _forget_parts_that_are_gone(parts, output)
             step = partial(_write_part, store=store, parts=parts, resize=resize, encoding=encoding)
-            finish = partial(_settle, parts, output, encoding, ", ".join(map(str, given)))
+            finish = partial(_settle, parts, output, encoding, len(items), ", ".join(map(str, given)))
             engine = engine or Engine(threads=os.cpu_count() or 1)
             if not run(step, items, parts / "records", engine, name=f"Parts of {output.name}", finish=finish):
                 return None
@@ -141,9 +142,15 @@ def _part(parts: AnyPath, number: int) -> AnyPath:
     return parts / "store" / f"part.{number}.parquet"
 
 
+def _are_moved(parts: AnyPath, output: AnyPath) -> bool:
+    """Whether the parts have got their final name, by a job of Slurm or a call that was killed behind it."""
+    return (parts / "moved").exists() and output.exists()
+
+
 def _forget_parts_that_are_gone(parts: AnyPath, output: AnyPath) -> None:
-    """Takes the records from parts that somebody has deleted; of a Slurm job, they are in the output."""
-    if not output.exists():
+    """Takes the records from parts that somebody has deleted, or whose output somebody has."""
+    if not _are_moved(parts, output):
+        remove(parts / "moved")
         for name, record in read_records(parts / "records").items():
             if record["pictures"] and not _part(parts, int(name)).exists():
                 remove(parts / "records" / f"{name}.json")
@@ -198,38 +205,48 @@ def _resized(picture: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _settle(parts: AnyPath, output: AnyPath, encoding: str, names: str) -> tuple[int, list[str]]:
+def _settle(parts: AnyPath, output: AnyPath, encoding: str, count: int, names: str) -> tuple[int, list[str]]:
     """Gives the parts their final name, unless they have it; tells how many pictures there are, and which are not."""
-    records = list(read_records(parts / "records").values())
-    store = parts / "store"
-    for path in store.glob(".*.incomplete") if store.is_dir() else ():  # of workers that were killed
-        remove(path)
-    files = sorted(store.glob("part.*.parquet"), key=natural_order) if store.is_dir() else []
-    left_out = [id for record in records for id in record["left_out"]]
-    if not any(record["pictures"] for record in records):
+    records, store = read_records(parts / "records"), parts / "store"
+    left_out = [id for record in records.values() for id in record["left_out"]]
+    numbers = sorted(int(name) for name, record in records.items() if record["pictures"])
+    if len(records) == count and not numbers:
         remove(parts)
         raise ValueError(f"There is no picture in {names} that can be decoded: is it an image store?")
-    if files:
-        refuse_other_folder(output)
-        written = files[0] if len(files) == 1 else store
-        if len(files) > 1 and encoding != "bytes":
-            written = parts / output.name
-            with replacing(written) as joined:
-                join_parts(files, joined)
-        _move(written, output)
-        remove(store)
-    return sum(record["pictures"] for record in records), left_out
+    if not _are_moved(parts, output):
+        files = [path for path in (_part(parts, number) for number in numbers) if path.exists()]
+        # all of them are gone where they were moved, and a kill came before that was written down
+        if len(records) < count or (len(files) < len(numbers) and (files or not output.exists())):
+            raise OSError(
+                f"Parts of {output} are gone: another call has finished it, or somebody has deleted them. Run this "
+                "again if it is not complete."
+            )
+        for path in store.glob(".*.incomplete") if store.is_dir() else ():  # of workers that were killed
+            remove(path)
+        if files:
+            refuse_other_folder(output)
+            written = files[0] if len(files) == 1 else store
+            if len(files) > 1 and encoding != "bytes":
+                written = parts / output.name
+                with replacing(written) as joined:
+                    join_parts(files, joined)
+            _move(written, output)
+        # before the parts go: those that a kill would leave are not all of it
+        write_text(parts / "moved", f"{output}\n")
+    remove(store)
+    return sum(record["pictures"] for record in records.values()), left_out
 
 
 def _move(written: AnyPath, output: AnyPath) -> None:
     if not is_remote(output):
         move(written, output, known_folder=True)
         return
+    # copied, so that a kill in between leaves all parts where they were
     remove(output)
     for file in sorted(written.iterdir(), key=natural_order) if written.is_dir() else [written]:
         target = output / file.name if written.is_dir() else output
         target.parent.mkdir(parents=True, exist_ok=True)
-        file.fs.mv(file.path, target.path)
+        file.fs.cp_file(file.path, target.path)
 
 
 __all__ = ["local_copy", "refuse_input_as_output", "store_to_parquet"]
