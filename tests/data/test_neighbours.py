@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel
@@ -109,6 +110,17 @@ def test_a_stopped_call_goes_on(tmp_path, files, encoder, monkeypatch):
     for path in written:
         assert memory.cat_file(f"/{tmp_path.name}/{path.name}") == path.read_bytes()
     assert len(memory.ls(f"/{tmp_path.name}")) == 3
+
+
+def test_embeddings_are_taken_in_their_order(tmp_path):
+    """Of a million records, the numbers of files have one more digit."""
+    files = write_mimicit(tmp_path, "X", {f"r{i}": {"instruction": "q", "answer": "a"} for i in range(4)})
+    (tmp_path / "E").mkdir()
+    for number, angle in ((0, 0.0), (100_352, 1.0), (104_448, 0.1), (1_003_520, 1.1)):
+        np.save(tmp_path / "E" / f"{number:06d}.npy", np.array([[np.cos(angle), np.sin(angle)]], np.float32))
+    paths = tmp_path / "N_train.json", tmp_path / "N_instructions.json"
+    neighbours._settle(tmp_path / "E", files.instructions_path, paths, 1, 1)
+    assert json.loads(paths[0].read_text()) == {"r0": ["r2"], "r1": ["r3"], "r2": ["r0"], "r3": ["r1"]}
 
 
 def test_image_neighbours(tmp_path, files):

@@ -20,7 +20,7 @@ from ..model_names import check_model_name
 from ..storage import AnyPath, is_one_path, is_remote, to_path
 from .engine import Engine, run
 from .formats import stream_records
-from .image_store import ImageStore
+from .image_store import ImageStore, natural_order
 from .json_stream import iter_json_object
 from .to_parquet import local_copy, refuse_input_as_output
 
@@ -214,7 +214,7 @@ def _embed_item(
 def _settle(folder: AnyPath, instructions_path: Path, paths: tuple[AnyPath, AnyPath], k: int, context: int) -> None:
     """Compares all embeddings, and writes both files."""
     embeddings = []
-    for path in sorted(folder.glob("*.npy")):
+    for path in sorted(folder.glob("*.npy"), key=natural_order):  # a million records have one more digit
         with path.open("rb") as file:
             embeddings.append(torch.from_numpy(np.load(file)))
     ids = [row["id"] for row in stream_records(instructions_path)]
