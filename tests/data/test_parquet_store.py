@@ -1,5 +1,6 @@
 """Pictures in parquet files: read page by page, at random, lazily."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -20,10 +21,11 @@ import pytest
 from datasets import Dataset
 
 from otter_hf.data import arrow_cache, parquet_store
-from otter_hf.data.image_store import ImageStore, iter_pictures
+from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import encode_base64
 from otter_hf.data.parquet_pages import PlainPages
 from otter_hf.data.parquet_writer import write_images
+from otter_hf.data.to_parquet import store_to_parquet
 
 
 def values(count, nulls):
@@ -141,6 +143,47 @@ def test_a_damaged_page_costs_itself_only(tmp_path):
     assert copies(tmp_path / "cache")
 
 
+def test_a_disk_that_fails_is_no_damage(tmp_path, monkeypatch, caplog):
+    """Neither is a picture left out for it, nor does a copy hold none in its place."""
+    data = {f"I{i}": random.Random(i).randbytes(2000) for i in range(300)}
+    table = pa.table({"id": list(data), "image": pa.array(list(data.values()), pa.binary())})
+    pq.write_table(table, tmp_path / "X.parquet", use_dictionary=False)
+    store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
+
+    def fail(pages, page):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlainPages, "_unpacked", fail)
+        for _ in range(3):
+            with pytest.raises(OSError, match="Input/output error") as raised:
+                store.read_bytes("I150")
+            assert raised.value.errno == errno.EIO
+        with pytest.raises(OSError, match="Input/output error"):
+            store_to_parquet(tmp_path / "X.parquet", tmp_path / "Y.parquet", cache_dir=tmp_path / "cache")
+    assert "X.parquet is read without a copy" in caplog.text and not copies(tmp_path / "cache")
+    assert {id: store.read_bytes(id) for id in data} == data
+
+
+def test_headers_that_state_more_than_a_page_can_have(tmp_path):
+    write_images(tmp_path / "X.parquet", [("a", bytes(100))])
+    column = pq.read_metadata(tmp_path / "X.parquet").row_group(0).column(1)
+    content = bytearray((tmp_path / "X.parquet").read_bytes())
+    # a dictionary of 0 bytes, and of 2 to the power of 69 as they are stored
+    header = bytes([0x15, 4, 0x15, 0, 0x15, 254, *8 * [255], 127, 0])
+    content[column.data_page_offset : column.data_page_offset + len(header)] = header
+    (tmp_path / "X.parquet").write_bytes(content)
+    assert [page.is_plain for page in paged(tmp_path / "X.parquet", "image.bytes").pages(0)] == [False]
+
+
+def test_ids_of_one_checksum_are_told_apart_unread(tmp_path, monkeypatch):
+    assert zlib.crc32(b"plumless") == zlib.crc32(b"buckeroo")
+    write_images(tmp_path / "X.parquet", [("plumless", b"1"), ("buckeroo", b"2")])
+    read = []
+    monkeypatch.setattr(parquet_store.ParquetPictures, "__getitem__", lambda self, row: read.append(row))
+    assert list(ImageStore(tmp_path / "X.parquet", tmp_path / "cache")) == ["plumless", "buckeroo"] and not read
+
+
 @pytest.mark.parametrize("encoding", ["bytes", "base64"])
 def test_our_stores_are_read_where_they_are(tmp_path, encoding):
     data = {f"I{i}": os.urandom(5000) for i in range(250)}
@@ -148,7 +191,7 @@ def test_our_stores_are_read_where_they_are(tmp_path, encoding):
     store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
     assert {id: store.read_bytes(id) for id in reversed(data)} == data
     assert not copies(tmp_path / "cache")
-    assert dict(iter_pictures(tmp_path / "X.parquet", tmp_path / "cache")) == data
+    assert list(store._parts[0][0]) == list(data.values())
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])

@@ -147,6 +147,8 @@ class ImageStore:
             number, row = int(numbers[later]), int(rows[later])
             id = self._parts[number][1].ids[row].as_py()
             first_number, first_row = self._place(id)
+            if (first_number, first_row) == (number, row):
+                continue  # two ids of one checksum
             if self._parts[first_number][0][first_row] != self._parts[number][0][row]:
                 raise ValueError(
                     f"Image id {id!r} stands for two different pictures, in {self._paths[first_number]} and "
@@ -160,21 +162,6 @@ class ImageStore:
             if row >= 0:
                 return number, row
         return None
-
-
-def iter_pictures(
-    paths: str | Path | Sequence[str | Path], cache_dir: str | Path | None = None
-) -> Iterator[tuple[str, bytes | None]]:
-    """All ids and pictures of a store in file order, None for damaged ones; JSON files are read without a copy."""
-    for path in store_files([paths] if isinstance(paths, (str, Path)) else paths):
-        if path.is_dir():
-            films = _FilmFolder(path)
-            yield from ((id.as_py(), films[row]) for row, id in enumerate(films.ids))
-        elif path.suffix == ".json":
-            yield from _json_rows(path)
-        else:
-            pictures = (ParquetPictures if path.suffix == ".parquet" else _ArrowPictures)(path, cache_dir)
-            yield from zip((id.as_py() for id in pictures.ids), pictures, strict=True)
 
 
 def store_files(paths: Iterable[str | Path]) -> Iterator[Path]:
@@ -254,9 +241,6 @@ class _ArrowPictures:
 
     def __getitem__(self, row: int) -> bytes | None:
         return self._images[row].as_py()
-
-    def __iter__(self) -> Iterator[bytes | None]:
-        return (picture.as_py() for picture in self._images)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, bytes | None]]:

@@ -7,6 +7,7 @@ others are left to pyarrow.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 _HEADER_BYTES = 256
 _LARGEST_HEADER = 1 << 20
 _LARGEST_READ = 1 << 20
+_LARGEST_PAGE = (1 << 31) - 1
 _DATA_PAGE, _DICTIONARY_PAGE, _PLAIN = 0, 2, 0
 # "LZ4" stands for two different formats
 _CODECS = ("uncompressed", "snappy", "gzip", "zstd", "brotli")
@@ -129,7 +131,8 @@ class PlainPages:
             kind, plain_bytes, stored_bytes = header[1], header[2], header[3]
             start += size
             num_rows, encoding = (header[5][1], header[5][2]) if kind == _DATA_PAGE else (0, None)
-            if min(num_rows, plain_bytes, stored_bytes) < 0 or row + num_rows > end_row:
+            sizes = (num_rows, plain_bytes, stored_bytes)
+            if min(sizes) < 0 or max(sizes) > _LARGEST_PAGE or row + num_rows > end_row:
                 raise ValueError("damaged page header")
             if kind == _DATA_PAGE:
                 if encoding == _PLAIN:
@@ -140,7 +143,7 @@ class PlainPages:
             start += stored_bytes
 
     def values(self, page: Page) -> Iterator[bytes | None]:
-        """Yields the values of a plain page one by one; `ValueError` if it is damaged."""
+        """Yields the values of a plain page one by one; `ValueError` if it is damaged, `OSError` if the disk is."""
         try:
             data, present = self._unpacked(page), [True] * page.num_rows
             if self._level:
@@ -157,6 +160,8 @@ class PlainPages:
                     raise IndexError("a value goes on behind it")
                 yield bytes(data[start:position])
         except (pa.ArrowException, OSError, IndexError) as error:
+            if is_of_disk(error):
+                raise
             raise ValueError(f"damaged page at byte {page.offset}: {error}") from None
 
     def _unpacked(self, page: Page) -> memoryview:
@@ -174,8 +179,11 @@ class PlainPages:
         # Arrow's buffers are views of signed bytes
         return memoryview(pa.decompress(stored, page.plain_bytes, codec=self._codec)).cast("B")
 
-    def _codec_of(self, group: int) -> str:
-        return self._metadata.row_group(group).column(self._number).compression.lower()
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether an error has a number of the operating system, and so says nothing of what is in the file."""
+    # a place that cannot be, of which damaged headers tell, is invalid
+    return getattr(error, "errno", None) not in (None, errno.EINVAL)
 
 
 def _present(data: memoryview, count: int, highest: int) -> list[bool]:

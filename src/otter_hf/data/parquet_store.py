@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers.utils import logging
 
-from ..files import is_disk_full
 from ..reading import refuse_lfs_pointer
 from .arrow_cache import cached_arrow_file, cached_arrow_path, open_arrow_file
 from .images import decode_base64
-from .parquet_pages import PAGE_SCHEMA, Page, PlainPages
+from .parquet_pages import PAGE_SCHEMA, Page, PlainPages, is_of_disk
 
 
 logger = logging.get_logger(__name__)
@@ -81,7 +80,10 @@ class ParquetPictures:
         return self._copy[row].as_py()
 
     def __iter__(self) -> Iterator[bytes | None]:
-        """All pictures in the order of the file, None for those that are damaged, each page unpacked once."""
+        """All pictures in the order of the file, None for those that are damaged, each page unpacked once.
+
+        `OSError` if the disk fails.
+        """
         for group in range(self._pages.num_groups):
             for page in self._pages.pages(group):
                 left = page.num_rows
@@ -90,6 +92,8 @@ class ParquetPictures:
                         yield picture
                         left -= 1
                 except OSError as error:
+                    if is_of_disk(error):
+                        raise
                     logger.warning(f"{left} pictures cannot be read, {error}.")
                     yield from [None] * left
 
@@ -110,10 +114,8 @@ class ParquetPictures:
         size = self._pages.plain_bytes * (3 if self._is_text else 4) // 4
         try:
             copy = cached_arrow_file([self._path], "images", self._copied, self._cache_dir, num_bytes=size)
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
-            logger.warning(f"{error} {self._path} is read without a copy in the cache, which takes longer.")
+        except OSError as error:  # no room, or a disk that fails, which a copy would keep as damaged pictures
+            logger.warning(f"{error}. {self._path} is read without a copy in the cache, which takes longer.")
             self._unpacked_bytes = -(1 << 62)
             return False
         self._copy = open_arrow_file(copy)["image"]
@@ -125,11 +127,13 @@ class ParquetPictures:
         return PICTURE_SCHEMA, picture_batches(zip(ids, bar, strict=True))
 
     def _read(self, page: Page) -> Iterator[bytes | None]:
-        """The pictures of a page; `OSError` if it is damaged."""
+        """The pictures of a page; `OSError` if it is damaged, with a number if the disk is."""
         try:
             for value in self._pages.values(page) if page.is_plain else self._read_with_pyarrow(page):
                 yield text_picture(value) if self._is_text and value is not None else value
         except (ValueError, pa.ArrowException, OSError) as error:
+            if is_of_disk(error):
+                raise
             raise OSError(f"damaged file {self._path}: {error}") from None
 
     def _read_with_pyarrow(self, page: Page) -> Iterator[str | bytes | None]:
