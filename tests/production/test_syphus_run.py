@@ -297,8 +297,8 @@ def test_batch_files(make_run, tmp_path):
     assert summary.reasons == {"HTTP 400: too long": 2} and (summary.prompt_tokens, summary.cost) == (20, 20.0)
     with run.journal() as journal:
         assert journal.reply("1")["text"] == "Question: 1?\nAnswer: yes"
-    # again: replies are known
-    assert read_batch_results(run, [done])[0].replies == 2
+    # again: replies and failures are known
+    assert read_batch_results(run, [done]) == (summary, 0)
     retried = write_batch_files(run, retry_failed=True, max_bytes=1)
     assert [path.name for path in retried] == [f"requests-0000{n}.jsonl" for n in (3, 4, 5)]
     assert ask(run, model, retry_failed=True).replies == 5 and sorted(model.asked) == ["2", "3", "4"]
@@ -381,6 +381,27 @@ def test_a_command_that_fails(make_run, tmp_path, vllm, capsys):
     assert "4 of 4 queries answered" in capsys.readouterr().out and len(vllm.read_text().split()) == 2
 
 
+def test_results_that_are_none(make_run, tmp_path, vllm):
+    """Who deletes them has their file answered again; a retry answers what is open, and that once."""
+    run = make_run(4)
+    junk, fails = tmp_path / "junk.sh", tmp_path / "fails.sh"
+    junk.write_text('echo junk > "$2"')
+    answers = 'exec vllm run-batch --input-file "$1" --output-file "$2" --model m'
+    fails.write_text(f'case "$1" in *00001*) exit 3;; esac\n{answers}')
+    with pytest.raises(ValueError, match="Line 1 of .*results-00000.jsonl is no result of a batch"):
+        answer_offline(run, f"sh {junk} {{input}} {{output}}", max_requests=2)
+    folder = run.folder / "batch"
+    for path in folder.glob("results-*"):
+        path.unlink()
+    (folder / ".results-00001.jsonl.0.incomplete").touch()  # of a command that was killed
+    with pytest.raises(ValueError, match="sh ended with status 3 for .*requests-00001.jsonl"):
+        answer_offline(run, f"sh {fails} {{input}} {{output}}")
+    summary = answer_offline(run, retry_failed=True)
+    assert (summary.replies, summary.in_batch) == (4, 0)
+    assert vllm.read_text().split() == ["requests-00000.jsonl", "requests-00002.jsonl"]
+    assert not list(folder.glob("*.incomplete"))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -388,6 +409,8 @@ def test_a_command_that_fails(make_run, tmp_path, vllm, capsys):
         (["--workers", "2"], "are for --batch-command"),
         (["--batch-requests", "2"], "--batch-requests is for"),
         (["--batch-command", "--max-requests", "3"], "--max-requests is for requests to an endpoint"),
+        (["--batch-command", "--concurrency", "2"], "--concurrency is for requests to an endpoint"),
+        (["--batch-files", "--base-url", "http://x/v1"], "--base-url is for requests to an endpoint"),
     ],
 )
 def test_ways_that_do_not_go_together(make_run, capsys, options, message):

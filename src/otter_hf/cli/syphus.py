@@ -26,13 +26,11 @@ def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
 
 def _asking_arguments(parser) -> None:
     parser.add_argument("--base-url", help="of the endpoint (default: that of the run, OPENAI_BASE_URL, or OpenAI's)")
-    parser.add_argument("--concurrency", type=positive, default=8, help="requests at a time (default: 8)")
+    parser.add_argument("--concurrency", type=positive, help="requests at a time (default: 8)")
+    parser.add_argument("--timeout", type=number(float, above=0), help="seconds for an answer (default: 120)")
+    parser.add_argument("--max-attempts", type=positive, help="attempts per query (default: 6)")
     parser.add_argument(
-        "--timeout", type=number(float, above=0), default=120, help="seconds for an answer (default: 120)"
-    )
-    parser.add_argument("--max-attempts", type=positive, default=6, help="attempts per query (default: 6)")
-    parser.add_argument(
-        "--first-pause", type=number(float, least=0), default=1, help="seconds before the second one; then doubled"
+        "--first-pause", type=number(float, least=0), help="seconds before the second one (default: 1); then doubled"
     )
     parser.add_argument("--max-requests", type=not_negative, help="budget: requests, failed ones included")
     parser.add_argument("--max-tokens", type=not_negative, help="budget: tokens of prompts and replies")
@@ -248,6 +246,10 @@ def run_cold_start(args) -> None:
     print(f"{count} examples in {args.output}: keep the good ones, correct them, and use it with --prompt")
 
 
+_HOW = ("concurrency", "max_attempts", "first_pause")
+_OF_ENDPOINTS = (*_HOW, "timeout", "max_requests", "max_tokens", "max_cost")
+
+
 def _check_offline(args) -> None:
     """`ValueError` for options that do not go together."""
     from ..data.engine import Engine
@@ -264,9 +266,11 @@ def _check_offline(args) -> None:
         raise ValueError("--executor, --workers and what belongs to them are for --batch-command.")
     if args.batch_requests and ways not in (["--batch-files"], ["--batch-command"]):
         raise ValueError("--batch-requests is for --batch-files and --batch-command.")
-    limits = [name for name in ("requests", "tokens", "cost") if getattr(args, f"max_{name}") is not None]
-    if limits and ways:
-        raise ValueError(f"--max-{limits[0]} is for requests to an endpoint, and {ways[0]} makes none: leave it out.")
+    # a new run keeps its address for later
+    of_endpoints = (*_OF_ENDPOINTS, *(("base_url",) if "batch_results" in args else ()))
+    useless = [name.replace("_", "-") for name in of_endpoints if getattr(args, name) is not None]
+    if useless and ways:
+        raise ValueError(f"--{useless[0]} is for requests to an endpoint, and {ways[0]} makes none: leave it out.")
 
 
 def _go_on(run, args, budget, retry_failed: bool) -> int:
@@ -280,16 +284,15 @@ def _go_on(run, args, budget, retry_failed: bool) -> int:
 def _asking(run, args, retry_failed: bool):
     """What asks the endpoint all queries of a run within a budget."""
     try:
-        client = run.client(args.base_url, timeout=args.timeout)
+        client = run.client(args.base_url, **_given(args, "timeout"))
     except ImportError as error:
         raise ValueError(error) from None
-    how = {
-        "concurrency": args.concurrency,
-        "max_attempts": args.max_attempts,
-        "first_pause": args.first_pause,
-        "retry_failed": retry_failed,
-    }
-    return lambda one, budget: one.ask(client, budget, **how)
+    how = _given(args, *_HOW)
+    return lambda one, budget: one.ask(client, budget, retry_failed=retry_failed, **how)
+
+
+def _given(args, *names: str) -> dict:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _offline(args, retry_failed: bool):

@@ -114,8 +114,7 @@ def read_batch_results(
             for _, result in _results(path):
                 query = known[result["custom_id"]]
                 if query.id not in journal.replies:
-                    new += 1
-                    _take(result, query, run, journal, budget or Budget())
+                    new += _take(result, query, run, journal, budget or Budget())
     return run.summary(), new
 
 
@@ -132,7 +131,8 @@ def _results(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, result
 
 
-def _take(result: dict[str, Any], query: Query, run: SyphusRun, journal: Journal, budget: Budget) -> None:
+def _take(result: dict[str, Any], query: Query, run: SyphusRun, journal: Journal, budget: Budget) -> bool:
+    """Takes a result to the journal, unless it is a failure that is there already; whether it was new."""
     response = result.get("response")
     response = response if isinstance(response, dict) else {}
     status, body = response.get("status_code"), response.get("body")
@@ -141,13 +141,16 @@ def _take(result: dict[str, Any], query: Query, run: SyphusRun, journal: Journal
             raise TransientError(f"HTTP {status}: {_message(result.get('error') or body)}")
         reply = read_completion(body)
     except (TransientError, RejectedError) as error:
+        if journal.failed.get(query.id) == str(error):
+            return False
         spent = charged(error, partial(run.messages, query), budget)
         if spent:
             journal.append("error", query.id, reason=str(error), durable=False, **spent)
         journal.append("failed", query.id, reason=str(error), durable=False)
-        return
+        return True
     # the file with the results is still there after a crash
     journal.append("reply", query.id, durable=False, **reply_fields(reply, partial(run.messages, query), budget))
+    return True
 
 
 def _message(error: Any) -> str:
