@@ -46,3 +46,10 @@ class Mark:
             except FileExistsError:
                 pass
         return {"length": len(item)}
+
+
+class TellEnvironment:
+    """A step that tells what a variable is in the environment of its process."""
+
+    def __call__(self, item: str, stop) -> dict:
+        return {"value": os.environ.get(item)}

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine_steps import Mark, write_documents
+from engine_steps import Mark, TellEnvironment, write_documents
 from packaging.requirements import Requirement
 from pretraining_shards import padded, picture
 from transformers import BertConfig, BertModel
@@ -228,6 +228,16 @@ def test_tasks_here(tmp_path, datatrove):
     (tmp_path / "failed" / "3.json").unlink(missing_ok=True)  # of a task that may be marked as complete
     assert run(Mark(seen), items, tmp_path / "failed", engine, name="marks")
     assert sorted(read_records(tmp_path / "failed")) == sorted(items)
+
+
+@pytest.mark.slow
+def test_workers_have_the_environment_of_now(tmp_path, monkeypatch, datatrove):
+    """Though they are forked from a process that began earlier."""
+    for value in ("before", "now"):
+        monkeypatch.setenv("OTTER_HF_TEST", value)
+        items = {name: name for name in ("OTTER_HF_TEST", "OTTER_HF_NONE")}
+        assert run(TellEnvironment(), items, tmp_path / value, Engine(workers=2), name="environment")
+        assert read_records(tmp_path / value)["OTTER_HF_TEST"] == {"value": value}
 
 
 @pytest.mark.slow

@@ -75,9 +75,13 @@ def _run_task(executor: PipelineExecutor, rank: int) -> None:
 _executor: PipelineExecutor | None = None  # of a worker process, which is handed it once
 
 
-def _receive(executor: PipelineExecutor) -> None:
+def _receive(executor: PipelineExecutor, environment: dict[str, str]) -> None:
     global _executor
     _executor = executor
+    # that of the process they are forked from is of the time when it began
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 def _run_received(rank: int) -> None:
@@ -100,7 +104,7 @@ def _locally(executor: PipelineExecutor, workers: int) -> Iterator[int]:
     """Runs the tasks that are not complete; yields their numbers as they are done."""
     deaths, context = 0, _start_context()
     while ranks := executor.get_incomplete_ranks():
-        processes = {"mp_context": context, "initializer": _receive, "initargs": (executor,)}
+        processes = {"mp_context": context, "initializer": _receive, "initargs": (executor, dict(os.environ))}
         with ProcessPoolExecutor(min(workers, len(ranks)), **processes) as pool:
             futures = {pool.submit(_run_received, rank): rank for rank in ranks}
             try:
