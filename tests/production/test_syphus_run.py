@@ -418,6 +418,13 @@ def test_ways_that_do_not_go_together(make_run, capsys, options, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_run_handed_to_slurm_is_resumed(make_run, monkeypatch, capsys):
+    """Its own command would be refused, as the run is there."""
+    monkeypatch.setattr("otter_hf.production.syphus.offline.answer_offline", lambda *args, **options: None)
+    assert main(["syphus", "resume", str(make_run(1).folder), "--batch-command"]) == 0
+    assert "handed to Slurm: `otter-hf syphus resume` with these options tells" in capsys.readouterr().out
+
+
 def test_batches_by_command(make_run, tmp_path, capsys):
     (tmp_path / "x").mkdir()
     arguments = ["change.SpotTheDifference", "--annotations", str(tmp_path / "sd.json"), "--model", "m"]

@@ -67,6 +67,6 @@ def _value(text: str) -> str | int | float | bool:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def tell_submitted() -> None:
-    """Say how it goes on when all was handed to Slurm."""
-    print("handed to Slurm: the same command tells what was written when its jobs have ended, and goes on if need be")
+def tell_submitted(command: str = "the same command") -> None:
+    """Say how it goes on when all was handed to Slurm, with which command."""
+    print(f"handed to Slurm: {command} tells what was written when its jobs have ended, and goes on if need be")

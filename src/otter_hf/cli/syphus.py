@@ -313,7 +313,7 @@ def _ask(run, ask, budget) -> int:
 
     summary = ask(run, budget)
     if summary is None:
-        tell_submitted()
+        tell_submitted("`otter-hf syphus resume` with these options")
         return 0
     status = _print_summary(summary)
     if not run.settings.get("verify"):
@@ -326,7 +326,7 @@ def _ask(run, ask, budget) -> int:
     for verification in verifications(run):
         summary = ask(verification, budget)
         if summary is None:
-            tell_submitted()
+            tell_submitted("`otter-hf syphus resume` with these options")
             return status
         budget = budget.behind(summary)
         print(f"verification {verification.folder.name}:")
