@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from otter_hf.models import OtterMptConfig
 from otter_hf.training.freezing import freeze
 from otter_hf.training.text_states import TextStateCache
 
@@ -31,7 +32,10 @@ def batch(config, seed=0):
     }
 
 
-def test_loss_and_gradients_are_those_without_and_rows_are_computed_once(frozen):
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
+def test_loss_and_gradients_are_those_without_and_rows_are_computed_once(frozen, checkpointing):
+    if checkpointing is not None:
+        frozen.activation_checkpointing_enable(checkpointing)
     ran = []
     frozen.model.decoder_layers[0].decoder_layer.register_forward_hook(
         lambda module, args, out: ran.append(len(args[0]))
@@ -56,6 +60,20 @@ def test_loss_and_gradients_are_those_without_and_rows_are_computed_once(frozen)
         torch.testing.assert_close(found_gradients, gradients)
     assert ran == [3, 2]  # of the second batch a row was known, of the last two all
     assert (cache.hits, cache.misses) == (7, 5)
+
+
+def test_what_is_of_heads_is_not_of_rows(model):
+    """ALiBi has a number for each head, and here as many heads as rows, one of which is known already."""
+    text = OtterMptConfig(d_model=24, n_heads=3, n_layers=4, vocab_size=model.config.text_config.vocab_size)
+    model.config.text_config = text
+    model = type(model)(model.config)
+    freeze(model, ["vision", "language", "embeddings"])
+    first, second = batch(model.config), batch(model.config, seed=1)
+    second["input_ids"][0] = first["input_ids"][0]
+    expected = [model(**one).loss.detach() for one in (first, second)]
+    cache = TextStateCache(model)
+    torch.testing.assert_close([model(**one).loss.detach() for one in (first, second)], expected)
+    assert (cache.hits, cache.misses) == (1, 5)
 
 
 def test_padding_is_no_part_of_a_text(frozen):
@@ -104,7 +122,16 @@ def test_what_would_change_is_refused(model, fit):
     model.config.text_config.attention_dropout = 0.1
     with pytest.raises(ValueError, match="draws at random \\(attention_dropout=0.1\\)"):
         TextStateCache(model)
-    model.config.text_config.attention_dropout = 0.0
+    model.config.text_config.attention_dropout, model.config.text_config.attn_pdrop = 0.0, 0.1  # as MPT calls it
+    with pytest.raises(ValueError, match="draws at random \\(attn_pdrop=0.1\\)"):
+        TextStateCache(model)
+    del model.config.text_config.attn_pdrop
+    model.config.text_config.classifier_dropout = 0.1  # of GPT-NeoX, for something else
+    attention = model.model.language_model.config
+    attention._attn_implementation, given = "flex_attention", attention._attn_implementation
+    with pytest.raises(ValueError, match="the masks of flex_attention are of whole batches"):
+        TextStateCache(model)
+    attention._attn_implementation = given
     model.config.text_config.layer_types = ["full_attention", "sliding_attention"] * 2
     model.model.decoder_layers[1].gated_cross_attn_layer = None
     with pytest.raises(ValueError, match="of several kinds \\(full_attention, sliding_attention\\)"):

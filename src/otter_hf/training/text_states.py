@@ -23,8 +23,8 @@ class TextStateCache:
             that makes room for the newest would, in an epoch that does not fit, lose each before it comes again.
 
     Raises:
-        ValueError: if something of these layers is trained or drawn at random (dropout), if there are none, or if
-            they differ in what they attend to.
+        ValueError: if something of these layers is trained or drawn at random (dropout), if there are none, if
+            they differ in what they attend to, or attend by `flex_attention`.
     """
 
     def __init__(self, model: FlamingoForConditionalGeneration, max_bytes: int = 2**30):
@@ -55,19 +55,24 @@ class TextStateCache:
         self.misses += len(missing)
         if missing:
             rows = torch.tensor([*missing.values()], device=hidden_states.device)
-            states = hidden_states[rows]
             args, kwargs = (_rows_of(value, rows, size) for value in (args, kwargs))
-            for layer in self._layers:
-                states = layer(states, *args, **kwargs)
-                if not isinstance(states, torch.Tensor):
-                    raise ValueError("cache_text_states: this decoder's layers give more than states: leave it out.")
+            states = self._compute(hidden_states[rows], *args, **kwargs)
             for (key, row), of_row in zip(missing.items(), states, strict=True):
                 found[key] = of_row[: lengths[row]]
         self._keep(found)
-        output = torch.zeros_like(hidden_states, dtype=next(iter(found.values())).dtype)  # nobody looks at padding
+        output = hidden_states.new_zeros(hidden_states.shape, dtype=next(iter(found.values())).dtype)
         for row, key in enumerate(keys):
-            output[row, : lengths[row]] = found[key]
-        return output
+            output[row, : lengths[row]] = found[key]  # nobody looks at padding
+        # checkpointing asks it of what enters a layer
+        return output.requires_grad_(hidden_states.requires_grad)
+
+    @torch.no_grad()
+    def _compute(self, states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        for layer in self._layers:
+            states = layer(states, *args, **kwargs)
+            if not isinstance(states, torch.Tensor):
+                raise ValueError("cache_text_states: this decoder's layers give more than states: leave it out.")
+        return states
 
     def _keep(self, found: dict[tuple, torch.Tensor]) -> None:
         for key, states in found.items():
@@ -101,8 +106,15 @@ def _check(model: FlamingoForConditionalGeneration, lower: list[nn.Module]) -> N
         raise ValueError("cache_text_states needs a frozen decoder: add language and embeddings to freeze.")
     config = model.config.text_config
     for name, value in config.to_dict().items():
-        if "dropout" in name and isinstance(value, (int, float)) and value > 0:
+        # attn_pdrop, attention_dropout, layerdrop; that of a classifier is not of these layers
+        is_drop = "drop" in name and not name.startswith("classifier")
+        if is_drop and isinstance(value, (int, float)) and value > 0:
             raise ValueError(f"cache_text_states: the decoder draws at random ({name}={value}): set it to 0.")
+    if model.model.language_model.config._attn_implementation == "flex_attention":
+        raise ValueError(
+            "cache_text_states: the masks of flex_attention are of whole batches: set attn_implementation to sdpa, "
+            "eager or flash_attention_2."
+        )
     kinds = {*(getattr(config, "layer_types", None) or ["all"])[: len(lower)]}
     if len(kinds) > 1:
         raise ValueError(f"cache_text_states: the decoder's layers are of several kinds ({', '.join(sorted(kinds))}).")
@@ -136,7 +148,8 @@ def _key(embeddings: torch.Tensor, kwargs: dict, row: int, size: int, length: in
 def _rows_of(value, rows: torch.Tensor, size: int):
     """Some rows of all tensors that have a row for each of the batch; what is shared stays."""
     if isinstance(value, torch.Tensor):
-        return value[rows] if value.ndim and len(value) == size else value
+        # what has one axis is of heads (ALiBi's slopes) or of places
+        return value[rows] if value.ndim > 1 and len(value) == size else value
     if isinstance(value, tuple):
         return tuple(_rows_of(part, rows, size) for part in value)
     if isinstance(value, dict):
