@@ -45,6 +45,8 @@ def test_a_question_that_is_too_long_alone_in_its_batch(family, on_overlong):
     assert collator([data[0], data[2]])["sample_ids"][1] == "S2"
     with pytest.raises(SampleError, match="'S0'.* max_length=200"):
         NamingCollator(COLLATORS[family](max_length=200), dataset=data)([data[0]])
+    with pytest.raises(SampleError, match="Sample 'S0'"):  # of a report's sample answer, whose place no other takes
+        NamingCollator(collator.collator)([data[0]])
 
 
 @pytest.mark.parametrize("family", COLLATORS)

@@ -22,5 +22,10 @@ def test_loaders_of_evaluation(ragged, model, processor, tmp_path):
         # else each evaluation would start workers that stay
         assert (trainer.get_eval_dataloader("held out") is loader) == persistent
         assert (trainer.get_test_dataloader(mixture) is loader) == persistent
+        # nor do those of other data stay when these are gone
+        other = MimicitMixture(mixture.entries)
+        assert trainer.get_test_dataloader(other) is not trainer.get_test_dataloader(other)
     with pytest.raises(ValueError, match="Evaluation needs an eval_dataset"):
         OtterTrainer(model, arguments, OtterCollator(processor), train_dataset=mixture).get_eval_dataloader()
+    with pytest.raises(ValueError, match="Training needs a train_dataset"):
+        OtterTrainer(model, arguments, OtterCollator(processor), eval_dataset=mixture).get_train_dataloader()

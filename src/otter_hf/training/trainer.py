@@ -76,6 +76,8 @@ class OtterTrainer(PublishingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in the parent class, with a `GroupedSampler`."""
         dataset, args = self.train_dataset, self.args
+        if dataset is None:
+            raise ValueError("Training needs a train_dataset: give one to the trainer.")
         self._sampler = GroupedSampler(
             dataset.task_groups,
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
@@ -95,7 +97,9 @@ class OtterTrainer(PublishingTrainer):
         if key in self._eval_loaders:
             return self._eval_loaders[key]
         loader = self._loader(eval_dataset, self.args.eval_batch_size)
-        if self.args.dataloader_persistent_workers:  # those of the first evaluation work in the next one
+        # workers of the first evaluation work in the next one; of data that only one evaluation is given none stay
+        own = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        if self.args.dataloader_persistent_workers and any(eval_dataset is one for one in own):
             self._eval_loaders[key] = loader
         return loader
 
@@ -251,6 +255,8 @@ class NamingCollator:
         return {"counts": count_batch(batch), "known": known}
 
     def _leaves_out(self, error: SampleError) -> bool:
+        if self.dataset is None:  # where no other sample could be found
+            return False
         if error.reason in _OF_LENGTH and getattr(self.collator, "on_overlong", "error") != "error":
             return True
         return getattr(self.dataset, "on_error", "raise") == "skip"
