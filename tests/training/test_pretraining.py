@@ -144,6 +144,12 @@ def test_resumed_training_is_bit_equal(files, workers):
             assert torch.equal(parameter, expected), name
 
 
+def test_going_on_from_nothing_is_refused(files, model, processor):
+    trainer = make_trainer(files, model, processor)
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def test_checkpoint_of_other_processes_is_refused(files):
     flags = ["--max_steps", "2", "--save_steps", "1"]
     main(command(files, *flags))

@@ -202,8 +202,9 @@ class PretrainingTrainer(OtterTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As in the parent class, with the data of the checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and not self.args.ignore_data_skip:
+            # where there is none, the parent class says so
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        if resume_from_checkpoint not in (None, False, True) and not self.args.ignore_data_skip:
             self._load_data_state(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
