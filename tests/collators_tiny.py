@@ -4,7 +4,7 @@ from transformers import IdeficsImageProcessorPil
 
 from otter_hf.data import IdeficsCollator, prepare_idefics_tokenizer
 from otter_hf.data.collator import OtterCollator
-from otter_hf.data.collator_flamingo import flamingo_collator
+from otter_hf.data.collator_flamingo import FlamingoCollator
 from otter_hf.data.collator_otterhd import OtterHDCollator
 from otter_hf.models.flamingo import FlamingoProcessor
 from otter_hf.testing import otter as otter_tiny
@@ -17,7 +17,7 @@ def otter(**options):
 
 def flamingo(**options):
     processor = otter_tiny.tiny_processor()
-    return flamingo_collator(FlamingoProcessor(processor.image_processor, processor.tokenizer), **options)
+    return FlamingoCollator(FlamingoProcessor(processor.image_processor, processor.tokenizer), **options)
 
 
 def otterhd(**options):

@@ -65,3 +65,8 @@ def test_the_oldest_turns_go_first(make):
     batch, expected = make(max_length=tokens_of(make, two))([conversation]), make()([two])
     assert batch.keys() == expected.keys()
     assert all(batch[key].equal(expected[key]) for key in ("input_ids", "labels", "pixel_values"))
+
+
+def test_a_flamingo_has_no_answer_token():
+    with pytest.raises(ValueError, match="remove_answer_token is False, but a Flamingo has no <answer> token"):
+        COLLATORS["flamingo"](remove_answer_token=False)

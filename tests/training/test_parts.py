@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.data import MimicitMixture, SampleOptions
-from otter_hf.data.collator_flamingo import flamingo_collator
+from otter_hf.data.collator_flamingo import FlamingoCollator
 from otter_hf.testing.otter import tiny_model, tiny_processor
 from otter_hf.training import run
 from otter_hf.training.arguments import parse_arguments, read_rates
@@ -66,7 +66,7 @@ def test_flamingo_on_what_is_not_held_out(flamingo, monkeypatch, caplog):
     assert asked == "<image>User:what color? GPT:"
     # the prompt's tokens are those in front of the learned ones
     (sample, *_) = kept
-    batch = flamingo_collator(processor, packing=False)([sample])
+    batch = FlamingoCollator(processor)([sample])
     learned = batch["labels"][0] != -100
     prompt = f"<image>User:{sample['turns'][0][0]} GPT:"
     assert processor.tokenizer(prompt)["input_ids"] == batch["input_ids"][0][: int(learned.nonzero()[0])].tolist()

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ..data.collator import OtterCollator
-from ..data.collator_flamingo import flamingo_collator
+from ..data.collator_flamingo import FlamingoCollator
 from ..data.collator_idefics import IdeficsCollator, idefics_loss, prepare_idefics_tokenizer
 from ..data.collator_otterhd import OtterHDCollator
 from ..data.controls import CONTROLS
@@ -375,7 +375,7 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
     if isinstance(processor, OtterProcessor):
         collator = OtterCollator(processor, remove_answer_token=data_args.remove_answer_token, **options)
     else:
-        collator = flamingo_collator(processor, **options)
+        collator = FlamingoCollator(processor, **options)
     # the saved model shall be asked in the form it was trained on
     processor.chat_template = chat_template(data_args.instruction_format, removed_tokens=collator.removed_tokens)
     return collator
