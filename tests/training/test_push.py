@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 from hub_double import HubDouble
+from huggingface_hub.utils import filter_repo_objects
 from training_files import command, losses, weights, write_training_files
+
+from otter_hf.training.publish import _STATE_FILES
 
 
 # the Hub's client waits seconds between its tries
@@ -69,6 +72,11 @@ def pushed(tmp_path_factory):
         )
         assert result.returncode == 0, result.stderr[-4000:]
         yield hub, folder, result
+
+
+def test_what_only_training_needs_is_not_beside_the_model():
+    files = ["config.json", "files.json", "model.safetensors", "optimizer.pt", "pretraining_stream_0.json", "run.json"]
+    assert [*filter_repo_objects(files, ignore_patterns=_STATE_FILES)] == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..conversion.model_card import usage
 from .checkpoints import UNFINISHED, CheckpointTrainer
+from .manifest import MANIFEST
 from .report import REPORT_FILE, curves_svg, final_values
 from .run_record import RUN_FILE
 
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 
 # what a checkpoint holds beside the model: needed to go on with training, not to use it
 _STATE_FILES = [
+    MANIFEST,
     RUN_FILE,
+    "pretraining_stream_*",
     "optimizer*",
     "scheduler.pt",
     "scaler.pt",
