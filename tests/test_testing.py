@@ -31,6 +31,15 @@ def test_pictures_matter_and_folders_load(family, tmp_path):
     assert not torch.allclose(logits("red"), logits("blue"), atol=1e-3)
 
 
+@pytest.mark.parametrize("family", TEXTS)
+def test_random_numbers_of_the_caller_go_on(family):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    tiny(family)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_an_unknown_family_is_refused():
     with pytest.raises(ValueError, match="no tiny model of the family 'gpt': use one of flamingo, otter, otterhd, id"):
         tiny("gpt")

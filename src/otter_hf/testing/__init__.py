@@ -11,6 +11,7 @@ large. The modules of this package make the parts by themselves, and take change
 
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..models import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -40,7 +41,8 @@ def tiny(family: str) -> tuple[PreTrainedModel, ProcessorMixin]:
         raise ValueError(f"There is no tiny model of the family {family!r}: use one of {', '.join(_MAKERS)}.")
     module, processor_class, model_class = _MAKERS[family]
     processor = module.tiny_processor(*processor_class)
-    return module.tiny_model(processor, *model_class), processor
+    with torch.random.fork_rng(devices=[]):  # the seed is of the weights alone
+        return module.tiny_model(processor, *model_class), processor
 
 
 def write_tiny(family: str, folder: str | Path) -> Path:

@@ -4,7 +4,6 @@ import string
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
-from transformers import set_seed
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ..models import OtterHDConfig, OtterHDForConditionalGeneration, OtterHDImageProcessor, OtterHDProcessor
@@ -60,7 +59,7 @@ def tiny_config(processor: OtterHDProcessor, **text_config) -> OtterHDConfig:
 
 def tiny_model(processor: OtterHDProcessor, **text_config) -> OtterHDForConditionalGeneration:
     """A model in evaluation mode whose weights are large enough for pictures to change what it says."""
-    set_seed(0)
+    torch.manual_seed(0)
     model = OtterHDForConditionalGeneration(tiny_config(processor, **text_config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
