@@ -7,7 +7,7 @@ Every question is decoded greedily; an answer counts if it is the true one to th
 
     accuracy        of the questions about pictures that no training has seen
     question_only   the most frequent answer to each question in the training data
-    swapped         the same questions, each about the pictures of the next one with another answer
+    swapped         the same questions, each about the pictures of the next one with others and another answer
     reversed        the same questions and pictures, with the order of two pictures or of the frames turned round
     shots_2, _4     the first questions again, after worked examples from the training data, with pictures of their own
 
@@ -119,11 +119,12 @@ def num_pictures(sample: dict) -> int:
 
 
 def swap_pictures(samples: list[dict]) -> list[dict]:
-    """Each sample with the media of the next one whose answer is another."""
+    """Each sample with the media of the next one that is about other media, and whose answer is another."""
     swapped = []
     for i, sample in enumerate(samples):
         others = (samples[(i + k) % len(samples)] for k in range(1, len(samples) + 1))
-        other = next((other for other in others if truth(other) != truth(sample)), sample)
+        fits = (o for o in others if o["media"] != sample["media"] and truth(o) != truth(sample))
+        other = next(fits, sample)
         swapped.append({**sample, "media": other["media"]})
     return swapped
 
