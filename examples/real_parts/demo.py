@@ -1,5 +1,5 @@
 """
-A pretrained language model is to learn to see through a pretrained tower, on the CPU. `make demo-real` runs it; what
+A pretrained language model learns to see through a pretrained tower, on the CPU. `make demo-real` runs it; what
 came of it so far is in docs/experiments.md.
 
     python examples/real_parts/demo.py --output out/demo-real
