@@ -41,14 +41,16 @@ def main(data: Path, output: Path) -> None:
     OtterForConditionalGeneration(config_for(processor)).save_pretrained(output)
 
 
-def train_tokenizer(texts: list[str], processor_class=OtterProcessor) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: list[str], processor_class=OtterProcessor, vocab_size: int = 512
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer in which every frequent word is one token, with the special tokens of a processor."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=512,
+        vocab_size=vocab_size,
         initial_alphabet=alphabet,
         special_tokens=["<s>", "</s>", *processor_class.special_tokens],
         show_progress=False,
