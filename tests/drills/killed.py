@@ -37,9 +37,9 @@ import yaml  # noqa: E402
 from attackers import data_url, image_at, picture, request  # noqa: E402
 from benchmark_rows import write_parquet  # noqa: E402
 from PIL import Image  # noqa: E402
-from serving_double import write_models  # noqa: E402
 
 from otter_hf.cli import main as otter_hf  # noqa: E402
+from otter_hf.testing import write_tiny  # noqa: E402
 
 
 FORK = multiprocessing.get_context("forkserver")
@@ -124,7 +124,7 @@ def run_evaluation(config: dict, output: Path, kill_at: int | None = None) -> in
 
 
 def drill_evaluation(folder: Path, repeats: int, draw: random.Random) -> list[dict]:
-    config = write_evaluation(folder, write_models(folder)["otter"])
+    config = write_evaluation(folder, str(write_tiny("otter", folder / "otter")))
     assert run_evaluation(config, folder / "whole") == 0
     whole, count = samples(folder / "whole"), len(replies(folder / "whole"))
     results = []
@@ -231,7 +231,7 @@ class Clients:
 
 
 def drill_server(folder: Path, repeats: int, draw: random.Random) -> list[dict]:
-    model, port, bodies = write_models(folder)["otter"], free_port(), questions()
+    model, port, bodies = str(write_tiny("otter", folder / "otter")), free_port(), questions()
     server = start_server(model, port)
     assert wait_for(lambda: is_up(port))
     alone = [ask(port, body) for body in bodies]
