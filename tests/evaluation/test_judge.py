@@ -5,7 +5,7 @@ import json
 import pytest
 from benchmark_rows import endpoint
 
-from otter_hf.evaluation.benchmarks import ReadingOptions, mmvet_record
+from otter_hf.evaluation.benchmarks import Options, mmvet_record
 from otter_hf.evaluation.judge import Judge
 from otter_hf.evaluation.replies import ReplyLog
 from otter_hf.thinking import strip_thinking, thinking_length
@@ -73,7 +73,7 @@ def test_mmvet_asks_what_its_authors_ask(judge):
     pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
     one, requests = judge(lambda text, body: (200, "0.5" if text.endswith("(digit): ") else "good"))
     row = {"id": "v0", "question": "How many?", "answer": "2<AND>3", "capability": "rec,math"}
-    assert mmvet_record(row, ["<think>4?</think>two"], ReadingOptions(judge=one))["grades"] == [0.5]
+    assert mmvet_record(row, ["<think>4?</think>two"], Options(judge=one))["grades"] == [0.5]
     table, last = requests[0]["messages"][0]["content"].split("\n\nHow many? | ")
     assert last == "2 <AND> 3 | two | "
     import hashlib
@@ -83,7 +83,7 @@ def test_mmvet_asks_what_its_authors_ask(judge):
     assert digest == "d1b3e0a5b4e72c888b77164489d705bba4dd149934fff564dfba6443d81afe3f"
     assert [request["temperature"] for request in requests] == [0.0, 0.0]
     # nothing to grade
-    assert mmvet_record(row, [""], ReadingOptions(judge=one))["grades"] == [0.0] and len(requests) == 2
+    assert mmvet_record(row, [""], Options(judge=one))["grades"] == [0.0] and len(requests) == 2
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ DEFAULT_JUDGE = "gpt-4-0613"
 
 
 @dataclass(frozen=True)
-class ReadingOptions:
+class Options:
     """
     How replies become records.
 
@@ -49,11 +49,11 @@ class ReadingOptions:
 
 
 @lru_cache(maxsize=1)
-def options_from_environment() -> ReadingOptions:
+def options_from_environment() -> Options:
     """For lmms-eval's own command: a judge called `MODEL_VERSION` where `OPENAI_API_KEY` is set."""
     if not os.environ.get("OPENAI_API_KEY"):
-        return ReadingOptions()
-    return ReadingOptions(judge=Judge(os.environ.get("MODEL_VERSION", DEFAULT_JUDGE)))
+        return Options()
+    return Options(judge=Judge(os.environ.get("MODEL_VERSION", DEFAULT_JUDGE)))
 
 
 def images(row: Mapping) -> list:
@@ -98,13 +98,13 @@ def magnifierbench_freeform_question(row: Mapping, prompts: Mapping | None = Non
     return magnifierbench.split_instruction(row["instruction"])[0]
 
 
-def magnifierbench_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def magnifierbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Which option the reply names."""
     prediction = magnifierbench.parse_answer(replies[0], row["instruction"], legacy=options.legacy_parse)
     return {"id": row_id(row), "prediction": prediction, "answer": row["answer"].strip()}
 
 
-def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """What the judge says about the reply."""
     asked, choices = magnifierbench.split_instruction(row["instruction"])
     truth = choices[row["answer"].strip()]
@@ -119,7 +119,7 @@ def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Re
 # MME
 
 
-def mme_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def mme_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Yes or no, and which picture and category it counts for."""
     if row.get("image_ids") is not None:
         category, image_id = row["id"].partition("_")[0], row["image_ids"][0]
@@ -137,7 +137,7 @@ def mme_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dic
 # POPE
 
 
-def pope_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def pope_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Yes or no by the official rule."""
     return {"category": row["category"], "prediction": pope.parse_answer(replies[0]), "answer": row["answer"]}
 
@@ -152,7 +152,7 @@ def mmbench_question(row: Mapping, prompts: Mapping | None = None) -> str:
     return "\n".join([*lines, *(f"{letter}. {text}" for letter, text in mmbench.options_of(row).items())])
 
 
-def mmbench_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def mmbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Which option the reply names, and the row for the server's table."""
     table_row = {name: row.get(name) for name in mmbench.SUBMISSION_COLUMNS if name != "prediction"}
     table_row["l2-category"] = row.get("l2-category", row.get("L2-category"))
@@ -185,7 +185,7 @@ def scienceqa_rows(rows):
     return rows.map(lambda image: {"has_image": image is not None}, input_columns=["image"])
 
 
-def scienceqa_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def scienceqa_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Which option the reply names."""
     return {
         "prediction": scienceqa.parse_answer(replies[0], row["choices"]),
@@ -220,7 +220,7 @@ def seedbench_target(row: Mapping) -> int:
     return "ABCD".index(row["answer"])
 
 
-def seedbench_record(row: Mapping, replies: list, options: ReadingOptions, likelihood: str = "mean") -> dict:
+def seedbench_record(row: Mapping, replies: list, options: Options, likelihood: str = "mean") -> dict:
     """The option of the smallest loss."""
     # lmms-eval hands tuples on as text
     scored = [ast.literal_eval(reply) if isinstance(reply, str) else reply for reply in replies]
@@ -239,7 +239,7 @@ def seedbench_record(row: Mapping, replies: list, options: ReadingOptions, likel
 # MM-Vet
 
 
-def mmvet_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def mmvet_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """The judge's grades."""
     judge = _require(options.judge, "MM-Vet")
     # the copy in lmms-eval 0.7.3 has lost an empty line and a word to a search and replace
@@ -274,7 +274,7 @@ def mathvista_question(row: Mapping, prompts: Mapping | None = None) -> str:
     return mathvista.build_query(row, (prompts or {}).get("shot_type"))
 
 
-def mathvista_record(row: Mapping, replies: list[str], options: ReadingOptions) -> dict:
+def mathvista_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """The extracted and normalised answer."""
     extraction = mathvista.extract_directly(replies[0], row, options.quick_extract)
     if not extraction and is_answered(replies[0]):
@@ -314,7 +314,7 @@ class Benchmark:
     gives a record another number, so that a question may be drawn several times.
     """
 
-    record: Callable[[Mapping, list, ReadingOptions], dict]
+    record: Callable[[Mapping, list, Options], dict]
     score: Callable[[list[Mapping]], dict]
     metrics: tuple[str, ...]
     question: Callable[[Mapping], Hashable] | None = None
@@ -394,7 +394,7 @@ COLUMNS = {
 }
 
 
-def results_function(benchmark: Benchmark, options: ReadingOptions | None = None) -> Callable:
+def results_function(benchmark: Benchmark, options: Options | None = None) -> Callable:
     """`process_results` for lmms-eval: the record of a row, under the name of each metric."""
 
     def process_results(row, replies):

@@ -21,7 +21,7 @@ from ..data.controls import CONTROLS
 from ..extras import pip_install, requirements
 from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
-from .benchmarks import BENCHMARKS, COLUMNS, ReadingOptions, results_function
+from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
 from .config import DatasetSpec, EvalConfig, ModelSpec
 from .judge import Judge
 from .published import read_published, write_table
@@ -183,9 +183,7 @@ def run_benchmark(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) ->
     return figures
 
 
-def _simple_evaluate(
-    lm, dataset: DatasetSpec, tasks: list[str], options: ReadingOptions, folder: Path, config: EvalConfig
-):
+def _simple_evaluate(lm, dataset: DatasetSpec, tasks: list[str], options: Options, folder: Path, config: EvalConfig):
     """What lmms-eval makes of a benchmark: its results and samples, on the main process only."""
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
@@ -208,18 +206,18 @@ def _simple_evaluate(
         raise error.last_attempt.exception() from error
 
 
-def _options(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> tuple[ReadingOptions, list[str]]:
+def _options(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> tuple[Options, list[str]]:
     """How replies are read, and the tasks that can be scored: without a judge, MagnifierBench has no free form."""
     if not os.environ.get("OPENAI_API_KEY"):
         left = [task for task in dataset.tasks if task not in _NEEDS_JUDGE]
         if len(left) < len(dataset.tasks):
             logger.warning(f"{dataset.name}: no OPENAI_API_KEY, hence no judge; what needs one is left out.")
-        return ReadingOptions(**dataset.options), left
+        return Options(**dataset.options), left
     log = ReplyLog(folder / "judge", lm.rank)
     judge = None
     if dataset.tasks[0] in BENCHMARKS:
         judge = Judge(dataset.judge, log, max_retries=config.judge_retries, options=config.judge_options)
-    return ReadingOptions(judge=judge, **dataset.options), list(dataset.tasks)
+    return Options(judge=judge, **dataset.options), list(dataset.tasks)
 
 
 def build_tasks(dataset: DatasetSpec, tables: Path) -> Iterator[tuple[str, Any]]:
@@ -230,7 +228,7 @@ def build_tasks(dataset: DatasetSpec, tables: Path) -> Iterator[tuple[str, Any]]
         tables: folder for the tables that benchmarks' own files become.
     """
     if all(task in BENCHMARKS for task in dataset.tasks):
-        yield dataset.tasks[0], _build_task(dataset.tasks[0], dataset, ReadingOptions(), tables)
+        yield dataset.tasks[0], _build_task(dataset.tasks[0], dataset, Options(), tables)
         return
     from lmms_eval.tasks import TaskManager, get_task_dict
 
@@ -243,7 +241,7 @@ def build_tasks(dataset: DatasetSpec, tables: Path) -> Iterator[tuple[str, Any]]
             yield str(name), task
 
 
-def _build_task(name: str, dataset: DatasetSpec, options: ReadingOptions, tables: Path):
+def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path):
     from lmms_eval.api.task import ConfigurableMessagesTask
     from lmms_eval.utils import load_yaml_config
     from tenacity import RetryError
