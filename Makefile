@@ -79,10 +79,11 @@ conformance: $(VENV)/.installed ## transformers' own model and processor tests o
 parity-2023: $(VENV)/.installed ## the real code of 2023 and ours on the same folders; its environment is downloaded once
 	PYTHON=$(CURDIR)/$(BIN)/python tests/parity_2023/run.sh
 
-quality: $(VENV)/.installed ## lint, which package may import which, types of what a user calls
+quality: $(VENV)/.installed ## lint, lines that stand twice, which package may import which, types of what a user calls
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/pylint benchmarks conversion examples src tests
 	$(BIN)/mypy
 
 style: $(VENV)/.installed ## lint and format in place

@@ -1,5 +1,6 @@
 """What the benchmarks share: alternating timings, summaries, the result file, this project at a commit before."""
 
+import argparse
 import json
 import os
 import platform
@@ -85,6 +86,15 @@ class Side:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def commit_parser(description: str, peer: str) -> argparse.ArgumentParser:
+    """The arguments of a benchmark beside this project at another commit, whose sides are `--work`; see [`Side`]."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--peer", default=peer, help="commit to compare with (default: %(default)s)")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 def check_out(commit: str, folder: str) -> Path:

@@ -6,14 +6,13 @@ The models and batches are those of `decoding.py`, `packing.py`, `otterhd.py` an
 Each side is a process of its own, and they run in turn. What both compute (tokens or losses) is compared first.
 """
 
-import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from _common import Side, check_out, compare, report
+from _common import Side, check_out, commit_parser, compare, report
 
 
 PEER_COMMIT = "9bb62d4"
@@ -60,11 +59,7 @@ def work() -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--peer", default=PEER_COMMIT, help="commit to compare with (default: %(default)s)")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = commit_parser(__doc__, PEER_COMMIT).parse_args()
     if args.work:
         work()
         return

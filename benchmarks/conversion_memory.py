@@ -22,13 +22,12 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from otter_hf import OtterProcessor, __version__
 from otter_hf.conversion.export import legacy_name, to_legacy_config
 from otter_hf.conversion.memory import load_config
 from otter_hf.conversion.plan import build_meta_model
+from otter_hf.testing.otter import byte_tokenizer
 
 
 GB = 10**9
@@ -60,10 +59,7 @@ print(json.dumps([before, peak()]))
 
 def write_checkpoint(folder: Path, gigabytes: float) -> dict:
     """An Otter folder of 2023 of about that size, in shards, and beside it the same weights in one file."""
-    backend = Tokenizer(models.BPE({letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    tokenizer = OtterProcessor.prepare_tokenizer(tokenizer)
+    tokenizer = OtterProcessor.prepare_tokenizer(byte_tokenizer(bos_token="<s>", eos_token="</s>"))
     vision = {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "image_size": 56}
     vision |= {"num_attention_heads": 4, "num_hidden_layers": 2, "patch_size": 14}
     # a layer of this width has 0.2 GB in float32

@@ -10,7 +10,6 @@ the film's logits, which padding never changed, are the same. Memory is what the
 by in one forward pass, at its peak.
 """
 
-import argparse
 import inspect
 import json
 import resource
@@ -19,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _common import Side, check_out, compare, report, summary
+from _common import Side, check_out, commit_parser, compare, report, summary
 
 
 PEER_COMMIT = "9bb62d4"
@@ -75,11 +74,7 @@ def work() -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--peer", default=PEER_COMMIT, help="commit to compare with (default: %(default)s)")
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = commit_parser(__doc__, PEER_COMMIT).parse_args()
     if args.work:
         work()
         return

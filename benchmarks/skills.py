@@ -18,8 +18,8 @@ import torch
 from _common import compare, report
 from decoding import HEADS, LAYERS, VISION, VOCAB, WIDTH
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, normalizers
+from transformers import CLIPImageProcessorPil
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from otter_hf import (
@@ -32,6 +32,7 @@ from otter_hf import (
     OtterProcessor,
 )
 from otter_hf.models.skills import Skill
+from otter_hf.testing.otter import byte_tokenizer
 
 
 SHOTS = 8
@@ -41,11 +42,7 @@ VIT_B |= {"num_hidden_layers": 12, "num_attention_heads": 12}
 
 def make_otter(image_size: int, vision: dict, resampler: dict):
     """The model, and a processor with a token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
     side = {"height": image_size, "width": image_size}
     images = CLIPImageProcessorPil(size=side, do_center_crop=False)
     processor = OtterProcessor(images, OtterProcessor.prepare_tokenizer(tokenizer))

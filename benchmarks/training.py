@@ -27,13 +27,13 @@ import torch
 import yaml
 from _common import report, summary
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText, CLIPImageProcessorPil
 
 from otter_hf import OtterConfig, OtterProcessor
 from otter_hf.data import write_mimicit
 from otter_hf.data.collator import OtterCollator
 from otter_hf.data.mixture import MimicitMixture
+from otter_hf.testing.otter import byte_tokenizer
 from otter_hf.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from otter_hf.training.flops import measure_peak_flops
 from otter_hf.training.kernels import choose_attention
@@ -46,11 +46,7 @@ SAMPLES, PICTURES, BATCH, SIDE = 512, 64, 16, 224
 
 def make_processor() -> OtterProcessor:
     """A token is a byte, so that a text has the length asked for."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
     size = {"height": SIDE, "width": SIDE}
     return OtterProcessor(
         CLIPImageProcessorPil(size=size, do_center_crop=False), OtterProcessor.prepare_tokenizer(tokenizer)

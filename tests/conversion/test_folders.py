@@ -2,6 +2,7 @@
 
 import json
 
+import golden_numbers
 import pytest
 import torch
 from filelock import FileLock
@@ -26,16 +27,6 @@ from otter_hf.conversion.job import finish_with_adapter
 from otter_hf.testing.otter import build_tokenizer
 
 
-GOLDEN_FOLDERS = [
-    "flamingo_falcon",
-    "flamingo_llama",
-    "flamingo_mpt",
-    "otter_llama_image",
-    "otter_llama_image_every4",
-    "otter_llama_video",
-    "otter_mpt1b_redpajama",
-    "otter_mpt_image",
-]
 STALE = ("rotary_emb.inv_freq", "embeddings.position_ids")
 # what the original code reads from a configuration
 READ_IN_2023 = (
@@ -44,7 +35,7 @@ READ_IN_2023 = (
 
 
 class TestExportLegacy:
-    @pytest.mark.parametrize("name", GOLDEN_FOLDERS)
+    @pytest.mark.parametrize("name", golden_numbers.FOLDERS)
     def test_2023_to_today_and_back_is_bit_equal(self, golden, tmp_path, name):
         source = golden / "otter" / name
         finish(plan_folder(source), tmp_path / "today", max_shard_size=200_000)

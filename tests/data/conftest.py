@@ -1,22 +1,17 @@
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil
 
 from otter_hf import OtterProcessor
+from otter_hf.testing.otter import byte_tokenizer
 
 
 def make_processor(**special_tokens) -> OtterProcessor:
     """A processor with one token per byte, so that tests can count, and 2x2 pixels in [0, 1]."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
     image_processor = CLIPImageProcessorPil(
         size={"height": 2, "width": 2}, do_center_crop=False, do_normalize=False, resample=Image.Resampling.NEAREST
     )
-    return OtterProcessor(image_processor, OtterProcessor.prepare_tokenizer(tokenizer))
+    return OtterProcessor(image_processor, OtterProcessor.prepare_tokenizer(byte_tokenizer(**special_tokens)))
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,7 @@ from otter_hf.conversion.names import rename_2023
 
 
 CASES = [
-    "flamingo_falcon",
-    "flamingo_llama",
-    "flamingo_mpt",
-    "otter_llama_image",
-    "otter_llama_image_every4",
-    "otter_llama_video",
-    "otter_mpt1b_redpajama",
-    "otter_mpt_image",
+    *golden_numbers.FOLDERS,
     "otter_mpt_lora",
     # 278 MB of weights; the one case of tests/golden
     pytest.param("otter_mpt_vis1024", marks=pytest.mark.slow if golden_numbers.ALL.is_dir() else ()),

@@ -43,6 +43,8 @@ for _config, _model, _conditional, _processor in (
 # a mapping of its own, which holds below the language model only: Falcon has an `ln_f` too, under the same 2023 prefix
 register_checkpoint_conversion_mapping(OtterMptConfig.model_type, mosaic_gpt_renamings())
 
+# as of the package itself, which lists them without loading them, for those who read types
+# pylint: disable=duplicate-code
 __all__ = [
     "FlamingoConfig",
     "FlamingoForConditionalGeneration",

@@ -7,13 +7,18 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, P
 from ..models import OtterForConditionalGeneration, OtterProcessor
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, `<s>` in front as Llama has it."""
+def byte_tokenizer(**special_tokens: str) -> PreTrainedTokenizerFast:
+    """One token per byte, so that a text has as many as one can count; `special_tokens` as `bos_token="<s>"`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A `byte_tokenizer` with `<s>` in front as Llama has it."""
+    tokenizer = byte_tokenizer(bos_token="<s>", eos_token="</s>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
