@@ -1,4 +1,4 @@
-"""Sections `decode` and `host`: milliseconds per token, the share of the memory's rate, and waits of the host."""
+"""Sections `decode`, `compiled` and `host`: ms per token, the share of the memory's rate, and waits of the host."""
 
 import functools
 from collections.abc import Iterator
@@ -20,13 +20,17 @@ def rows(machine: Machine) -> Iterator:
                 f"{name}: a decoding step, {batch_size} rows, {IMAGES} images, bfloat16",
                 functools.partial(decoding, name, batch_size, "dynamic", machine, holder),
             )
-        if name != "idefics":
-            yield (
-                f"{name}: a decoding step, 1 row, {IMAGES} images, bfloat16, static cache, compiled",
-                functools.partial(decoding, name, 1, "static", machine, holder),
-            )
         holder.clear()
         machine.free()
+
+
+def static_rows(machine: Machine) -> Iterator:
+    """The same for a static cache, which is compiled on a card."""
+    for name in ("otter-mpt", "otter-llama", "otterhd"):
+        yield (
+            f"{name}: a decoding step, 1 row, {IMAGES} images, bfloat16, static cache, compiled",
+            functools.partial(decoding, name, 1, "static", machine, {}),
+        )
 
 
 def decoding(name: str, batch_size: int, cache: str, machine: Machine, holder: dict) -> dict:

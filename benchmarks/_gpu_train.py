@@ -31,11 +31,15 @@ def rows(machine: Machine) -> Iterator:
     for recipe, (name, _, _) in RECIPES.items():
         for layout in ("packed", "padded"):
             yield f"{recipe}: {layout}", functools.partial(training, recipe, layout, None, machine)
+        yield (
+            f"{recipe}: packed, varlen_sdpa",
+            functools.partial(training, recipe, "packed", "varlen_sdpa", machine),
+        )
         if name == "otterhd":
             for attention in ("sdpa", "eager"):
                 yield (
                     f"{recipe}: transformers' Fuyu, padded, {attention}",
-                    functools.partial(training, recipe, "padded", attention, machine),
+                    functools.partial(training, recipe, "padded", attention, machine, peer=True),
                 )
     yield "otter-mpt, QLoRA: packed", functools.partial(four_bits, machine)
     yield "otterhd, LoRA: profile of a packed step", functools.partial(profile, machine)
@@ -64,15 +68,15 @@ def parse(flags: list[str], count: int, max_length: int, attention: str | None, 
     return parsed
 
 
-def prepare(recipe: str, layout: str, attention: str | None, machine: Machine) -> tuple:
-    """Model, batch, plan and number of real tokens of a recipe; with `attention` that of transformers' Fuyu."""
+def prepare(recipe: str, layout: str, attention: str | None, machine: Machine, peer: bool = False) -> tuple:
+    """Model, batch, plan and number of real tokens of a recipe; of a `peer` those of transformers' Fuyu."""
     from otter_hf.training.freezing import freeze
     from otter_hf.training.kernels import choose_attention
     from otter_hf.training.lora import add_lora
     from otter_hf.training.plan import make_plan, meta_model
 
     name, flags, count = RECIPES[recipe]
-    config = published("fuyu" if attention else name, machine.tiny)
+    config = published("fuyu" if peer else name, machine.tiny)
     lengths, media, side = [*LENGTHS[:count]], [1] * count, 1
     if machine.tiny:
         lengths, side = [24, 48, 16, 32], 2
@@ -88,7 +92,7 @@ def prepare(recipe: str, layout: str, attention: str | None, machine: Machine) -
     data_args.packing = layout == "packed"
     chosen = choose_attention(config, *parsed)
     plan = None
-    if not attention:
+    if not peer:
         plan = make_plan(meta_model(model_args, config, chosen, autocast=True), *parsed, world_size=1, sharding="none")
     model = build(config, machine, torch.bfloat16, chosen)
     if model_args.lora:
@@ -116,16 +120,16 @@ def make_step(model, batch: dict, machine: Machine):
     return step
 
 
-def training(recipe: str, layout: str, attention: str | None, machine: Machine) -> dict:
+def training(recipe: str, layout: str, attention: str | None, machine: Machine, peer: bool = False) -> dict:
     machine.free()
-    model, batch, plan, tokens, chosen = prepare(recipe, layout, attention, machine)
+    model, batch, plan, tokens, chosen = prepare(recipe, layout, attention, machine, peer)
     step = make_step(model, batch, machine)
     step()  # the optimizer's state is made here
     peak = machine.peak_bytes(step)
     seconds = machine.seconds(step)
     row = {
         "unit": "real tokens per second",
-        "peer" if attention else "ours": round(tokens / seconds, 1),
+        "peer" if peer else "ours": round(tokens / seconds, 1),
         "seconds": round(seconds, 4),
         "real_tokens": tokens,
         "places": batch["input_ids"].numel(),

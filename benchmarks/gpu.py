@@ -10,10 +10,11 @@ Rows are written as they come, so that a run that is cut short keeps what it had
 error, and the rest goes on.
 
     equal    fp32 and bf16 on the card against fp32 on the CPU; every attention implementation against eager, forward
-             and backward, padded and packed; generation from every kind of cache
+             and backward, padded and packed; generation with and without a cache
     decode   ms per token at the shapes of OTTER-Image-MPT7B and -LLaMA7B, OtterHD-8B, and transformers' Idefics 9B
     train    steps of our recipes: real tokens per second, MFU, peak memory beside the plan; transformers' Fuyu
     host     synchronisations per decoding step and per training step
+    compiled static caches, which transformers compiles on a card: the same tokens, ms per token
 """
 
 import argparse
@@ -23,6 +24,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import _gpu_decode
@@ -34,14 +36,20 @@ from _gpu_models import Machine
 
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def _compiled(machine: Machine) -> Iterator:
+    yield from _gpu_equal.static_rows(machine)
+    yield from _gpu_decode.static_rows(machine)
+
+
 SECTIONS = {
     "equal": _gpu_equal.rows,
     "decode": _gpu_decode.rows,
     "train": _gpu_train.rows,
     "host": _gpu_decode.host_rows,
+    "compiled": _compiled,
 }
-# begin no row of a section after so many, so that one which takes long leaves time for the others
-SECTION_SECONDS = 100
 
 
 class Report:
@@ -97,11 +105,11 @@ def measure(section: str, workload: str, function, machine: Machine) -> dict:
     return {"section": section, "workload": workload, **row, "took_seconds": round(time.perf_counter() - start, 2)}
 
 
-def run(machine: Machine, only: list[str], seconds: float, report: Report) -> None:
+def run(machine: Machine, only: list[str], seconds: float, section_seconds: float, report: Report) -> None:
     """The rows of some sections, until `seconds` are over; what there was no time for is named."""
     end = time.perf_counter() + seconds
     for section in only:
-        section_end = end if machine.tiny else min(end, time.perf_counter() + SECTION_SECONDS)
+        section_end = end if machine.tiny else min(end, time.perf_counter() + section_seconds)
         for workload, function in SECTIONS[section](machine):
             if time.perf_counter() > section_end:
                 report.add({"section": section, "workload": workload, "left_out": "out of time"})
@@ -115,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", default=",".join(SECTIONS), help="sections, with commas")
     parser.add_argument("--seconds", type=float, default=450, help="begin no row after so many")
+    parser.add_argument(
+        "--section_seconds", type=float, default=100, help="begin no row of a section after so many of its own"
+    )
     parser.add_argument("--output", type=Path, help="the result file; default: results/gpu_CARD.json")
     options = parser.parse_args(argv)
     only = options.only.split(",")
@@ -132,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     machine = Machine(torch.device(options.device), options.scale == "tiny")
     name = re.sub(r"\W+", "_", describe(machine)["card"]["name"].lower()) if machine.on_card else "cpu_tiny"
     report = Report(options.output or RESULTS / f"gpu_{name}.json", machine)
-    run(machine, only, options.seconds, report)
+    run(machine, only, options.seconds, options.section_seconds, report)
     failed = [row for row in report.result["rows"] if "error" in row or row.get("equal") is False]
     print(f"{len(report.result['rows'])} rows, {len(failed)} of them failed: {report.path}", file=sys.stderr)
     return 1 if failed else 0
