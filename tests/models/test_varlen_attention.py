@@ -54,6 +54,30 @@ def test_without_boundaries_or_with_a_shorter_window_the_mask_counts():
     assert_close(got, expected)
 
 
+@pytest.mark.parametrize("config_class", [LlamaConfig, PersimmonConfig])
+def test_under_autocast_packed_rows_go_through_torchs_kernel(config_class, monkeypatch):
+    """Rotary embeddings and norms leave queries and keys in float32, which the kernel does not take."""
+    calls = []
+
+    def kernel(query, key, value, *args, **kwargs):
+        calls.append({query.dtype, key.dtype, value.dtype})
+        return flash_stand_in.varlen_attn(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(varlen_attention, "has_varlen_kernel", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(varlen_attention, "torch_varlen_kernel", lambda: kernel)
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config_class(vocab_size=30, **small), attn_implementation="varlen_sdpa").eval()
+    ids, positions = torch.arange(12)[None] + 5, torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).last_hidden_state
+        assert not calls
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(ids, position_ids=positions, use_cache=False).last_hidden_state
+    assert calls == [{torch.bfloat16}] * 2
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.parametrize("config_class", [LlamaConfig, PersimmonConfig, MistralConfig])
 @pytest.mark.parametrize("window", [None, 5, 20])
 @torch.no_grad()

@@ -340,6 +340,10 @@ def test_attention_for_packed_rows(arguments, model, monkeypatch):
     )
     assert set(chosen("", half=True).values()) == {"flash_attention_3"}
     assert set(chosen("").values()) == {"varlen_sdpa"}
+    lora = "--dtype bfloat16 --lora True --lora_target_modules q_proj"
+    assert set(chosen(lora).values()) == {"flash_attention_3"}
+    # without autocast PEFT has in float32 what is not in 4 bits
+    assert set(chosen(f"{lora} --load_in_4bit True").values()) == {"varlen_sdpa"}
     parsed = arguments("")
     assert set(choose_attention(OtterHDConfig(), *parsed).values()) == {"varlen_sdpa"}
     parsed[2].bf16 = True

@@ -146,7 +146,8 @@ def varlen_sdpa_attention_forward(
     if cu_seq_lens_q is None or (sliding_window is not None and max_length_q > sliding_window):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options, **kwargs)
     rows = query.shape[0]
-    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))  # (B*., H, d)
+    query, key, value = (_as_autocast(states).transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    # (B*Q, H, d), and twice (B*K, H', d)
     if dropout == 0 and query.shape[-1] % 8 == 0 and has_varlen_kernel(query.device, query.dtype):
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
@@ -172,3 +173,14 @@ def varlen_sdpa_attention_forward(
         if length > 0
     ]  # each (1, l, H, d)
     return torch.cat(outputs, dim=1).view(rows, -1, *outputs[0].shape[2:]), None
+
+
+def _as_autocast(states: torch.Tensor) -> torch.Tensor:
+    """
+    In the precision of autocast, as torch has it for its own attention: rotary embeddings and norms of queries and
+    keys leave these in float32, which no kernel for several samples takes.
+    """
+    kind = states.device.type
+    if states.dtype == torch.float32 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return states.to(torch.get_autocast_dtype(kind))
+    return states

@@ -35,9 +35,14 @@ def choose_attention(
 def compute_dtype(
     config: PreTrainedConfig, model_args: ModelArguments, training_args: TrainingArguments
 ) -> torch.dtype:
-    """Precision of the multiplications: that of autocast, or of the weights."""
+    """
+    Precision of the multiplications: that of autocast, or of the weights; float32 between weights in 4 bits without
+    autocast, as PEFT prepares such a model for training.
+    """
     if training_args.bf16 or training_args.fp16:
         return torch.bfloat16 if training_args.bf16 else torch.float16
+    if model_args.load_in_4bit:
+        return torch.float32
     return config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
 
 
