@@ -27,17 +27,22 @@ def rows(machine: Machine) -> Iterator:
     for family in FAMILIES:
         yield f"{family}: float32 and bfloat16 against the CPU", functools.partial(card_against_cpu, family, machine)
         for name in IMPLEMENTATIONS:
-            yield (
-                f"{family}: {name} against eager, forward and backward",
-                functools.partial(against_eager, family, name, machine),
-            )
+            if name != "flex_attention":
+                yield _row(family, name, machine)
         yield f"{family}: cached and beams against no cache", functools.partial(generation, family, machine)
 
 
-def static_rows(machine: Machine) -> Iterator:
-    """The same for a static cache, which is compiled on a card."""
+def compiled_rows(machine: Machine) -> Iterator:
+    """The same for what is compiled on a card, which takes long: a static cache, flex attention."""
     for family in FAMILIES:
         yield f"{family}: static against no cache", functools.partial(generation, family, machine, static=True)
+    for family in FAMILIES:
+        yield _row(family, "flex_attention", machine)
+
+
+def _row(family: str, name: str, machine: Machine) -> tuple:
+    function = functools.partial(against_eager, family, name, machine)
+    return f"{family}: {name} against eager, forward and backward", function
 
 
 def batches(config, machine: Machine) -> dict[str, dict]:

@@ -160,6 +160,7 @@ def published(name: str, tiny: bool):
     facts = next(card for card in cards if card["repository"] == repository[name])["config"]
     config = CONFIG_MAPPING[facts["model_type"]].from_dict(dict(facts))
     config.cross_attn_gate_init = 1.0
+    config.image_token_id = min(32000, config.get_text_config().vocab_size) - 1  # below which random text is
     return config
 
 

@@ -42,7 +42,8 @@ def rows(machine: Machine) -> Iterator:
                     functools.partial(training, recipe, "padded", attention, machine, peer=True),
                 )
     yield "otter-mpt, QLoRA: packed", functools.partial(four_bits, machine)
-    yield "otterhd, LoRA: profile of a packed step", functools.partial(profile, machine)
+    for name, attention in (("", None), (", varlen_sdpa", "varlen_sdpa")):
+        yield f"otterhd, LoRA: profile of a packed step{name}", functools.partial(profile, attention, machine)
 
 
 def four_bits(machine: Machine) -> dict:
@@ -154,22 +155,23 @@ def _flat(batch: dict) -> bool:
     return batch["pixel_values"].ndim == 2
 
 
-def profile(machine: Machine) -> dict:
-    """The operations that a packed step of OtterHD spends its time on, the longest first."""
-    model, batch, _, _, _ = prepare("otterhd, LoRA", "packed", None, machine)
+def profile(attention: str | None, machine: Machine) -> dict:
+    """The operations that a packed step of OtterHD spends its time on, the longest first, on device and host."""
+    model, batch, _, _, _ = prepare("otterhd, LoRA", "packed", attention, machine)
     step = make_step(model, batch, machine)
     step()
+    machine.wait()
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if machine.on_card else []
     with torch.profiler.profile(activities=activities) as trace:
         step()
         machine.wait()
     events = trace.key_averages()
-    spent = {event.key: _own_time(event, machine) for event in events}
-    total = sum(spent.values())
-    longest = sorted(spent, key=spent.get, reverse=True)[:12]
-    return {"unit": "share of the time", "ours": {name: round(spent[name] / max(total, 1), 4) for name in longest}}
-
-
-def _own_time(event, machine: Machine) -> float:
-    return event.self_device_time_total if machine.on_card else event.self_cpu_time_total
+    row: dict = {"unit": "share of the time"}
+    sides = {"host": "self_cpu_time_total"} | ({"device": "self_device_time_total"} if machine.on_card else {})
+    for side, field in sides.items():
+        spent = {event.key: getattr(event, field) for event in events}
+        total = max(sum(spent.values()), 1)
+        row[f"{side}_ms"] = round(total / 1000, 1)
+        row[side] = {name: round(spent[name] / total, 4) for name in sorted(spent, key=spent.get, reverse=True)[:12]}
+    return row

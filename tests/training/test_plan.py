@@ -369,3 +369,16 @@ def test_liger_replaces_the_decoder_before_it_is_made(model, monkeypatch):
     use_liger_kernels(model.config, {"rope": False})
     losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert calls == [("llama", {"rope": False, **losses})]
+
+
+def test_operations_are_counted_where_flash_attention_is_chosen(model):
+    """Shapes are on no device, and transformers' flash attention asks which of them computes in 16 bits."""
+    with torch.device("meta"):
+        shapes = type(model)(model.config)
+    expected = count_training_flops(shapes)
+    shapes.config._attn_implementation = flash = {"": "flash_attention_2", "text_config": "flash_attention_2"}
+    assert count_training_flops(shapes) == expected
+    assert {
+        "": shapes.config._attn_implementation,
+        "text_config": shapes.model.language_model.config._attn_implementation,
+    } == flash

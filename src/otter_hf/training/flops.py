@@ -1,5 +1,7 @@
 """Operations of a training step, counted from shapes."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -112,17 +114,30 @@ def _count_vision(core: nn.Module, is_stored: bool) -> tuple[float, int]:
     size = getattr(config, "image_size", 224)  # convolutional towers take any
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     frame = torch.empty(1, config.num_channels, height, width, device="meta", dtype=core.vision_tower.dtype)
-    with FlopCounterMode(display=False) as tower:
-        features = core.vision_tower(frame).last_hidden_state
-    features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
     counts = []
-    for length in (1, 2):
-        with FlopCounterMode(display=False) as resampler:
-            core.perceiver(features.repeat(1, length, 1)[:, None])
-        counts.append(resampler.get_total_flops())
+    with _eager(core):
+        with FlopCounterMode(display=False) as tower:
+            features = core.vision_tower(frame).last_hidden_state
+        features = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+        for length in (1, 2):
+            with FlopCounterMode(display=False) as resampler:
+                core.perceiver(features.repeat(1, length, 1)[:, None])
+            counts.append(resampler.get_total_flops())
     source = counts[1] - counts[0]
     again = 3 if passes == 3 or _is_trained(core.perceiver) else passes
     return (passes * tower.get_total_flops() + again * source) / (height * width), again * (counts[0] - source)
+
+
+@contextlib.contextmanager
+def _eager(core: PreTrainedModel) -> Iterator[None]:
+    """Attention in products of matrices, which are counted: flash attention neither is, nor runs without a card."""
+    chosen = {"": core.config._attn_implementation}
+    chosen |= {part: getattr(core.config, part)._attn_implementation for part in core.config.sub_configs}
+    core.config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        core.config._attn_implementation = chosen
 
 
 def _of_weight(layer: nn.Module) -> int:

@@ -124,7 +124,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
             patches = self.get_image_features(pixel_values, return_dict=True).last_hidden_state  # (N, D)
             patches = patches.flatten(0, -2).unsqueeze(0).to(inputs_embeds.device, inputs_embeds.dtype)  # (1, N, D)
             is_patch = self._find_patches(input_ids, inputs_embeds, patches, media_counts)
-            inputs_embeds = inputs_embeds.masked_scatter(is_patch, patches)
+            inputs_embeds = _put_patches(inputs_embeds, patches[0], is_patch)
         elif input_ids is not None and not is_tracing(input_ids):
             # tokens generated on top of a cache are the model's own words
             if past_key_values is None or (input_ids.shape[1] > 1 and past_key_values.get_seq_length() == 0):
@@ -138,8 +138,7 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
                     # no patch, yet the patch embedding is run: ranks of a distributed run would wait for its gradient
                     no_patch = inputs_embeds.new_zeros(0, self.vision_embed_tokens.in_features)
                     features = self.get_image_features(no_patch, return_dict=True).last_hidden_state  # (0, D)
-                    nowhere = torch.zeros_like(inputs_embeds, dtype=torch.bool)
-                    inputs_embeds = inputs_embeds.masked_scatter(nowhere, features.to(inputs_embeds.dtype))
+                    inputs_embeds = inputs_embeds + features.sum(dim=0).to(inputs_embeds.dtype)
 
         if kwargs.get("cu_seq_lens_q") is not None and position_ids is None:
             raise ValueError("cu_seq_lens_q needs position_ids that restart at 0 with each packed sample.")
@@ -183,6 +182,20 @@ class OtterHDModel(OtterHDPreTrainedModel, FuyuModel):
                 "and pixel_values of one processor call."
             )
         return (input_ids == self.config.image_token_id).unsqueeze(-1).expand_as(inputs_embeds)
+
+
+def _put_patches(inputs_embeds: torch.Tensor, patches: torch.Tensor, is_patch: torch.Tensor) -> torch.Tensor:
+    """
+    `inputs_embeds (B, L, D)` with `patches (N, D)`, in their order, where `is_patch (B, L, 1 or D)`. The backward pass
+    of `masked_scatter` would have the host wait for a GPU.
+    """
+    if not len(patches):
+        return inputs_embeds + patches.sum(dim=0)  # ranks of a distributed run wait for the gradient
+    here = is_patch[..., 0].flatten()
+    # text points at patches as well, at all in turn: their gradients of zero do not queue for the same one
+    anywhere = torch.arange(len(here), device=here.device) % len(patches)
+    places = torch.where(here, here.cumsum(0) - 1, anywhere)
+    return torch.where(is_patch, patches[places].view_as(inputs_embeds), inputs_embeds)
 
 
 class OtterHDForConditionalGeneration(OtterHDPreTrainedModel, OtterHDGenerationMixin, FuyuForCausalLM):
