@@ -1,10 +1,12 @@
 """What a user hands to the processor, and what comes out."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoImageProcessor, AutoProcessor
 
 from otter_hf import FlamingoProcessor, OtterProcessor
 from otter_hf.prompts import render
@@ -112,6 +114,22 @@ def test_save_and_load_give_the_same_batch(processor, pictures, tmp_path):
     before, after = processor(**inputs), loaded(**inputs)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert loaded.chat_template == processor.chat_template
+
+
+@pytest.mark.parametrize("load", [OtterProcessor.from_pretrained, AutoProcessor.from_pretrained])
+def test_pillow_resizes_where_torchvision_is_installed(processor, tmp_path, monkeypatch, load):
+    """transformers takes torchvision's classes there, which give other pixels, whatever class was saved."""
+    taken = []
+    module = sys.modules[AutoImageProcessor.__module__]
+    choose = module._load_backend_class
+    monkeypatch.setattr(module, "is_torchvision_available", lambda: True)
+    monkeypatch.setattr(
+        module, "_load_backend_class", lambda name, backend, *args: taken.append(backend) or choose(name, "pil", *args)
+    )
+    processor.save_pretrained(tmp_path)
+    load(tmp_path)
+    load(tmp_path, backend="torchvision")
+    assert taken == ["pil", "torchvision"]
 
 
 def test_auto_processor_finds_the_class(processor, model, tmp_path):

@@ -70,6 +70,8 @@ class FlamingoProcessor(ChatProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *, tokenizer=None, tokenizer_reference=None, **kwargs):
         """
         As in the parent class. The tokenizer of a model of 2023 gives the ids of 2023, see `docs/conversion.md`.
+        Images are resized by Pillow, as in 2023, also where torchvision is installed, which rounds otherwise:
+        transformers would take torchvision's, whatever was saved. `backend="torchvision"` asks for it.
 
         Args:
             tokenizer (*optional*): a tokenizer, or the folder or repository of one, in place of the repository's own;
@@ -99,6 +101,7 @@ class FlamingoProcessor(ChatProcessorMixin):
             )
         if tokenizer is not None:
             kwargs["tokenizer"] = add_special_tokens(tokenizer, cls.special_tokens, num_rows=num_rows)
+        kwargs.setdefault("backend", "pil")
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
