@@ -1,5 +1,8 @@
 """Rows of a running batch answer what they would alone, whoever joins and leaves."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_flamingo import DECODERS, GREEDY, IMAGE, images, row, tiny_model
@@ -245,6 +248,31 @@ def test_a_step_that_fails_ends_its_rows_and_no_others(llama):
     hook.remove()
     batch.run()
     assert isinstance(first.error, ZeroDivisionError) and second.tokens == alone(llama, PROMPTS[1])
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_an_error_holds_no_states(llama, steps):
+    """Reading a prompt and decoding: where memory ran out, none of it may stay with whoever keeps the answer."""
+    batch, states = ContinuousBatch(llama), []
+    answer = submit(batch, PROMPTS[0])
+    for _ in range(steps):
+        batch.step()
+
+    def run_out(module, args):
+        states.append(weakref.ref(args[0]))
+        raise torch.OutOfMemoryError("no memory")
+
+    hook = llama.model.decoder_layers[-1].register_forward_pre_hook(run_out)
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        batch.run()
+        assert isinstance(answer.error, torch.OutOfMemoryError)
+        assert len(states) == 1 and states[0]() is None
+    finally:
+        hook.remove()
+        if collects:
+            gc.enable()
 
 
 @pytest.mark.parametrize("decoder", ["llama", "otter_mpt", "gemma3_text"])

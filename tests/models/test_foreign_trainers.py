@@ -168,6 +168,19 @@ def test_tied_weights_of_bin_files_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_go_where_offloaded_weights_are_computed_with(family, tmp_path):
+    model = FAMILIES[family]()
+    model.save_pretrained(tmp_path)
+    offloaded = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "off"
+    )
+    assert next(offloaded.parameters()).is_meta and offloaded.device.type == "cpu"
+    inputs = {name: value.to(offloaded.device) for name, value in batch(model).items() if name != "labels"}
+    settings = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(offloaded.generate(**inputs, **settings), model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_four_bit_layers_are_not_repacked(family, tmp_path, monkeypatch):
     """bitsandbytes marks its layers so where the CPU has AVX512-BF16."""
     make = torch.nn.Linear.__init__

@@ -4,6 +4,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from serving_double import image_url, slow_down, wait_until
 
 
@@ -100,6 +101,22 @@ def test_who_leaves_makes_room_for_the_next(folders, serve):
         first.close()
         assert second.result().usage.completion_tokens == 6
     wait_until(lambda: server.gate.admitted == 0)
+
+
+def test_a_full_device_is_told_and_outlived(folders, serve):
+    server = serve(folders["otter"])
+    expected = said(server.ask("what?"))
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("tried to allocate much")
+
+    hook = server.model_of().model.register_forward_pre_hook(run_out)
+    with pytest.raises(openai.InternalServerError, match="memory of this server's device is full") as told:
+        server.ask("what?")
+    with pytest.raises(openai.APIError, match="memory of this server's device is full"):
+        said(server.ask("what?", stream=True))
+    hook.remove()
+    assert told.value.status_code == 503 and said(server.ask("what?")) == expected
 
 
 def test_an_unloaded_model_takes_its_batch_along(folders, serve):

@@ -108,6 +108,9 @@ class BatchRow:
         if error is None:
             self.future.set_result(self)
         else:
+            if isinstance(error, torch.OutOfMemoryError):
+                # whoever holds the error would hold the states of all layers that it came through
+                error.__traceback__ = None
             self.future.set_exception(error)
 
 

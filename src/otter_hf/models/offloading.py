@@ -1,5 +1,6 @@
 """Layers on disk: what transformers forgets there."""
 
+import torch
 from transformers import PreTrainedModel
 
 
@@ -16,3 +17,14 @@ def index_tied_weights(model: PreTrainedModel, offloaded: dict | None) -> None:
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if offloaded and source in offloaded:
             offloaded.setdefault(name, offloaded[source])
+
+
+def device_of_inputs(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """
+    Where a model takes its inputs. transformers says where its first weight is, which offloaded is the meta device.
+
+    Args:
+        device: what transformers says.
+    """
+    computes_on = getattr(getattr(model, "_hf_hook", None), "execution_device", None)  # of accelerate
+    return device if device.type != "meta" or computes_on is None else torch.device(computes_on)

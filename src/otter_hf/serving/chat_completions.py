@@ -158,7 +158,8 @@ class ChatCompletions(ChatCompletionHandler):
 
         Raises:
             HTTPException: 400 for what is wrong with the request, 404 for another model, 422 for unknown fields, 429
-                when too many wait, 504 when it takes too long; as `BodyReader.read` for its body.
+                when too many wait, 503 where the device's memory is full, 504 when it takes too long; as
+                `BodyReader.read` for its body.
         """
         started = time.monotonic()
         try:
@@ -246,6 +247,10 @@ class ChatCompletions(ChatCompletionHandler):
             pass  # nobody reads what it would say
         except (ValueError, TemplateError) as error:
             job.items.put_nowait(HTTPException(400, str(error)))
+        except torch.OutOfMemoryError:
+            logger.exception("A request found no memory.")
+            said = "The memory of this server's device is full: send less, or try again when fewer ask."
+            job.items.put_nowait(HTTPException(503, said, headers={"Retry-After": "1"}))
         except Exception as error:
             logger.exception("A request failed.")
             job.items.put_nowait(HTTPException(500, f"The server failed to answer: {type(error).__name__}."))

@@ -32,7 +32,7 @@ from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import running_media_index
 from ..media_cache import MediaDynamicCache, with_media
 from ..mixed_dtypes import in_dtype_of
-from ..offloading import index_tied_weights
+from ..offloading import device_of_inputs, index_tied_weights
 from ..quantization import keep_stored_weights
 from .configuration_flamingo import FlamingoConfig
 from .decoders_flamingo import get_decoder_layers, make_language_model, reset_adapters
@@ -95,6 +95,11 @@ class FlamingoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @property
+    def device(self) -> torch.device:
+        """As in the parent class; of offloaded weights where they are computed with."""
+        return device_of_inputs(self, super().device)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

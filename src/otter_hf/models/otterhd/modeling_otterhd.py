@@ -27,7 +27,7 @@ from ..decoding_masks import mask_without_reading
 from ..legacy_names import refuse_arguments_of_2023
 from ..lm_loss import supervised_loss
 from ..mixed_dtypes import in_dtype_of
-from ..offloading import index_tied_weights
+from ..offloading import device_of_inputs, index_tied_weights
 from ..quantization import keep_stored_weights
 from ..varlen_attention import packed_boundaries
 from .configuration_otterhd import OtterHDConfig
@@ -42,6 +42,11 @@ class OtterHDPreTrainedModel(FuyuPreTrainedModel):
     _no_split_modules = ["PersimmonDecoderLayer"]
     # Persimmon refuses flex attention, whatever Fuyu says
     _supports_flex_attn = False
+
+    @property
+    def device(self) -> torch.device:
+        """As in the parent class; of offloaded weights where they are computed with."""
+        return device_of_inputs(self, super().device)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
