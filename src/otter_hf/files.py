@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .storage import is_remote, to_path
+from .storage import AnyPath, is_remote, to_path
 
 
 # a full disk, a quota, a file that may not grow; and what libraries say whose errors have no number
@@ -84,6 +84,33 @@ def move(written: str | Path, path: str | Path, *, known_folder: bool = False) -
     else:
         os.replace(written, path)
     _sync_one(path.parent)
+
+
+def copy_at_address(written: AnyPath, path: AnyPath) -> None:
+    """
+    Copies a file, or the files of a folder one after the other, to its final name at the same store.
+
+    Copied, not moved: after a kill in between all of them are where they were, and can be copied again.
+    """
+    written, path = to_path(written), to_path(path)
+    files: list[Any] = sorted(written.iterdir()) if written.is_dir() else [written]
+    for file in files:
+        target: Any = path / file.name if written.is_dir() else path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.fs.cp_file(file.path, target.path)
+
+
+@contextlib.contextmanager
+def fetched(path: AnyPath) -> Iterator[Path]:
+    """A file of this machine, for what reads no other: the file itself, or of an address a copy for this block."""
+    path = to_path(path)
+    if not is_remote(path):
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="otter_hf-") as folder:
+        copy = Path(folder, path.name)
+        path.fs.get_file(path.path, str(copy))
+        yield copy
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -234,7 +261,9 @@ def _tell(owner: dict | None) -> str:
 
 __all__ = [
     "claim",
+    "copy_at_address",
     "disk_full_told",
+    "fetched",
     "is_disk_full",
     "move",
     "remove",

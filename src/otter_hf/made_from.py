@@ -35,6 +35,8 @@ def state(path: str | Path) -> list | None:
     path = to_path(path)
     if is_remote(path):
         try:
+            if path.fs.info(path.path)["type"] == "directory":
+                return _joint((file.path, file) for file in sorted(path.rglob("*"), key=str) if file.is_file())
             return [path.stat().st_size, path.fs.ukey(path.path)]
         except OSError:
             return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .storage import to_path
+from .storage import AnyPath, to_path
 
 
 # what a YAML file may stand for, once its aliases are written out
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError("its values are nested too deeply", "", 0) from None
 
 
-def load_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
+def load_yaml(path: AnyPath, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
     """
     What a YAML file holds.
 
@@ -37,7 +37,7 @@ def load_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader)
     """
     refuse_lfs_pointer(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = to_path(path).read_text(encoding="utf-8")
         # for each bracket PyYAML looks at all that are open
         depths = accumulate((1 if bracket in "[{" else -1) for bracket in _BRACKETS.findall(text))
         if max(depths, default=0) > MAX_YAML_DEPTH:
@@ -87,7 +87,7 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(_LFS)
 
 
-def refuse_lfs_pointer(path: str | Path) -> None:
+def refuse_lfs_pointer(path: AnyPath) -> None:
     """Raise ValueError for a file that is a pointer of Git LFS; what is no file is not looked at."""
     path = to_path(path)
     if path.is_file() and path.stat().st_size <= _POINTER_BYTES:

@@ -8,6 +8,7 @@ from .extras import missing
 
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
     from upath import UPath
 
 AnyPath: TypeAlias = Union[str, Path, "UPath"]
@@ -50,7 +51,7 @@ def in_this_process(path: AnyPath) -> AnyPath:
     return to_path(str(path)) if is_remote(path) else path
 
 
-def is_one_path(paths: object) -> bool:
+def is_one_path(paths: object) -> "TypeIs[AnyPath]":
     """Whether this is a path and no list of them."""
     return isinstance(paths, (str, os.PathLike)) or hasattr(paths, "fs")
 

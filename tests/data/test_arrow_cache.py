@@ -42,6 +42,18 @@ def test_files_are_built_once_per_content(source, tmp_path):
     assert read(cached_arrow_file([source], "ids", build(["d"]), tmp_path / "cache")) == ["d"]
 
 
+def test_files_of_an_earlier_format_are_deleted(source, tmp_path, monkeypatch):
+    other = tmp_path / "other.json"
+    other.write_text("1")
+    with monkeypatch.context() as patch:
+        patch.setattr("otter_hf.data.arrow_cache._FORMAT_VERSION", 1)
+        old = cached_arrow_file([source], "ids", build(["a"]), tmp_path / "cache")
+        of_old = cached_arrow_file([old], "index", build(["i"]), tmp_path / "cache")
+        kept = cached_arrow_file([other], "ids", build(["b"]), tmp_path / "cache")
+    new = cached_arrow_file([source], "ids", build(["c"]), tmp_path / "cache")
+    assert read(new) == ["c"] and kept.exists() and not old.exists() and not of_old.exists()
+
+
 def killed_while_building(source, cache):
     cached_arrow_file([source], "ids", build(["half"], then=lambda: os.kill(os.getpid(), signal.SIGKILL)), cache)
 

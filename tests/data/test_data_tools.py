@@ -12,7 +12,7 @@ from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MimicitMixture
 from otter_hf.data.preview import contact_sheet, describe_sample
-from otter_hf.data.to_parquet import local_copy, store_to_parquet
+from otter_hf.data.to_parquet import store_to_parquet
 from otter_hf.files import claim, remove
 
 
@@ -114,7 +114,7 @@ def test_killed_while_parts_get_their_names(tmp_path, encoded, monkeypatch, enco
         with pytest.raises(KeyboardInterrupt):
             store_to_parquet(tmp_path / "X.json", output, encoding=encoding)
     assert store_to_parquet(tmp_path / "X.json", output, encoding=encoding) == (4, [])
-    store = ImageStore(local_copy(output))
+    store = ImageStore(output)
     assert {id: store.read_bytes(id) for id in store} == encoded
 
 

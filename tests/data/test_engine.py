@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,23 @@ def test_engines_that_are_none(settings, message):
 def test_the_command_offers_the_executors_there_are():
     """They stand there a second time: its help loads nothing."""
     assert engine_options.EXECUTORS == EXECUTORS
+
+
+@pytest.mark.parametrize(
+    "given, threads",
+    [
+        ([], 8),
+        (["--workers", "3"], 2),
+        (["--workers", "20"], 1),
+        (["--workers", "3", "--threads", "5"], 5),
+        (["--executor", "ray", "--workers", "3"], 1),
+        (["--executor", "slurm", "--executor-options", "cpus_per_task=4", "time=1:00"], 4),
+    ],
+)
+def test_workers_share_the_threads(given, threads):
+    parser = ArgumentParser()
+    engine_options.add_engine_options(parser, threads=8)
+    assert engine_options.engine_of(parser.parse_args(given)).threads == threads
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):

@@ -67,7 +67,8 @@ def test_pages_hold_what_pyarrow_reads(tmp_path, nulls, nested, compression, ver
     store = ImageStore(tmp_path / "x.parquet", tmp_path / "cache")
     pictures = store._parts[0][0]
     order = random.Random(0).sample(range(700), 12)
-    assert list(pictures) == column and [pictures[row] for row in order] == [column[row] for row in order]
+    assert list(pictures) == column and list(pictures.rows(130, 450)) == column[130:580]
+    assert [pictures[row] for row in order] == [column[row] for row in order]
 
 
 def test_other_layouts_are_left_to_pyarrow(tmp_path, by_colour):
@@ -98,6 +99,10 @@ def test_a_store_of_large_pages_is_copied_when_that_is_cheaper(tmp_path, monkeyp
     data = big_store(tmp_path / "X.parquet")
     store = ImageStore(tmp_path / "X.parquet", tmp_path / "cache")
     assert list(store) == list(data) and not copies(tmp_path / "cache")
+    monkeypatch.setattr("otter_hf.data.to_parquet.PART_BYTES", 700_000)
+    with pytest.raises(ValueError, match="no picture in .* that can be decoded"):
+        store_to_parquet(tmp_path / "X.parquet", tmp_path / "Y.parquet", cache_dir=tmp_path / "cache")
+    assert not copies(tmp_path / "cache")  # it was read in its order, whatever the parts
     # three pages, of 1024, 1024 and 952 pictures
     assert all(store.read_bytes(id) == data[id] for id in ("I2500", "I1500", "I1501"))
     assert not copies(tmp_path / "cache")

@@ -9,7 +9,8 @@ from otter_hf.cli import main
 from otter_hf.data.engine import Engine
 from otter_hf.data.formats import write_mimicit
 from otter_hf.data.images import encode_base64, image_bytes
-from otter_hf.data.mixture import MixtureEntry
+from otter_hf.data.mixture import MimicitMixture, MixtureEntry
+from otter_hf.data.stream import StreamedMixture
 from otter_hf.data.validate import check_mixture
 from otter_hf.training.fields import DataArguments
 
@@ -264,13 +265,42 @@ def test_command(tmp_path, dataset, capsys):
     assert main(["data", "check", str(path)]) == 1
 
 
+def test_files_at_addresses(tmp_path, dataset, capsys):
+    """A mixture at an address, whose files lie beside it, and one here that names addresses; training reads both."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    pytest.importorskip("upath", reason="universal-pathlib is not installed: the extra scale")
+    write(tmp_path / "X_instructions.json", changed(answer=""))
+    expected = check_mixture(mixture(tmp_path))
+    memory.makedirs(str(tmp_path))
+    memory.put(f"{tmp_path}/", str(tmp_path), recursive=True)
+    root = f"memory:/{tmp_path}"
+    names = {key: f"{root}/X{end}.json" for key, end in NAMES.items()}
+    for path in (f"{root}/mix.yaml", mixture(tmp_path, **names)):
+        assert main(["data", "check", str(path), "--json", f"{root}/report.json", "--cache-dir", str(tmp_path)]) == 0
+        found = json.loads(memory.cat_file(f"{tmp_path}/report.json"))
+        assert found == json.loads(json.dumps(expected.to_dict()))
+        for kind in (MimicitMixture, StreamedMixture):
+            samples = {sample["id"]: sample["media"] for sample in kind(path, cache_dir=tmp_path, on_error="skip")}
+            assert samples.keys() == {"r2", "b"} and all(samples.values())
+    memory.rm(f"{tmp_path}/X.json")
+    assert main(["data", "check", f"{root}/mix.yaml"]) == 1
+    assert "the path X.json does not exist" in capsys.readouterr().out
+    write(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "<image>?"}], "images": ["a.png"]})
+    memory.put(f"{tmp_path}/rows.jsonl", f"{tmp_path}/rows.jsonl")
+    assert main(["data", "check", f"{root}/rows.jsonl"]) == 1
+    assert f"{root}/rows.jsonl names a.png: media of rows at an address must be" in capsys.readouterr().out
+
+
+NAMES = {"mimicit_path": "_instructions", "images_path": "", "train_config_path": "_train"}
+
+
 @pytest.mark.slow
 def test_workers_find_what_threads_do(tmp_path, dataset):
     pytest.importorskip("datatrove", reason="datatrove is not installed: the extra scale")
     write(tmp_path / "X.json", {**dataset, "blue": "bm8gcGljdHVyZQ=="})
     found = check_mixture(mixture(tmp_path), cache_dir=tmp_path / "cache")
     assert rules(found)["unreadable image"].ids == ["blue"]
-    engine = Engine(workers=2, logging_dir=tmp_path / "logs")
+    engine = Engine(workers=2, logging_dir=f"file://{tmp_path}/logs")
     assert check_mixture(mixture(tmp_path), cache_dir=tmp_path / "cache", engine=engine).to_dict() == found.to_dict()
 
 

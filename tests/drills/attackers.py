@@ -113,9 +113,10 @@ def attack(url: str, bodies: dict[str, bytes], until: float, number: int, result
             results[kind, "no answer"] += 1
 
 
-def attack_all(url: str, slow_site: str, until: float, clients: int) -> None:
-    results: Counter = Counter()
-    arguments = url, bodies(slow_site), until
+def attack_all(url: str, slow_site: str, clients: int, seconds: float, ready) -> None:
+    results, made = Counter(), bodies(slow_site)
+    ready.wait()
+    arguments = url, made, time.time() + seconds
     threads = [threading.Thread(target=attack, args=(*arguments, number, results)) for number in range(clients)]
     for thread in threads:
         thread.start()
@@ -124,10 +125,12 @@ def attack_all(url: str, slow_site: str, until: float, clients: int) -> None:
     print("attacks and what they were answered:", {f"{kind}: {status}": n for (kind, status), n in results.items()})
 
 
-def ask_all(url: str, until: float, clients: int, queue) -> None:
+def ask_all(url: str, clients: int, seconds: float, ready, queue) -> None:
     times: list[float] = []
     failed: Counter = Counter()
     body = request(image_at(data_url(picture())))
+    ready.wait()
+    until = time.time() + seconds
 
     def ask() -> None:
         while time.time() < until:
@@ -177,9 +180,11 @@ def main() -> int:
         site = slow_site()
         for attacked in (False, True):
             post(server.url, request(image_at(data_url(picture()))))
-            queue, until = context.Queue(), time.time() + 5 + arguments.seconds
-            honest = context.Process(target=ask_all, args=(server.url, until, arguments.clients, queue))
-            hostile = context.Process(target=attack_all, args=(server.url, site, until, arguments.clients))
+            # the time begins when all have imported what they need
+            queue, ready = context.Queue(), context.Barrier(1 + attacked)
+            how = arguments.clients, arguments.seconds, ready
+            honest = context.Process(target=ask_all, args=(server.url, *how, queue))
+            hostile = context.Process(target=attack_all, args=(server.url, site, *how))
             processes = [honest, hostile] if attacked else [honest]
             for process in processes:
                 process.start()
@@ -190,8 +195,10 @@ def main() -> int:
             failures |= failed
             print(f"{'beside attackers' if attacked else 'alone'}: {len(times)} answers, p95 {percentiles[-1]:.3f} s")
         server.stop()
-    print(f"ratio of p95: {percentiles[1] / percentiles[0]:.2f}; honest requests refused: {failures or 'none'}")
-    return int(percentiles[1] > 2 * percentiles[0] or bool(failures))
+    ratio = percentiles[1] / percentiles[0]
+    print(f"{arguments.clients} attackers beside as many honest clients, {arguments.seconds:g} s: ", end="")
+    print(f"ratio of p95 {ratio:.2f}; honest requests refused: {failures or 'none'}")
+    return int(ratio > 2 or bool(failures))
 
 
 if __name__ == "__main__":

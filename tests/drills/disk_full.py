@@ -142,17 +142,21 @@ def run(folder: Path, kind: str, repeats: int) -> list[dict]:
     return results
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--kind", choices=WORK, nargs="+", default=[*WORK])
     arguments = parser.parse_args()
+    all_failed = 0
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
         for kind in arguments.kind:
             results = run(Path(folder), kind, arguments.repeats)
-            print(f"{kind}: {len(results)} tried, {sum(bool(result['faults']) for result in results)} failed")
+            failed = sum(bool(result["faults"]) for result in results)
+            all_failed += failed
+            print(f"{kind}: {len(results)} tried, {failed} failed", flush=True)
+    return int(all_failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -77,7 +77,7 @@ def main() -> int:
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, _hang)
     names = arguments.targets or list(TARGETS)
-    failed = False
+    totals = [0, 0, 0]
     for name in names:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         read = TARGETS[name][1]
@@ -94,9 +94,12 @@ def main() -> int:
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 - before
         if grown > MOST_MEGABYTES:
             faults.append(f"{name} {arguments.seed}: {grown} MB")
-        print(f"{name}: {tried} tried, {refused} refused, {len(faults)} faults, {grown} MB more", *faults, sep="\n  ")
-        failed = failed or bool(faults)
-    return int(failed)
+        line = f"{name}: {tried} tried, {refused} refused, {len(faults)} faults, {grown} MB more"
+        print(line, *faults, sep="\n  ", flush=True)
+        totals = [total + more for total, more in zip(totals, (tried, refused, len(faults)), strict=True)]
+    tried, refused, faults = totals
+    print(f"{len(names)} targets: {tried:,} tried, {refused:,} refused, {faults} faults")
+    return int(faults > 0)
 
 
 if __name__ == "__main__":

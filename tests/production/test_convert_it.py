@@ -34,6 +34,7 @@ from otter_hf.production.convert_it import (
 from otter_hf.production.convert_it.frames import frames_by_second
 from otter_hf.production.convert_it.storytelling import download
 from otter_hf.production.convert_it.videos import spread
+from otter_hf.storage import to_path
 
 
 def save_picture(path, colour="red", size=(30, 20)):
@@ -111,20 +112,70 @@ ORIGINAL_NAMES = {
 }
 
 
+def put_at_address(folder):
+    """Copies a folder to the store in memory; gives its address."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    pytest.importorskip("upath", reason="universal-pathlib is not installed: the extra scale")
+    memory.makedirs(str(folder), exist_ok=True)
+    memory.put(f"{folder}/", str(folder), recursive=True)
+    return f"memory:/{folder}"
+
+
 @pytest.mark.parametrize("name", EXPECTED)
-@pytest.mark.parametrize("by_original_name", [False, True])
-def test_ids_of_every_set(tmp_path, capsys, name, by_original_name):
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_ids_of_every_set(tmp_path, capsys, name, scheme):
+    """Here by the short name, and at an address by the original's."""
     image_path, image_root = make_source(name, tmp_path / "source")
-    arguments = ["--image-path", str(image_path), "--output", str(tmp_path / "out")]
-    arguments += ["--image-root", str(image_root)] if image_root else []
-    assert main(["data", "convert-it", ORIGINAL_NAMES[name] if by_original_name else name, *arguments]) == 0
-    store = ImageStore(tmp_path / "out" / f"{name}.parquet")
+    if scheme:
+        put_at_address(tmp_path)
+    arguments = ["--image-path", f"{scheme}{image_path}", "--output", f"{scheme}{tmp_path}/out"]
+    arguments += ["--image-root", f"{scheme}{image_root}"] if image_root else []
+    assert main(["data", "convert-it", ORIGINAL_NAMES[name] if scheme else name, *arguments]) == 0
+    store = ImageStore(f"{scheme}{tmp_path}/out/{name}.parquet", tmp_path / "cache")
     assert list(store) == [f"{name}_IMG_{key}" for key in EXPECTED[name]]
     picture = Image.open(io.BytesIO(store.read_bytes(next(iter(store)))))
     assert (picture.size, picture.mode, picture.format) == ((224, 224), "RGB", "PNG")
     assert f"{len(store)} pictures" in capsys.readouterr().out
-    report = json.loads((tmp_path / "out" / f"{name}_report.json").read_text())
+    report = json.loads(to_path(f"{scheme}{tmp_path}/out/{name}_report.json").read_text())
     assert report["images"] == len(store) and report["left_out"] == []
+    assert (tmp_path / "out").exists() != bool(scheme)
+
+
+def test_at_an_address_a_conversion_goes_on(tmp_path, monkeypatch, caplog):
+    """Killed while its shards get their names, and called again when a picture has changed: as here."""
+    fill(tmp_path / "in", 6)
+    root = put_at_address(tmp_path)
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    copy, copied = MemoryFileSystem.cp_file, []
+
+    def copy_one(system, *paths):
+        if copied:
+            raise KeyboardInterrupt
+        copied.append(paths)
+        copy(system, *paths)
+
+    settings = {"size": 8, "sources_per_shard": 2}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MemoryFileSystem, "cp_file", copy_one)
+        convert(CocoGeneralDifference(f"{root}/in"), f"{root}/out", **settings)
+    for colour in (None, "olive"):
+        if colour is not None:
+            save_picture(tmp_path / "in" / "0.png", colour)
+            put_at_address(tmp_path)
+        here = convert(CocoGeneralDifference(tmp_path / "in"), tmp_path / "out", **settings)
+        there = convert(CocoGeneralDifference(f"{root}/in"), f"{root}/out", **settings)
+        shards = [{path.name: path.read_bytes() for path in report.store.iterdir()} for report in (here, there)]
+        assert shards[0] == shards[1] and len(shards[0]) == 3
+        assert not (there.store.parent / ".CGD.progress" / "CGD.parquet").exists()
+    assert f"part.0 of {there.store} is written again: {root}/in/0.png has changed since" in caplog.text
+    gone = to_path(f"{root}/in/1.png")
+    gone.unlink()
+    converter = CocoGeneralDifference(f"{root}/in")
+    with pytest.raises(ValueError, match="with number of sources=6, now it is 5"):
+        convert(converter, f"{root}/out", **settings)
+    with pytest.raises(FileNotFoundError, match=f"CGD reads a folder of pictures; {root}/none does not exist"):
+        CocoGeneralDifference(f"{root}/none")
 
 
 def test_names_of_the_original():

@@ -62,6 +62,17 @@ def ask(run, model, budget=None, **kwargs):
     return run.ask(model, budget, **{"concurrency": 4, "first_pause": 0.001, **kwargs})
 
 
+def test_annotations_at_an_address(make_run, tmp_path):
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    pytest.importorskip("upath", reason="universal-pathlib is not installed: the extra scale")
+    here = make_run(3)
+    memory.pipe_file(f"{tmp_path}/sd.json", (tmp_path / "sd.json").read_bytes())
+    there = SyphusRun.create(tmp_path / "2", "change.SpotTheDifference", f"memory:/{tmp_path}/sd.json", "m", end=3)
+    assert list(there.queries()) == list(here.queries()) and not there.changes()
+    memory.pipe_file(f"{tmp_path}/sd.json", b"[]")
+    assert f"memory:/{tmp_path}/sd.json has changed since" in there.changes()
+
+
 def test_all_are_asked_once_with_bounded_concurrency(make_run):
     run, model = make_run(), Model()
     summary = ask(run, model, Budget(prompt_price=2, completion_price=10))
@@ -410,6 +421,8 @@ def test_results_that_are_none(make_run, tmp_path, vllm):
         (["--batch-requests", "2"], "--batch-requests is for"),
         (["--batch-command", "--max-requests", "3"], "--max-requests is for requests to an endpoint"),
         (["--batch-command", "--concurrency", "2"], "--concurrency is for requests to an endpoint"),
+        (["--batch-results", "x", "--retry-failed"], "retry what failed with --retry-failed behind it"),
+        (["--batch-files", "--prompt-price", "1"], "Prices are of replies, and --batch-files has none"),
         (["--batch-files", "--base-url", "http://x/v1"], "--base-url is for requests to an endpoint"),
     ],
 )

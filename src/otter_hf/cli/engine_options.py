@@ -11,7 +11,7 @@ def add_engine_options(parser, *, threads: int | None = None) -> None:
     Add `--executor` and what belongs to it.
 
     Args:
-        threads: default of `--threads`; without, there is no such option.
+        threads: default of `--threads`, which workers of this machine share; without, there is no such option.
     """
     group = parser.add_argument_group("where it runs (what is written does not depend on it)")
     group.add_argument(
@@ -26,8 +26,11 @@ def add_engine_options(parser, *, threads: int | None = None) -> None:
     group.add_argument("--workers", type=positive, default=1, metavar="W", help="parts at a time (default: 1)")
     if threads is not None:
         group.add_argument(
-            "--threads", type=positive, default=threads, help=f"items at a time, of each worker (default: {threads})"
+            "--threads",
+            type=positive,
+            help=f"items at a time, of each worker (default: {threads} in all; on Slurm and Ray cpus_per_task)",
         )
+        parser.set_defaults(all_threads=threads)
     group.add_argument("--logging-dir", metavar="FOLDER", help="where logs and statistics of the parts are kept")
     group.add_argument(
         "--executor-options",
@@ -52,10 +55,19 @@ def engine_of(args):
         executor=args.executor,
         tasks=args.tasks,
         workers=args.workers,
-        threads=getattr(args, "threads", 1),
+        threads=getattr(args, "threads", None) or _threads(args, options),
         logging_dir=args.logging_dir,
         options=options,
     )
+
+
+def _threads(args, options) -> int:
+    """Threads of a worker where none are given: no more at work than there are processors for."""
+    threads = getattr(args, "all_threads", 1)
+    if args.executor == "local":
+        return max(1, threads // args.workers)
+    processors = options.get("cpus_per_task", 1)  # another kind of value is refused by the executor
+    return min(threads, processors) if isinstance(processors, int) and processors > 0 else 1
 
 
 def _value(text: str) -> str | int | float | bool:

@@ -254,10 +254,11 @@ def _check_offline(args) -> None:
     """`ValueError` for options that do not go together."""
     from ..data.engine import Engine
 
+    results = bool(getattr(args, "batch_results", None))
     given = {
         "--batch-files": args.batch_files,
         "--batch-command": args.batch_command is not None,
-        "--batch-results": bool(getattr(args, "batch_results", None)),
+        "--batch-results": results,
     }
     ways = [name for name, is_given in given.items() if is_given]
     if len(ways) > 1:
@@ -271,6 +272,10 @@ def _check_offline(args) -> None:
     useless = [name.replace("_", "-") for name in of_endpoints if getattr(args, name) is not None]
     if useless and ways:
         raise ValueError(f"--{useless[0]} is for requests to an endpoint, and {ways[0]} makes none: leave it out.")
+    if results and args.retry_failed:
+        raise ValueError("--batch-results asks nothing: retry what failed with --retry-failed behind it, by itself.")
+    if args.batch_files and (args.prompt_price or args.completion_price):
+        raise ValueError("Prices are of replies, and --batch-files has none: give them with --batch-results.")
 
 
 def _go_on(run, args, budget, retry_failed: bool) -> int:

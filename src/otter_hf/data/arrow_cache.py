@@ -1,11 +1,13 @@
-"""Arrow files that are built once from other files and memory-mapped ever after."""
+"""The cache: Arrow files, built once from other files and memory-mapped ever after, and copies of addresses."""
 
+import contextlib
 import errno
 import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from glob import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from filelock import FileLock
 from transformers.utils import logging
 
 from ..files import replacing
+from ..films import FILM_SUFFIXES
+from ..made_from import state
+from ..storage import AnyPath, full_name, is_remote, to_path
 
 
 logger = logging.get_logger(__name__)
@@ -25,18 +30,74 @@ _TOLD_BYTES = 100_000_000
 _FORMAT_VERSION = 6  # raise it when the content of cached files changes
 
 
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where all of it is kept: `otter_hf` in the cache of the `datasets` library, unless another folder is given."""
+    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf")
+
+
+def local_copy(path: AnyPath, cache_dir: str | Path | None = None) -> Path:
+    """
+    The path itself, or for an address its copy in the cache: of a file, or of a folder's parquet files or films.
+
+    A copy is made once for each state of what is there; several processes may ask for it at a time.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+    """
+    path = to_path(path)
+    if not is_remote(path):
+        return Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"), key=str) or sorted(
+            (file for file in path.rglob("*") if file.suffix.lower() in FILM_SUFFIXES), key=str
+        )
+    if not files or not files[0].exists():
+        raise FileNotFoundError(f"{path} does not exist, or is a folder without .parquet files or films.")
+    folder = cache_folder(cache_dir) / f"{path.name}-{_digest([_named_state(file) for file in files])}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    whole = folder / path.name
+    if not whole.exists():
+        with FileLock(f"{folder}.lock"):
+            if not whole.exists():
+                with replacing(whole) as written:
+                    for file in files:
+                        copy = written if file is path else written / file.path.removeprefix(path.path).lstrip("/")
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        file.fs.get_file(file.path, str(copy))
+    return whole
+
+
+def _named_state(path: AnyPath) -> tuple:
+    """A file's full name and state; FileNotFoundError if it is not there."""
+    path = to_path(path)
+    if (now := state(path)) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return (full_name(path), *now)
+
+
+def _digest(key: Any) -> str:
+    return hashlib.sha256(repr(key).encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
 def cached_arrow_path(
-    sources: Sequence[str | Path], purpose: str, cache_dir: str | Path | None = None, **parameters: Any
+    sources: Sequence[AnyPath], purpose: str, cache_dir: str | Path | None = None, **parameters: Any
 ) -> Path:
     """Where `cached_arrow_file` keeps what it builds of these."""
-    stats = [(str(Path(source).resolve()), os.stat(source).st_size, os.stat(source).st_mtime_ns) for source in sources]
-    key = repr((_FORMAT_VERSION, purpose, stats, sorted(parameters.items())))
-    name = f"{Path(sources[0]).name}-{purpose}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.arrow"
-    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf") / name
+    return _paths(sources, purpose, cache_dir, parameters)[-1]
+
+
+def _paths(
+    sources: Sequence[AnyPath], purpose: str, cache_dir: str | Path | None, parameters: Mapping[str, Any]
+) -> list[Path]:
+    """The path of each format there has been, the last that of today."""
+    made_from = purpose, [_named_state(source) for source in sources], sorted(parameters.items())
+    digests = [_digest((version, *made_from)) for version in range(1, _FORMAT_VERSION + 1)]
+    return [cache_folder(cache_dir) / f"{to_path(sources[0]).name}-{purpose}-{digest}.arrow" for digest in digests]
 
 
 def cached_arrow_file(
-    sources: Sequence[str | Path],
+    sources: Sequence[AnyPath],
     purpose: str,
     build: Callable[[], tuple[pa.Schema, Iterable[pa.RecordBatch]]],
     cache_dir: str | Path | None = None,
@@ -49,9 +110,10 @@ def cached_arrow_file(
     The file is named after the paths, sizes and modification times of the sources, `purpose` and `parameters`, so a
     changed source is never served from an old file. Several processes may ask for the same file: one builds it, the
     others wait. It gets its name only when it is complete, so a process that is killed leaves nothing that is read.
+    What an earlier format made of the same sources is deleted then.
 
     Args:
-        sources: files that the result depends on.
+        sources: files that the result depends on, also at addresses.
         purpose: what is built, also part of the name.
         build: returns the schema and the batches to write.
         cache_dir: where to keep the file; default: `otter_hf` in the cache of the `datasets` library.
@@ -61,7 +123,7 @@ def cached_arrow_file(
     Raises:
         OSError: if there is no room for it.
     """
-    path = cached_arrow_path(sources, purpose, cache_dir, **parameters)
+    *outdated, path = _paths(sources, purpose, cache_dir, parameters)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +139,10 @@ def cached_arrow_file(
             ):
                 for batch in batches:
                     writer.write_batch(batch)
+            for old in outdated:
+                for file in path.parent.glob(f"{escape(old.stem)}*.arrow"):  # and indices of it
+                    with contextlib.suppress(OSError):  # Windows keeps what is open
+                        file.unlink()
     return path
 
 

@@ -25,7 +25,7 @@ from ..films import is_film
 from ..prompts import RESERVED_TOKENS
 from .image_store import ImageStore
 from .json_stream import iter_json_object
-from .mixture import MixtureEntry, read_mixture
+from .mixture_yaml import MixtureEntry, entries_of
 from .samples import TEXT_ONLY
 
 
@@ -173,12 +173,11 @@ def mixture_questions(
     Raises:
         ValueError: as `read_mixture`, and when the rows are read, for files that cannot be.
     """
-    if isinstance(mixture, (str, Path)):
-        mixture = read_mixture(mixture, cache_dir=cache_dir)
-    stores = {entry.name: ImageStore(entry.images_path, cache_dir) for entry in mixture if pictures}
+    entries = entries_of(mixture, cache_dir)
+    stores = {entry.name: ImageStore(entry.images_path, cache_dir) for entry in entries if pictures}
 
     def rows() -> Iterator[Row]:
-        for entry in mixture:
+        for entry in entries:
             for id, record in iter_json_object(entry.mimicit_path, "data"):
                 ids = (record.get("image_ids") or []) if pictures and entry.task_group != TEXT_ONLY else []
                 ids = [ids] if isinstance(ids, str) else ids

@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..files import claim, disk_full_told, move
 from ..prompts import IMAGE_TOKEN
+from ..storage import AnyPath, to_path
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
 from .json_stream import iter_json_object
@@ -42,9 +43,9 @@ _BATCH_ROWS = 1000
 
 
 def load_mimicit(
-    instructions_path: str | Path,
-    images_path: str | Path | Sequence[str | Path] = (),
-    train_config_path: str | Path | None = None,
+    instructions_path: AnyPath,
+    images_path: AnyPath | Sequence[AnyPath] = (),
+    train_config_path: AnyPath | None = None,
     *,
     populate_rel_ins: bool = False,
     on_error: str = "raise",
@@ -53,7 +54,8 @@ def load_mimicit(
     """Reads one MIMIC-IT dataset.
 
     Args:
-        instructions_path: the `*_instructions.json` file: `{"meta": ..., "data": {id: record}}`.
+        instructions_path: the `*_instructions.json` file: `{"meta": ..., "data": {id: record}}`; this and the others
+            also at addresses.
         images_path: image store, see `ImageStore`; none for text-only data.
         train_config_path: the `*_train.json` file: `{id: [context ids]}`. Its keys are the training examples, in its
             order, and its values their context.
@@ -73,7 +75,7 @@ def load_mimicit(
     """
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
-    instructions_path = Path(instructions_path)
+    instructions_path = to_path(instructions_path)
     records = _Records(instructions_path, cache_dir)
     if train_config_path is not None:
         arrow = cached_arrow_file(
@@ -96,7 +98,7 @@ def load_mimicit(
     return Dataset.from_file(str(arrow)), ImageStore(images_path, cache_dir)
 
 
-def stream_records(path: str | Path) -> Iterator[dict[str, Any]]:
+def stream_records(path: AnyPath) -> Iterator[dict[str, Any]]:
     """The records of an instructions file as rows with the columns `FEATURES`, without context, read as they go.
 
     Raises:
@@ -117,7 +119,7 @@ def stream_records(path: str | Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def _build_records(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+def _build_records(path: AnyPath) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     def batches():
         rows = []
         for row in logging.tqdm(stream_records(path), desc=f"Reading {path.name}", unit=" records"):
@@ -138,7 +140,7 @@ def _record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
 class _Records:
     """The records of an instructions file with an index, to look up contexts."""
 
-    def __init__(self, path: Path, cache_dir: str | Path | None):
+    def __init__(self, path: AnyPath, cache_dir: str | Path | None):
         self.path = path
         self.arrow = cached_arrow_file([path], "records", lambda: _build_records(path), cache_dir)
         self.dataset = Dataset.from_file(str(self.arrow)).with_format("arrow")

@@ -21,7 +21,7 @@ from ..made_from import MadeFrom, keep, kept
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .image_store import ImageStore
 from .json_stream import iter_json_object
-from .mixture_yaml import MixtureEntry, read_mixture
+from .mixture_yaml import MixtureEntry, entries_of
 from .parquet_writer import PICTURES, write_rows
 
 
@@ -52,7 +52,7 @@ def write_hub_form(
     Raises:
         ValueError: if two datasets have one name, or the folder exists.
     """
-    entries = read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
+    entries = entries_of(mixture, cache_dir)
     names = [entry.name for entry in entries]
     for name in names:
         if names.count(name) > 1:
@@ -91,7 +91,7 @@ def push_mixture(
     """
     folder = Path(folder)
     if folder.exists():
-        entries = read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
+        entries = entries_of(mixture, cache_dir)
         if changes := _made_from(entries).changes(kept(folder).get("mixture")):
             raise ValueError(
                 f"{folder} is not of the mixture as it is now: {changes}; remove it, or name another folder."

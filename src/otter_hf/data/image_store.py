@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from ..films import FILM_SUFFIXES
 from ..reading import path_inside, refuse_lfs_pointer
-from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
+from ..storage import AnyPath, is_one_path
+from .arrow_cache import IdIndex, cached_arrow_file, local_copy, open_arrow_file
 from .images import decode_image
 from .json_stream import iter_json_object
 from .parquet_store import PICTURE_SCHEMA, ParquetPictures, picture_batches, text_picture
@@ -46,7 +47,7 @@ class ImageStore:
 
     Args:
         paths: a file, a folder of parquet files, or a list of them; none for an empty store. The first file that has
-            an id provides its picture.
+            an id provides its picture. What is at an address (`s3://bucket/x.parquet`) is copied to the cache first.
         cache_dir: where the Arrow copies are kept; default: `otter_hf` in the cache of the `datasets` library.
         legacy_pictures: read pictures as the code of 2023 did, without orientation and with transparency dropped.
         max_pixels: of a picture, see `decode_image`.
@@ -58,15 +59,15 @@ class ImageStore:
 
     def __init__(
         self,
-        paths: str | Path | Sequence[str | Path] = (),
+        paths: AnyPath | Sequence[AnyPath] = (),
         cache_dir: str | Path | None = None,
         legacy_pictures: bool = False,
         max_pixels: int | None = None,
     ):
-        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        paths = [paths] if is_one_path(paths) else list(paths)
         self._legacy_pictures, self._max_pixels = legacy_pictures, max_pixels
         self._cache_dir = cache_dir
-        self._paths = list(store_files(paths))
+        self._paths = list(store_files(paths, cache_dir))
         self._open()
         self._refuse_conflicts()
 
@@ -127,6 +128,19 @@ class ImageStore:
             raise OSError("damaged base64")
         return data
 
+    def rows(self, first: int, count: int) -> Iterator[tuple[str, bytes | None]]:
+        """
+        Ids and encoded pictures in the order of `iter(store)`, read as they lie, with None for what is damaged.
+
+        Raises:
+            OSError: with a number, if the disk fails.
+        """
+        for pictures, index in self._parts:
+            start, end = min(first, len(index.ids)), min(first + count, len(index.ids))
+            found = pictures.rows(start, end - start) if end > start else ()
+            yield from zip(index.ids[start:end].to_pylist(), found, strict=True)
+            first, count = first - start, count - (end - start)
+
     def medium(self, id: str) -> bytes | Path:
         """As `read_bytes`, but the path of a film that is a file of its own."""
         place = self._place(id)
@@ -164,9 +178,9 @@ class ImageStore:
         return None
 
 
-def store_files(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """The files of image stores, those of a folder in their order; errors as for `ImageStore`."""
-    for path in map(Path, paths):
+def store_files(paths: Iterable[AnyPath], cache_dir: str | Path | None = None) -> Iterator[Path]:
+    """The files of image stores, or their copies in the cache, those of a folder in their order; see `ImageStore`."""
+    for path in (local_copy(path, cache_dir) for path in paths):
         if path.is_dir():
             parts = sorted(path.glob("*.parquet"), key=natural_order)
             if not parts and next(_films_in(path), None) is None:
@@ -205,6 +219,16 @@ class _FilmFolder:
     def __getitem__(self, row: int) -> bytes:
         return self.path_of(row).read_bytes()
 
+    def rows(self, first: int, count: int) -> Iterator[bytes | None]:
+        for row in range(first, first + count):
+            try:
+                path = self.path_of(row)
+            except OSError as error:
+                logger.warning(f"{error}.")
+                yield None
+            else:
+                yield path.read_bytes()
+
 
 def natural_order(path: Path) -> list:
     """Sorting key of file names in which numbers count as numbers: `2.jpg` comes before `10.jpg`."""
@@ -241,6 +265,9 @@ class _ArrowPictures:
 
     def __getitem__(self, row: int) -> bytes | None:
         return self._images[row].as_py()
+
+    def rows(self, first: int, count: int) -> Iterator[bytes | None]:
+        return (self[row] for row in range(first, first + count))
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, bytes | None]]:

@@ -1,11 +1,11 @@
 """Encoded pictures of training data, and base64 of them."""
 
 import io
-from pathlib import Path
 
 from PIL import Image
 
 from ..pictures import ImageError, decode_base64, encode_base64, read_image
+from ..storage import AnyPath, to_path
 
 
 __all__ = ["decode_base64", "decode_image", "encode_base64", "image_bytes"]
@@ -33,12 +33,12 @@ def decode_image(data: bytes, legacy: bool = False, max_pixels: int | None = Non
         raise OSError(str(error).rstrip(".")) from error
 
 
-def image_bytes(image: bytes | str | Path | Image.Image) -> bytes:
-    """The encoded bytes of a picture: files and bytes as they are, PIL pictures as PNG."""
+def image_bytes(image: bytes | AnyPath | Image.Image) -> bytes:
+    """The encoded bytes of a picture: files, also at addresses, and bytes as they are, PIL pictures as PNG."""
     if isinstance(image, bytes):
         return image
-    if isinstance(image, (str, Path)):
-        return Path(image).read_bytes()
+    if not isinstance(image, Image.Image):
+        return to_path(image).read_bytes()
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -3,10 +3,10 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from ..reading import refuse_lfs_pointer
+from ..storage import AnyPath, to_path
 
 
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
@@ -14,18 +14,18 @@ _CHUNK = 1 << 20  # characters
 _LARGEST_VALUE = 1 << 28  # characters; a longer one is a broken file, not a record or a picture
 
 
-def iter_json_object(path: str | Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
+def iter_json_object(path: AnyPath, key: str | None = None) -> Iterator[tuple[str, Any]]:
     """Yields the `(name, value)` members of a JSON object in a file, in file order.
 
     Args:
-        path: a UTF-8 JSON file whose top level is an object.
+        path: a UTF-8 JSON file whose top level is an object, also at an address.
         key: yield the members of the object under this key of the top level, in place of the top level's own.
 
     Raises:
         ValueError: naming the file and the place, if it is not JSON, not an object, or lacks `key`.
     """
     refuse_lfs_pointer(path)
-    with open(path, encoding="utf-8-sig") as file:
+    with to_path(path).open(encoding="utf-8-sig") as file:
         stream = _JsonStream(file)
         try:
             if key is None:

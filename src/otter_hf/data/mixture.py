@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from .formats import load_mimicit
 from .image_store import ImageStore
-from .mixture_yaml import MixtureEntry, read_mixture
+from .mixture_yaml import MixtureEntry, entries_of, read_mixture  # noqa: F401  here callers find it, too
 from .samples import Sample, SampleError, SampleOptions, build_sample
 
 
@@ -87,9 +87,7 @@ class MimicitMixture(Dataset):
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
-        self.entries = (
-            read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
-        )
+        self.entries = entries_of(mixture, cache_dir)
         self.options = options or SampleOptions()
         self.on_error = on_error
         self.seed = seed

@@ -10,6 +10,7 @@ import yaml
 from transformers.utils import logging
 
 from ..reading import load_yaml
+from ..storage import AnyPath, is_one_path, is_remote, to_path
 from .samples import TASK_GROUPS
 
 
@@ -61,7 +62,7 @@ class MixtureEntry:
         if self.images_as not in ("frames", "media"):
             raise ValueError(f"{where}: images_as must be 'frames' or 'media', got {self.images_as!r}.")
         for path in (self.mimicit_path, self.train_config_path, *self.images_path):
-            if path and not Path(path).exists():
+            if path and not to_path(path).exists():
                 raise ValueError(f"{where}: the path {path} does not exist.")
 
 
@@ -82,14 +83,15 @@ def _raise_or_warn(problem: Problem) -> None:
 
 
 def read_mixture(
-    path: str | Path,
+    path: AnyPath,
     report: Callable[[Problem], None] = _raise_or_warn,
     cache_dir: str | Path | None = None,
 ) -> list[MixtureEntry]:
     """Reads a training YAML: task group -> dataset name -> the fields of `MixtureEntry`.
 
-    Paths in it that are not absolute are looked for in the working directory and beside the YAML file. Unknown keys of
-    a dataset and groups without datasets are warned of.
+    Paths in it that are not absolute are looked for in the working directory and beside the YAML file. Any of them,
+    and the YAML file itself, may be addresses (`s3://bucket/x.json`). Unknown keys of a dataset and groups without
+    datasets are warned of.
 
     Args:
         path: the YAML file; or a file of rows of messages (`.jsonl`, `.json`, `.parquet`, see
@@ -104,7 +106,7 @@ def read_mixture(
     Raises:
         ValueError: naming the file and the group, dataset or key which is wrong.
     """
-    path = Path(path)
+    path = to_path(path)
     entries = []
     if path.suffix in (".jsonl", ".json", ".parquet"):
         from .sources import chats_as_mixture
@@ -135,6 +137,11 @@ def read_mixture(
     if not entries:
         report(Problem("error", "no datasets", f"The training YAML {path} names no datasets."))
     return sorted(entries, key=lambda entry: TASK_GROUPS.index(entry.task_group))
+
+
+def entries_of(mixture: AnyPath | Sequence[MixtureEntry], cache_dir: str | Path | None = None) -> list[MixtureEntry]:
+    """The datasets of a mixture: those given, or those of a file, see `read_mixture`."""
+    return read_mixture(mixture, cache_dir=cache_dir) if is_one_path(mixture) else list(mixture)
 
 
 def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any] | None:
@@ -172,8 +179,10 @@ def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callab
 
 
 def _find(value: str, folder: Path) -> str:
+    if not value or is_remote(value) or Path(value).exists():
+        return value
     beside = folder / value
-    return str(beside) if value and not Path(value).exists() and beside.exists() else value
+    return str(beside) if beside.exists() else value
 
 
 class _NoDuplicatesLoader(yaml.SafeLoader):

@@ -18,11 +18,12 @@ from ..files import claim, remove, replacing, write_text
 from ..made_from import MadeFrom, state_of_model
 from ..model_names import check_model_name
 from ..storage import AnyPath, is_one_path, is_remote, to_path
+from .arrow_cache import local_copy
 from .engine import Engine, run
 from .formats import stream_records
 from .image_store import ImageStore, natural_order
 from .json_stream import iter_json_object
-from .to_parquet import local_copy, refuse_input_as_output
+from .to_parquet import refuse_input_as_output
 
 
 BATCH_SIZE = 64
@@ -173,7 +174,6 @@ def write_neighbours(
     if not 0 < k < len(rows):
         raise ValueError(f"k must be from 1 to {len(rows) - 1}, the number of other records, got {k}.")
     check_model_name(encoder, "encoder", weights=True)
-    images = [local_copy(path, cache_dir) for path in images]
     store = ImageStore(images, cache_dir) if by == "image" else None
     compared = [row["instruction"] if store is None else row["image_ids"][0] for row in rows]
     if store is not None and (unknown := next((id for id in compared if id not in store), None)) is not None:

@@ -80,15 +80,27 @@ class ParquetPictures:
         return self._copy[row].as_py()
 
     def __iter__(self) -> Iterator[bytes | None]:
-        """All pictures in the order of the file, None for those that are damaged, each page unpacked once.
+        """All pictures in the order of the file, see `rows`."""
+        return self.rows(0, len(self.ids))
+
+    def rows(self, first: int, count: int) -> Iterator[bytes | None]:
+        """Pictures in the order of the file, None for those that are damaged, each page unpacked once.
 
         `OSError` if the disk fails.
         """
-        for group in range(self._pages.num_groups):
+        last = first + count
+        for group in range(self._pages.group_of(first)[0], self._pages.group_of(last - 1)[0] + 1) if count else ():
             for page in self._pages.pages(group):
-                left = page.num_rows
+                start, end = max(first, page.first_row), min(last, page.first_row + page.num_rows)
+                left = end - start
+                if left <= 0:
+                    continue
+                # pyarrow unpacks what comes before in its row group, too
+                if start > page.first_row and not page.is_plain and self._is_worth_a_copy(page):
+                    yield from (self._copy[row].as_py() for row in range(start, end))
+                    continue
                 try:
-                    for picture in self._read(page):
+                    for picture in islice(self._read(page), start - page.first_row, end - page.first_row):
                         yield picture
                         left -= 1
                 except OSError as error:

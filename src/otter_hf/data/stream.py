@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .formats import load_mimicit, stream_records
 from .image_store import ImageStore
 from .mixture import SkipCounter, sample_of_entry
-from .mixture_yaml import MixtureEntry, read_mixture
+from .mixture_yaml import MixtureEntry, entries_of
 from .samples import Sample, SampleError, SampleOptions
 
 
@@ -69,9 +69,7 @@ class StreamedMixture(IterableDataset):
             raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard must be (index, number) with 0 <= index < number, got {shard}.")
-        self.entries = (
-            read_mixture(mixture, cache_dir=cache_dir) if isinstance(mixture, (str, Path)) else list(mixture)
-        )
+        self.entries = entries_of(mixture, cache_dir)
         self.weights = _weights(self.entries, weights or {})
         self.options = options or SampleOptions()
         self.buffer_size = buffer_size

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from glob import escape
@@ -11,16 +11,15 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-import datasets
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import claim, disk_full_told, move, remove, replacing, write_text
+from ..files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_text
 from ..films import is_film
 from ..made_from import state
 from ..storage import AnyPath, full_name, is_one_path, is_remote, to_path
 from .engine import Engine, read_records, run
-from .image_store import ImageStore, natural_order, store_files
+from .image_store import ImageStore, store_files
 from .images import decode_image
 from .parquet_writer import PART_BYTES, check_encoding, join_parts, refuse_other_folder, write_images
 
@@ -45,7 +44,7 @@ def store_to_parquet(
     others are in the hidden folder `.<output>.<digest>.parts`. What is written does not depend on the engine.
 
     Args:
-        paths: files and folders of the store, see `ImageStore`; those at addresses are copied to the cache first.
+        paths: files and folders of the store, see `ImageStore`.
         output: ends in `.parquet`; at an address, parts get their names one after the other.
         resize: side of the squares in pixels.
         encoding: that of `write_images`: `"bytes"` is read fastest, `"base64"` also by the loader of 2023, which reads
@@ -70,7 +69,7 @@ def store_to_parquet(
     if output.suffix != ".parquet":
         raise ValueError(f"The output must end in .parquet, got {output}.")
     given = [paths] if is_one_path(paths) else list(paths)
-    sources = list(store_files(local_copy(path, cache_dir) for path in given))
+    sources = list(store_files(given, cache_dir))
     refuse_input_as_output([*sources, *given], output)
     refuse_other_folder(output)
     store = ImageStore(sources, cache_dir)
@@ -80,7 +79,8 @@ def store_to_parquet(
         id = next(id for id in ids if id in seen or seen.add(id))
         raise ValueError(f"Image id {id!r} is given twice: ids must be unique.")
     rows = max(1, PART_BYTES * len(ids) // max(1, sum(map(_size, sources))))
-    items = {f"{n:06d}": (n, ids[start : start + rows]) for n, start in enumerate(range(0, len(ids), rows))}
+    starts = range(0, len(ids), rows)
+    items = {f"{n:06d}": (n, start, min(rows, len(ids) - start)) for n, start in enumerate(starts)}
     with nullcontext() if is_remote(output) else claim(output.with_name(f".{output.name}.lock"), output):
         with disk_full_told(output):
             parts = _parts_folder(output, sources, resize, encoding)
@@ -93,25 +93,6 @@ def store_to_parquet(
             result = finish()
             remove(parts)
             return result
-
-
-def local_copy(path: AnyPath, cache_dir: str | Path | None = None) -> Path:
-    """The path itself, or of a file, or folder of parquet files, at an address its copy in the cache."""
-    path = to_path(path)
-    if not is_remote(path):
-        return Path(path)
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not files[0].exists():
-        raise FileNotFoundError(f"{path} does not exist, or is a folder without .parquet files.")
-    states = repr([(full_name(file), state(file)) for file in files]).encode("utf-8", "surrogateescape")
-    cache = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf")
-    folder = cache / f"{path.name}-{blake2b(states, digest_size=10).hexdigest()}"
-    for file in files:
-        copy = folder / file.name
-        if not copy.exists():
-            with replacing(copy, shared=True) as written:
-                file.fs.get_file(file.path, str(written))
-    return folder if path.is_dir() else folder / path.name
 
 
 def refuse_input_as_output(sources: Sequence[AnyPath], output: AnyPath) -> None:
@@ -157,7 +138,7 @@ def _forget_parts_that_are_gone(parts: AnyPath, output: AnyPath) -> None:
 
 
 def _write_part(
-    item: tuple[int, Sequence[str]],
+    item: tuple[int, int, int],
     stop: Event,
     store: ImageStore,
     parts: AnyPath,
@@ -165,9 +146,9 @@ def _write_part(
     encoding: str,
 ) -> dict[str, Any]:
     """Writes pictures of a store as one part, or none if there are none, and gives its record."""
-    number, ids = item
+    number, *rows = item
     left_out: list[str] = []
-    pictures = _pictures(store, ids, resize, left_out, stop)
+    pictures = _pictures(store.rows(*rows), resize, left_out, stop)
     first = next(pictures, None)
     if first is None:
         return {"pictures": 0, "left_out": left_out}
@@ -182,13 +163,14 @@ def _behind(first: Any, others: Iterator) -> Iterator:
 
 
 def _pictures(
-    store: ImageStore, ids: Sequence[str], resize: int | None, left_out: list[str], stop: Event
+    found: Iterable[tuple[str, bytes | None]], resize: int | None, left_out: list[str], stop: Event
 ) -> Iterator[tuple[str, bytes]]:
-    for id in ids:
+    for id, data in found:
         if stop.is_set():
             raise InterruptedError("the conversion was stopped")
         try:
-            data = store.read_bytes(id)
+            if data is None:
+                raise OSError("damaged base64, or a damaged file")
             picture = None if is_film(data) else decode_image(data)
         except OSError as error:
             if error.errno is not None:  # of the disk, not of the picture
@@ -230,23 +212,15 @@ def _settle(parts: AnyPath, output: AnyPath, encoding: str, count: int, names: s
                 written = parts / output.name
                 with replacing(written) as joined:
                     join_parts(files, joined)
-            _move(written, output)
+            if is_remote(output):
+                remove(output)
+                copy_at_address(written, output)
+            else:
+                move(written, output, known_folder=True)
         # before the parts go: those that a kill would leave are not all of it
         write_text(parts / "moved", f"{output}\n")
     remove(store)
     return sum(record["pictures"] for record in records.values()), left_out
 
 
-def _move(written: AnyPath, output: AnyPath) -> None:
-    if not is_remote(output):
-        move(written, output, known_folder=True)
-        return
-    # copied, so that a kill in between leaves all parts where they were
-    remove(output)
-    for file in sorted(written.iterdir(), key=natural_order) if written.is_dir() else [written]:
-        target = output / file.name if written.is_dir() else output
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file.fs.cp_file(file.path, target.path)
-
-
-__all__ = ["local_copy", "refuse_input_as_output", "store_to_parquet"]
+__all__ = ["refuse_input_as_output", "store_to_parquet"]

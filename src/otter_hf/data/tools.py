@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import replacing
+from ..storage import is_one_path
 from .formats import MimicitFiles, make_train_config, write_mimicit
 from .image_store import ImageStore
 from .json_stream import iter_json_object
@@ -18,7 +19,7 @@ def write_train_config(instructions: str | Path, output: str | Path, *, keep_con
 
     `keep_context=False` writes empty contexts. `ValueError` if the output is the input.
     """
-    refuse_input_as_output([Path(instructions)], Path(output))
+    refuse_input_as_output([instructions], Path(output))
     config = make_train_config(iter_json_object(instructions, "data"))
     if not keep_context:
         config = dict.fromkeys(config, [])
@@ -42,7 +43,7 @@ def merge_datasets(
     for files in datasets:
         inputs = [files.instructions_path, *_paths(files.images_path), *_paths(files.train_config_path or ())]
         for end in ("_instructions.json", "_train.json", ".parquet"):
-            refuse_input_as_output(list(map(Path, inputs)), Path(folder, f"{name}{end}"))
+            refuse_input_as_output(inputs, Path(folder, f"{name}{end}"))
     stores = [path for files in datasets for path in _paths(files.images_path)]
     store = ImageStore(stores, cache_dir)
     images = ((id, store.read_bytes(id)) for id in dict.fromkeys(store)) if stores else None
@@ -62,4 +63,4 @@ def _records(files: MimicitFiles) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def _paths(images_path: Any) -> list[str | Path]:
-    return [images_path] if isinstance(images_path, (str, Path)) else list(images_path)
+    return [images_path] if is_one_path(images_path) else list(images_path)

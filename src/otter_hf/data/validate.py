@@ -2,8 +2,10 @@
 
 import io
 import os
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -15,10 +17,11 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import write_json
+from ..files import remove, write_json
 from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
+from ..storage import AnyPath, is_one_path, to_path
 from .contamination import Overlap
 from .engine import Engine, read_records, run
 from .image_store import ImageStore
@@ -130,7 +133,7 @@ _MAX_LENGTH = 2048
 
 
 def check_mixture(
-    mixture: str | Path | Sequence[MixtureEntry],
+    mixture: AnyPath | Sequence[MixtureEntry],
     *,
     populate_rel_ins: bool = False,
     decode_images: bool = True,
@@ -150,7 +153,7 @@ def check_mixture(
     turns upright or scales from more than 8 bits, reserved tokens in texts.
 
     Args:
-        mixture: a training YAML, or what `read_mixture` returned.
+        mixture: a training YAML, also at an address, or what `read_mixture` returned.
         populate_rel_ins: as for `MimicitMixture`.
         decode_images: also decode each picture that a record uses.
         engine: where pictures are decoded, 32 at a time; default: in a thread per processor. Ray needs a `logging_dir`
@@ -170,7 +173,7 @@ def check_mixture(
     if engine.executor == "slurm" or (engine.executor == "ray" and engine.logging_dir is None):
         raise ValueError("A check waits for its answers: use the executor local, or ray with a logging_dir for all.")
     report = ValidationReport()
-    if isinstance(mixture, (str, Path)):
+    if is_one_path(mixture):
         mixture = read_mixture(
             mixture, lambda problem: report.add(*problem[:3], problem if problem.dataset else None), cache_dir
         )
@@ -242,7 +245,7 @@ class _DatasetCheck:
         seen = set()
         path = self.entry.mimicit_path
         records = iter_json_object(path, "data")
-        for id, record in logging.tqdm(records, desc=f"Checking {Path(path).name}", unit=" records"):
+        for id, record in logging.tqdm(records, desc=f"Checking {to_path(path).name}", unit=" records"):
             self.counts.records += 1
             if id in self.images:
                 self._add("error", "record twice", f"record {id!r} is in the file more than once", id)
@@ -404,13 +407,25 @@ def _decode_all(
     """Adds to `results` what is wrong with each picture, None if nothing is."""
     batches = [image_ids[start : start + _BATCH_IMAGES] for start in range(0, len(image_ids), _BATCH_IMAGES)]
     items = {f"{number:06d}": batch for number, batch in enumerate(batches)}
-    if engine.logging_dir is not None:
-        Path(engine.logging_dir).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=engine.logging_dir) as folder:
-        run(partial(_decode_batch, store=store), items, Path(folder, "records"), engine, name=f"Decoding {name}")
-        for number, record in read_records(Path(folder, "records")).items():
+    with _scratch(engine.logging_dir) as folder:
+        run(partial(_decode_batch, store=store), items, folder / "records", engine, name=f"Decoding {name}")
+        for number, record in read_records(folder / "records").items():
             found = (None if one is None else tuple(one) for one in record["found"])
             results.update(zip(items[number], found, strict=True))
+
+
+@contextmanager
+def _scratch(folder: AnyPath | None) -> Iterator[AnyPath]:
+    """A folder, or a place at an address, for this block."""
+    if folder is None:
+        with TemporaryDirectory() as name:
+            yield Path(name)
+        return
+    place = to_path(folder) / f"check-{uuid.uuid4().hex}"
+    try:
+        yield place
+    finally:
+        remove(place)
 
 
 def _decode_batch(image_ids: Sequence[str], stop: Event, store: ImageStore) -> dict[str, Any]:
@@ -449,6 +464,6 @@ def _check_film(film: bytes | Path) -> tuple[str, str, str] | None:
     return None
 
 
-def write_report(report: ValidationReport, path: str | Path):
+def write_report(report: ValidationReport, path: AnyPath):
     """Writes the report as JSON, whole or not at all."""
     write_json(path, report.to_dict())

@@ -11,6 +11,7 @@ from PIL import Image
 from ..data.contamination import Overlap, Questions, Row, find_overlap, fingerprint, mixture_questions
 from ..data.mixture_yaml import read_mixture
 from ..made_from import MadeFrom
+from ..storage import is_remote
 from .benchmarks import BENCHMARKS, images, row_id
 from .config import DatasetSpec, EvalConfig
 from .fewshot.rows import Rows
@@ -65,7 +66,7 @@ def made_from(config: EvalConfig) -> MadeFrom:
         asked.append({**place, "sources": list(map(str, sources))})
     training = [[entry.task_group, entry.name] for entry in entries]
     options = {"training_data": training, "datasets": asked, "lmms-eval": version("lmms-eval")}
-    return MadeFrom.of([Path(path).expanduser() for path in paths], **options)
+    return MadeFrom.of([path if is_remote(path) else Path(path).expanduser() for path in paths], **options)
 
 
 def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Table]]:

@@ -12,11 +12,12 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import datasets
 from filelock import FileLock
 
 from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ...reading import parse_json
+from ...storage import AnyPath, is_remote
+from ..arrow_cache import cache_folder, local_copy
 from ..images import decode_base64
 from .common import (
     Conversation,
@@ -127,7 +128,7 @@ def read_preferences(
 
 
 def chats_as_mixture(
-    path: str | Path,
+    path: AnyPath,
     cache_dir: str | Path | None = None,
     *,
     image_folder: str | Path | None = None,
@@ -139,19 +140,21 @@ def chats_as_mixture(
     Raises:
         ValueError, OSError: as `read_chats` and `write_conversations`.
     """
-    path = Path(path)
+    given, path = path, local_copy(path, cache_dir)
 
     def read() -> Iterator[Conversation]:
         return read_chats(path, image_folder, allow_outside=allow_outside)
 
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    named = (file for one in read() for _, file in one.pictures if isinstance(file, Path))
+    named = [file for one in read() for _, file in one.pictures if isinstance(file, Path)]
+    if named and image_folder is None and is_remote(given):
+        raise ValueError(f"{given} names {named[0].name}: media of rows at an address must be in the rows, as bytes.")
     states = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
         for file in (*files, *named)
     ]
     digest = blake2b(repr(states).encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
-    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "otter_hf") / f"messages-{digest}"
+    folder = cache_folder(cache_dir) / f"messages-{digest}"
     mixture = folder / "mixture.yaml"
     if not mixture.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
+from ...storage import AnyPath, to_path
+
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
@@ -37,7 +39,7 @@ class Converter(ABC):
     """The pictures of one public set.
 
     Args:
-        image_path: what the set's converter reads: a folder, or a JSON file.
+        image_path: what the set's converter reads: a folder, or a JSON file, also at an address (`s3://bucket/videos`).
         image_root: folder of the pictures, where `image_path` is a JSON file that names them.
 
     Raises:
@@ -51,9 +53,9 @@ class Converter(ABC):
     # what `image_path` has to be, for messages and help
     expects: ClassVar[str]
 
-    def __init__(self, image_path: str | Path, image_root: str | Path | None = None):
-        self.image_path = Path(image_path)
-        self.image_root = None if image_root is None else Path(image_root)
+    def __init__(self, image_path: AnyPath, image_root: AnyPath | None = None):
+        self.image_path = to_path(image_path)
+        self.image_root = None if image_root is None else to_path(image_root)
         for path in (self.image_path, self.image_root):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{self.short_name} reads {self.expects}; {path} does not exist.")
@@ -63,7 +65,7 @@ class Converter(ABC):
         """All sources, in an order that does not change."""
 
     @abstractmethod
-    def read(self, source: Source) -> Iterator[tuple[str, bytes | Path | Image.Image]]:
+    def read(self, source: Source) -> Iterator[tuple[str, bytes | AnyPath | Image.Image]]:
         """Yields the pictures as `(name, picture)`; their ids are `<short name>_IMG_<name>`.
 
         Raises:

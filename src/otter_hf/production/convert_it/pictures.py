@@ -1,10 +1,10 @@
 """Sets of pictures in folders: LLaVA, scene navigation, spot the difference, COCO general difference."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from ...data.image_store import natural_order
 from ...data.json_stream import iter_json_object
+from ...storage import AnyPath
 from .base import PICTURE_SUFFIXES, Converter, LeftOut, Source, stem
 
 
@@ -13,7 +13,7 @@ class _OneFile(Converter):
 
     sources_per_shard = 2000
 
-    def read(self, source: Source) -> Iterator[tuple[str, Path]]:
+    def read(self, source: Source) -> Iterator[tuple[str, AnyPath]]:
         yield source.name, source.place
 
 
@@ -64,7 +64,7 @@ class SpotTheDifference(Converter):
     expects = "a folder with pairs of pictures <id>.png and <id>_2.png"
 
     def sources(self) -> Iterator[Source]:
-        pairs: dict[str, list[Path | None]] = {}
+        pairs: dict[str, list[AnyPath | None]] = {}
         for path in _pictures(self.image_path):
             id, second = stem(path.name), 0
             if id.endswith("_diff"):
@@ -78,7 +78,7 @@ class SpotTheDifference(Converter):
         for name, pair in pairs.items():
             yield Source(name, tuple(pair))
 
-    def read(self, source: Source) -> Iterator[tuple[str, Path]]:
+    def read(self, source: Source) -> Iterator[tuple[str, AnyPath]]:
         if None in source.place:
             present = next(path for path in source.place if path)
             raise LeftOut("missing", f"{present.name} has no other picture beside it")
@@ -86,7 +86,7 @@ class SpotTheDifference(Converter):
             yield f"{source.name}_{number}", path
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _pictures(folder: AnyPath) -> list[AnyPath]:
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES), key=natural_order)

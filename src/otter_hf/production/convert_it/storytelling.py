@@ -5,11 +5,11 @@ import random
 import time
 from collections.abc import Iterator
 from http.client import HTTPException
-from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+from ...storage import AnyPath
 from .base import Converter, LeftOut, Source
 
 
@@ -41,8 +41,8 @@ class VisualStoryTelling(Converter):
 
     def __init__(
         self,
-        image_path: str | Path,
-        image_root: str | Path | None = None,
+        image_path: AnyPath,
+        image_root: AnyPath | None = None,
         *,
         timeout: float = 20,
         attempts: int = 4,

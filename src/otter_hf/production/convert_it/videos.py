@@ -1,12 +1,12 @@
 """Sets of videos and of frames taken from videos: dense captions, Ego4D, TV captions."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from PIL import Image
 
 from ...data.image_store import natural_order
+from ...storage import AnyPath
 from .base import PICTURE_SUFFIXES, Converter, Source, stem
 from .frames import frames_by_second
 
@@ -59,7 +59,7 @@ class TVCaptions(Converter):
             for clip in sorted((path for path in folder.iterdir() if path.is_dir()), key=natural_order):
                 yield Source(clip.name if clip.name.startswith(show) else f"{show}_{clip.name}", clip)
 
-    def read(self, source: Source) -> Iterator[tuple[str, Path]]:
+    def read(self, source: Source) -> Iterator[tuple[str, AnyPath]]:
         frames = [path for path in source.place.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
         for path in spread(sorted(frames, key=natural_order)):
             yield f"{source.name}_{stem(path.name)}", path

@@ -2,13 +2,12 @@
 
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from io import BytesIO
-from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -18,9 +17,10 @@ from transformers.utils import logging
 from ...data.engine import Engine, run
 from ...data.images import decode_image, image_bytes
 from ...data.parquet_writer import write_images
-from ...files import claim, disk_full_told, move, write_json
+from ...files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_json
 from ...made_from import state
 from ...pictures import read_image
+from ...storage import AnyPath, is_remote, to_path
 from .base import Converter, LeftOut, Source
 
 
@@ -37,7 +37,7 @@ class ConversionReport:
     `left_out` has an entry `{"source", "kind", "reason"}` for each source or picture that could not be used.
     """
 
-    store: Path
+    store: AnyPath
     sources: int = 0
     images: int = 0
     left_out: list[dict[str, str]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class ConversionReport:
 
 def convert(
     converter: Converter,
-    output: str | Path,
+    output: AnyPath,
     *,
     size: int | None = 224,
     encoding: str = "bytes",
@@ -66,7 +66,11 @@ def convert(
     the shards that are not there, and with a warning those of which a file has changed since, and leaves the others as
     they are. What is in a shard does not depend on the engine.
 
+    At an address (`s3://bucket/store`) the shards get their names one by one when all are complete, and no lock keeps
+    a second call out.
+
     Args:
+        output: folder for the store, also at an address.
         size: pictures become squares of this many pixels (Lanczos) in RGB, as PNG, which is the original's format.
             None: the bytes of pictures are kept as they are, and video frames become PNG in their own size.
         encoding: `"bytes"`, or `"base64"`, the text that the loader of 2023 needs.
@@ -91,12 +95,12 @@ def convert(
     name = converter.short_name
     sources = _unique_sources(converter)
     default = min(converter.sources_per_shard, -(-len(sources) // _FEWEST_SHARDS))
-    store = Path(output, f"{name}.parquet")
-    progress = Path(output, f".{name}.progress")
+    store = to_path(output) / f"{name}.parquet"
+    progress = to_path(output) / f".{name}.progress"
     if store.exists() and not (progress / "conversion.json").exists():
         raise ValueError(f"{store} is there already: remove it, or choose another output.")
     progress.mkdir(parents=True, exist_ok=True)
-    with claim(progress / "lock", store), disk_full_told(store):
+    with nullcontext() if is_remote(store) else claim(progress / "lock", store), disk_full_told(store):
         asked = {"size": size, "encoding": encoding, "sources_per_shard": sources_per_shard}
         settings = _settings(progress / "conversion.json", name, sources, asked, default)
         shards = _Shards(converter, sources, settings, store, progress)
@@ -115,7 +119,9 @@ def _unique_sources(converter: Converter) -> list[Source]:
             places[source.name] = source
     except (NotADirectoryError, IsADirectoryError) as error:
         kind = "a folder" if isinstance(error, IsADirectoryError) else "a file"
-        raise ValueError(f"{converter.short_name} reads {converter.expects}; {error.filename} is {kind}.") from None
+        raise ValueError(
+            f"{converter.short_name} reads {converter.expects}; {error.filename or converter.image_path} is {kind}."
+        ) from None
     if not places:
         raise ValueError(
             f"{converter.short_name} finds nothing in {converter.image_path}: it reads {converter.expects}."
@@ -124,7 +130,7 @@ def _unique_sources(converter: Converter) -> list[Source]:
 
 
 def _settings(
-    path: Path, name: str, sources: list[Source], asked: dict[str, Any], default_per_shard: int
+    path: AnyPath, name: str, sources: list[Source], asked: dict[str, Any], default_per_shard: int
 ) -> dict[str, Any]:
     """The settings of the conversion that was begun here, which must be this one, or else those asked for."""
     names = "\0".join(source.name for source in sources).encode("utf-8", "surrogateescape")
@@ -152,7 +158,7 @@ class _Shards:
     """The shards of one conversion."""
 
     def __init__(
-        self, converter: Converter, sources: list[Source], settings: dict[str, Any], store: Path, progress: Path
+        self, converter: Converter, sources: list[Source], settings: dict[str, Any], store: AnyPath, progress: AnyPath
     ):
         self.converter, self.store, self.progress = converter, store, progress
         self.incomplete_store = progress / store.name
@@ -165,15 +171,14 @@ class _Shards:
         done = len(self.shards) - len(pending)
         if done:
             logger.warning(f"{done} of {len(self.shards)} shards of {self.store} are complete and stay as they are.")
-        if self.store.exists():
+        if self.store.exists() and not is_remote(self.store):
             if not pending:
                 return self.finish()
             os.replace(self.store, self.incomplete_store)
-        self.incomplete_store.mkdir(exist_ok=True)
         for number in pending.values():
             # one to be replaced must not be found with the report of the new one
-            self._report_path(number).unlink(missing_ok=True)
-            self._shard_path(number).unlink(missing_ok=True)
+            remove(self._report_path(number))
+            remove(self.incomplete_store / self._shard_name(number))
         name = f"Shards of {self.store.name}"
         done = run(self._write_shard, pending, self.progress, engine, name=name, finish=self.finish)
         return self.finish() if done else None
@@ -181,13 +186,18 @@ class _Shards:
     def finish(self) -> ConversionReport:
         """Gives the store its name, and writes the report."""
         if self.incomplete_store.exists():
-            for path in self.progress.glob("*.incomplete"):  # of workers that were killed
-                path.unlink()
-            move(self.incomplete_store, self.store)
+            for path in self.incomplete_store.glob(".*.incomplete"):  # of workers that were killed
+                remove(path)
+            if is_remote(self.store):
+                copy_at_address(self.incomplete_store, self.store)
+                remove(self.incomplete_store)
+            else:
+                move(self.incomplete_store, self.store)
         return self.report(self.store.with_name(f"{self.converter.short_name}_report.json"))
 
     def _is_pending(self, number: int, retry: bool) -> bool:
-        if not (self._shard_path(number).exists() and self._report_path(number).exists()):
+        shards = (folder / self._shard_name(number) for folder in (self.incomplete_store, self.store))
+        if not (self._report_path(number).exists() and any(shard.exists() for shard in shards)):
             return True
         report = json.loads(self._report_path(number).read_text(encoding="utf-8"))
         before = report.get("made_from", {})
@@ -202,24 +212,21 @@ class _Shards:
         """The states of the files that a shard is made of; links have none."""
         places = (source.place for source in self.shards[number])
         files = (file for place in places for file in (place if isinstance(place, tuple) else (place,)))
-        return {str(file): state(file) for file in files if isinstance(file, Path)}
+        return {str(file): state(file) for file in files if file is not None and not isinstance(file, str)}
 
-    def _shard_path(self, number: int) -> Path:
-        return (self.store if self.store.exists() else self.incomplete_store) / f"part.{number}.parquet"
+    @staticmethod
+    def _shard_name(number: int) -> str:
+        return f"part.{number}.parquet"
 
-    def _report_path(self, number: int) -> Path:
+    def _report_path(self, number: int) -> AnyPath:
         return self.progress / f"part.{number}.json"
 
     def _write_shard(self, number: int, stop: Event) -> dict[str, Any]:
         """Writes a shard, and gives its report."""
         left_out: list[dict[str, str]] = []
-        incomplete = self.progress / f"part.{number}.{uuid.uuid4().hex}.incomplete"
         made_from = self._made_from(number)
-        try:
-            ids = write_images(incomplete, self._pictures(self.shards[number], left_out, stop), self.encoding)
-            move(incomplete, self.incomplete_store / f"part.{number}.parquet")
-        finally:
-            incomplete.unlink(missing_ok=True)
+        with replacing(self.incomplete_store / self._shard_name(number), shared=True) as written:
+            ids = write_images(written, self._pictures(self.shards[number], left_out, stop), self.encoding)
         return {"images": len(ids), "left_out": left_out, "made_from": made_from}
 
     def _pictures(
@@ -242,17 +249,17 @@ class _Shards:
             except LeftOut as error:
                 leave_out(source.name, error)
 
-    def report(self, path: Path) -> ConversionReport:
+    def report(self, path: AnyPath) -> ConversionReport:
         report = ConversionReport(self.store, sources=sum(map(len, self.shards)))
         for number in range(len(self.shards)):
             shard = json.loads(self._report_path(number).read_text(encoding="utf-8"))
             report.images += shard["images"]
             report.left_out += shard["left_out"]
-        write_json(path, {**asdict(report), "store": str(self.store), "kinds": report.kinds()})
+        write_json(path, {**vars(report), "store": str(self.store), "kinds": report.kinds()})
         return report
 
 
-def encode_picture(picture: bytes | Path | Image.Image, size: int | None) -> bytes:
+def encode_picture(picture: bytes | AnyPath | Image.Image, size: int | None) -> bytes:
     """The bytes to store: as they are, or for a `size` a square PNG in RGB, resized with Lanczos unless it fits.
 
     Raises:

@@ -5,11 +5,11 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ...data.image_store import ImageStore
 from ...pictures import encode_base64
+from ...storage import full_name, to_path
 from .client import RejectedError
 from .queries import Query
 
@@ -39,7 +39,7 @@ class PictureOptions:
 
     def to_json(self) -> dict[str, Any]:
         """As `run.json` holds it, with absolute paths."""
-        return {**asdict(self), "stores": [str(Path(store).resolve()) for store in self.stores]}
+        return {**asdict(self), "stores": [full_name(to_path(store)) for store in self.stores]}
 
 
 class QueryPictures:

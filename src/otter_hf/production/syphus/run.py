@@ -14,8 +14,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...files import claim, disk_full_told, replacing, write_text
+from ...files import claim, disk_full_told, fetched, replacing, write_text
 from ...made_from import MadeFrom
+from ...storage import AnyPath, to_path
 from .budget import Budget, RunSummary
 from .client import (
     ChatClient,
@@ -68,7 +69,7 @@ class SyphusRun:
         cls,
         folder: str | Path,
         dataset: str,
-        annotations: str | Path,
+        annotations: AnyPath,
         model: str,
         *,
         prompt: str | Path | Prompt | None = None,
@@ -85,6 +86,7 @@ class SyphusRun:
 
         Args:
             dataset: the kind of annotations, such as `"video.DenseCaptions"`.
+            annotations: their file; it and the image stores of `pictures` may be at addresses (`s3://bucket/x.json`).
             prompt: file or name of a prompt; default: the dataset's.
             options: options of the requests, see `ChatClient`.
             start, end: take the queries from here to there, as a slice.
@@ -120,7 +122,7 @@ class SyphusRun:
             if changes:
                 raise FileExistsError(f"There is another run in {folder} ({changes}): choose another folder.")
             raise FileExistsError(f"There is a run in {folder}: resume it, or choose another folder.")
-        if not Path(annotations).is_file():
+        if not to_path(annotations).is_file():
             raise FileNotFoundError(f"The annotations {annotations} do not exist.")
         check_address(base_url)
         request_options(options)
@@ -128,7 +130,8 @@ class SyphusRun:
             raise ValueError(f"verify needs pictures, and a kind of annotations that has them; got {dataset}.")
         if pictures is not None:
             QueryPictures(pictures, kind)  # what cannot be opened is an error now
-        queries = _select(kind.read(Path(annotations)), start, end, shard, shuffle_seed)
+        with fetched(annotations) as file:
+            queries = _select(kind.read(file), start, end, shard, shuffle_seed)
         folder.mkdir(parents=True, exist_ok=True)
         if not _write_queries(folder / "queries.jsonl", queries):
             raise ValueError(f"No query of {annotations} is selected: check start, end and shard.")
@@ -144,7 +147,7 @@ class SyphusRun:
         Its queries stay those that were written down then. A file that is gone has not changed.
         """
         before = self.settings.get("made_from", {"files": {}})["files"]
-        here = {path: state for path, state in before.items() if Path(path).exists()}
+        here = {path: state for path, state in before.items() if to_path(path).exists()}
         return MadeFrom.of(here).changes({"files": here, "options": {}})
 
     def queries(self) -> Iterator[Query]:
