@@ -1,5 +1,6 @@
 """What the plan says of a training, against the training."""
 
+import copy
 import json
 import logging
 import subprocess
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from models.tiny_flamingo import tiny_config
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from otter_hf import OtterHDConfig
+from otter_hf.models.flamingo.layers_flamingo import CrossAttention
 from otter_hf.testing.otterhd import tiny_model, tiny_processor
 from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.flops import count_training_flops
@@ -371,14 +374,22 @@ def test_liger_replaces_the_decoder_before_it_is_made(model, monkeypatch):
     assert calls == [("llama", {"rope": False, **losses})]
 
 
-def test_operations_are_counted_where_flash_attention_is_chosen(model):
+@pytest.mark.parametrize("adapters", [False, True])
+def test_operations_are_counted_where_flash_attention_is_chosen(model, adapters):
     """Shapes are on no device, and transformers' flash attention asks which of them computes in 16 bits."""
-    with torch.device("meta"):
-        shapes = type(model)(model.config)
-    expected = count_training_flops(shapes)
-    shapes.config._attn_implementation = flash = {"": "flash_attention_2", "text_config": "flash_attention_2"}
-    assert count_training_flops(shapes) == expected
-    assert {
-        "": shapes.config._attn_implementation,
-        "text_config": shapes.model.language_model.config._attn_implementation,
-    } == flash
+
+    def make(attention):
+        with torch.device("meta"):
+            shapes = type(model)(copy.deepcopy(model.config))
+            shapes.config._attn_implementation = attention
+            return (
+                get_peft_model(shapes, LoraConfig(target_modules=["q_proj"], modules_to_save=["perceiver"]))
+                if adapters
+                else shapes
+            )
+
+    flash = {"": "flash_attention_2", "text_config": "flash_attention_2"}
+    shapes = make(flash)
+    assert count_training_flops(shapes) == count_training_flops(make("eager"))
+    used = {module.config._attn_implementation for module in shapes.modules() if isinstance(module, CrossAttention)}
+    assert used == {"flash_attention_2"} and shapes.config._attn_implementation == "flash_attention_2"

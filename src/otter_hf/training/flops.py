@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -129,15 +129,20 @@ def _count_vision(core: nn.Module, is_stored: bool) -> tuple[float, int]:
 
 
 @contextlib.contextmanager
-def _eager(core: PreTrainedModel) -> Iterator[None]:
+def _eager(core: nn.Module) -> Iterator[None]:
     """Attention in products of matrices, which are counted: flash attention neither is, nor runs without a card."""
-    chosen = {"": core.config._attn_implementation}
-    chosen |= {part: getattr(core.config, part)._attn_implementation for part in core.config.sub_configs}
-    core.config._attn_implementation = "eager"
+    # of all modules: what PEFT trains whole is a copy with a configuration of its own
+    owners = [
+        module.config for module in core.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
+    ]
+    chosen = {id(config): (config, config._attn_implementation) for config in owners}
+    for config, _ in chosen.values():
+        config._attn_implementation = {"": "eager"}
     try:
         yield
     finally:
-        core.config._attn_implementation = chosen
+        for config, name in chosen.values():
+            config._attn_implementation = {"": name}
 
 
 def _of_weight(layer: nn.Module) -> int:
