@@ -51,6 +51,12 @@ def in_this_process(path: AnyPath) -> AnyPath:
     return to_path(str(path)) if is_remote(path) else path
 
 
+def forget_listings(path: AnyPath) -> None:
+    """Has a store be asked again for what lies there: fsspec remembers, and other processes have written since."""
+    if is_remote(path):
+        to_path(path).fs.invalidate_cache()
+
+
 def is_one_path(paths: object) -> "TypeIs[AnyPath]":
     """Whether this is a path and no list of them."""
     return isinstance(paths, (str, os.PathLike)) or hasattr(paths, "fs")
@@ -61,4 +67,4 @@ def full_name(path: AnyPath) -> str:
     return str(path) if is_remote(path) else str(Path(path).resolve())
 
 
-__all__ = ["AnyPath", "full_name", "in_this_process", "is_remote", "is_one_path", "to_path"]
+__all__ = ["AnyPath", "forget_listings", "full_name", "in_this_process", "is_remote", "is_one_path", "to_path"]

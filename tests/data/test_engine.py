@@ -15,11 +15,12 @@ from transformers import BertConfig, BertModel
 
 from otter_hf.cli import engine_options, main
 from otter_hf.data import neighbours, to_parquet
-from otter_hf.data.engine import EXECUTORS, Engine, read_records, run
+from otter_hf.data.engine import EXECUTORS, Engine, Work, read_records, run
 from otter_hf.data.formats import write_mimicit
 from otter_hf.data.images import encode_base64
 from otter_hf.data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from otter_hf.data.pretraining.converters import mmc4_to_tar
+from otter_hf.storage import to_path
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -148,6 +149,17 @@ def test_addresses(tmp_path, scheme, tiny_processor):
         read_pretraining_sets(json.dumps({"mmc4": {"kind": "interleaved", "shards": f"{root}/gone.tar"}}))
 
 
+def test_what_other_processes_write_is_seen(tmp_path, datatrove):
+    """Where fsspec remembers what it has listed; and what no other process could see is refused."""
+    work = Work(None, {"a": 1, "b": 2}, to_path(f"remembers://{tmp_path}/records"), 1, "work")
+    (tmp_path / "records").mkdir()
+    for name, missing in (("a", ["b"]), ("b", [])):
+        (tmp_path / "records" / f"{name}.json").write_text("{}")
+        assert work.missing() == missing
+    with pytest.raises(ValueError, match="memory://x/.engine/.* is in the memory of one process"):
+        run(Mark(tmp_path), {"a": "a", "b": "b"}, "memory://x/records", Engine(workers=2), name="marks")
+
+
 def test_an_address_without_its_package(monkeypatch):
     monkeypatch.setattr("otter_hf.extras.requirements", lambda extra: [Requirement("universal-pathlib")])
     monkeypatch.setitem(sys.modules, "upath", None)
@@ -244,8 +256,10 @@ def test_tasks_here(tmp_path, datatrove):
     with pytest.raises(ValueError, match="^item 7 cannot be used$"):
         run(Mark(seen, fail="7"), items, tmp_path / "failed", engine, name="marks")
     (tmp_path / "failed" / "3.json").unlink(missing_ok=True)  # of a task that may be marked as complete
-    assert run(Mark(seen), items, tmp_path / "failed", engine, name="marks")
-    assert sorted(read_records(tmp_path / "failed")) == sorted(items)
+    for records in (tmp_path / "failed", f"remembers://{tmp_path}/failed"):
+        assert run(Mark(seen), items, records, engine, name="marks")
+        assert sorted(read_records(records)) == sorted(items)
+        (tmp_path / "failed" / "4.json").unlink()
 
 
 @pytest.mark.slow

@@ -139,6 +139,8 @@ def test_ids_of_every_set(tmp_path, capsys, name, scheme):
     report = json.loads(to_path(f"{scheme}{tmp_path}/out/{name}_report.json").read_text())
     assert report["images"] == len(store) and report["left_out"] == []
     assert (tmp_path / "out").exists() != bool(scheme)
+    if name == "DC":  # a folder of films is a store, too
+        assert list(ImageStore(f"{scheme}{image_path}", tmp_path / "cache")) == ["v_a.b.mp4"]
 
 
 def test_at_an_address_a_conversion_goes_on(tmp_path, monkeypatch, caplog):

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..extras import missing
 from ..files import replacing
-from ..storage import AnyPath, to_path
+from ..storage import AnyPath, forget_listings, to_path
 
 
 logger = logging.get_logger(__name__)
@@ -128,7 +128,9 @@ def run(
             from .executors import execute
         except ImportError:
             raise ValueError(missing(f"more than one worker ({engine.executor})", "scale")) from None
-        return execute(work, engine, finish)
+        done = execute(work, engine, finish)
+        forget_listings(work.records)
+        return done
     return True
 
 
@@ -186,6 +188,7 @@ class Work:
 
     def missing(self) -> list[str]:
         """Names of items without a record."""
+        forget_listings(self.records)
         there = {path.name for path in self.records.glob("*.json")} if self.records.is_dir() else ()
         return [name for name in self.items if f"{name}.json" not in there]
 

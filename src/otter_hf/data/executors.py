@@ -38,6 +38,9 @@ def execute(work: Work, engine: Engine, finish: Callable[[], Any] | None) -> boo
     """As `engine.run`, on datatrove."""
     tasks = min(engine.tasks or 4 * engine.workers, len(work.items))
     folder = to_path(engine.logging_dir or work.records.parent / ".engine") / f"{tasks}-{work.digest(tasks)}"
+    for place in (folder, work.records):
+        if str(place).startswith("memory:"):
+            raise ValueError(f"{place} is in the memory of one process: several workers need another place.")
     kind = _EXECUTORS[engine.executor]
     engine.check_options(kind)
     work.stats = Stats(work.name)
@@ -53,7 +56,7 @@ def execute(work: Work, engine: Engine, finish: Callable[[], Any] | None) -> boo
         return _submit(executor, settings, finish)
     results = _locally(executor, engine.workers) if engine.executor == "local" else _on_ray(executor, engine.workers)
     with logging.tqdm(desc=work.name, total=tasks, unit=" tasks") as bar:
-        bar.update(tasks - len(executor.get_incomplete_ranks()))
+        bar.update(tasks - len(_incomplete(executor)))
         for _ in results:
             bar.update()
     _merge_statistics(executor, tasks)
@@ -63,9 +66,14 @@ def execute(work: Work, engine: Engine, finish: Callable[[], Any] | None) -> boo
 def _forget_what_is_gone(executor: PipelineExecutor, work: Work) -> None:
     """Takes the marks from tasks of which an item has no record (any more)."""
     numbers = {name: number for number, name in enumerate(work.items)}
-    for rank in {numbers[name] % executor.world_size for name in work.missing()}:
-        if executor.logging_dir.isfile(f"completions/{rank:05d}"):
-            executor.logging_dir.rm(f"completions/{rank:05d}")
+    ranks = {numbers[name] % executor.world_size for name in work.missing()}
+    for rank in ranks.difference(_incomplete(executor)):
+        executor.logging_dir.rm(f"completions/{rank:05d}")
+
+
+def _incomplete(executor: PipelineExecutor) -> list[int]:
+    executor.logging_dir.fs.invalidate_cache()  # the marks are of other processes
+    return executor.get_incomplete_ranks()
 
 
 def _run_task(executor: PipelineExecutor, rank: int) -> None:
@@ -103,7 +111,7 @@ def _start_context() -> BaseContext:
 def _locally(executor: PipelineExecutor, workers: int) -> Iterator[int]:
     """Runs the tasks that are not complete; yields their numbers as they are done."""
     deaths, context = 0, _start_context()
-    while ranks := executor.get_incomplete_ranks():
+    while ranks := _incomplete(executor):
         processes = {"mp_context": context, "initializer": _receive, "initargs": (executor, dict(os.environ))}
         with ProcessPoolExecutor(min(workers, len(ranks)), **processes) as pool:
             futures = {pool.submit(_run_received, rank): rank for rank in ranks}
@@ -141,7 +149,7 @@ def _on_ray(executor: PipelineExecutor, workers: int) -> Iterator[int]:
         **(executor.ray_remote_kwargs or {}),
     )(_run_task)
     reference = ray.put(executor)
-    waiting, running = deque(executor.get_incomplete_ranks()), {}
+    waiting, running = deque(_incomplete(executor)), {}
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -178,7 +186,7 @@ def _check_slurm(engine: Engine) -> None:
 
 def _submit(executor: SlurmPipelineExecutor, settings: dict[str, Any], finish: Callable[[], Any] | None) -> bool:
     """Hands the tasks, and what comes behind them, to Slurm; see `execute`."""
-    if not executor.get_incomplete_ranks():
+    if not _incomplete(executor):
         return True
     last = executor
     if finish is not None:

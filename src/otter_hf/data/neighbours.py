@@ -17,8 +17,7 @@ import torch
 from ..files import claim, remove, replacing, write_text
 from ..made_from import MadeFrom, state_of_model
 from ..model_names import check_model_name
-from ..storage import AnyPath, is_one_path, is_remote, to_path
-from .arrow_cache import local_copy
+from ..storage import AnyPath, forget_listings, is_one_path, is_remote, to_path
 from .engine import Engine, run
 from .formats import stream_records
 from .image_store import ImageStore, natural_order
@@ -139,7 +138,7 @@ def write_neighbours(
     embedded yet; the rest is in the hidden folder `.<output>.<digest>.embeddings`.
 
     Args:
-        instructions_path: the records; a file at an address is copied to the cache first.
+        instructions_path: the records, also at an address.
         output: path of the new files without `_instructions.json`.
         encoder: see `embed_texts` and `embed_images`.
         by: compare the `"text"` of the instructions, or the first `"image"` of the records.
@@ -165,7 +164,8 @@ def write_neighbours(
         raise ValueError("images_path is for by='image': leave it out, or compare pictures.")
     paths = to_path(f"{output}_train.json"), to_path(f"{output}_instructions.json")
     refuse_input_as_output([instructions_path], paths[1])
-    instructions_path = local_copy(instructions_path, cache_dir)
+    forget_listings(paths[1])
+    instructions_path = to_path(instructions_path)
     rows = list(stream_records(instructions_path))
     key = "instruction" if by == "text" else "image_ids"
     for row in rows:
@@ -211,7 +211,7 @@ def _embed_item(
     return {"records": len(compared)}
 
 
-def _settle(folder: AnyPath, instructions_path: Path, paths: tuple[AnyPath, AnyPath], k: int, context: int) -> None:
+def _settle(folder: AnyPath, instructions_path: AnyPath, paths: tuple[AnyPath, AnyPath], k: int, context: int) -> None:
     """Compares all embeddings, and writes both files."""
     embeddings = []
     for path in sorted(folder.glob("*.npy"), key=natural_order):  # a million records have one more digit

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_text
 from ..films import is_film
 from ..made_from import state
-from ..storage import AnyPath, full_name, is_one_path, is_remote, to_path
+from ..storage import AnyPath, forget_listings, full_name, is_one_path, is_remote, to_path
 from .engine import Engine, read_records, run
 from .image_store import ImageStore, store_files
 from .images import decode_image
@@ -71,6 +71,7 @@ def store_to_parquet(
     given = [paths] if is_one_path(paths) else list(paths)
     sources = list(store_files(given, cache_dir))
     refuse_input_as_output([*sources, *given], output)
+    forget_listings(output)
     refuse_other_folder(output)
     store = ImageStore(sources, cache_dir)
     ids = list(store)

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from ...files import claim, remove
 from ...made_from import MadeFrom, keep, kept
 from ...reading import parse_json, refuse_lfs_pointer
-from ...storage import AnyPath, full_name, is_remote, to_path
+from ...storage import AnyPath, forget_listings, full_name, is_remote, to_path
 from ..engine import Engine, read_records, run
 from ..images import decode_base64, encode_base64
 from .shards import ShardWriter, numbered_files, read_sizes, remove_shards, tar_files, write_sizes
@@ -201,6 +201,7 @@ def convert_all(
         if (other := first.setdefault(stem(job[0]), job[0])) != job[0]:
             raise ValueError(f"{other} and {job[0]} would both become {stem(job[0])}.*.tar: rename one of them.")
     output.mkdir(parents=True, exist_ok=True)
+    forget_listings(output)
     shared = MadeFrom.of(pictures).files
     made_from = {stem(job[0]): MadeFrom({**MadeFrom.of(job).files, **shared}, options) for job in jobs}
     with nullcontext() if is_remote(output) else claim(output / ".lock", output):

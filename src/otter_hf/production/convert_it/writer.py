@@ -20,7 +20,7 @@ from ...data.parquet_writer import write_images
 from ...files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_json
 from ...made_from import state
 from ...pictures import read_image
-from ...storage import AnyPath, is_remote, to_path
+from ...storage import AnyPath, forget_listings, is_remote, to_path
 from .base import Converter, LeftOut, Source
 
 
@@ -97,6 +97,7 @@ def convert(
     default = min(converter.sources_per_shard, -(-len(sources) // _FEWEST_SHARDS))
     store = to_path(output) / f"{name}.parquet"
     progress = to_path(output) / f".{name}.progress"
+    forget_listings(store)
     if store.exists() and not (progress / "conversion.json").exists():
         raise ValueError(f"{store} is there already: remove it, or choose another output.")
     progress.mkdir(parents=True, exist_ok=True)
