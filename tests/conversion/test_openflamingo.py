@@ -334,6 +334,36 @@ class TestInjectLm:
         assert job.config.cross_attn_on_text is False
         assert any("no preprocessor_config.json" in note for note in job.report.notes)
 
+    def test_a_trained_resampler_is_taken_over(self, parts):
+        folder, _ = parts
+        shape = {"perceiver_depth": 1, "perceiver_num_latents": 5, "perceiver_head_dim": 8, "max_num_frames": 3}
+        finish(plan_inject_lm(folder / "language_model", folder / "clip", seed=3, **shape), folder / "trained")
+        trained = AutoModelForImageTextToText.from_pretrained(folder / "trained")
+        options = {"model_type": "otter", "cross_attn_gate_init": 0.5, "resampler_from": folder / "trained"}
+        job = plan_inject_lm(folder / "language_model", folder / "clip", **options)
+        report = finish(job, folder / "output")
+        model, info = AutoModelForImageTextToText.from_pretrained(folder / "output", output_loading_info=True)
+        assert not any(info.values()) and not any("perceiver" in name for name in report.initialised)
+        assert model.config.max_num_frames == 3 and model.config.perceiver_head_dim == 8
+        pixels = torch.randn(1, 3, 28, 28)
+        with torch.no_grad():
+            latents = [one.get_image_features(pixels).pooler_output for one in (model, trained)]
+        assert torch.equal(*latents)
+        assert str(folder / "trained") in job.lineage
+        # in half precision it is the same tower; another one's features mean something else
+        finish(plan_folder(folder / "trained"), folder / "half", dtype="bfloat16")
+        plan_inject_lm(folder / "language_model", folder / "clip", **options | {"resampler_from": folder / "half"})
+        for wrong, sentence in (
+            ({"perceiver_num_latents": 6}, "perceiver_num_latents is 6, but 5 of the resampler of .*trained"),
+            ({"max_num_frames": 4}, "max_num_frames is 4, but 3 of the resampler"),
+            ({"vision_tower": folder / "siglip"}, "was trained behind another vision tower than .*siglip"),
+            ({"resampler_from": folder / "clip"}, "expected a Flamingo or Otter folder"),
+        ):
+            with pytest.raises(ConversionError, match=sentence):
+                plan_inject_lm(
+                    **{"language_model": folder / "language_model", "vision_tower": folder / "clip", **options} | wrong
+                )
+
     def test_new_rows_are_the_mean(self, parts):
         folder, language_model = parts
         report = finish(

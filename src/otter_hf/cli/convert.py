@@ -146,6 +146,10 @@ def _inject_lm(parser) -> None:
         metavar="TOKEN=TEXT",
         help="start the row of a new token from the mean of a text's, such as '<|endofchunk|>=</s>' (default: of all)",
     )
+    parser.add_argument(
+        "--resampler-from",
+        help="a Flamingo or Otter behind the same tower: start from its trained resampler",
+    )
     _add_output(
         parser,
         lambda args: _finish(
@@ -159,6 +163,7 @@ def _inject_lm(parser) -> None:
                 args.seed,
                 args.tokenizer_reference,
                 dict(_pairs("--init-rows", args.init_rows)),
+                args.resampler_from,
                 **{field: _read_value(value) for field, value in _pairs("--set", args.set)},
             ),
             args,

@@ -236,28 +236,31 @@ def open_flamingo_folder(
         the configuration, the source of its tensors under our names, and its processor. LoRA factors are left out;
         see `convert_lora`.
     """
+    config, source = open_flamingo_weights(name_or_path, tokenizer)
+    try:
+        processor = PROCESSORS[config.model_type].from_pretrained(
+            resolve_folder(name_or_path), tokenizer=tokenizer, tokenizer_reference=tokenizer_reference
+        )
+    except (OSError, ValueError) as error:
+        raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
+    return config, source, processor
+
+
+def open_flamingo_weights(name_or_path: str | Path, tokenizer: str | None = None) -> tuple[PreTrainedConfig, Source]:
+    """As `open_flamingo_folder`, without the processor: a `tokenizer` says which tokens a folder of 2023 has."""
     folder = resolve_folder(name_or_path)
     raw = read_config(folder)
     if raw.get("model_type") not in PROCESSORS:
         raise ConversionError(
             f"{folder} has the model type {raw.get('model_type')!r}; expected a Flamingo or Otter folder."
         )
-    legacy = is_legacy_config(raw)
     try:
         config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer)
-        processor = PROCESSORS[raw["model_type"]].from_pretrained(
-            folder, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference
-        )
     except (OSError, ValueError) as error:
         raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
     config.lora_config = None
-    source = Source(
-        str(name_or_path),
-        open_checkpoint(folder),
-        rename=_rename_stored(config) if legacy else _rename_saved(config),
-        paths=source_files(folder),
-    )
-    return config, source, processor
+    rename = _rename_stored(config) if is_legacy_config(raw) else _rename_saved(config)
+    return config, Source(str(name_or_path), open_checkpoint(folder), rename, paths=source_files(folder))
 
 
 def _rename_stored(config) -> Rename:

@@ -1,7 +1,7 @@
 """OpenFlamingo checkpoints, and fresh Flamingos: a language model and a vision tower become one model."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -10,8 +10,18 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..models.flamingo import FlamingoConfig
 from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
+from ..models.legacy import is_stale_key
 from ..models.otter import OtterConfig
-from .job import Job, load_text_config, load_tokenizer, make_processor, read_config, resolve_folder, set_token_ids
+from .job import (
+    Job,
+    load_text_config,
+    load_tokenizer,
+    make_processor,
+    open_flamingo_weights,
+    read_config,
+    resolve_folder,
+    set_token_ids,
+)
 from .names import (
     HEAD,
     from_open_clip,
@@ -32,6 +42,11 @@ _FIELDS_OF_NEW_PARTS = [
     for field in fields(FlamingoConfig)
     if field.name.startswith(("perceiver_", "cross_attn_", "initializer_"))
     and field.name != "cross_attn_every_n_layers"
+]
+_FIELDS_OF_THE_RESAMPLER = [
+    *(field.name for field in fields(FlamingoConfig) if field.name.startswith("perceiver_")),
+    "max_num_frames",
+    "vision_feature_select_strategy",
 ]
 # two-tower models store their text side too
 _OTHER_TOWER = ("text_model.", "text_projection", "logit_scale", "logit_bias", "visual_projection", "transformer.")
@@ -127,6 +142,7 @@ def plan_inject_lm(
     seed: int = 0,
     tokenizer_reference: str | None = None,
     init_rows: Mapping[str, str] | None = None,
+    resampler_from: str | Path | None = None,
     **config_kwargs,
 ) -> Job:
     """
@@ -143,12 +159,15 @@ def plan_inject_lm(
             [`FlamingoProcessor.from_pretrained`].
         init_rows: token of the model -> a text whose tokens' mean row it starts from. `{"<|endofchunk|>": "</s>"}`
             ends answers with what the language model ends its own with, so that embeddings need no training.
+        resampler_from: folder or Hub repository of a Flamingo or Otter behind the same vision tower, whose trained
+            resampler, with its shape, is taken in place of a random one (`docs/experiments.md` has what it saves).
         config_kwargs: fields of [`FlamingoConfig`] that shape the new parts: `perceiver_*`, `cross_attn_*`,
             `initializer_range`.
 
     Raises:
-        ConversionError: for parts that do not make a model, for another field or a value of a wrong type, and for a
-            row of a token that the model does not add, or of no tokens.
+        ConversionError: for parts that do not make a model, for another field or a value of a wrong type, for a row
+            of a token that the model does not add, or of no tokens, and for a resampler of another shape than asked
+            for, or that was trained behind another tower.
     """
     for name in config_kwargs:
         if name not in _FIELDS_OF_NEW_PARTS:
@@ -166,22 +185,61 @@ def plan_inject_lm(
         )
     # a vocabulary that is already larger than its tokenizer has room for the new tokens
     text_config.vocab_size = max(text_config.vocab_size, len(processor.tokenizer))
+    shape = {"vision_feature_select_strategy": "default" if vision_config.model_type in _CLASS_TOKEN else "full"}
+    shape |= config_kwargs | ({} if max_num_frames is None else {"max_num_frames": max_num_frames})
+    sources = [text_source, vision_source]
+    if resampler_from is not None:
+        shape, resampler = _take_resampler(resampler_from, shape, vision_source)
+        sources.insert(0, resampler)
     try:
         config = _CONFIGS[model_type](
             vision_config=vision_config,
             text_config=text_config,
-            vision_feature_select_strategy="default" if vision_config.model_type in _CLASS_TOKEN else "full",
             cross_attn_every_n_layers=cross_attn_every_n_layers,
-            max_num_frames=max_num_frames,
-            **config_kwargs,
+            **shape,
         )
     except StrictDataclassFieldValidationError as error:
         raise ConversionError(" ".join(str(error).split()) + ".") from error
     set_token_ids(config, processor.tokenizer)
-    tensors = plan_model(config, [text_source, vision_source], report, fresh_weights(config, seed))
+    tensors = plan_model(config, sources, report, fresh_weights(config, seed))
     for token, text in (init_rows or {}).items():
         _init_row(tensors, config, processor, token, text, report)
-    return Job(config, tensors, processor, report, [str(language_model), str(vision_tower)])
+    lineage = [str(part) for part in (language_model, vision_tower, resampler_from) if part is not None]
+    return Job(config, tensors, processor, report, lineage)
+
+
+def _take_resampler(name_or_path: str | Path, shape: dict, tower: Source) -> tuple[dict, Source]:
+    """`shape` with the fields of a trained resampler, and the source of its tensors."""
+    config, source = open_flamingo_weights(name_or_path)
+    resampler, seen = {}, {}
+    for key, tensor in source.tensors.items():
+        target = source.rename(key) or ""
+        if target.startswith("model.perceiver."):
+            resampler[key] = tensor
+        elif target.startswith("model.vision_tower."):
+            seen[target] = tensor
+    for key, tensor in tower.tensors.items():
+        if is_stale_key(key) or tower.ignore(key) is not None:
+            continue
+        other = seen.get(tower.rename(key))
+        # another precision of the same tower will do
+        if (
+            other is None
+            or other.shape != tensor.shape
+            or not torch.allclose(other.load().float(), tensor.load().float(), rtol=1e-2, atol=1e-2)
+        ):
+            raise ConversionError(
+                f"The resampler of {name_or_path} was trained behind another vision tower than {tower.label} ({key} "
+                "differs): give the tower it saw, or leave --resampler-from out."
+            )
+    taken = {name: getattr(config, name) for name in _FIELDS_OF_THE_RESAMPLER}
+    for name, value in taken.items():
+        if name != "vision_feature_select_strategy" and shape.get(name, value) != value:
+            raise ConversionError(
+                f"{name} is {shape[name]!r}, but {value!r} of the resampler of {name_or_path}: leave it out, or take "
+                "a resampler of that shape."
+            )
+    return shape | taken, replace(source, tensors=resampler)
 
 
 def _init_row(tensors: dict[str, LazyTensor], config, processor, token: str, text: str, report) -> None:
