@@ -1,13 +1,16 @@
 """Fine-tuning an OtterHD with a recipe: the model itself, and LoRA."""
 
+import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from otter_hf import OtterHDProcessor
@@ -82,6 +85,35 @@ def test_train_the_whole_model(files):
     inputs = processor(text="User:what color? Assistant:", images=Image.new("RGB", (35, 24), "red"))
     answer = trained.generate(**inputs, max_new_tokens=3)
     assert isinstance(saved_processor.post_process_image_text_to_text(answer)[0], str)
+
+
+def test_a_resumed_training_has_the_weights_of_its_checkpoint(files, caplog):
+    """Also the best checkpoint, which is read back at the end."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    best = {"eval_mixture": str(files / "data.yaml"), "eval_strategy": "steps", "eval_steps": 2, "report_samples": 0}
+    best |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    out = train(files, **settings)
+    expected = dict(load(out)[0].named_parameters())
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "trainer_state.json").unlink()
+    again = load(train(files, **settings, resume_from_checkpoint="auto"))[0]
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in again.named_parameters())
+
+    train(files, **settings | best, output_dir=str(files / "best"))
+    out = files / "best"
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["best_global_step"] == 2
+    best = dict(load(state["best_model_checkpoint"])[0].named_parameters())
+    assert all(torch.equal(parameter, best[name]) for name, parameter in load(out)[0].named_parameters())
+    assert "keys in the checkpoint" not in caplog.text
+
+    file = Path(state["best_model_checkpoint"]) / "model.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    (file.parent / "files.json").unlink()
+    for name in ("trainer_state.json", "run.json"):
+        (out / name).unlink()
+    with pytest.raises(ValueError, match="does not hold the weights of this model"):
+        train(files, **settings | {"max_steps": 6}, output_dir=str(out), resume_from_checkpoint=str(file.parent))
 
 
 def test_frozen_patch_embedding(files):

@@ -54,6 +54,13 @@ class OtterHDPreTrainedModel(FuyuPreTrainedModel):
         refuse_arguments_of_2023(kwargs)
         return super().from_pretrained(*args, **kwargs)
 
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """
+        As in the parent class, with the weight names of `state_dict` by default, which a trainer goes on from;
+        `save_original_format=True` writes those that transformers 5 keeps for Fuyu.
+        """
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     @staticmethod
     def _load_pretrained_model(model, *args, **kwargs):
         loaded = FuyuPreTrainedModel._load_pretrained_model(model, *args, **kwargs)
