@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,6 +134,17 @@ def claim_error(lock):
             return ""
     except OSError as error:
         return str(error)
+
+
+def test_a_claim_whose_owner_cannot_be_written(tmp_path, monkeypatch):
+    """Windows writes nothing where a lock is."""
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("otter_hf.files.json", SimpleNamespace(dumps=refuse, loads=json.loads))
+    with claim(tmp_path / "lock", "here"):
+        assert "is in use by another process" in claim_error(tmp_path / "lock")
 
 
 def test_an_unreadable_owner_is_another_process(tmp_path):

@@ -220,7 +220,8 @@ def claim(lock: str | Path, what: str | Path, *, nested: bool = False) -> Iterat
         if is_first:
             since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             owner = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            with disk_full_told(lock):
+            # Windows lets nobody write where the lock is: the owner then stays unnamed
+            with contextlib.suppress(PermissionError), disk_full_told(lock):
                 lock.write_text(json.dumps(owner) + "\n", encoding="utf-8")
         yield
     finally:

@@ -21,18 +21,27 @@ def test_replies_are_found_again_by_words_and_pixels(tmp_path):
     assert other.get(other.key(question)) is None
 
 
-def test_a_line_cut_off_by_a_kill_is_skipped_and_ended(tmp_path):
+@pytest.mark.parametrize("cut", [b'{"key": "second", "rep', '{"key": "second", "reply": "\u6c34'.encode()[:-1]])
+def test_a_line_cut_off_by_a_kill_is_skipped_and_ended(tmp_path, cut):
+    """Also in the middle of a character."""
     log = ReplyLog(tmp_path)
     log.add({"first": "1"})
     log.close()
-    with (tmp_path / "replies-0.jsonl").open("a") as file:
-        file.write('{"key": "second", "rep')
+    with (tmp_path / "replies-0.jsonl").open("ab") as file:
+        file.write(cut)
     log = ReplyLog(tmp_path)
     assert log.get("second") is None
     log.add({"third": [1.5, 2]})
     log.close()
     again = ReplyLog(tmp_path)
     assert again.get("first") == "1" and again.get("third") == [1.5, 2]
+
+
+def test_a_reply_may_hold_any_character(tmp_path):
+    """Those that end a line elsewhere, and half a surrogate pair, which JSON can spell."""
+    ReplyLog(tmp_path).add({"a": "one\u2028two\x85three\x0cfour\nfive", "b": "\ud83d"})
+    again = ReplyLog(tmp_path)
+    assert again.get("a") == "one\u2028two\x85three\x0cfour\nfive" and again.get("b") == "?"
 
 
 def test_the_judge_keeps_replies_and_says_when_there_is_none(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -20,8 +21,10 @@ from filelock import FileLock
 from training_files import PROGRAM, command, environment, losses, torchrun, weights, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
+from otter_hf.training import checkpoints
 from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, CheckpointTrainer, find_checkpoint, load_trainable
 from otter_hf.training.run import run as main
+from otter_hf.training.run_record import RunRecord
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "freeze": ["vision"]}
@@ -270,6 +273,44 @@ def test_processes_that_would_each_train_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, but each would train by itself"):
         CheckpointTrainer(torch.nn.Linear(1, 1), arguments)
+
+
+def test_one_process_uses_one_gpu(tmp_path, caplog):
+    """transformers' Trainer would wrap the model in `torch.nn.DataParallel`."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=3)
+    arguments._n_gpu = 2  # as where a process without a launcher sees two
+    model = torch.nn.Linear(1, 1)
+    with caplog.at_level("WARNING", "otter_hf"):
+        trainer = CheckpointTrainer(model, arguments)
+    assert "2 GPUs are there, and one of them is used: start a process for each with torchrun" in caplog.text
+    assert arguments.train_batch_size == trainer._train_batch_size == 3
+    assert trainer._wrap_model(model) is model
+
+
+def test_the_token_stays_out_of_what_is_saved(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", hub_token="hf_secret")
+    trainer = CheckpointTrainer(torch.nn.Linear(1, 1), arguments)
+    trainer.save_model()
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).output_dir == str(tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert trainer.args.hub_token == "hf_secret"
+
+
+def test_all_processes_go_on_from_what_the_first_one_found(tmp_path, monkeypatch):
+    """Also where the disk of a node does not have it."""
+    monkeypatch.setattr(checkpoints, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    run, found = RunRecord({}, 3), (RunRecord({}, 3, "first"), "elsewhere/checkpoint-2", False)
+    arguments = SimpleNamespace(resume_from_checkpoint="auto", output_dir=str(tmp_path), ignore_data_skip=False)
+    for told in (found, ValueError("It is damaged.")):
+        outcome = [None, told] if isinstance(told, Exception) else [told, None]
+        monkeypatch.setattr(
+            checkpoints, "broadcast_object_list", lambda given, of=outcome: given.__setitem__(slice(2), of)
+        )
+        if isinstance(told, Exception):
+            with pytest.raises(ValueError, match="It is damaged"):
+                checkpoints.resume(run, arguments)
+        else:
+            assert checkpoints.resume(run, arguments) == found
 
 
 def test_auto_starts_from_the_beginning_without_a_checkpoint(tmp_path):

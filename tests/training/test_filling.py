@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from otter_hf.data.mixture import SkipCounter
 from otter_hf.data.samples import SampleError
-from otter_hf.training.trainer import NamingCollator
+from otter_hf.training.trainer import NamingCollator, _num_samples
 
 
 class Data:
@@ -42,7 +42,11 @@ def test_a_question_that_is_too_long_alone_in_its_batch(family, on_overlong):
     assert (batch["labels"] != -100).any()
     assert collator([data[0]])["sample_ids"] == batch["sample_ids"]  # always the same
     assert sum(data.counter.totals().values()) == 2
-    assert collator([data[0], data[2]])["sample_ids"][1] == "S2"
+    # processes gather as many rows from each in an evaluation
+    together = collator([data[0], data[2]])
+    assert together["sample_ids"] == [*batch["sample_ids"], "S2"]
+    assert _num_samples(together) == 2
+    assert sum(data.counter.totals().values()) == 3
     with pytest.raises(SampleError, match="'S0'.* max_length=200"):
         NamingCollator(COLLATORS[family](max_length=200), dataset=data)([data[0]])
     with pytest.raises(SampleError, match="Sample 'S0'"):  # of a report's sample answer, whose place no other takes

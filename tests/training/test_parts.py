@@ -1,11 +1,12 @@
 """Parts of a model with rates and updates of their own, parts of the data kept for evaluation, and plain Flamingo."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_files import command, write_training_files
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, EarlyStoppingCallback, TrainerState
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.data import MimicitMixture, SampleOptions
@@ -27,6 +28,16 @@ def flamingo(tmp_path, monkeypatch):
     tiny_model(processor, FlamingoForConditionalGeneration).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     return tmp_path
+
+
+def test_early_stopping_counts_on_from_a_checkpoint(tmp_path):
+    stopping = EarlyStoppingCallback(3)
+    stopping.early_stopping_patience_counter = 2
+    TrainerState(stateful_callbacks=[stopping]).save_to_json(str(tmp_path / "trainer_state.json"))
+    arguments = SimpleNamespace(early_stopping_patience=3, early_stopping_threshold=0.5)
+    counted = [run._early_stopping(arguments, folder).state() for folder in (str(tmp_path), None)]
+    assert [state["attributes"]["early_stopping_patience_counter"] for state in counted] == [2, 0]
+    assert counted[0]["args"] == {"early_stopping_patience": 3, "early_stopping_threshold": 0.5}
 
 
 def test_flamingo_on_what_is_not_held_out(flamingo, monkeypatch, caplog):

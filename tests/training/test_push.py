@@ -104,7 +104,8 @@ def test_what_was_pushed(pushed):
     assert "optimizer.pt" not in root
     assert {"last-checkpoint/optimizer.pt", "last-checkpoint/trainer_state.json"} <= files.keys()
     assert json.loads(files["last-checkpoint/trainer_state.json"].data)["global_step"] == 6
-    assert not [path for path in files if path.startswith(("checkpoint-", "_unfinished"))]
+    # nor the lock, which names this machine
+    assert not [path for path in files if path.startswith(("checkpoint-", "_unfinished", ".lock"))]
 
 
 def test_card(pushed):

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from otter_hf import OtterForConditionalGeneration
 from otter_hf.training.flops import TrainingFlops
 from otter_hf.training.run import main
-from otter_hf.training.throughput import Throughput, count_batch
+from otter_hf.training.throughput import Throughput, _peak_memory, count_batch
 from otter_hf.training.trainer import NamingCollator, OtterTrainer
 
 
@@ -123,6 +124,13 @@ def test_names_stay_out_of_the_model(ragged, fit, monkeypatch):
     fit(max_steps=1, train_sampling_strategy="group_by_length", **evaluated)
     assert len(seen) > 2
     assert not any(seen)
+
+
+def test_peak_memory_is_in_bytes(monkeypatch):
+    """Linux counts in KiB, macOS does not."""
+    linux = _peak_memory(torch.device("cpu"))
+    monkeypatch.setattr("otter_hf.training.throughput.sys", SimpleNamespace(platform="darwin"))
+    assert _peak_memory(torch.device("cpu")) == pytest.approx(linux / 1024, rel=0.5)
 
 
 def test_collator_names_samples():

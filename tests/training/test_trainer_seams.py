@@ -15,6 +15,7 @@ from otter_hf.training.trainer import OtterTrainer
 PRIVATE = {
     CheckpointTrainer: {
         "_get_output_dir": "trial",
+        "_issue_warnings_after_load": "load_result",
         "_load_best_model": "",
         "_load_from_checkpoint": "resume_from_checkpoint, model",
         "_push_from_checkpoint": "checkpoint_folder",

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ class PlainPages:
 
     def _plain_pages(self, row: int, end_row: int, start: int) -> Iterator[Page]:
         while row < end_row:
-            header, size = _read_header(self._file.fileno(), start)
+            header, size = _read_header(self._file, start)
             kind, plain_bytes, stored_bytes = header[1], header[2], header[3]
             start += size
             num_rows, encoding = (header[5][1], header[5][2]) if kind == _DATA_PAGE else (0, None)
@@ -166,7 +167,7 @@ class PlainPages:
 
     def _unpacked(self, page: Page) -> memoryview:
         if page.stored_bytes <= _LARGEST_READ:
-            stored = memoryview(os.pread(self._file.fileno(), page.stored_bytes, page.offset))
+            stored = memoryview(_read_at(self._file, page.stored_bytes, page.offset))
         else:
             # mapped, because reading dozens of megabytes into new memory takes longer than unpacking them
             with pa.memory_map(str(self.path)) as file:
@@ -184,6 +185,15 @@ def is_of_disk(error: BaseException) -> bool:
     """Whether an error has a number of the operating system, and so says nothing of what is in the file."""
     # a place that cannot be, of which damaged headers tell, is invalid
     return getattr(error, "errno", None) not in (None, errno.EINVAL)
+
+
+def _read_at(file: FileIO, size: int, offset: int) -> bytes:
+    """Bytes of a place, whoever else is reading."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    with open(file.name, "rb", buffering=0) as own:  # on Windows
+        own.seek(offset)
+        return own.read(size)
 
 
 def _present(data: memoryview, count: int, highest: int) -> list[bool]:
@@ -209,11 +219,11 @@ def _present(data: memoryview, count: int, highest: int) -> list[bool]:
 # https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
 
 
-def _read_header(file: int, offset: int) -> tuple[dict, int]:
+def _read_header(file: FileIO, offset: int) -> tuple[dict, int]:
     """Field number -> value of the header there, and its size."""
     size = _HEADER_BYTES
     while True:
-        data = os.pread(file, size, offset)
+        data = _read_at(file, size, offset)
         try:
             return _struct(data, 0)
         except IndexError:

@@ -30,6 +30,7 @@ _ID_COLUMNS = {"bytes": "id", "base64": "__index_level_0__"}
 # A page is closed behind each picture. Pictures do not repeat, and their smallest and largest are of no use.
 _PAGES = {"use_dictionary": False, "write_batch_size": 1, "data_page_size": 4 << 10, "write_statistics": False}
 _ROWS = 100
+_BATCH_BYTES = 64 << 20
 PART_BYTES = 256 << 20
 
 
@@ -37,10 +38,23 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Mapping[str, Any]])
     """Writes rows to a parquet file, as they come."""
     # encoded pictures do not get smaller, but zstd takes back what base64 adds
     compression = "none" if "image" in schema.names else "zstd"
-    rows = iter(rows)
     with pq.ParquetWriter(path, schema, compression=compression, **_PAGES) as writer:
-        while batch := list(islice(rows, _ROWS)):
+        for batch in _batches(rows):
             writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+
+
+def _batches(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
+    """A hundred rows at a time, or fewer where they hold films: no column of Arrow's takes more than 2 GiB."""
+    batch: list[Mapping[str, Any]] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len((row.get("image") or {}).get("bytes") or row.get("base64") or "")
+        if len(batch) == _ROWS or size > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def write_images(path: Path, images: Iterable[tuple[str, Any]], encoding: str = "bytes") -> set[str]:

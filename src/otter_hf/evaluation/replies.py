@@ -31,16 +31,18 @@ class ReplyLog:
         self._context = context
         self._replies: dict[str, Any] = {}
         for path in sorted(folder.glob("replies-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._replies[entry["key"]] = entry["reply"]
-                except (ValueError, KeyError, TypeError):
-                    continue
+            # a kill may cut a character in two; U+2028 and its like, which end no line here, may stand in a reply
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    try:
+                        entry = json.loads(line)
+                        self._replies[entry["key"]] = entry["reply"]
+                    except (ValueError, KeyError, TypeError):
+                        continue
         self._lock = threading.Lock()  # judges are asked by several threads
         path = folder / f"replies-{rank}.jsonl"
         cut_off = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8", errors="replace")  # half a surrogate pair
         if cut_off:
             self._file.write("\n")
 

@@ -8,6 +8,7 @@ transformers' `Trainer`: weights as safetensors, processor, optimizer, schedule,
 """
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -115,8 +116,13 @@ def resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord,
     """
     if run.steps is not None and run.steps < 1:
         raise ValueError(f"The run has {run.steps} steps, nothing would be trained: look at max_steps and the data.")
-    # the first process looks, so that all go on from the same, and large files are read once
-    checkpoint = _of_first_process(find_checkpoint, training_args.resume_from_checkpoint, training_args.output_dir)
+    # the first process looks, so that all go on from the same, also with a disk of its own on each node, and large
+    # files are read once
+    return _of_first_process(_resume, run, training_args)
+
+
+def _resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord, str | None, bool]:
+    checkpoint = find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)
     if checkpoint is not None:
         run = run.going_on_from(checkpoint, new_data=training_args.ignore_data_skip)
     asked = str(training_args.resume_from_checkpoint).lower() not in ("false", "no", "none", "")
@@ -160,6 +166,7 @@ class CheckpointTrainer(Trainer):
     def __init__(self, *args, run: RunRecord | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_lone_processes(self.args.world_size)
+        self._use_one_gpu()
         self.run = run
         self.stopped = False
         self._staging: Path | None = None
@@ -169,6 +176,16 @@ class CheckpointTrainer(Trainer):
             raise ValueError(
                 "trainable_only is set, but checkpoints of FSDP and DeepSpeed hold all weights: unset it."
             )
+
+    def _use_one_gpu(self):
+        """The Trainer would cut batches up by `torch.nn.DataParallel`, and with them what tells samples apart."""
+        if self.args.n_gpu > 1:
+            logger.warning(
+                f"{self.args.n_gpu} GPUs are there, and one of them is used: start a process for each with torchrun "
+                f"--nproc-per-node {self.args.n_gpu}, or show one alone with CUDA_VISIBLE_DEVICES."
+            )
+            self.args._n_gpu = 1
+            self._train_batch_size = self.args.train_batch_size
 
     @property
     def _trainable_only(self) -> bool:
@@ -302,12 +319,27 @@ class CheckpointTrainer(Trainer):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
             torch.save(self.args, output_dir / TRAINING_ARGS_NAME)
+        path = Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME
+        if self.args.hub_token is not None and path.is_file():
+            arguments = copy.copy(self.args)
+            arguments.hub_token = None  # a secret, and the folder may be pushed
+            torch.save(arguments, path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
         if (Path(resume_from_checkpoint) / TRAINABLE_WEIGHTS).is_file():
             read_trainable(self.model if model is None else model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result):
+        """Refuses what the parent class warns of: training would go on with the weights it began with."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        wrong = [name for name in load_result.missing_keys if name not in tied] + list(load_result.unexpected_keys)
+        if wrong:
+            raise ValueError(
+                f"A checkpoint of {self.args.output_dir} does not hold the weights of this model: {len(wrong)} differ "
+                f"in name, as {wrong[0]}. Start anew with the checkpoint as model_name_or_path."
+            )
 
     def _load_best_model(self):
         if (Path(self.state.best_model_checkpoint) / TRAINABLE_WEIGHTS).is_file():

@@ -134,7 +134,8 @@ class PublishingTrainer(CheckpointTrainer):
                 repo_id=self.hub_model_id,
                 folder_path=self.args.output_dir,
                 commit_message=commit_message,
-                ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", f"{UNFINISHED}/**"],
+                # hidden is the lock, which names this machine
+                ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", f"{UNFINISHED}/**", ".*"],
                 revision=kwargs.get("revision") or self.args.hub_revision,
                 run_as_future=not blocking,
             )

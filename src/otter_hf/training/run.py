@@ -15,8 +15,10 @@ from transformers import (
     EarlyStoppingCallback,
     IdeficsProcessor,
     PreTrainedModel,
+    TrainerState,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..data.collator import OtterCollator
 from ..data.collator_flamingo import FlamingoCollator
@@ -169,8 +171,7 @@ def train(
             TrainingReport(trainer, samples, settings=trainer.settings(), plan=str(plan), controls=controls)
         )
         if training_args.early_stopping_patience is not None:
-            patience, threshold = training_args.early_stopping_patience, training_args.early_stopping_threshold
-            trainer.add_callback(EarlyStoppingCallback(patience, threshold))
+            trainer.add_callback(_early_stopping(training_args, checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint)
         if train_dataset.skipped:
             logger.warning(f"Left out in training: {train_dataset.skipped}.")
@@ -185,6 +186,16 @@ def train(
         if trainer.is_world_process_zero():
             logger.info(_farewell(model_args, training_args))
         return trainer
+
+
+def _early_stopping(training_args: TrainingArguments, checkpoint: str | None) -> EarlyStoppingCallback:
+    """Counts on from a checkpoint, where transformers' Trainer would begin again."""
+    callback = EarlyStoppingCallback(training_args.early_stopping_patience, training_args.early_stopping_threshold)
+    if checkpoint is not None:
+        callbacks = TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))).stateful_callbacks
+        counted = callbacks.get(EarlyStoppingCallback.__name__, {}).get("attributes", {})
+        callback.early_stopping_patience_counter = counted.get("early_stopping_patience_counter", 0)
+    return callback
 
 
 def _farewell(model_args: ModelArguments, training_args: TrainingArguments) -> str:

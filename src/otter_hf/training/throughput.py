@@ -1,6 +1,6 @@
 """What a training step is made of and how fast it is: tokens, waiting for data, use of the device, loss by task."""
 
-import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -147,4 +147,10 @@ def _precise(device: torch.device) -> torch.dtype:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "win32":
+        import psutil  # of accelerate
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -4,6 +4,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -57,6 +58,8 @@ class OtterTrainer(PublishingTrainer):
         self.add_callback(_CountOverflow(self))
         self._sampler: GroupedSampler | None = None
         self._eval_loaders: dict[int, DataLoader] = {}
+        # done in `prediction_step`, before anything as large as logits is padded
+        self._reduce_logits, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         # loss and sample ids of each batch since the last optimizer step
         self._losses: list[tuple[torch.Tensor, list[str]]] = []
 
@@ -115,7 +118,7 @@ class OtterTrainer(PublishingTrainer):
             batch_size,
             sampler=sampler,
             collate_fn=self.data_collator.on(dataset),
-            drop_last=args.dataloader_drop_last,
+            drop_last=args.dataloader_drop_last and sampler is not None,  # an evaluation is of all samples
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -136,8 +139,17 @@ class OtterTrainer(PublishingTrainer):
         return {key: value for key, value in inputs.items() if key not in _NAMES} | known
 
     def prediction_step(self, model: nn.Module, inputs: dict, *args, **kwargs):
-        """As in the parent class."""
-        return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
+        """
+        As in the parent class, with `preprocess_logits_for_metrics` applied. Packed samples are rows again, by which
+        the parent class leaves out those that fill up a last batch of several processes.
+        """
+        loss, logits, labels = super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
+        if logits is not None and self._reduce_logits is not None:
+            logits = self._reduce_logits(logits, labels)
+        if "cu_seq_lens_q" in inputs:
+            ends = inputs["cu_seq_lens_q"].tolist()
+            logits, labels = _unpacked(logits, ends), _unpacked(labels, ends)
+        return loss, logits, labels
 
     def _on_host(self, inputs: dict) -> dict:
         """What is known of a batch without reading it from a device, see `NamingCollator`."""
@@ -192,6 +204,16 @@ class OtterTrainer(PublishingTrainer):
         super().log(logs, start_time)
 
 
+def _unpacked(values, ends: list[int]):
+    """`(1, L, ...)` -> `(samples, l, ...)`, padded with -100; also of a tuple, of which all else stays."""
+    if isinstance(values, tuple):
+        return tuple(_unpacked(value, ends) for value in values)
+    if not isinstance(values, torch.Tensor) or values.shape[:2] != (1, ends[-1]):
+        return values
+    rows = [values[0, start:end] for start, end in pairwise(ends)]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+
+
 _NAMES = ("sample_ids", "task_groups", "on_host")
 
 
@@ -204,8 +226,8 @@ class NamingCollator:
     A collator in which no sample ends a run that leaves out what it cannot use, and whose batches say who is in them.
 
     Where a batch is refused, and the mixture's `on_error` is `skip` (or for what is too long the collator's
-    `on_overlong` not `error`), its samples are tried one by one, and others of the same data take the place of those
-    that are unusable, always the same. They are counted in `MimicitMixture.skipped`.
+    `on_overlong` not `error`), or lacks a sample that is too long, its samples are tried one by one, and others of the
+    same data take the place of those that are unusable, always the same. They are counted in `MimicitMixture.skipped`.
 
     Batches have `sample_ids` and `task_groups`, lists of text, and as `on_host` what would have to be read back later
     from the device: `counts` of `count_batch`, and `known`, the arguments of `known_on_host` for a model that takes
@@ -237,9 +259,13 @@ class NamingCollator:
     def __call__(self, samples: Sequence[Sample]) -> dict:
         try:
             batch = self.collator(samples)
+            # processes that evaluate gather as many rows from each
+            is_whole = self.dataset is None or _num_samples(batch) == len(samples)
         except SampleError as error:
             if not self._leaves_out(error):
                 raise
+            is_whole = False
+        if not is_whole:
             samples = [self._usable(sample) for sample in samples]
             batch = self.collator(samples)
         return {
@@ -273,6 +299,10 @@ class NamingCollator:
                     raise
                 self.dataset.skip(error)
         raise SampleError(f"None of the {len(self.dataset)} samples can be used: look at the reasons above.")
+
+
+def _num_samples(batch: dict) -> int:
+    return len(batch["cu_seq_lens_q"]) - 1 if "cu_seq_lens_q" in batch else len(batch["input_ids"])
 
 
 # so many times in a row a scale is halved from 2^16 down to where nothing overflows that could be learned from
