@@ -462,6 +462,9 @@ def test_mosaic_gpt_names_load(tmp_path, prefix):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+    for saved, folder in ((loaded, "read"), (model, "new")):
+        saved.save_pretrained(tmp_path / folder, save_original_format=True)
+        assert load_file(tmp_path / folder / "model.safetensors").keys() == state_dict.keys()
 
 
 @pytest.mark.parametrize("folder", ["otter_mpt1b_redpajama", "otter_mpt_image"])

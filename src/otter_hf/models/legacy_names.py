@@ -1,12 +1,14 @@
 """How notebooks of 2023 use a model: attributes, arguments and checkpoints by the names of then."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import apply_renamings
+from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.utils import logging
 
 from .legacy import mosaic_gpt_renamings, weight_renamings
@@ -40,6 +42,34 @@ def rename_openflamingo_parts(key: str) -> str:
     key = re.sub(r"^(perceiver\.layers\.\d+)\.0\.", r"\1.", key)
     key = re.sub(r"^(perceiver\.layers\.\d+)\.1\.", r"\1.feed_forward.", key)
     return re.sub(r"(gated_cross_attn_layer)\.ff\.", r"\1.feed_forward.", key)
+
+
+@contextmanager
+def saved_under_names_of_2023(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Within, `save_original_format=True` of transformers writes the weights of a Flamingo under the names that the code
+    of 2023 gave with this language model. By itself transformers reverses what it applied while reading: nothing for
+    today's names, and for a new model the last of all patterns with the same target.
+
+    An MPT that was read under the names of MosaicGPT keeps these.
+    """
+    read = getattr(model, "_weight_conversions", None)
+    language_model = model.base_model.language_model
+    today = "" if model.base_model is model else f"{model.base_model_prefix}."
+    tower = "vision_model." if model.config.vision_config.model_type == "clip_vision_model" else ""
+    head = "embed_out" if model.config.text_config.model_type == "gpt_neox" else "lm_head"
+    names = {
+        f"lang_encoder.{head}.": "lm_head.",
+        f"lang_encoder.{language_model.base_model_prefix}.": f"{today}language_model.",
+        f"vision_encoder.{tower}": f"{today}vision_tower.",
+        "perceiver.": f"{today}perceiver.",
+    }
+    of_parts = [entry for entry in read or () if entry.scope_prefix or type(entry) is not WeightRenaming]
+    model._weight_conversions = [WeightRenaming(f"^{re.escape(old)}", new) for old, new in names.items()] + of_parts
+    try:
+        yield
+    finally:
+        model._weight_conversions = read
 
 
 class NamesOf2023:

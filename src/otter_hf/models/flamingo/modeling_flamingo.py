@@ -27,7 +27,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 from ..attention_choice import attention_for, check_parts
 from ..decoding_masks import mask_without_reading
 from ..legacy import name_lora_layers
-from ..legacy_names import NamesOf2023, refuse_arguments_of_2023
+from ..legacy_names import NamesOf2023, refuse_arguments_of_2023, saved_under_names_of_2023
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import running_media_index
 from ..media_cache import MediaDynamicCache, with_media
@@ -182,7 +182,8 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         As in the parent class, with today's weight names by default; `save_original_format=True` writes those of the
         2023 code.
         """
-        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+        with saved_under_names_of_2023(self):
+            return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):

@@ -29,13 +29,14 @@ from .configuration_mpt import OtterMptConfig
 
 
 # MosaicGPT's parameter names -> MPT's, below any prefix: the `key_mapping` of `from_pretrained`, and the pairs of
-# `WeightRenaming`s for `register_checkpoint_conversion_mapping`.
+# `WeightRenaming`s for `register_checkpoint_conversion_mapping`. Reversing them, to save, transformers 5.23 takes
+# lookbehinds out of the names, and leaves `\b` in.
 MOSAIC_GPT_RENAMES = {
-    r"\bln_1\.": "norm_1.",
-    r"\bln_2\.": "norm_2.",
-    r"\bmlp\.mlp_up\.": "ffn.up_proj.",
-    r"\bmlp\.mlp_down\.": "ffn.down_proj.",
-    r"\bln_f\.": "norm_f.",
+    r"(?<!\w)ln_1\.": "norm_1.",
+    r"(?<!\w)ln_2\.": "norm_2.",
+    r"(?<!\w)mlp\.mlp_up\.": "ffn.up_proj.",
+    r"(?<!\w)mlp\.mlp_down\.": "ffn.down_proj.",
+    r"(?<!\w)ln_f\.": "norm_f.",
 }
 
 
@@ -152,7 +153,10 @@ class OtterMptPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": OtterMptBlock, "attentions": OtterMptAttention}
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
-        """As in the parent class, with MPT's weight names; `save_original_format=True` writes MosaicGPT's."""
+        """
+        As in the parent class, with MPT's weight names; `save_original_format=True` writes the names that the weights
+        were read under, and those of a new model as MosaicGPT's.
+        """
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
