@@ -7,6 +7,7 @@ import torch
 from tiny_flamingo import GREEDY, IMAGE, assert_close, images, pad_rows, row, tiny_config, tiny_model
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
+from otter_hf.models.generation import fp8_is_bounded
 from otter_hf.models.media_cache import MediaCacheMixin
 
 
@@ -158,6 +159,8 @@ def test_quantized_caches(backend, settings):
     package = {"quanto": "optimum.quanto", "hqq": "hqq.core.quantize"}.get(backend)
     if package is not None:
         pytest.importorskip(package)
+    if backend == "fp8" and not fp8_is_bounded("cpu"):
+        pytest.skip("float8 needs torch 2.13")
     model = tiny_model(text={"num_attention_heads": 2, "head_dim": 32})  # quanto packs groups of 64
     ids, pixels = row(1, 5, length=40), images(1, 2)
     exact, cache = DynamicCache(), QuantizedCache(backend=backend, config=model.config.text_config, **settings)
@@ -173,6 +176,17 @@ def test_quantized_caches(backend, settings):
     answer = generate(model, ids, pixels, 12, **quantized)
     assert not torch.equal(answer, generate(model, ids, images(1, 2, seed=4), 12, **quantized))
     assert generate(model, ids, pixels, 12, num_beams=2, **quantized).shape == (1, 12)
+
+
+@pytest.mark.parametrize("made", ["by name", "by hand"])
+def test_float8_without_bounds_is_refused(monkeypatch, model, batch, made):
+    monkeypatch.setattr("otter_hf.models.generation.fp8_is_bounded", lambda device: False)
+    ids, pixels, _ = batch
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    if made == "by hand":
+        options = {"past_key_values": QuantizedCache(backend="fp8", config=model.config.text_config)}
+    with pytest.raises(ValueError, match="'fp8' needs torch 2.13"):
+        generate(model, ids, pixels, **options)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -1,7 +1,16 @@
 """What `generate` needs alike in all families: tokens that are never answers, and no arguments that nobody reads."""
 
 import torch
+from transformers.cache_utils import Fp8QuantizedLayer
 from transformers.generation import GenerationMixin, LogitsProcessor
+
+
+def fp8_is_bounded(device: torch.device | str) -> bool:
+    """
+    Whether what is larger than float8_e4m3fn holds, 448, becomes its largest number there: with torch 2.13, while
+    with 2.11 it becomes NaN.
+    """
+    return not torch.full((), 1e4, device=device).to(torch.float8_e4m3fn).isnan()
 
 
 class ExcludeTokens(LogitsProcessor):
@@ -30,3 +39,18 @@ class ImageTextGenerationMixin(GenerationMixin):
         if excluded:
             processors.insert(0, ExcludeTokens(torch.tensor(excluded, device=device)))
         return processors
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """
+        As in the parent class.
+
+        Raises:
+            ValueError: for a cache in float8 where later states that are larger than the first would become NaN.
+        """
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        layers = getattr(model_kwargs.get("past_key_values"), "layers", ())
+        if any(isinstance(layer, Fp8QuantizedLayer) for layer in layers) and not fp8_is_bounded(self.device):
+            raise ValueError(
+                f"The cache backend 'fp8' needs torch 2.13: with {torch.__version__} states that are larger than the "
+                "first become NaN; take the backend 'quanto' or 'hqq'."
+            )
