@@ -58,6 +58,16 @@ def test_interactive_session(folder, files, capsys, monkeypatch):
     assert "Traceback" not in captured.err
 
 
+def test_a_full_device_is_one_sentence(folder, capsys, monkeypatch):
+    def run_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+
+    monkeypatch.setattr("otter_hf.serving.session.ChatSession.ask", run_out)
+    assert main(["chat", str(folder), "--prompt", "what?"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("otter-hf: The device's memory is full (CUDA out of memory): take")
+
+
 def test_ctrl_c_stops_an_answer_not_the_chat(folder, capsys, monkeypatch):
     from otter_hf.serving.session import ChatSession
 

@@ -119,6 +119,33 @@ def test_a_full_device_is_told_and_outlived(folders, serve):
     assert told.value.status_code == 503 and said(server.ask("what?")) == expected
 
 
+def lost_device() -> Exception:
+    kind = getattr(torch, "AcceleratorError", RuntimeError)
+    return kind("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+
+
+def test_a_lost_device_is_told(folders, serve):
+    """After a device-side assertion a process can only be started again, for which something has to notice it."""
+    server = serve(folders["otter"])
+    path = f"{server.url}/health"
+    for error, status in ((RuntimeError("CUDA error: out of memory"), 200), (lost_device(), 503)):
+
+        def fail(*_, error=error):
+            raise error
+
+        hook = server.model_of().model.register_forward_pre_hook(fail)
+        with pytest.raises(openai.InternalServerError, match=type(error).__name__):
+            server.ask("what?")
+        hook.remove()
+        assert httpx.get(path).status_code == status
+    assert httpx.get(path).json()["error"]["message"] == (
+        "The device of this server failed, restart the server: CUDA error: device-side assert triggered."
+    )
+    with pytest.raises(openai.InternalServerError, match="restart the server") as told:
+        server.ask("what?")
+    assert told.value.status_code == 503
+
+
 def test_an_unloaded_model_takes_its_batch_along(folders, serve):
     server = serve(folders["otter"])
     server.ask()

@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     Run `otter-hf SUBCOMMAND ...`; returns the exit status.
 
-    Bad input (a ValueError or OSError anywhere below) ends in its one sentence and status 2, without a traceback.
+    Bad input (a ValueError or OSError anywhere below) ends in its one sentence and status 2, without a traceback; a
+    device whose memory is full in one and status 1.
     """
     parser = build_parser()
     # `train` hands its arguments on to HfArgumentParser
@@ -38,6 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"otter-hf: {sentence_of(error)}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which is not imported for this
+            raise
+        told = str(error).partition(". ")[0].strip().rstrip(".")
+        advice = "take smaller batches, fewer pictures, or weights of fewer bits"
+        print(f"otter-hf: The device's memory is full ({told}): {advice}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -80,6 +80,7 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
 
     @app.get("/health", dependencies=[known_host])
     async def health() -> dict:
+        chat.check_device()
         return {"status": "ok"}
 
     @app.exception_handler(StarletteHTTPException)

@@ -50,6 +50,16 @@ _PREPARERS = 2
 _MEDIA_BYTES = 2**27
 
 
+def has_lost_device(error: Exception) -> bool:
+    """
+    Whether an error leaves the process without its device, as a device-side assertion does on CUDA: all that is asked
+    of the device later fails, too. Memory that was not to be had is no such error.
+    """
+    told = str(error)
+    lost = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in told
+    return lost and "out of memory" not in told and "ALLOC_FAILED" not in told
+
+
 class ClientGone(Exception):
     """Nobody is there to read the answer."""
 
@@ -137,6 +147,12 @@ class ChatCompletions(ChatCompletionHandler):
         self._fetchers = ThreadPoolExecutor(places, thread_name_prefix="fetch")
         self._preparers = ThreadPoolExecutor(min(settings.slots, _PREPARERS), thread_name_prefix="prepare")
         self._tasks: set[asyncio.Task] = set()  # the event loop itself would let them be collected
+        self._lost_device: str | None = None  # the error with which it was lost
+
+    def check_device(self) -> None:
+        """Raise HTTPException 503 once an error has left the server without its device."""
+        if self._lost_device is not None:
+            raise HTTPException(503, f"The device of this server failed, restart the server: {self._lost_device}.")
 
     def gauges(self) -> dict[str, int]:
         """What [`Metrics`] shows of this moment."""
@@ -158,10 +174,11 @@ class ChatCompletions(ChatCompletionHandler):
 
         Raises:
             HTTPException: 400 for what is wrong with the request, 404 for another model, 422 for unknown fields, 429
-                when too many wait, 503 where the device's memory is full, 504 when it takes too long; as
-                `BodyReader.read` for its body.
+                when too many wait, 503 where the device's memory is full or the device failed, 504 when it takes too
+                long; as `BodyReader.read` for its body.
         """
         started = time.monotonic()
+        self.check_device()
         try:
             self.gate.check()  # before the body is read
             body = await self.bodies.read(request)
@@ -253,6 +270,8 @@ class ChatCompletions(ChatCompletionHandler):
             job.items.put_nowait(HTTPException(503, said, headers={"Retry-After": "1"}))
         except Exception as error:
             logger.exception("A request failed.")
+            if has_lost_device(error):
+                self._lost_device = str(error).partition("\n")[0].strip().rstrip(".")
             job.items.put_nowait(HTTPException(500, f"The server failed to answer: {type(error).__name__}."))
         finally:
             job.ticket.release()
