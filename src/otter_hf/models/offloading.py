@@ -1,4 +1,4 @@
-"""Layers on disk: what transformers forgets there."""
+"""Weights that are not where they are computed with: what transformers forgets there."""
 
 import torch
 from transformers import PreTrainedModel
@@ -21,10 +21,13 @@ def index_tied_weights(model: PreTrainedModel, offloaded: dict | None) -> None:
 
 def device_of_inputs(model: PreTrainedModel, device: torch.device) -> torch.device:
     """
-    Where a model takes its inputs. transformers says where its first weight is, which offloaded is the meta device.
+    Where a model takes its inputs. transformers says where its first weight is: offloaded, the meta device, and under
+    FSDP2 with weights in the memory of the host, the CPU.
 
     Args:
         device: what transformers says.
     """
+    if device.type == "cpu" and (mesh := getattr(next(model.parameters(), None), "device_mesh", None)) is not None:
+        return torch.device(mesh.device_type)
     computes_on = getattr(getattr(model, "_hf_hook", None), "execution_device", None)  # of accelerate
     return device if device.type != "meta" or computes_on is None else torch.device(computes_on)
