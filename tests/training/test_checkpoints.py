@@ -340,6 +340,11 @@ def test_going_on_compares(files, unbroken, caplog):
     go_on()
     assert "has made its 6 steps: nothing is left to do" in caplog.text
     assert (files / "compared" / "model.safetensors").stat().st_mtime_ns == before
+    # the disk was full, or a kill came, between the last checkpoint and the model
+    for name in ("model.safetensors", "trainer_state.json"):
+        (files / "compared" / name).unlink()
+    go_on()
+    assert_same_training(files / "compared", unbroken)
     for name, value in {
         "learning_rate": 0.02,
         "freeze": ["vision", "perceiver"],

@@ -11,7 +11,8 @@ from otter_hf.training.publish import PublishingTrainer
 from otter_hf.training.trainer import OtterTrainer
 
 
-# those of checkpoints: written under another name, of trained weights only, pushed when they are complete
+# those of checkpoints: written under another name, of trained weights only, pushed when they are complete; and no step
+# behind the last
 PRIVATE = {
     CheckpointTrainer: {
         "_get_output_dir": "trial",
@@ -19,6 +20,8 @@ PRIVATE = {
         "_load_best_model": "",
         "_load_from_checkpoint": "resume_from_checkpoint, model",
         "_push_from_checkpoint": "checkpoint_folder",
+        "_run_epoch": "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+        "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
         "_save": "output_dir, state_dict",
         "_save_checkpoint": "model, trial",
     },

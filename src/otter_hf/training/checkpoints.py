@@ -208,6 +208,13 @@ class CheckpointTrainer(Trainer):
             with self._stop_on_sigterm.listening():
                 return super().train(*args, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs):
+        # gone on with from the last step, behind which the model was not saved
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def evaluation_loop(self, *args, **kwargs):
         """As in the parent class."""
         with self._stop_on_sigterm.held_back():

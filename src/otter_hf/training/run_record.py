@@ -140,14 +140,13 @@ class RunRecord:
 
     def is_complete(self, checkpoint: str | Path | None, output_dir: str | Path) -> bool:
         """
-        Whether nothing is left to do: the checkpoint to go on from is of the last step, or there is none and the
-        output folder holds this very run, finished.
+        Whether nothing is left to do: the output folder holds the model of this run's last step, which a checkpoint
+        alone does not tell.
         """
-        folder = Path(output_dir if checkpoint is None else checkpoint)
-        state = folder / TRAINER_STATE_NAME
-        if self.steps is None or not state.is_file():
+        state, there = Path(output_dir, TRAINER_STATE_NAME), read_run(output_dir)
+        if self.steps is None or not state.is_file() or there is None:
             return False
-        if checkpoint is None and getattr(read_run(folder), "settings", None) != self.settings:
+        if there.settings != self.settings if checkpoint is None else there.id != self.id:
             return False
         try:
             return json.loads(state.read_text(encoding="utf-8"))["global_step"] >= self.steps
