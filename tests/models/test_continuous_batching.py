@@ -336,6 +336,7 @@ def test_frames_of_films_and_padding(llama):
         ({"input_ids": torch.tensor([[IMAGE]])}, {}, "it must leave one that is no picture"),
         ({}, {"num_beams": 2}, "use generate for beams"),
         ({}, {"stop_strings": ["a"]}, "stop_strings"),
+        ({}, {"max_time": 1.0}, "max_time"),
         ({}, {"temprature": 1.0}, "temprature is nothing that a batch"),
         ({}, {"max_new_tokens": None, "max_length": 9}, "max_length leaves none to answer"),
     ],

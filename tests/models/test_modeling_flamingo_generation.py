@@ -126,6 +126,21 @@ def test_assisted_and_prompt_lookup(model):
         assert torch.equal(generate(model, ids, pixels, 12, media_index=index, **settings), truth)
 
 
+@pytest.mark.parametrize("kind", ["assistant_model", "prompt_lookup_num_tokens"])
+def test_assisted_decoding_goes_on_from_a_cache(model, kind):
+    """Of what the cache holds nothing is read again (transformers 5.23 reads all of it on top)."""
+    ids, pixels = row(1, 8, length=14), images(1, 2)
+    expected = generate(model, ids, pixels, 8)
+    assisted = {kind: tiny_model(seed=3) if kind == "assistant_model" else 3}
+    for given in (pixels, pixels[:, 1:]):
+        with torch.no_grad():
+            cache = model(input_ids=ids[:, :6], pixel_values=pixels[:, :1], use_cache=True).past_key_values
+        if given is not pixels and kind == "assistant_model":
+            continue  # which starts without a cache, and needs all
+        assert torch.equal(generate(model, ids, given, 8, past_key_values=cache, **assisted), expected)
+        assert cache.get_seq_length() == 21
+
+
 class NoStream(contextlib.nullcontext):
     """A CPU has no streams; offloading needs nothing else of CUDA."""
 
@@ -258,6 +273,41 @@ def test_inputs_embeds(model, batch):
     ids, pixels, truth = batch
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeds, pixel_values=pixels, max_new_tokens=8, **GREEDY), truth)
+
+
+def test_inputs_embeds_go_on_with_new_images(model):
+    """As transformers has it, they are those of the whole conversation."""
+    ids, pixels = row(1, 8), images(1, 2)
+    embeds = model.get_input_embeddings()(ids)
+    expected = generate(model, ids, pixels, 4)
+    for given in (pixels, pixels[:, 1:]):
+        with torch.no_grad():
+            cache = model(input_ids=ids[:, :6], pixel_values=pixels[:, :1], use_cache=True).past_key_values
+        tokens = model.generate(
+            inputs_embeds=embeds, pixel_values=given, past_key_values=cache, max_new_tokens=4, **GREEDY
+        )
+        assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("only_new", [True, False])
+@pytest.mark.parametrize("mask", [None, torch.ones(1, 2, 1)])
+def test_only_the_new_tokens_of_a_chat(model, only_new, mask):
+    """transformers also takes these alone, with the attention mask of the whole conversation."""
+    ids, pixels = row(1, 8), images(1, 2)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :6], pixel_values=pixels[:, :1], use_cache=True).past_key_values
+    given = {"pixel_values": pixels, "pixel_attention_mask": mask}
+    given = {key: value[:, only_new:] for key, value in given.items() if value is not None}
+    settings = {"attention_mask": torch.ones_like(ids), "past_key_values": cache, "max_new_tokens": 4, **GREEDY}
+    tokens = model.generate(ids[:, 6:], **given, **settings)[:, 6:]
+    assert torch.equal(tokens, generate(model, ids, pixels, 4))
+    with pytest.raises(ValueError, match="holds 3 media for row 0 of the prompt, which has 0 new"):
+        model.generate(tokens, **{**settings, "attention_mask": torch.ones(1, 20)}, pixel_values=images(1, 3))
+
+
+def test_images_without_a_prompt_are_refused(model):
+    with pytest.raises(ValueError, match="There are media but no prompt: pass input_ids with one `<image>`"):
+        model.generate(pixel_values=images())
 
 
 @pytest.mark.slow

@@ -234,8 +234,22 @@ class TestGeneration:
         )
         more = torch.cat([first.sequences, rows[2]["input_ids"][:, 1:]], dim=1)
         settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-        continued = model.generate(more, past_key_values=first.past_key_values, **settings)
-        assert torch.equal(continued, model.generate(more, pixel_values=rows[0]["pixel_values"], **settings))
+        expected = model.generate(more, pixel_values=rows[0]["pixel_values"], **settings)
+        for assisted in ({}, {"prompt_lookup_num_tokens": 2}):
+            cache = copy.deepcopy(first.past_key_values)
+            assert torch.equal(model.generate(more, past_key_values=cache, **settings, **assisted), expected)
+
+    def test_only_the_new_tokens_of_a_conversation(self, model, rows):
+        """transformers also takes these alone, with the mask of all of them; their patches are then those given."""
+        first, second = rows[0], rows[1]
+        ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
+        pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
+        settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+        expected = model.generate(ids, pixel_values=pixels, **settings)[:, -4:]
+        with torch.no_grad():
+            cache = model(**first, use_cache=True).past_key_values
+        inputs = {**second, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(model.generate(**inputs, past_key_values=cache, **settings)[:, -4:], expected)
 
     @pytest.mark.slow
     def test_compiled_decoding(self, model, rows):

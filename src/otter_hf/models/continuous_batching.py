@@ -49,6 +49,8 @@ def can_batch(model: PreTrainedModel, config: GenerationConfig) -> bool:
         and (config.num_return_sequences or 1) == 1
         and (config.guidance_scale or 1) == 1
         and not config.stop_strings
+        and config.max_time is None
+        and not config.token_healing
     )
 
 
@@ -211,7 +213,7 @@ class ContinuousBatch:
         if unknown or not can_batch(self.model, config):
             raise ValueError(
                 f"{', '.join(unknown) or 'generation_config'} is nothing that a batch of rows with settings of their "
-                "own has; use generate for beams, several answers and stop_strings."
+                "own has; use generate for beams, several answers, stop_strings, max_time and token_healing."
             )
         ids = self._read_ids(inputs)
         length = len(ids)

@@ -29,6 +29,18 @@ class ExcludeTokens(LogitsProcessor):
 class ImageTextGenerationMixin(GenerationMixin):
     """Generation that never answers with the place of an image, or with a row that no token of the tokenizer has."""
 
+    @staticmethod
+    def _unread_length(input_ids, past_key_values, position_ids) -> int | None:
+        """
+        How many of the last tokens of whole prompts `(B, L)` a cache does not hold yet; None where `input_ids` are
+        only what is new, and positions those of more. Assisted decoding of transformers 5.23 does not say the number,
+        and would read a prompt on top of its own beginning.
+        """
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if not seen or position_ids is None or position_ids.shape[1] != input_ids.shape[1] or position_ids[:, 0].any():
+            return None
+        return input_ids.shape[1] - seen
+
     def _get_logits_processor(self, *args, device=None, **kwargs):
         processors = super()._get_logits_processor(*args, device=device, **kwargs)
         # `<image>` is a place to put an image, not a word: generated, it would ask for an image that does not exist

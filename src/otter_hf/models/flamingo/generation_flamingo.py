@@ -82,12 +82,19 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         **kwargs,
     ) -> None:
         input_ids = inputs if input_ids is None else input_ids
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError(
+                f"There are media but no prompt: pass input_ids with one `<image>` (id {self.config.image_token_id}) "
+                "for each."
+            )
         is_media = self.model._find_media_tokens(input_ids, inputs_embeds)
         total = is_media.sum(dim=1)  # (B,)
         seen = getattr(past_key_values, "media_seen", None)
         if seen is not None:
-            seen = seen[:: max(1, len(seen) // len(total))]  # with beams a cache has each row so many times
-        new = total if seen is None else total - seen.to(total.device)
+            seen = seen[:: max(1, len(seen) // len(total))].to(total.device)  # with beams a row's come so many times
+            if inputs_embeds is None and attention_mask is not None and attention_mask.shape[1] > input_ids.shape[1]:
+                total = total + seen  # the mask is of the whole prompt, input_ids of what is new
+        new = total if seen is None else total - seen
         if image_hidden_states is not None:
             check_latents(image_hidden_states, pixel_values, pixel_attention_mask, len(total), self.config)
             media = image_hidden_states
@@ -125,6 +132,8 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         **kwargs,
     ):
         """As in the parent class; see `generate` for `media_index` and the media."""
+        if is_first_iteration and next_sequence_length is None and inputs_embeds is None:
+            next_sequence_length = self._unread_length(input_ids, past_key_values, kwargs.get("position_ids"))
         if pixel_values is not None:
             pixel_values = batch_first_media(pixel_values, input_ids.shape[0])
         media = {"pixel_values": pixel_values, "image_hidden_states": image_hidden_states}
@@ -132,7 +141,8 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         if media and pixel_attention_mask is not None:
             media["pixel_attention_mask"] = pixel_attention_mask
         if is_first_iteration and media and past_key_values is not None:
-            media = self._new_media(input_ids, media, past_key_values)
+            is_media = self.model._find_media_tokens(input_ids if inputs_embeds is None else None, inputs_embeds)
+            media = self._new_media(is_media.sum(dim=1), media, past_key_values, next_sequence_length is None)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -154,13 +164,16 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
             inputs["media_index"] = media_index[:, -tokens.shape[1] :]
         return inputs
 
-    def _new_media(self, input_ids, media: dict, past_key_values) -> dict:
-        """Those of `media`, each `(B, T, ...)`, that a cache does not hold yet, aligned to the left."""
+    def _new_media(self, total: torch.Tensor, media: dict, past_key_values, is_new: bool) -> dict:
+        """
+        Those of `media`, each `(B, T, ...)`, that a cache does not hold yet, aligned to the left. `total (B,)` is the
+        number that each prompt refers to, which is the whole one or only what is new of it.
+        """
         seen = getattr(past_key_values, "media_seen", None)
         if seen is None:
             return media
+        total = total + seen if is_new else total
         num_media = next(iter(media.values())).shape[1]
-        total = (input_ids == self.config.image_token_id).sum(dim=1)  # (B,)
         if (mask := media.get("pixel_attention_mask")) is None:
             whole = num_media >= int(total.max())
         else:

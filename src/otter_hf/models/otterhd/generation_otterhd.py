@@ -31,11 +31,15 @@ class OtterHDGenerationMixin(ImageTextGenerationMixin):
         **kwargs,
     ):
         """As in the parent class; see `generate` for `pixel_values`."""
+        if is_first_iteration and next_sequence_length is None and inputs_embeds is None:
+            next_sequence_length = self._unread_length(input_ids, past_key_values, kwargs.get("position_ids"))
         # the assistant of assisted decoding gets no first iteration, which is when images are passed on
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         first = is_first_iteration or (past_key_values is not None and seen == 0)
         if first and seen and pixel_values is not None:
-            pixel_values = self._new_patches(input_ids, inputs_embeds, pixel_values, seen)
+            # without a length to cut, input_ids are what is new
+            start = 0 if next_sequence_length is None else seen
+            pixel_values = self._new_patches(input_ids, inputs_embeds, pixel_values, start)
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -49,13 +53,13 @@ class OtterHDGenerationMixin(ImageTextGenerationMixin):
             inputs["pixel_values"] = pixel_values
         return inputs
 
-    def _new_patches(self, input_ids, inputs_embeds, pixel_values, seen: int) -> torch.Tensor | None:
-        """The patches of tokens that a cache of `seen` tokens does not hold yet; see `generate`."""
+    def _new_patches(self, input_ids, inputs_embeds, pixel_values, start: int) -> torch.Tensor | None:
+        """The patches of tokens from `start` on, which a cache does not hold yet; see `generate`."""
         is_patch = self._find_patches(input_ids, inputs_embeds)  # (B, L)
         pixel_values = pixel_values.reshape(-1, pixel_values.shape[-1])  # (N, patch width)
         if len(pixel_values) == int(is_patch.sum()):
             # in the order of their tokens, row by row
-            is_new = torch.arange(is_patch.shape[1], device=is_patch.device) >= seen  # (L,)
+            is_new = torch.arange(is_patch.shape[1], device=is_patch.device) >= start  # (L,)
             pixel_values = pixel_values[is_new.expand_as(is_patch)[is_patch].to(pixel_values.device)]
         return pixel_values if len(pixel_values) else None
 
