@@ -69,6 +69,14 @@ def test_folders(here, name, message):
     assert str(error.value).startswith(f"model {name!r} ")
 
 
+def test_an_index_of_files_that_nobody_reads(here):
+    """As `hf download --exclude "*.bin"` leaves it of a repository with both kinds of weights."""
+    (here / "sharded/model-2.safetensors").write_bytes(b"")
+    for name in ("pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"):
+        (here / f"sharded/{name}.index.json").write_text(json.dumps({"weight_map": {"a": f"1-of-2-{name}"}}))
+    check_model_name("sharded", weights=True)
+
+
 def test_what_is_a_model(here):
     check_model_name("out/demo/model", weights=True)
     check_model_name("bare")

@@ -85,11 +85,17 @@ def _problem_of(folder: Path, weights: bool) -> str:
         return f"holds no config.json, but {there}: give the folder of a model{_nearest(folder)}"
     if not weights or (folder / "adapter_config.json").is_file():
         return ""
-    for index in folder.glob("*.index.json"):
+    # transformers reads the first of these; of the other an index may lie about without its files
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return ""
+        if not index.is_file():
+            continue
         try:
             shards = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
         except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # who reads it says what is wrong with it
+            return ""  # who reads it says what is wrong with it
         missing = [shard for shard in shards if not (folder / str(shard)).is_file()]
         if missing:
             return f"lacks {missing[0]}, one of {len(shards)} files of weights that {index.name} names: copy it there"
