@@ -26,6 +26,15 @@ import otter_hf.{}
 from transformers import AutoConfig
 assert type(AutoConfig.for_model("fuyu")).__name__ == "OtterHDConfig"
 """
+# as in builds of torch without it, such as AMD's for Windows
+WITHOUT_DISTRIBUTED = """
+import sys, torch
+torch.distributed.is_available = lambda: False
+sys.modules["torch.distributed.fsdp"] = None
+from otter_hf.models.lm_loss import supervised_loss
+head = torch.nn.Linear(4, 8, bias=True)
+supervised_loss(head, torch.zeros(1, 3, 4), torch.ones(1, 3, dtype=torch.long), vocab_size=8).backward()
+"""
 # imported first in a process of its own: what loads transformers itself and is needed by the models, and what is above
 MODULES = ["pictures", "films", "data.parquet_store", "loading", "training.run", "evaluation.model", "testing"]
 
@@ -61,6 +70,10 @@ def run():
 def test_models_are_imported_without_the_packages_of_data_and_training(run):
     """Nor does the package alone load transformers; once that is loaded, the Auto classes know the families."""
     assert run(WITHOUT_PACKAGES) == 0
+
+
+def test_models_are_imported_without_distributed_torch(run):
+    assert run(WITHOUT_DISTRIBUTED) == 0
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -80,6 +80,39 @@ def test_the_loss_brings_its_gradients(monkeypatch, trained, dtype):
         assert_close(ours, reference, 1e-6 if exact else 1e-2)
 
 
+def test_a_replica_of_nn_data_parallel():
+    """As transformers' Trainer makes them where one process sees several GPUs: their weights are no parameters."""
+    model = tiny_model().train()
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():  # what torch.nn.parallel.replicate does, which takes no CPU
+        weights = {name: weight for name, weight in module._parameters.items() if weight is not None}
+        replica._parameters = dict.fromkeys(module._parameters.keys() - weights.keys())
+        replica._former_parameters = {name: weight * 1 for name, weight in weights.items()}
+        for name, value in replica._former_parameters.items():
+            setattr(replica, name, value)
+        for name, part in module._modules.items():
+            setattr(replica, name, replicas[part])
+    inputs = batch((1, 5), (3,))
+    assert not list(replicas[model].parameters())
+    loss, expected = replicas[model](**inputs).loss, model(**inputs).loss
+    assert_close(loss, expected, 1e-6)
+    weight = model.model.perceiver.latents
+    assert_close(torch.autograd.grad(loss, weight)[0], torch.autograd.grad(expected, weight)[0])
+
+
+def test_the_head_may_be_on_another_device():
+    """As `device_map="auto"` puts it, with the embeddings that it is tied to; its hooks move what it is given."""
+
+    class Head(torch.nn.Linear):
+        def forward(self, states):
+            return super().forward(states.to(self.weight.device))
+
+    head, labels = Head(8, 50, bias=False, device="meta"), torch.tensor([[1, 2, -100, 3]])
+    for num_items in (None, torch.tensor(2)):
+        loss = lm_loss.supervised_loss(head, torch.zeros(1, 4, 8), labels, 50, num_items_in_batch=num_items)
+        assert loss.is_meta and loss.shape == ()
+
+
 def test_constant_media_are_projected_at_once(monkeypatch):
     """With a frozen tower the resampler's norm of media goes into its matrix; films and pictures together."""
     model = tiny_model().train()
@@ -270,6 +303,19 @@ def test_packed_samples_do_not_see_each_other(decoder, implementation):
     assert_close(output.loss, total / num_items, 1e-6)
     output.loss.backward()
     assert_all_close(gradients(), expected, 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("decoder", ["llama", "otter_mpt"])
+def test_packed_samples_without_labels(decoder):
+    """As for a loss of one's own: no cache is made, which would hide from the decoder where samples begin."""
+    model, inputs = tiny_model(decoder), packed()
+    del inputs["labels"]
+    output = model(**inputs)
+    assert output.past_key_values is None
+    assert_close(output.logits, one_by_one(model)[1])
+    alone = {"input_ids": row(), "position_ids": torch.arange(12)[None]}
+    assert model(**alone).past_key_values is not None
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import is_liger_kernel_available
 from transformers.utils.import_utils import is_torchdynamo_compiling
@@ -75,6 +74,7 @@ def supervised_loss(
 
         def chunk_loss(hidden_states, targets):
             logits = scale_logits(lm_head(hidden_states), scale, softcap).float()  # (c, vocab)
+            targets = targets.to(logits.device)  # where the head is; tied to the embeddings, it may be on another
             return nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
         size = max(1, MAX_LOGITS // vocab_size)
@@ -91,7 +91,7 @@ def supervised_loss(
 
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum().clamp(min=1)
-    elif torch.is_tensor(num_items_in_batch):
+    if torch.is_tensor(num_items_in_batch):
         num_items_in_batch = num_items_in_batch.to(loss.device)
     return loss / num_items_in_batch
 
@@ -154,6 +154,7 @@ def _runs_once(lm_head: nn.Module, hidden_states: torch.Tensor, vocab_size: int)
         and type(lm_head) is nn.Linear
         and lm_head.bias is None
         and type(lm_head.weight) is nn.Parameter  # FSDP's are DTensors
+        and lm_head.weight.device == hidden_states.device
         and lm_head.weight.dtype == hidden_states.dtype
         and lm_head.weight.shape == (vocab_size, hidden_states.shape[-1])  # sharded by ZeRO-3 it is empty
         and not any((lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks))
@@ -162,8 +163,11 @@ def _runs_once(lm_head: nn.Module, hidden_states: torch.Tensor, vocab_size: int)
 
 def _gathers_on_call(lm_head: nn.Module) -> bool:
     """Whether the layer's weight is put together from all ranks whenever it is called: ZeRO-3 and FSDP2."""
-    sharded = hasattr(lm_head.weight, "ds_id") or isinstance(lm_head, FSDPModule)
-    return sharded and not is_torchdynamo_compiling()
+    if is_torchdynamo_compiling() or not torch.distributed.is_available():  # some builds for Windows have not
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return hasattr(lm_head.weight, "ds_id") or isinstance(lm_head, FSDPModule)
 
 
 def _fused_kernel_applies(lm_head: nn.Module, hidden_states: torch.Tensor, vocab_size: int) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, find_packed_sequence_indices, sdpa_mask
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
-from transformers.utils.import_utils import is_torchdynamo_compiling
+from transformers.utils.import_utils import is_torchdynamo_compiling, is_tracing
 
 
 @functools.cache
@@ -55,6 +55,20 @@ def packed_boundaries(position_ids: torch.Tensor) -> FlashAttentionKwargs:
     ends = _ends(starts)
     longest = int(ends.diff().max())
     return FlashAttentionKwargs(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+
+
+def may_be_packed(
+    attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
+) -> bool:
+    """
+    Whether rows hold several samples by transformers' rule: `position_ids (B, L)` restart, and nothing is masked. A
+    cache would hide that from a decoder, so that they saw each other. A traced graph cannot look, and says yes.
+    """
+    if attention_mask is not None or position_ids is None:
+        return False
+    if cu_seq_lens is not None or is_tracing(position_ids):
+        return True
+    return find_packed_sequence_indices(position_ids) is not None
 
 
 def _ends(starts: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from transformers.utils.import_utils import is_torchdynamo_compiling
 
 from ..host_reads import numbers_on
 from ..media_attention import batch_first_media
+from ..mixed_dtypes import dtype_of
 
 
 class FlamingoMediaMixin:
@@ -77,7 +78,7 @@ class FlamingoMediaMixin:
             if frame_mask is not None:
                 place = (~frame_mask).to(torch.uint8).argsort(dim=1, stable=True)[media, place]  # real frames first
             frames = pixel_values[media, place]
-        outputs = self.vision_tower(frames.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        outputs = self.vision_tower(frames.to(dtype_of(self.vision_tower)), return_dict=True, **kwargs)
         features = outputs.last_hidden_state
         if features.ndim == 4:
             features = features.flatten(2).transpose(1, 2)  # (S, D, h, w) -> (S, v, D)

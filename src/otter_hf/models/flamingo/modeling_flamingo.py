@@ -31,9 +31,10 @@ from ..legacy_names import NamesOf2023, refuse_arguments_of_2023, saved_under_na
 from ..lm_loss import scale_logits, supervised_loss
 from ..media_attention import running_media_index
 from ..media_cache import MediaDynamicCache, with_media
-from ..mixed_dtypes import in_dtype_of
+from ..mixed_dtypes import dtype_of, in_dtype_of
 from ..offloading import device_of_inputs, index_tied_weights
 from ..quantization import keep_stored_weights
+from ..varlen_attention import may_be_packed
 from .configuration_flamingo import FlamingoConfig
 from .decoders_flamingo import get_decoder_layers, make_language_model, reset_adapters
 from .generation_flamingo import FlamingoGenerationMixin, accept_legacy_arguments
@@ -245,15 +246,13 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
 
     def _is_decoding_step(self, seen: torch.Tensor | None, length: int) -> bool:
         return (
-            seen is not None and length == 1 and self.device.type in ("cpu", "cuda") and not is_torchdynamo_compiling()
+            seen is not None and length == 1 and seen.device.type in ("cpu", "cuda") and not is_torchdynamo_compiling()
         )
 
-    def _compute_dtype(self) -> torch.dtype:
-        device_type = self.device.type
-        # weights that are offloaded are on the meta device, which knows no autocast
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
-        return self.dtype
+        return dtype_of(self)
 
     @can_return_tuple
     @accept_legacy_arguments
@@ -287,7 +286,8 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
             inputs_embeds: `(B, L, hidden)` in place of `input_ids`.
             media_index: `(B, L)` int64, the 1-based medium each token sees, 0 for none. By default the last `<image>`
                 at or before the token.
-            use_cache: whether to return a cache; `config.use_cache` by default.
+            use_cache: whether to return a cache; `config.use_cache` by default. Packed samples (`position_ids` that
+                restart, and no `attention_mask`) make none.
             pixel_attention_mask: `(B, T, F)`, 1 for frames, 0 for padding; by default all are frames. Padding is
                 neither encoded nor seen (a compiled graph encodes it, and hides it then).
             media_counts, frame_counts: how many media the tokens of each row refer to, if there is no cache, and how
@@ -308,6 +308,8 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]  # (B, L)
+        if past_key_values is None and use_cache:
+            use_cache = not may_be_packed(attention_mask, position_ids, kwargs.get("cu_seq_lens_q"))
         if past_key_values is None and use_cache:
             past_key_values = MediaDynamicCache(config=self.config.text_config)
         cache = None if past_key_values is None else with_media(past_key_values)
@@ -357,7 +359,9 @@ class FlamingoModel(FlamingoPreTrainedModel, FlamingoMediaMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             vision_states=vision_states,
-            media_groups=make_media_groups(self.config, media_index, num_media, self._compute_dtype(), in_order),
+            media_groups=make_media_groups(
+                self.config, media_index, num_media, self._compute_dtype(media_index.device.type), in_order
+            ),
             media_cache=cache,
             media_outputs=media_outputs,
             **kwargs,

@@ -17,7 +17,8 @@ _UNUSED_MODULES = {
 def freeze_unused_modules(vision_tower: nn.Module) -> None:
     """Freezes what does not reach `last_hidden_state`."""
     for name in _UNUSED_MODULES.get(vision_tower.config.model_type, []):
-        getattr(vision_tower, name).requires_grad_(False)
+        if (unused := getattr(vision_tower, name, None)) is not None:  # SigLIP's may be built without its head
+            unused.requires_grad_(False)
 
 
 def keep_frozen_statistics(vision_tower: nn.Module) -> None:
