@@ -1,9 +1,14 @@
-"""Two finders of Python's import system: one registers the families behind transformers, one knows modules of 2023."""
+"""
+How names are found: in packages whose modules are imported when they are first used, and by two finders of Python's
+import system, of which one registers the families behind transformers and one knows modules of 2023.
+"""
 
 import functools
 import importlib
 import importlib.abc
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 
 # packages of 2023 that are not installed by anybody today, and what to write in their place
@@ -57,6 +62,18 @@ class ModulesOf2023(importlib.abc.MetaPathFinder):
                 name=fullname,
             )
         return None
+
+
+def lazy_names(package: str, modules: Mapping[str, Sequence[str]]) -> tuple[list[str], Callable[[str], Any]]:
+    """`__all__` and `__getattr__` of a package, by the names that are imported from a module of it on first use."""
+    homes = {name: module for module, names in modules.items() for name in names}
+
+    def find(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{homes[name]}", package), name)
+
+    return sorted(homes), find
 
 
 def install() -> None:

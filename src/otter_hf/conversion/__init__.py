@@ -4,26 +4,20 @@ A conversion is planned (`plan_*`, which reads only headers and shapes) and then
 tensor at a time). See `otter-hf convert --help` for the commands. Names are imported when they are first used.
 """
 
-from importlib import import_module
+from ..importing import lazy_names
 
 
-_MODULES = {
-    "delta": ("apply_delta", "make_delta"),
-    "export": ("export_legacy",),
-    "folders": ("lora_adapter", "plan_flamingo_to_otter", "plan_folder", "plan_lora", "plan_trainer_pt"),
-    "fuyu": ("convert_fuyu",),
-    "job": ("Job", "finish", "finish_with_adapter", "push_folder"),
-    "memory": ("estimate_memory", "memory_table"),
-    "openflamingo": ("plan_inject_lm", "plan_openflamingo"),
-    "report": ("ConversionReport",),
-    "tensors": ("ConversionError",),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "delta": ("apply_delta", "make_delta"),
+        "export": ("export_legacy",),
+        "folders": ("lora_adapter", "plan_flamingo_to_otter", "plan_folder", "plan_lora", "plan_trainer_pt"),
+        "fuyu": ("convert_fuyu",),
+        "job": ("Job", "finish", "finish_with_adapter", "push_folder"),
+        "memory": ("estimate_memory", "memory_table"),
+        "openflamingo": ("plan_inject_lm", "plan_openflamingo"),
+        "report": ("ConversionReport",),
+        "tensors": ("ConversionError",),
+    },
+)

@@ -3,30 +3,24 @@
 Names are imported when they are first used: the models need only the prompts, not pandas and `datasets`.
 """
 
-from importlib import import_module
+from ..importing import lazy_names
 
 
-_MODULES = {
-    "collator": ("OtterCollator", "make_labels"),
-    "collator_otterhd": ("OtterHDCollator",),
-    "collator_idefics": ("IdeficsCollator", "idefics_loss", "prepare_idefics_tokenizer"),
-    "formats": ("MimicitFiles", "load_mimicit", "make_train_config", "write_mimicit"),
-    "hub": ("push_mixture", "read_hub_form", "write_hub_form"),
-    "image_store": ("ImageStore",),
-    "mixture": ("GroupedSampler", "MimicitMixture", "sample_rows"),
-    "mixture_yaml": ("MixtureEntry", "read_mixture"),
-    "neighbours": ("nearest_neighbours", "write_neighbours"),
-    ".prompts": ("FORMATS", "chat_template", "clean_text", "escape_reserved_tokens", "render"),
-    "samples": ("TASK_GROUPS", "Sample", "SampleError", "SampleOptions", "build_sample", "frame_indices"),
-    "stream": ("StreamedMixture",),
-    "validate": ("ValidationReport", "check_mixture"),
-}
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
-
-__all__ = sorted(_HOMES)
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "collator": ("OtterCollator", "make_labels"),
+        "collator_otterhd": ("OtterHDCollator",),
+        "collator_idefics": ("IdeficsCollator", "idefics_loss", "prepare_idefics_tokenizer"),
+        "formats": ("MimicitFiles", "load_mimicit", "make_train_config", "write_mimicit"),
+        "hub": ("push_mixture", "read_hub_form", "write_hub_form"),
+        "image_store": ("ImageStore",),
+        "mixture": ("GroupedSampler", "MimicitMixture", "sample_rows"),
+        "mixture_yaml": ("MixtureEntry", "read_mixture"),
+        "neighbours": ("nearest_neighbours", "write_neighbours"),
+        ".prompts": ("FORMATS", "chat_template", "clean_text", "escape_reserved_tokens", "render"),
+        "samples": ("TASK_GROUPS", "Sample", "SampleError", "SampleOptions", "build_sample", "frame_indices"),
+        "stream": ("StreamedMixture",),
+        "validate": ("ValidationReport", "check_mixture"),
+    },
+)
