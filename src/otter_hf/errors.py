@@ -1,7 +1,8 @@
-"""How commands and training scripts end on bad input: one sentence, status 2, no traceback."""
+"""What is told of bad input: one sentence, with which commands and training scripts end, status 2, no traceback."""
 
+import difflib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -13,6 +14,13 @@ def sentence_of(error: Exception) -> str:
         # torch puts the worker's whole traceback into the message, of which the last line is the error
         sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
     return sentence
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a sentence on a word that is not known: the nearest that is, or else `otherwise`, or all."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise or f"there are {', '.join(known)}."
 
 
 @contextmanager

@@ -124,6 +124,14 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
 
 
+def update_with_file(digest: Any, path: str | Path) -> Any:
+    """A hash (of hashlib, or one like it) that has taken in a file, a piece of it at a time."""
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest
+
+
 def sync(path: str | Path) -> None:
     """Waits until a file, or a folder with all that is in it, is on the disk."""
     path = Path(path)
@@ -270,6 +278,7 @@ __all__ = [
     "remove",
     "replacing",
     "sync",
+    "update_with_file",
     "write_json",
     "write_text",
 ]

@@ -20,6 +20,7 @@ from .conversion.tensors import check_weights, refuse_lfs_pointers
 from .model_names import check_model_name, split_revision
 from .models.attention_choice import read_attention
 from .models.flamingo import FlamingoConfig, FlamingoProcessor
+from .models.generation import end_tokens
 from .models.legacy_tokens import load_tokenizer
 from .models.otter import OtterConfig
 from .models.quantization import quantization_config
@@ -77,9 +78,7 @@ def load_model(
     # an answer ends with <|endofchunk|>, which not every repository of 2023 says
     end_of_chunk = getattr(model.config, "end_of_chunk_token_id", None)
     if end_of_chunk is not None:
-        ends = model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        model.generation_config.eos_token_id = sorted({*ends, end_of_chunk})
+        model.generation_config.eos_token_id = sorted({*end_tokens(model.generation_config), end_of_chunk})
     return model
 
 

@@ -118,12 +118,15 @@ class MadeFrom:
         for path, state in before["files"].items():
             if path not in now["files"] and (Path(path).name, state) not in here:
                 told.append(f"it was made from {path}")
-        for name in {**before["options"], **now["options"]}:
-            was, is_now = before["options"].get(name), now["options"].get(name)
-            if was != is_now:
-                told.append(f"{name} was {_short(was)} and is {_short(is_now)}")
+        told += differences(before["options"], now["options"])
         more = [f"and {len(told) - _MOST_NAMED} more"] if len(told) > _MOST_NAMED else []
         return "; ".join([*told[:_MOST_NAMED], *more])
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs in two mappings of JSON's types, each in words; what one of them lacks is None there."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{name} was {_short(before.get(name))} and is {_short(now.get(name))}" for name in names]
 
 
 def kept(folder: str | Path) -> dict[str, Any]:

@@ -102,6 +102,13 @@ def encode_base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
+def encode_image(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """An encoded picture, in a format of Pillow with its options."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
 def read_image(
     image: Any,
     name: str = "image",

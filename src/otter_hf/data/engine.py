@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 from threading import Event
@@ -13,6 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..errors import did_you_mean
 from ..extras import missing
 from ..files import replacing
 from ..storage import AnyPath, forget_listings, to_path
@@ -80,9 +80,9 @@ class Engine:
         known = sorted(inspect.signature(executor.__init__).parameters.keys() - own)
         for option in self.options:
             if option not in known:
-                close = get_close_matches(option, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}."
-                raise ValueError(f"{option!r} is no option of the executor {self.executor}; {hint}")
+                raise ValueError(
+                    f"{option!r} is no option of the executor {self.executor}; {did_you_mean(option, known)}"
+                )
 
 
 def run(

@@ -1,10 +1,8 @@
 """Encoded pictures of training data, and base64 of them."""
 
-import io
-
 from PIL import Image
 
-from ..pictures import ImageError, decode_base64, encode_base64, read_image
+from ..pictures import ImageError, decode_base64, encode_base64, encode_image, read_image
 from ..storage import AnyPath, to_path
 
 
@@ -37,8 +35,4 @@ def image_bytes(image: bytes | AnyPath | Image.Image) -> bytes:
     """The encoded bytes of a picture: files, also at addresses, and bytes as they are, PIL pictures as PNG."""
     if isinstance(image, bytes):
         return image
-    if not isinstance(image, Image.Image):
-        return to_path(image).read_bytes()
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encode_image(image) if isinstance(image, Image.Image) else to_path(image).read_bytes()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import md5
 from pathlib import Path
 
+from ..files import update_with_file
 from .json_stream import iter_json_object
 
 
@@ -119,19 +120,14 @@ def check_folder(folder: str | Path) -> SubsetReport:
 
 def _check_zip(path: Path, report: SubsetReport) -> bool:
     named = next((subset for subset in SUBSETS if re.match(rf"{subset.code}(?![A-Za-z0-9])", path.name)), None)
-    with open(path, "rb") as file:
-        digest = md5(usedforsecurity=False)
-        while block := file.read(1 << 20):
-            digest.update(block)
-    published = next((subset for subset in SUBSETS if subset.md5 == digest.hexdigest()), None)
+    found = update_with_file(md5(usedforsecurity=False), path).hexdigest()
+    published = next((subset for subset in SUBSETS if subset.md5 == found), None)
     if published:
         report.files.append(f"{path}: {published.code}, the published checksum")
     elif not zipfile.is_zipfile(path):
         report.errors.append(f"{path} has no end of a zip file: it is cut off, fetch it again.")
     elif named:
-        report.warnings.append(
-            f"{path} has the MD5 {digest.hexdigest()}, {named.md5} was published: another version, or damaged."
-        )
+        report.warnings.append(f"{path} has the MD5 {found}, {named.md5} was published: another version, or damaged.")
     return bool(published or named)
 
 

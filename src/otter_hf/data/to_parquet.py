@@ -1,6 +1,5 @@
 """Image stores of any kind to parquet, part by part on an engine."""
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from transformers.utils import logging
 from ..files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_text
 from ..films import is_film
 from ..made_from import state
+from ..pictures import encode_image
 from ..storage import AnyPath, forget_listings, full_name, is_one_path, is_remote, to_path
 from .engine import Engine, read_records, run
 from .image_store import ImageStore, store_files
@@ -179,13 +179,9 @@ def _pictures(
             logger.warning(f"Left out image {id!r}: {error}.")
             left_out.append(id)
             continue
-        yield id, data if resize is None or picture is None else _resized(picture, resize)
-
-
-def _resized(picture: Image.Image, size: int) -> bytes:
-    buffer = io.BytesIO()
-    picture.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return buffer.getvalue()
+        if resize is not None and picture is not None:
+            data = encode_image(picture.resize((resize, resize), Image.Resampling.BICUBIC))
+        yield id, data
 
 
 def _settle(parts: AnyPath, output: AnyPath, encoding: str, count: int, names: str) -> tuple[int, list[str]]:

@@ -13,6 +13,18 @@ def fp8_is_bounded(device: torch.device | str) -> bool:
     return not torch.full((), 1e4, device=device).to(torch.float8_e4m3fn).isnan()
 
 
+def end_tokens(config) -> list[int]:
+    """The tokens that end an answer, of a configuration that may name several, one or none."""
+    ends = config.eos_token_id
+    return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+
+def stop_generation_at(model, token_id: int) -> None:
+    """The token ends generation with this model, and with what is saved of it."""
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = [*end_tokens(config), *({token_id} - {*end_tokens(config)})]
+
+
 class ExcludeTokens(LogitsProcessor):
     """
     Never choose the tokens `token_ids (K,)`. transformers' `SuppressTokensLogitsProcessor` does the same by comparing

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from ..models.continuous_batching import ContinuousBatch, can_batch
 from ..models.flamingo import FlamingoForConditionalGeneration
+from ..models.generation import end_tokens
 from ..models.media_store import MediaStore
 from ..models.prefix_store import PrefixStore
 from ..models.skills import Skill
@@ -341,8 +342,7 @@ class ChatCompletions(ChatCompletionHandler):
         if job.cancelled.is_set():
             return
         answer.end()
-        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in ends
+        cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in end_tokens(config)
         usage = CompletionUsage(
             prompt_tokens=length,
             completion_tokens=len(new),

@@ -1,6 +1,5 @@
 """Arguments of fine-tuning: three dataclasses for `HfArgumentParser`, from a YAML file, from flags, or both."""
 
-import difflib
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 from transformers.integrations import get_reporting_integration_callbacks
 
+from ..errors import did_you_mean
 from ..reading import load_yaml
 from .devices import find_device
 from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, PretrainingDataArguments, TrainingFields
@@ -133,8 +133,7 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         """A name that no evaluation gives would end the run at the first one."""
         metric = self.metric_for_best_model
         if metric is not None and metric.removeprefix("eval_") not in METRICS:
-            close = difflib.get_close_matches(metric.removeprefix("eval_"), METRICS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(METRICS)}."
+            hint = did_you_mean(metric.removeprefix("eval_"), METRICS)
             raise ValueError(f"metric_for_best_model: {metric!r} is not measured; {hint}")
 
     def _check_trackers(self):
@@ -246,8 +245,7 @@ def _check_names(
     for option in options:
         for name, _ in translate([option], lambda note: None, pretraining=PretrainingDataArguments in kinds):
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "`otter-hf train --help` lists them."
+                hint = did_you_mean(name, known, "`otter-hf train --help` lists them.")
                 raise ValueError(f"{sentence(name)}; {hint}")
 
 

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .freezing import is_trained
+
 
 @dataclass(frozen=True)
 class TrainingFlops:
@@ -59,7 +61,7 @@ def count_training_flops(
     core = model.get_base_model().model if hasattr(model, "get_base_model") else model.model
     has_blocks = hasattr(core, "decoder_layers")
     layers = list(core.decoder_layers if has_blocks else core.language_model.layers)
-    trains_media = has_blocks and (_is_trained(core.vision_tower) or _is_trained(core.perceiver))
+    trains_media = has_blocks and (is_trained(core.vision_tower) or is_trained(core.perceiver))
     first = _first_reached(core, layers, trains_media)
     kept = 0
     if cache_text_states and has_blocks:
@@ -95,22 +97,18 @@ def count_training_flops(
 def _first_reached(core: nn.Module, layers: list[nn.Module], trains_media: bool) -> int:
     """Number of the first decoder layer that a gradient reaches; their number if none does."""
     patches = getattr(core, "vision_embed_tokens", None)  # of OtterHD
-    if _is_trained(core.get_input_embeddings()) or (patches is not None and _is_trained(patches)):
+    if is_trained(core.get_input_embeddings()) or (patches is not None and is_trained(patches)):
         return 0
     for number, layer in enumerate(layers):
-        if _is_trained(layer) or (trains_media and layer.gated_cross_attn_layer is not None):
+        if is_trained(layer) or (trains_media and layer.gated_cross_attn_layer is not None):
             return number
     return len(layers)
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _count_vision(core: nn.Module, is_stored: bool) -> tuple[float, int]:
     """Operations for each pixel of a frame, and beside these for each medium."""
     config = core.config.vision_config
-    passes = 3 if _is_trained(core.vision_tower) else 0 if is_stored else 1
+    passes = 3 if is_trained(core.vision_tower) else 0 if is_stored else 1
     size = getattr(config, "image_size", 224)  # convolutional towers take any
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     frame = torch.empty(1, config.num_channels, height, width, device="meta", dtype=core.vision_tower.dtype)
@@ -124,7 +122,7 @@ def _count_vision(core: nn.Module, is_stored: bool) -> tuple[float, int]:
                 core.perceiver(features.repeat(1, length, 1)[:, None])
             counts.append(resampler.get_total_flops())
     source = counts[1] - counts[0]
-    again = 3 if passes == 3 or _is_trained(core.perceiver) else passes
+    again = 3 if passes == 3 or is_trained(core.perceiver) else passes
     return (passes * tower.get_total_flops() + again * source) / (height * width), again * (counts[0] - source)
 
 

@@ -37,6 +37,11 @@ def group_of(name: str) -> str:
     return "perceiver" if name.startswith(("model.perceiver.", "model.perceiver_resampler.")) else "language"
 
 
+def is_trained(module: nn.Module) -> bool:
+    """Whether any parameter of it is."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
 def freeze(model: PreTrainedModel, groups: Iterable[str]) -> None:
     """
     Stops training of the named groups, in place; what is frozen already stays so.
@@ -54,7 +59,7 @@ def freeze(model: PreTrainedModel, groups: Iterable[str]) -> None:
     for group in groups:
         for parameter in parameters[group]:
             parameter.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    if not is_trained(model):
         raise ValueError(f"freeze={groups} leaves nothing to train: leave a group out.")
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..files import write_json
+from ..files import update_with_file, write_json
 
 
 MANIFEST = "files.json"
@@ -75,11 +75,7 @@ def _damage_without_manifest(folder: Path) -> str | None:
 
 
 def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return update_with_file(xxhash.xxh3_128(), path).hexdigest()
 
 
 __all__ = ["MANIFEST", "damage_of", "write_manifest"]

@@ -20,13 +20,13 @@ from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraini
 from ..errors import ending_in_a_sentence
 from ..loading import read_model, read_processor
 from ..models.attention_choice import read_attention
+from ..models.generation import stop_generation_at
 from ..models.host_reads import numbers_on
 from .arguments import ModelArguments, TrainingArguments, parse_arguments
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .fields import PretrainingDataArguments
 from .freezing import freeze, train_only_rows
 from .limits import check_numbers
-from .run import _stop_generation_at
 from .run_record import RunRecord
 from .trainer import OtterTrainer
 
@@ -94,7 +94,7 @@ def pretrain(
             dtype=model_args.dtype,
             attn_implementation=read_attention(model_args.attn_implementation),
         )
-        _stop_generation_at(model, processor.end_of_chunk_token_id)
+        stop_generation_at(model, processor.end_of_chunk_token_id)
         freeze(model, model_args.freeze)
         if model_args.train_embedding_rows:
             train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))

@@ -4,9 +4,7 @@ The page holds everything it shows: curves of all values that were logged, and w
 of the evaluation data each time it was evaluated.
 """
 
-import base64
 import html
-import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -20,6 +18,7 @@ from ..data.collator import IGNORE_INDEX
 from ..data.controls import control_media, visual_gain
 from ..data.samples import Sample, SampleError
 from ..files import write_text
+from ..pictures import encode_base64, encode_image
 
 
 logger = logging.getLogger(__name__)
@@ -221,9 +220,7 @@ td, th {{ text-align: left; padding: 0.1em 0.8em 0.1em 0; vertical-align: top; }
 def _thumbnail(image: Image.Image) -> str:
     image = image.convert("RGB")
     image.thumbnail((160, 120))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG")
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+    return f'<img src="data:image/jpeg;base64,{encode_base64(encode_image(image, "JPEG"))}" alt="">'
 
 
 def sample_evenly(dataset: Sequence[Sample] | None, count: int) -> list[Sample]:

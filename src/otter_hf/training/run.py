@@ -31,6 +31,7 @@ from ..errors import ending_in_a_sentence
 from ..extras import missing
 from ..loading import read_config, read_model, read_processor
 from ..models.flamingo import FlamingoProcessor
+from ..models.generation import stop_generation_at
 from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
 from ..models.quantization import quantization_config
@@ -305,7 +306,7 @@ def _load_model(
     )
     end = "" if data_args.remove_end_of_turn_token else get_format(data_args.instruction_format).end
     end = end or processor.tokenizer.eos_token
-    _stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
+    stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
     rows = _ids_of_tokens(model_args.train_embedding_rows, processor.tokenizer)
     if model_args.lora:
         model = add_lora(model, model_args, training_args, rows)
@@ -455,14 +456,6 @@ def _load_mixture(
             eval_fraction=data_args.eval_fraction,
             held_out=held_out and data_args.eval_fraction > 0,
         )
-
-
-def _stop_generation_at(model: PreTrainedModel, token_id: int) -> None:
-    """The token that ends answers in training also ends generation with the saved model."""
-    for config in (model.config, model.generation_config):
-        known = config.eos_token_id
-        known = [] if known is None else known if isinstance(known, list) else [known]
-        config.eos_token_id = [*known, *({token_id} - {*known})]
 
 
 def _plot(log_history: list[dict], path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..files import write_json
+from ..made_from import differences
 from .arguments import ModelArguments, TrainingArguments
 
 
@@ -119,17 +120,11 @@ class RunRecord:
         if before is None:
             logger.warning(f"{checkpoint} does not say what its run was asked for: nothing could be compared.")
             return self
-        missing = object()
-        differ = {
-            name: (before.settings.get(name, missing), value)
-            for name, value in self.settings.items()
-            if before.settings.get(name, missing) not in (value, missing) and not (new_data and name in _OF_DATA)
-        }
-        if differ:
-            told = "; ".join(f"{name} was {_short(old)} and is {_short(new)}" for name, (old, new) in differ.items())
+        compared = [name for name in self.settings if name in before.settings and not (new_data and name in _OF_DATA)]
+        if told := differences(*({name: one.settings[name] for name in compared} for one in (before, self))):
             raise ValueError(
-                f"{checkpoint} is of a run with other settings: {told}. Set back what differs, or start anew in "
-                "another output_dir (a changed model, with the checkpoint as model_name_or_path)."
+                f"{checkpoint} is of a run with other settings: {'; '.join(told)}. Set back what differs, or start "
+                "anew in another output_dir (a changed model, with the checkpoint as model_name_or_path)."
             )
         if before.steps != self.steps:
             logger.warning(
@@ -161,11 +156,6 @@ def read_run(folder: str | Path) -> RunRecord | None:
         return RunRecord(fields["settings"], fields["steps"], fields["id"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 __all__ = ["RUN_FILE", "RunRecord", "read_run"]

@@ -1,12 +1,12 @@
 """The YAML of a pretraining: which sets of shards to train on, and how."""
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ...errors import did_you_mean
 from ...reading import load_yaml
 from ...storage import is_one_path, is_remote
 from .samples import KINDS, ImageTextPairs, InterleavedDocuments
@@ -62,7 +62,9 @@ class PretrainingSet:
         known = [option.name for option in fields(KINDS[self.kind])]
         for option in self.options:
             if option not in known:
-                raise ValueError(f"{option!r} is no setting of {self.kind}; {_hint(option, [*_SETTINGS, *known])}")
+                raise ValueError(
+                    f"{option!r} is no setting of {self.kind}; {did_you_mean(option, [*_SETTINGS, *known])}"
+                )
         self.builder: ImageTextPairs | InterleavedDocuments = KINDS[self.kind](**self.options)
         sources = [self.shards] if is_one_path(self.shards) else list(self.shards)
         paths = [expand_shards(source) for source in sources]
@@ -143,8 +145,3 @@ def _find(shards: Any, folder: Path) -> str:
     except ValueError:
         return str(folder / str(shards))
     return str(shards)
-
-
-def _hint(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}."

@@ -1,6 +1,5 @@
 """The pictures that a query is about: which of an image store they are, and how an endpoint is shown them."""
 
-import io
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...data.image_store import ImageStore
-from ...pictures import encode_base64
+from ...pictures import encode_base64, encode_image
 from ...storage import full_name, to_path
 from .client import RejectedError
 from .queries import Query
@@ -76,12 +75,8 @@ class QueryPictures:
         except OSError as error:
             raise RejectedError(f"picture {id} cannot be read: {error}") from None
         picture.thumbnail((self.options.size, self.options.size))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=90)
-        return {
-            "type": "image_url",
-            "image_url": {"url": f"data:image/jpeg;base64,{encode_base64(buffer.getvalue())}"},
-        }
+        data = encode_base64(encode_image(picture, "JPEG", quality=90))
+        return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
 
 
 class PictureFinder:
