@@ -150,13 +150,13 @@ def run(arguments: argparse.Namespace) -> None:
     from ..models.skills import Skill, describe_skill
     from ..serving.batch import read_questions
     from ..serving.session import ChatSession
-    from .chat_commands import read_media
+    from .chat_commands import media_parts
     from .chat_terminal import Chat
 
     # opened before the model loads: a mistyped path should not cost a minute
     entries = read_questions(arguments.yaml_file) if arguments.yaml_file else None
-    media = read_media(arguments.image, arguments.video, arguments.num_frames)
-    examples = [(read_media([path]), question, answer) for path, question, answer in arguments.example]
+    media = media_parts(arguments.image, arguments.video, arguments.num_frames)
+    examples = [(media_parts([path]), question, answer) for path, question, answer in arguments.example]
     if arguments.skill is not None:
         describe_skill(arguments.skill)
     model, processor = load(arguments.model, **loading_options(arguments))

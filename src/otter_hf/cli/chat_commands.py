@@ -74,7 +74,7 @@ def split_path(text: str) -> tuple[str, str]:
         raise ValueError(f"{text} has a quote without its end; put paths with quotes or spaces in quotes.") from None
 
 
-def read_media(images: list[str], videos: list[str] = (), num_frames: int = 16) -> list[dict]:
+def media_parts(images: list[str], videos: list[str] = (), num_frames: int = 16) -> list[dict]:
     """Pictures and films at paths or URLs, as parts of a message; ValueError naming the one that cannot be read."""
     from ..serving.media import image_part, local_source, open_image, read_frames, video_part
 

@@ -22,9 +22,9 @@ from .chat_commands import (
     COMMANDS,
     HELP,
     describe,
+    media_parts,
     other_pictures,
     parse_line,
-    read_media,
     split_path,
     split_paths,
 )
@@ -114,16 +114,16 @@ class Chat:
             self._control()
         elif command == "/image":
             paths = split_paths(words)
-            self._add(paths, read_media(paths))
+            self._add(paths, media_parts(paths))
         elif command == "/video":
             for path in split_paths(words):
-                self._add([path], read_media([], [path], self.num_frames))
+                self._add([path], media_parts([], [path], self.num_frames))
         elif command == "/example":
             path, exchange = split_path(words)
             question, separator, answer = exchange.partition("::")
             if not separator:
                 raise ValueError(f"write /example {COMMANDS['/example'][0]}")
-            media = read_media([path])
+            media = media_parts([path])
             self.session.add_example(question.strip(), answer.strip(), media)
             self._say(f"{path} ({describe(media[0])}) shows how to answer.")
 

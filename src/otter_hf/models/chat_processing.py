@@ -1,7 +1,7 @@
 """What the processors of all families do alike: they take a message as it is meant, or say what they do not know."""
 
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from jinja2 import TemplateError
 from transformers import GenerationConfig
@@ -147,6 +147,22 @@ class ChatProcessorMixin(ProcessorMixin):
         names = set(options.__annotations__[f"{modality}_kwargs"].__annotations__)
         valid = getattr(getattr(self, part, None), "valid_kwargs", None)
         return names | set(getattr(valid, "__annotations__", {}))
+
+
+def map_parts(messages: Iterable[dict], function: Callable[[dict], Iterable[dict]]) -> list[dict]:
+    """Messages with what the function gives in place of each part of a content; contents that are a text stay."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [new for part in message["content"] for new in function(part)]}
+        for message in messages
+    ]
+
+
+def media_parts_of(messages: Iterable[dict]) -> list[dict]:
+    """The pictures and films of messages, in their order."""
+    contents = (message["content"] for message in messages if not isinstance(message["content"], str))
+    return [part for content in contents for part in content if part["type"] != "text"]
 
 
 def read_texts(text) -> list[str]:

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -70,6 +71,18 @@ class MediaFolder:
             return None
         self.hits += 1
         return tensor
+
+    def fetch(
+        self, media: Mapping[str, torch.Tensor], compute: Callable[[list[torch.Tensor]], Iterable[torch.Tensor]]
+    ) -> dict[str, torch.Tensor]:
+        """By name what is kept of media, or what `compute` makes of all others together, which is kept from now on."""
+        found = {name: self.get(name) for name in media}
+        missing = [name for name, tensor in found.items() if tensor is None]
+        if missing:
+            for name, tensor in zip(missing, compute([media[name] for name in missing]), strict=True):
+                self.put(name, tensor)
+                found[name] = tensor
+        return found
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
         """Keeps a tensor, if there is room."""

@@ -23,6 +23,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..files import replacing
 from ..made_from import MadeFrom
+from .chat_processing import map_parts, media_parts_of
 from .fingerprint import fingerprint_of
 from .media_attention import split_media
 from .media_cache import MediaCacheMixin, MediaDynamicCache
@@ -86,14 +87,12 @@ class Skill:
                 "is none of them."
             )
         dtype = model.dtype
-        messages = [
-            _in_dtype(message, dtype) for message in processor.prepare_media(list(messages))
-        ]  # as exact as the model reads them
+        messages = _in_dtype(processor.prepare_media(list(messages)), dtype)  # as exact as the model reads them
         probes = [_prompt(processor, [*messages, {"role": "user", "content": _text(probe)}]) for probe in _PROBES]
         ids = [probe["input_ids"][0] for probe in probes]
         length = common_length(*ids)
         inputs = probes[0].to(model.device, dtype)
-        media = [part[part["type"]] for message in messages for part in _parts(message) if part["type"] != "text"]
+        media = [part[part["type"]] for part in media_parts_of(messages)]
         return cls(
             messages=messages,
             input_ids=inputs["input_ids"][:, :length].cpu(),
@@ -218,7 +217,7 @@ class Skill:
         tensors |= {f"media.{number}": medium.pixels for number, medium in enumerate(self.media)}
         metadata = {
             "format": FORMAT,
-            "messages": json.dumps([_without_media(message) for message in self.messages]),
+            "messages": json.dumps(_without_media(self.messages)),
             "media": json.dumps([{"grid": medium.grid, "scale": medium.scale} for medium in self.media]),
             "made_from": json.dumps(MadeFrom(options=self.fingerprint).to_json()),
         }
@@ -339,31 +338,25 @@ def _text(words: str) -> list[dict]:
     return [{"type": "text", "text": words}]
 
 
-def _parts(message: dict) -> list[dict]:
-    return message["content"] if isinstance(message["content"], list) else []
-
-
-def _map_media(message: dict, function) -> dict:
-    if not isinstance(message["content"], list):
-        return message
-    return {**message, "content": [p if p["type"] == "text" else function(p) for p in message["content"]]}
-
-
-def _in_dtype(message: dict, dtype: torch.dtype) -> dict:
-    def convert(part: dict) -> dict:
+def _in_dtype(messages: list[dict], dtype: torch.dtype) -> list[dict]:
+    def convert(part: dict) -> list[dict]:
+        if part["type"] == "text":
+            return [part]
         medium = part[part["type"]]
-        return {**part, part["type"]: PreparedMedium(medium.pixels.to(dtype), medium.grid, medium.scale)}
+        return [{**part, part["type"]: PreparedMedium(medium.pixels.to(dtype), medium.grid, medium.scale)}]
 
-    return _map_media(message, convert)
-
-
-def _without_media(message: dict) -> dict:
-    return _map_media(message, lambda part: {"type": part["type"]})
+    return map_parts(messages, convert)
 
 
-def _with_media(messages: list[dict], media: list[PreparedMedium]) -> list[dict]:
+def _without_media(messages: list[dict]) -> list[dict]:
+    return map_parts(messages, lambda part: [part if part["type"] == "text" else {"type": part["type"]}])
+
+
+def _with_media(messages: list[dict], media: Sequence[PreparedMedium]) -> list[dict]:
     waiting = iter(media)
-    return [_map_media(message, lambda part: {**part, part["type"]: next(waiting)}) for message in messages]
+    return map_parts(
+        messages, lambda part: [part if part["type"] == "text" else {**part, part["type"]: next(waiting)}]
+    )
 
 
 __all__ = ["FORMAT", "Skill", "check_skill_path", "describe_skill"]

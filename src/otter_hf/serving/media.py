@@ -12,6 +12,7 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from ..films import FilmLimits, read_video
+from ..models.chat_processing import map_parts
 from ..models.flamingo import FlamingoProcessor
 from ..pictures import fetch, read_image
 
@@ -142,9 +143,4 @@ def fit_media(messages: Sequence[dict], processor) -> list[dict]:
         is_video = isinstance(part, dict) and part.get("type") == "video"  # what is no part the processor refuses
         return [image_part(frame) for frame in part["video"]] if is_video else [part]
 
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {"role": message["role"], "content": [fitted for part in message["content"] for fitted in fit(part)]}
-        for message in messages
-    ]
+    return map_parts(messages, fit)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..models.chat_processing import media_parts_of
 from .fetch import FetchPolicy, is_fetched, read_url
 from .media import MediaLimits, image_part, open_image, read_frames, video_part
 
@@ -63,7 +64,7 @@ class MessageReader:
             raise ValueError("messages must be a list with at least one message.")
         # all is looked at before the first address is
         checked = [self._check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-        for part in _media_of(checked):
+        for part in media_parts_of(checked):
             part["data"] = self._read(part.pop("url"), part["name"])
         return checked
 
@@ -75,7 +76,7 @@ class MessageReader:
             ValueError: naming the message, for pictures and videos that cannot be read or exceed the limits.
         """
         pictures, pixels = self.limits.pictures, self.limits.total_pixels
-        for part in _media_of(messages):
+        for part in media_parts_of(messages):
             self._check()
             name = part["name"]
             if pictures <= 0 or pixels <= 0:
@@ -164,7 +165,3 @@ class MessageReader:
         if not isinstance(url, str):
             raise ValueError(f'{name} must be {{"url": "..."}}.')
         return {"type": kind, "name": name, "url": url}
-
-
-def _media_of(messages: list[dict]) -> list[dict]:
-    return [part for message in messages for part in message["content"] if part["type"] != "text"]

@@ -8,7 +8,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.processing_utils import ProcessorMixin
 
 from ..data.controls import control_messages, media_of
-from ..models.chat_processing import ChatProcessorMixin
+from ..models.chat_processing import ChatProcessorMixin, map_parts, media_parts_of
 from ..models.prefix_cache import can_share_prefixes, common_length
 from ..models.skills import Skill
 from ..prompts import IMAGE_TOKEN
@@ -100,13 +100,7 @@ class ChatSession:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
-        all_media = [
-            part
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] != "text"
-        ]
+        all_media = media_parts_of(messages)
         num_beams = generation.get("num_beams", 1)
         reuse = self.reuse_cache and num_beams == 1
         if reuse:
@@ -132,21 +126,16 @@ class ChatSession:
         if not isinstance(self.processor, ChatProcessorMixin):
             return messages
 
-        def prepare(part: dict) -> dict:
+        def prepare(part: dict) -> list[dict]:
             medium = part.get(part["type"])
             if part["type"] == "text" or medium is None:
-                return part
+                return [part]
             if id(medium) not in self._prepared:
                 (ready,) = self.processor.prepare_media([{"role": "user", "content": [part]}])
                 self._prepared[id(medium)] = medium, ready["content"][0]  # the medium, so that its id stays its own
-            return self._prepared[id(medium)][1]
+            return [self._prepared[id(medium)][1]]
 
-        return [
-            message
-            if isinstance(message["content"], str)
-            else {**message, "content": [prepare(part) for part in message["content"]]}
-            for message in messages
-        ]
+        return map_parts(messages, prepare)
 
     def _forget_cache(self) -> None:
         self._cache: DynamicCache | None = None

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..models.flamingo import FlamingoModel
 from ..models.media_folder import DEFAULT_MAX_BYTES, MediaFolder, hash_of_tensor
 from ..models.media_store import fingerprint_of_eyes, name_of_medium
+from .freezing import is_trained
 
 
 def store_media(
@@ -31,9 +32,9 @@ def store_media(
         ValueError: if the tower is trained: its features change with each step.
     """
     tower = model.vision_tower
-    if _is_trained(tower):
+    if is_trained(tower):
         raise ValueError("media_store needs a vision tower that is not trained: add vision to freeze.")
-    if _is_trained(model.perceiver):
+    if is_trained(model.perceiver):
         store = MediaFolder(folder, fingerprint_of_eyes(model, dtype, resampler=False), max_bytes)
         tower.forward = _StoredFeatures(store, tower)
     else:
@@ -52,13 +53,10 @@ class _StoredFeatures:
     def __call__(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """`pixel_values (N, C, H, W)` -> an output with `last_hidden_state` alone."""
         names = [hash_of_tensor(frame) for frame in pixel_values]
-        features = {name: self._store.get(name) for name in dict.fromkeys(names)}
-        missing = {name: index for index, name in enumerate(names) if features[name] is None}
-        if missing:
-            computed = self._compute(pixel_values[[*missing.values()]], **kwargs).last_hidden_state
-            for name, frame in zip(missing, computed, strict=True):
-                self._store.put(name, frame)
-                features[name] = frame
+        features = self._store.fetch(
+            dict(zip(names, pixel_values, strict=True)),
+            lambda frames: self._compute(torch.stack(frames), **kwargs).last_hidden_state,
+        )
         states = torch.stack([features[name].to(pixel_values.device, non_blocking=True) for name in names])
         return BaseModelOutputWithPooling(last_hidden_state=states)
 
@@ -81,22 +79,15 @@ class _StoredLatents:
                 order = slice(None) if frame_mask is None else (~frame_mask[i]).byte().argsort(stable=True)
                 frames[i] = pixel_values[i][order][:count]
         names = {i: name_of_medium(medium) for i, medium in frames.items()}
-        latents = {name: self._store.get(name) for name in dict.fromkeys(names.values())}
-        missing = {name: frames[i] for i, name in names.items() if latents[name] is None}
-        if missing:
-            media = nn.utils.rnn.pad_sequence(list(missing.values()), batch_first=True)
-            counts = [len(medium) for medium in missing.values()]
-            computed = self._compute(media, None, counts, **kwargs).pooler_output
-            for name, medium in zip(missing, computed, strict=True):
-                self._store.put(name, medium)
-                latents[name] = medium
+
+        def compute(media: list[torch.Tensor]) -> torch.Tensor:
+            padded = nn.utils.rnn.pad_sequence(media, batch_first=True)
+            return self._compute(padded, None, [len(medium) for medium in media], **kwargs).pooler_output
+
+        latents = self._store.fetch({name: frames[i] for i, name in names.items()}, compute)
         dtype = next(iter(latents.values())).dtype
         shape = (len(pixel_values), self._config.perceiver_num_latents, self._config.vision_hidden_size)
         states = torch.zeros(shape, dtype=dtype, device=pixel_values.device)
         for i, name in names.items():
             states[i] = latents[name]
         return BaseModelOutputWithPooling(pooler_output=states)
-
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
