@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 from otter_hf.cli import main
 from otter_hf.data import write_mimicit
 from otter_hf.data.contamination import (
+    Question,
     Questions,
-    Row,
     find_overlap,
     fingerprint,
     mixture_questions,
@@ -41,7 +41,7 @@ def stored_with_loss(picture: Image.Image) -> Image.Image:
 
 def side(rows, pictures):
     known = {name: fingerprint(picture) for name, picture in pictures.items()}
-    return Questions([Row(*row) for row in rows], known.get)
+    return Questions([Question(*row) for row in rows], known.get)
 
 
 TRAINING = {"t0": photograph(0), "t1": photograph(1), "t2": drawing("ellipse", "red"), "t3": photograph(3)}

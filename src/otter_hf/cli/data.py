@@ -8,6 +8,7 @@ from ..model_names import check_model_name
 from . import convert_it, pretraining_data
 from .engine_options import add_engine_options, engine_of, tell_submitted
 from .numbers import not_negative, positive
+from .parsing import add_command
 
 
 _IMAGE_SOURCES = {
@@ -33,9 +34,8 @@ def add_parser(subparsers) -> None:
 
 
 def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser = add_command(commands, name, run, help)
     parser.add_argument("--cache-dir", help="where index files are kept (default: the cache of datasets)")
-    parser.set_defaults(func=run)
     return parser
 
 
@@ -61,7 +61,8 @@ def _check(commands) -> None:
 
 
 def _run_check(args) -> int:
-    from ..data.validate import check_mixture, write_report
+    from ..data.validate import check_mixture
+    from ..files import write_json
 
     report = check_mixture(
         args.mixture,
@@ -82,7 +83,7 @@ def _run_check(args) -> int:
         report.overlap = find_overlap(*sides, num_threads=args.threads)
     print(report.table())
     if args.json:
-        write_report(report, args.json)
+        write_json(args.json, report.to_dict())
     return 0 if report.ok(args.strict) else 1
 
 
@@ -101,7 +102,7 @@ def _show(commands) -> None:
 
 def _run_show(args) -> None:
     from ..data.mixture import MimicitMixture
-    from ..data.preview import contact_sheet, describe_sample, prompt_of
+    from ..data.preview import contact_sheet, describe_sample, text_of_sample
 
     if args.processor:
         check_model_name(args.processor, "--processor", config=False)
@@ -117,7 +118,7 @@ def _run_show(args) -> None:
         processor = AutoProcessor.from_pretrained(args.processor)
         print(describe_sample(sample, processor, args.format, colour=not args.no_colour))
     else:
-        print(prompt_of(sample, args.format))
+        print(text_of_sample(sample, args.format))
     if args.png:
         Path(args.png).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(sample).save(args.png, "PNG")

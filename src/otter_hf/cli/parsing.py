@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+from collections.abc import Callable
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,6 +38,13 @@ class Parser(argparse.ArgumentParser):
             choices = [*map(str, action.choices)]
             hint = did_you_mean(str(value), choices) or f": use one of {', '.join(choices)}"
             raise argparse.ArgumentError(None, f"{name} cannot be {value!r}{hint}")
+
+
+def add_command(commands, name: str, run: Callable, help: str) -> argparse.ArgumentParser:
+    """A subcommand that sets `func` to `run`; the sentence of its help is its description, too."""
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    parser.set_defaults(func=run)
+    return parser
 
 
 def did_you_mean(word: str, known) -> str:

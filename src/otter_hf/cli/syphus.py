@@ -1,11 +1,11 @@
 """Instructions and answers about pictures, written by a language model from annotations."""
 
-import argparse
 import json
 import sys
 
 from .engine_options import add_engine_options, engine_of, tell_submitted
 from .numbers import not_negative, number, positive
+from .parsing import add_command
 
 
 def add_parser(subparsers) -> None:
@@ -16,12 +16,6 @@ def add_parser(subparsers) -> None:
     _resume(commands)
     _build(commands)
     _cold_start(commands)
-
-
-def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
-    parser.set_defaults(func=run)
-    return parser
 
 
 def _asking_arguments(parser) -> None:
@@ -58,7 +52,9 @@ def _offline_arguments(parser) -> None:
 
 
 def _run(commands) -> None:
-    parser = _command(commands, "run", run_new, "ask a language model about annotations, with OPENAI_API_KEY if set")
+    parser = add_command(
+        commands, "run", run_new, "ask a language model about annotations, with OPENAI_API_KEY if set"
+    )
     parser.add_argument("dataset", metavar="NAME", help="kind of annotations, such as video.DenseCaptions")
     parser.add_argument("--annotations", required=True, metavar="PATH", help="the annotations")
     parser.add_argument("--model", required=True, help="name of the model at the endpoint")
@@ -130,7 +126,7 @@ def _picture_options(args):
 
 
 def _resume(commands) -> None:
-    parser = _command(commands, "resume", run_resume, "go on with a run, or take up the results of a batch")
+    parser = add_command(commands, "resume", run_resume, "go on with a run, or take up the results of a batch")
     parser.add_argument("run", metavar="FOLDER", help="folder of the run")
     parser.add_argument("--retry-failed", action="store_true", help="also ask what was given up, or is in a batch")
     _offline_arguments(parser)
@@ -164,7 +160,7 @@ _OF_TRANSLATIONS = ("instructions", "train_config", "languages")
 
 
 def _build(commands) -> None:
-    parser = _command(commands, "build", run_build, "replies of runs to a MIMIC-IT dataset")
+    parser = add_command(commands, "build", run_build, "replies of runs to a MIMIC-IT dataset")
     parser.add_argument("runs", nargs="+", metavar="FOLDER", help="folders of runs, such as all shards")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="folder for the dataset")
     parser.add_argument("--name", help="of the dataset (default: that of the kind, such as DC)")
@@ -232,7 +228,7 @@ def run_build(args) -> None:
 
 
 def _cold_start(commands) -> None:
-    parser = _command(commands, "cold-start", run_cold_start, "replies of a short run to a draft of a prompt file")
+    parser = add_command(commands, "cold-start", run_cold_start, "replies of a short run to a draft of a prompt file")
     parser.add_argument("run", metavar="FOLDER", help="folder of a run with --no-in-context")
     parser.add_argument("--output", required=True, metavar="PATH", help="the new prompt file, to be corrected by hand")
 

@@ -36,7 +36,7 @@ _THUMBNAIL = 8
 _BATCH = 1024
 
 
-class Row(NamedTuple):
+class Question(NamedTuple):
     """A question and the ids of its pictures."""
 
     id: str
@@ -57,7 +57,7 @@ class Questions(NamedTuple):
         fingerprint: id -> what [`fingerprint`] says of the picture; None for a film, or what cannot be decoded.
     """
 
-    rows: Iterable[Row]
+    rows: Iterable[Question]
     fingerprint: Callable[[str], Fingerprint | None]
 
 
@@ -119,8 +119,8 @@ def find_overlap(training: Questions, evaluation: Questions, num_threads: int | 
         num_threads: that decode pictures; default: one per processor.
     """
     overlap = Overlap()
-    asked: dict[str, list[Row]] = defaultdict(list)  # question -> evaluation rows
-    showing: dict[str, list[Row]] = defaultdict(list)  # picture -> evaluation rows
+    asked: dict[str, list[Question]] = defaultdict(list)  # question -> evaluation rows
+    showing: dict[str, list[Question]] = defaultdict(list)  # picture -> evaluation rows
     num_rows = 0
     for row in evaluation.rows:
         num_rows += 1
@@ -176,13 +176,13 @@ def mixture_questions(
     entries = entries_of(mixture, cache_dir)
     stores = {entry.name: ImageStore(entry.images_path, cache_dir) for entry in entries if pictures}
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[Question]:
         for entry in entries:
             for id, record in iter_json_object(entry.mimicit_path, "data"):
                 ids = (record.get("image_ids") or []) if pictures and entry.task_group != TEXT_ONLY else []
                 ids = [ids] if isinstance(ids, str) else ids
                 question = str(record.get("instruction") or "")
-                yield Row(f"{entry.name}/{id}", question, [f"{entry.name}/{image}" for image in ids])
+                yield Question(f"{entry.name}/{id}", question, [f"{entry.name}/{image}" for image in ids])
 
     def look(name: str) -> Fingerprint | None:
         # the longest name first: "A/B/1" is of "A/B" where there is one, or else a picture "B/1" of "A"

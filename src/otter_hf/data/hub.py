@@ -19,7 +19,6 @@ from transformers.utils import logging
 from ..files import replacing
 from ..made_from import MadeFrom, keep, kept
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
-from .image_store import ImageStore
 from .json_stream import iter_json_object
 from .mixture_yaml import MixtureEntry, entries_of
 from .parquet_writer import PICTURES, write_rows
@@ -154,7 +153,7 @@ def _made_from(entries: Sequence[MixtureEntry]) -> MadeFrom:
 def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterator[tuple[str, Features, Iterable]]:
     records, store = load_mimicit(entry.mimicit_path, entry.images_path, cache_dir=cache_dir)
     if len(store):
-        images = ({"id": id, "image": {"bytes": store.read_bytes(id), "path": None}} for id in _once(store))
+        images = ({"id": id, "image": {"bytes": store.read_bytes(id), "path": None}} for id in dict.fromkeys(store))
         yield "Images", PICTURES, images
     columns = {"image_ids": "images", "rel_ins_ids": "related instructions"}
     features = _INSTRUCTIONS
@@ -165,14 +164,6 @@ def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterat
     if entry.train_config_path:
         contexts = iter_json_object(entry.train_config_path)
         yield "Train", _TRAIN, ({"id": id, "context": context} for id, context in contexts)
-
-
-def _once(store: ImageStore) -> Iterator[str]:
-    seen = set()
-    for id in store:
-        if id not in seen:
-            seen.add(id)
-            yield id
 
 
 def _write_parquet(path: Path, features: Features, rows: Iterable[Mapping[str, Any]]):

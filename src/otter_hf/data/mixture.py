@@ -19,6 +19,7 @@ from .formats import load_mimicit
 from .image_store import ImageStore
 from .mixture_yaml import MixtureEntry, entries_of, read_mixture  # noqa: F401  here callers find it, too
 from .samples import Sample, SampleError, SampleOptions, build_sample
+from .tables import aligned
 
 
 logger = logging.get_logger(__name__)
@@ -198,13 +199,7 @@ class MimicitMixture(Dataset):
             numbers = (f"{len(table):,}", f"{len(rows):,}", share, f"{len(store):,}")
             lines.append((entry.task_group, entry.name, *numbers))
         lines.append(("total", "", f"{sum(map(len, self._tables)):,}", f"{len(self):,}", "", ""))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width) for i, (cell, width) in enumerate(cells)
-            ).rstrip()
-            for cells in (list(zip(line, widths, strict=True)) for line in lines)
-        )
+        return aligned(lines)
 
 
 def sample_of_entry(

@@ -13,6 +13,7 @@ from ..prompts import render
 from .collator import IGNORE_INDEX, OtterCollator
 from .mixture import MimicitMixture
 from .samples import Sample
+from .tables import aligned
 
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def describe_sample(sample: Sample, processor: "OtterProcessor", format: str = "
     return f"{head}\n{''.join(pieces)}"
 
 
-def prompt_of(sample: Sample, format: str = "simple") -> str:
+def text_of_sample(sample: Sample, format: str = "simple") -> str:
     """The prompt text of a sample."""
     return render(
         sample["turns"],
@@ -100,7 +101,7 @@ def mixture_statistics(mixture: MimicitMixture, tokenizer: Any = None, limit: in
     values: dict[str, list] = {key: [] for key in ("length", "turns", "media", "frames", "width", "height")}
     for index in range(min(len(mixture), limit or len(mixture))):
         sample = mixture[index]
-        text = prompt_of(sample)
+        text = text_of_sample(sample)
         length = len(text) if tokenizer is None else len(tokenizer(text, verbose=False)["input_ids"])
         frames = [frame for medium in sample["media"] for frame in medium]
         for key, value in (("length", length), ("turns", len(sample["turns"])), ("media", len(sample["media"]))):
@@ -124,8 +125,7 @@ def statistics_table(values: Mapping[str, Sequence[int]], in_tokens: bool = Fals
             p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
             key = f"{key} ({units[key]})" if key in units else key
             lines.append((key, *map(str, (len(ordered), ordered[0], median(ordered), p95, ordered[-1]))))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return aligned(lines, left=0)
 
 
 def write_histograms(values: Mapping[str, Sequence[int]], path: str | Path):

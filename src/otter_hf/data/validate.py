@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import remove, write_json
+from ..files import remove
 from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
 from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
@@ -29,6 +29,7 @@ from .images import decode_image
 from .json_stream import iter_json_object
 from .mixture_yaml import MixtureEntry, Problem, read_mixture
 from .samples import IMAGE_TEXT, IMAGE_TEXT_IN_CONTEXT, TEXT_ONLY, VIDEO_TEXT
+from .tables import aligned
 
 
 SEVERITIES = ("error", "warning", "note")
@@ -111,11 +112,7 @@ class ValidationReport:
             bad = (counts.unmatched_image_ids, counts.unreadable_images)
             cells = (*(f"{number:,}" for number in numbers), per_record, *(f"{number:,}" for number in bad))
             lines.append((counts.task_group, counts.dataset, *cells))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines
-        ]
+        text = [aligned(lines)]
         for finding in sorted(self.findings, key=lambda finding: SEVERITIES.index(finding.severity)):
             where = f"{finding.task_group}/{finding.dataset}: " if finding.dataset else ""
             times = f" ({finding.count:,} times)" if finding.count > 1 else ""
@@ -462,8 +459,3 @@ def _check_film(film: bytes | Path) -> tuple[str, str, str] | None:
     except ValueError as error:
         return "error", "unreadable film", str(error).rstrip(".")
     return None
-
-
-def write_report(report: ValidationReport, path: AnyPath):
-    """Writes the report as JSON, whole or not at all."""
-    write_json(path, report.to_dict())

@@ -17,7 +17,7 @@ _LEAST_SHARED = 8
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """
     Args:
         ids: `(L,)` int64, without padding.
@@ -62,26 +62,28 @@ class PromptBatches:
         self._model, self._pad, self._media = model, pad_token_id, media
         self._prefix: tuple[torch.Tensor, list, Cache] | None = None
 
-    def split(self, inputs: Mapping[str, Any]) -> list[Prompt]:
+    def split(self, inputs: Mapping[str, Any]) -> list[TokenizedPrompt]:
         """The prompts of a processor's batch; media that were not seen before are encoded."""
         rows = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
         if self._media is not None:
             media = self._media.media_of(inputs)
             return [
-                Prompt(ids, [value for _, value in own], [key for key, _ in own])
+                TokenizedPrompt(ids, [value for _, value in own], [key for key, _ in own])
                 for ids, own in zip(rows, media, strict=True)
             ]
         counts = [int((ids == self._model.config.image_token_id).sum()) for ids in rows]
         patches = inputs.get("pixel_values")
         if patches is None:
-            return [Prompt(ids, [], []) for ids in rows]
+            return [TokenizedPrompt(ids, [], []) for ids in rows]
         of_rows = patches.reshape(-1, patches.shape[-1]).to(self._model.dtype).split(counts)
         return [
-            Prompt(ids, list(own), [hash_of_tensor(patch) for patch in own])
+            TokenizedPrompt(ids, list(own), [hash_of_tensor(patch) for patch in own])
             for ids, own in zip(rows, of_rows, strict=True)
         ]
 
-    def batches(self, prompts: Sequence[Prompt], size: int, wanted: Collection[int] | None = None) -> Iterator[Batch]:
+    def batches(
+        self, prompts: Sequence[TokenizedPrompt], size: int, wanted: Collection[int] | None = None
+    ) -> Iterator[Batch]:
         """
         All prompts, the shortest first.
 
@@ -98,7 +100,7 @@ class PromptBatches:
             inputs, padding = self._pack([prompts[number] for number in group])
             yield Batch(group, inputs, padding, prefix)
 
-    def _read_prefix(self, prompts: Sequence[Prompt]) -> Cache | None:
+    def _read_prefix(self, prompts: Sequence[TokenizedPrompt]) -> Cache | None:
         """Always read in one go: what comes out depends on these prompts alone, not on those before them."""
         if len(prompts) < 2:
             return None
@@ -115,7 +117,7 @@ class PromptBatches:
             self._prefix = (ids, shared, compute_prefix(self._model, inputs, length))
         return self._prefix[2]
 
-    def _pack(self, prompts: Sequence[Prompt]) -> tuple[dict[str, torch.Tensor], list[int]]:
+    def _pack(self, prompts: Sequence[TokenizedPrompt]) -> tuple[dict[str, torch.Tensor], list[int]]:
         longest = max(len(prompt.ids) for prompt in prompts)
         padding = [longest - len(prompt.ids) for prompt in prompts]
         ids = torch.full((len(prompts), longest), self._pad)

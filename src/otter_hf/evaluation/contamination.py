@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..data.contamination import Overlap, Questions, Row, find_overlap, fingerprint, mixture_questions
+from ..data.contamination import Overlap, Question, Questions, find_overlap, fingerprint, mixture_questions
 from ..data.mixture_yaml import read_mixture
 from ..made_from import MadeFrom
 from ..storage import is_remote
@@ -39,13 +39,13 @@ def check_contamination(config: EvalConfig) -> Overlap:
 
     seen = {}  # a row is read with its pictures: each is looked at once
 
-    def rows() -> Iterator[Row]:
+    def rows() -> Iterator[Question]:
         for name, table in tables.items():
             for number in range(table.length):
                 id, question, pictures = table.look(number)
                 places = [f"{name}/{number}/{k}" for k in range(len(pictures))]
                 seen.update(zip(places, map(fingerprint, pictures), strict=True))
-                yield Row(f"{name}/{id}", question, places)
+                yield Question(f"{name}/{id}", question, places)
 
     return find_overlap(mixture_questions(config.training_data), Questions(rows(), seen.get))
 

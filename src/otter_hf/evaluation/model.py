@@ -26,7 +26,7 @@ from ..models.prefix_cache import (
 )
 from ..pictures import read_image
 from ..thinking import thinking_length
-from .batching import Batch, Prompt, PromptBatches
+from .batching import Batch, PromptBatches, TokenizedPrompt
 from .candidates import score_candidates
 
 
@@ -222,7 +222,9 @@ class ConversationModel:
         given = {} if cache is None else {"past_key_values": cache}
         return self.model.generate(**inputs, **given, **options)[:, ids.shape[1] :]
 
-    def _prompts(self, conversations: Iterable[list[dict]], chat_template: str | None, size: int) -> list[Prompt]:
+    def _prompts(
+        self, conversations: Iterable[list[dict]], chat_template: str | None, size: int
+    ) -> list[TokenizedPrompt]:
         return [
             prompt
             for _, chunk in _chunks(conversations, size)

@@ -39,17 +39,15 @@ _MOST_MISMATCHES = 10
 
 
 @dataclass
-class ConversionCounts:
+class ShardCounts:
     """What a converter wrote, and what it left out, by reason."""
 
     samples: int = 0
     images: int = 0
     left_out: Counter = field(default_factory=Counter)
 
-    def __add__(self, other: "ConversionCounts") -> "ConversionCounts":
-        return ConversionCounts(
-            self.samples + other.samples, self.images + other.images, self.left_out + other.left_out
-        )
+    def __add__(self, other: "ShardCounts") -> "ShardCounts":
+        return ShardCounts(self.samples + other.samples, self.images + other.images, self.left_out + other.left_out)
 
 
 def mmc4_to_tar(
@@ -60,7 +58,7 @@ def mmc4_to_tar(
     max_samples: int = 30_000,
     max_bytes: float = 1e10,
     engine: Engine | None = None,
-) -> ConversionCounts | None:
+) -> ShardCounts | None:
     """
     Writes MMC4 documents together with their pictures: a `json` part per document, in which each entry of `image_info`
     has its picture as `image_base64`.
@@ -113,7 +111,7 @@ def mmc4_to_tar(
         )
     convert = partial(_convert_mmc4_shard, output=to_path(output), max_samples=max_samples, max_bytes=max_bytes)
     counts = convert_all(convert, jobs, output, engine, max_samples=max_samples, max_bytes=max_bytes)
-    return None if counts is None else counts + ConversionCounts(left_out=left_out)
+    return None if counts is None else counts + ShardCounts(left_out=left_out)
 
 
 def _is_file(path: AnyPath) -> bool:
@@ -138,7 +136,7 @@ def laion_to_tar(
     max_samples: int = 500_000,
     max_bytes: float = 2e10,
     engine: Engine | None = None,
-) -> ConversionCounts | None:
+) -> ShardCounts | None:
     """
     Writes pairs of TSV files as shards of pictures with captions.
 
@@ -169,13 +167,13 @@ def laion_to_tar(
 
 
 def convert_all(
-    convert: Callable[[tuple], tuple[ConversionCounts, dict[str, int]]],
+    convert: Callable[[tuple], tuple[ShardCounts, dict[str, int]]],
     jobs: Sequence[tuple],
     output: str | Path,
     engine: Engine | None = None,
     pictures: Sequence[str | Path] = (),
     **options: Any,
-) -> ConversionCounts | None:
+) -> ShardCounts | None:
     """
     Runs `convert(job)`, which gives counts and sizes of shards, for the jobs that are not written down as done.
 
@@ -230,11 +228,11 @@ def _convert_job(item: tuple[tuple, dict], stop: Event, convert: Callable, outpu
     }
 
 
-def _settle(output: AnyPath) -> ConversionCounts:
+def _settle(output: AnyPath) -> ShardCounts:
     """Writes down what the records tell, in place of them; gives their counts."""
-    total, sizes, made_from = ConversionCounts(), {}, {}
+    total, sizes, made_from = ShardCounts(), {}, {}
     for name, record in read_records(output / _RECORDS).items():
-        total += ConversionCounts(record["samples"], record["images"], Counter(record["left_out"]))
+        total += ShardCounts(record["samples"], record["images"], Counter(record["left_out"]))
         sizes |= record["sizes"]
         made_from[name] = MadeFrom(**record["made_from"])
     if made_from:
@@ -276,7 +274,7 @@ def stem(path: str | Path) -> str:
 
 def _convert_mmc4_shard(job: tuple[str, str], output: AnyPath, max_samples: int, max_bytes: float):
     docs, tar_path = job
-    counts = ConversionCounts()
+    counts = ShardCounts()
     with (
         _open_tar(tar_path) as tar,
         _open_lines(docs) as file,
@@ -381,7 +379,7 @@ def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _convert_laion_pair(job: tuple[AnyPath, AnyPath], output: AnyPath, max_samples: int, max_bytes: float):
-    counts = ConversionCounts()
+    counts = ShardCounts()
     for path in job:
         refuse_lfs_pointer(path)
     mismatches: list[str] = []

@@ -10,7 +10,7 @@ from ...reading import parse_json, refuse_lfs_pointer
 from ...storage import AnyPath, is_one_path, is_remote, to_path
 from ..engine import Engine
 from ..images import encode_base64
-from .converters import ConversionCounts, convert_all, stem
+from .converters import ShardCounts, convert_all, stem
 from .samples import ImageTextPairs
 from .shards import SampleParts, ShardReader, ShardWriter, expand_shards
 
@@ -26,7 +26,7 @@ def obelics_to_tar(
     max_samples: int = 30_000,
     max_bytes: float = 1e10,
     engine: Engine | None = None,
-) -> ConversionCounts | None:
+) -> ShardCounts | None:
     """
     Writes documents of OBELICS (https://huggingface.co/papers/2306.16527) together with their pictures, in the form of
     MMC4 that `mmc4_to_tar` writes.
@@ -97,7 +97,7 @@ class _Pictures:
 
 def _convert(job: tuple[AnyPath], pictures: _Pictures, output: AnyPath, max_samples: int, max_bytes: float):
     (path,) = job
-    counts = ConversionCounts()
+    counts = ShardCounts()
     with ShardWriter(output, f"{stem(path)}.%03d.tar", max_samples, max_bytes) as writer:
         for number, row in enumerate(_rows(path)):
             if not _are_texts(row["images"]) or not _are_texts(row["texts"]):
@@ -139,7 +139,7 @@ def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as parquet: {error}.") from None
 
 
-def _document(row: dict[str, Any], pictures: _Pictures, counts: ConversionCounts) -> tuple[list[str], list[dict]]:
+def _document(row: dict[str, Any], pictures: _Pictures, counts: ShardCounts) -> tuple[list[str], list[dict]]:
     """Texts, and the pictures in front of them."""
     sentences: list[str] = []
     infos: list[dict[str, Any]] = []

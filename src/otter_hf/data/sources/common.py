@@ -387,6 +387,12 @@ def text_of(row: dict[str, Any], key: str, where: str, default: str | None = Non
     return value
 
 
+def system_text(row: dict[str, Any], of_messages: str | None, where: str) -> str | None:
+    """The text under `system`, in front of that of the messages; None if there is neither."""
+    own = text_of(row, "system", where) if row.get("system") else None
+    return "\n".join(filter(None, (own, of_messages))) or None
+
+
 # refused where a reader does not know them
 _OTHER_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _ASKING = ("human", "user")

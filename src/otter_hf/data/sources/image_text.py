@@ -21,6 +21,7 @@ from .common import (
     place_pictures,
     read_conversations,
     read_messages,
+    system_text,
     text_of,
 )
 
@@ -52,8 +53,7 @@ def read_llava(
         films = media_of_row(row, where, image_folder, allow_outside, "video")
         turns, pictures = join_media(turns, pictures, films, where)
         turns, per_turn = place_pictures(turns, pictures, where, marked=True)
-        if row.get("system"):
-            system = "\n".join(filter(None, (text_of(row, "system", where), system)))
+        system = system_text(row, system, where)
         unused += unused_messages
         yield Conversation(str(row.get("id", number)), turns, pictures, per_turn, system, unused=unused)
 

@@ -27,6 +27,7 @@ from .common import (
     read_conversations,
     read_messages,
     read_named_rows,
+    system_text,
     text_of,
     write_conversations,
     write_mixture,
@@ -66,8 +67,7 @@ def read_chats(
         turns, system, unused_messages = read_messages(reader.texts(_messages(messages, where)), where)
         turns, media = join_media(turns, *reader.media(), where)
         turns, per_turn = place_pictures(turns, media, where, marked=True)
-        if row.get("system"):
-            system = "\n".join(filter(None, (text_of(row, "system", where), system)))
+        system = system_text(row, system, where)
         id = number if row.get("id") is None else row["id"]
         yield Conversation(str(id), turns, media, per_turn, system, unused=unused + unused_messages)
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import Conversation, check_keys, read_conversations, read_messages, text_of
+from .common import Conversation, check_keys, read_conversations, read_messages, system_text, text_of
 
 
 def read_sharegpt(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
@@ -13,8 +13,7 @@ def read_sharegpt(path: str | Path, on_invalid: str = "raise") -> Iterator[Conve
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
         unused = check_keys(row, ("id", "conversations", "system"), where)
         turns, system, unused_messages = read_messages(row.get("conversations"), where)
-        if row.get("system"):
-            system = "\n".join(filter(None, (text_of(row, "system", where), system)))
+        system = system_text(row, system, where)
         yield Conversation(str(row.get("id", number)), turns, system=system, unused=unused + unused_messages)
 
     return read_conversations(path, read, on_invalid)
@@ -52,7 +51,7 @@ def read_alpaca(path: str | Path, on_invalid: str = "raise") -> Iterator[Convers
         ):
             raise ValueError(f"{where}: history must be a list of [instruction, answer], got {repr(history)[:60]}.")
         turns = [*map(tuple, history), (f"{question}\n{given}" if given else question, answer)]
-        system = text_of(row, "system", where) if row.get("system") else None
+        system = system_text(row, None, where)
         yield Conversation(str(row.get("id", number)), turns, system=system, unused=unused)
 
     return read_conversations(path, read, on_invalid)

@@ -8,7 +8,7 @@ from .base import Converter, LeftOut, Source
 from .pictures import CocoGeneralDifference, Llava, SceneNavigation, SpotTheDifference
 from .storytelling import VisualStoryTelling
 from .videos import DenseCaptions, Ego4D, TVCaptions
-from .writer import ConversionReport, convert
+from .writer import StoreReport, convert
 
 
 CONVERTERS: dict[str, type[Converter]] = {
@@ -38,7 +38,7 @@ def find_converter(name: str) -> type[Converter]:
 __all__ = [
     "CONVERTERS",
     "CocoGeneralDifference",
-    "ConversionReport",
+    "StoreReport",
     "Converter",
     "DenseCaptions",
     "Ego4D",

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -71,8 +70,3 @@ class Converter(ABC):
         Raises:
             LeftOut: if the source, or what remains of it, cannot be read.
         """
-
-
-def stem(name: str) -> str:
-    """A file name without its suffix; other dots are part of the name."""
-    return Path(name).stem

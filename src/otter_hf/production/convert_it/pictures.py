@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from ...data.image_store import natural_order
 from ...data.json_stream import iter_json_object
 from ...storage import AnyPath
-from .base import PICTURE_SUFFIXES, Converter, LeftOut, Source, stem
+from .base import PICTURE_SUFFIXES, Converter, LeftOut, Source
 
 
 class _OneFile(Converter):
@@ -39,7 +39,7 @@ class SceneNavigation(_OneFile):
     def sources(self) -> Iterator[Source]:
         for scene in sorted(self.image_path.glob("scene*_00")):
             for path in _pictures(scene / "color"):
-                yield Source(f"{scene.name}_color_{stem(path.name)}", path)
+                yield Source(f"{scene.name}_color_{path.stem}", path)
 
 
 class CocoGeneralDifference(_OneFile):
@@ -51,7 +51,7 @@ class CocoGeneralDifference(_OneFile):
     def sources(self) -> Iterator[Source]:
         for path in sorted(self.image_path.iterdir(), key=natural_order):
             if path.is_file():
-                yield Source(stem(path.name), path)
+                yield Source(path.stem, path)
 
 
 class SpotTheDifference(Converter):
@@ -66,7 +66,7 @@ class SpotTheDifference(Converter):
     def sources(self) -> Iterator[Source]:
         pairs: dict[str, list[AnyPath | None]] = {}
         for path in _pictures(self.image_path):
-            id, second = stem(path.name), 0
+            id, second = path.stem, 0
             if id.endswith("_diff"):
                 continue
             if id.endswith("_2"):

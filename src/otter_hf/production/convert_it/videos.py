@@ -7,7 +7,7 @@ from PIL import Image
 
 from ...data.image_store import natural_order
 from ...storage import AnyPath
-from .base import PICTURE_SUFFIXES, Converter, Source, stem
+from .base import PICTURE_SUFFIXES, Converter, Source
 from .frames import frames_by_second
 
 
@@ -24,7 +24,7 @@ class _Videos(Converter):
     def sources(self) -> Iterator[Source]:
         for path in sorted(self.image_path.iterdir(), key=natural_order):
             if path.suffix.lower() in VIDEO_SUFFIXES:
-                yield Source(stem(path.name), path)
+                yield Source(path.stem, path)
 
     def read(self, source: Source) -> Iterator[tuple[str, Image.Image]]:
         for second, frame in frames_by_second(source.place):
@@ -62,7 +62,7 @@ class TVCaptions(Converter):
     def read(self, source: Source) -> Iterator[tuple[str, AnyPath]]:
         frames = [path for path in source.place.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES]
         for path in spread(sorted(frames, key=natural_order)):
-            yield f"{source.name}_{stem(path.name)}", path
+            yield f"{source.name}_{path.stem}", path
 
 
 def spread(items: Sequence, limit: int = 16) -> list:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from io import BytesIO
 from threading import Event
 from typing import Any
 
@@ -19,7 +18,7 @@ from ...data.images import decode_image, image_bytes
 from ...data.parquet_writer import write_images
 from ...files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_json
 from ...made_from import state
-from ...pictures import read_image
+from ...pictures import encode_image, read_image
 from ...storage import AnyPath, forget_listings, is_remote, to_path
 from .base import Converter, LeftOut, Source
 
@@ -31,7 +30,7 @@ _FEWEST_SHARDS = 32
 
 
 @dataclass
-class ConversionReport:
+class StoreReport:
     """What a conversion wrote and left out.
 
     `left_out` has an entry `{"source", "kind", "reason"}` for each source or picture that could not be used.
@@ -56,7 +55,7 @@ def convert(
     engine: Engine | None = None,
     sources_per_shard: int | None = None,
     retry: bool = False,
-) -> ConversionReport | None:
+) -> StoreReport | None:
     """Writes the pictures of a public set as the image store `<output>/<short name>.parquet`, a folder of shards.
 
     Image ids are the original's. Other than there, pictures are not held in memory, dots in names are kept, videos
@@ -167,7 +166,7 @@ class _Shards:
         per_shard = settings["sources_per_shard"]
         self.shards = [sources[i : i + per_shard] for i in range(0, len(sources), per_shard)]
 
-    def write(self, engine: Engine, retry: bool) -> ConversionReport | None:
+    def write(self, engine: Engine, retry: bool) -> StoreReport | None:
         pending = {f"part.{n}": n for n in range(len(self.shards)) if self._is_pending(n, retry)}
         done = len(self.shards) - len(pending)
         if done:
@@ -184,7 +183,7 @@ class _Shards:
         done = run(self._write_shard, pending, self.progress, engine, name=name, finish=self.finish)
         return self.finish() if done else None
 
-    def finish(self) -> ConversionReport:
+    def finish(self) -> StoreReport:
         """Gives the store its name, and writes the report."""
         if self.incomplete_store.exists():
             for path in self.incomplete_store.glob(".*.incomplete"):  # of workers that were killed
@@ -250,8 +249,8 @@ class _Shards:
             except LeftOut as error:
                 leave_out(source.name, error)
 
-    def report(self, path: AnyPath) -> ConversionReport:
-        report = ConversionReport(self.store, sources=sum(map(len, self.shards)))
+    def report(self, path: AnyPath) -> StoreReport:
+        report = StoreReport(self.store, sources=sum(map(len, self.shards)))
         for number in range(len(self.shards)):
             shard = json.loads(self._report_path(number).read_text(encoding="utf-8"))
             report.images += shard["images"]
@@ -283,6 +282,4 @@ def encode_picture(picture: bytes | AnyPath | Image.Image, size: int | None) -> 
         return image_bytes(data)
     if decoded.size != (size, size):
         decoded = decoded.resize((size, size), Image.Resampling.LANCZOS)
-    buffer = BytesIO()
-    decoded.save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_image(decoded)

@@ -81,7 +81,7 @@ def build_dataset(
         meta = {"version": "0.0.1", "time": date.today().isoformat(), "source": f"syphus {kind.name}"}
         report.files = write_mimicit(folder, name, records, store, train_config, meta)
         report.left_out = dict(invalid.counts)
-        write_report(Path(folder, f"{name}_build.json"), report)
+        write_counts(Path(folder, f"{name}_build.json"), report)
     return report
 
 
@@ -108,7 +108,7 @@ class InvalidFile:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def write_report(path: Path, report: Any) -> None:
+def write_counts(path: Path, report: Any) -> None:
     """Writes a report as JSON, complete or not at all."""
     write_text(path, json.dumps(asdict(report), ensure_ascii=False, indent=1, default=str))
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...data.formats import MimicitFiles, write_mimicit
 from ...data.image_store import ImageStore
 from ...data.json_stream import iter_json_object
-from .build import InvalidFile, write_report
+from .build import InvalidFile, write_counts
 from .replies import tolerant_json
 from .run import SyphusRun
 
@@ -93,7 +93,7 @@ def build_translations(
             report.files[language] = write_mimicit(folder, title, records, store, config)
             report.records[language] = len(good)
             report.left_out[language] = dict(invalid.counts)
-    write_report(Path(folder, f"{name}_translations.json"), report)
+    write_counts(Path(folder, f"{name}_translations.json"), report)
     return report
 
 
