@@ -53,61 +53,37 @@ def port_number(text: str) -> int:
 
 def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     """What `ServerSettings` holds; the defaults are its own."""
+    above_0 = number(float, above=0)
     limits = parser.add_argument_group("limits")
-    limits.add_argument(
-        "--max-body-mb", type=number(float, above=0), default=20, help="of a request, base64 included (default: 20)"
-    )
-    limits.add_argument(
-        "--max-image-pixels", type=positive, default=40_000_000, help="of a picture (default: 40 million)"
-    )
-    limits.add_argument(
-        "--max-video-pixels",
-        type=positive,
-        default=20_000_000_000,
-        help="of a video (default: 20 thousand million)",
-    )
-    limits.add_argument(
-        "--max-pictures", type=not_negative, default=128, help="and frames of a request (default: 128)"
-    )
-    limits.add_argument("--num-frames", type=positive, default=16, help="read of a video (default: 16)")
-    limits.add_argument(
-        "--max-text-characters", type=positive, default=500_000, help="of a request (default: 500,000)"
-    )
-    limits.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer (default: 1024)")
-    limits.add_argument(
-        "--body-timeout", type=number(float, above=0), default=30, help="seconds for a request to arrive (default: 30)"
-    )
-    limits.add_argument(
-        "--request-timeout", type=number(float, above=0), default=300, help="seconds, waiting included (default: 300)"
-    )
-    limits.add_argument(
-        "--slots", type=positive, default=16, help="requests prepared or answered at a time (default: 16)"
-    )
-    limits.add_argument(
-        "--batch-tokens",
-        type=positive,
-        default=16_384,
-        help="answers at a time by the length of the longest, prompt included, that memory is taken for; others wait "
-        "(default: 16,384)",
-    )
-    limits.add_argument(
-        "--prefill-tokens",
-        type=positive,
-        default=512,
-        help="of new prompts read before others get their next token (default: 512)",
-    )
-    limits.add_argument(
-        "--prefix-cache-mb",
-        type=number(float, least=0),
-        default=256,
-        help="of what prompts begin with alike, kept for each model (default: 256; 0 keeps none)",
-    )
-    limits.add_argument(
-        "--queue", type=not_negative, default=64, help="requests that may wait, then 429 (default: 64)"
-    )
-    limits.add_argument(
-        "--shutdown-timeout", type=not_negative, default=30, help="seconds to finish answers in (default: 30)"
-    )
+    for flag, kind, default, help in (
+        ("--max-body-mb", above_0, 20, "of a request, base64 included (default: 20)"),
+        ("--max-image-pixels", positive, 40_000_000, "of a picture (default: 40 million)"),
+        ("--max-video-pixels", positive, 20_000_000_000, "of a video (default: 20 thousand million)"),
+        ("--max-pictures", not_negative, 128, "and frames of a request (default: 128)"),
+        ("--num-frames", positive, 16, "read of a video (default: 16)"),
+        ("--max-text-characters", positive, 500_000, "of a request (default: 500,000)"),
+        ("--max-new-tokens", positive, 1024, "of an answer (default: 1024)"),
+        ("--body-timeout", above_0, 30, "seconds for a request to arrive (default: 30)"),
+        ("--request-timeout", above_0, 300, "seconds, waiting included (default: 300)"),
+        ("--slots", positive, 16, "requests prepared or answered at a time (default: 16)"),
+        (
+            "--batch-tokens",
+            positive,
+            16_384,
+            "answers at a time by the length of the longest, prompt included, that memory is taken for; others wait "
+            "(default: 16,384)",
+        ),
+        ("--prefill-tokens", positive, 512, "of new prompts read before others get their next token (default: 512)"),
+        (
+            "--prefix-cache-mb",
+            number(float, least=0),
+            256,
+            "of what prompts begin with alike, kept for each model (default: 256; 0 keeps none)",
+        ),
+        ("--queue", not_negative, 64, "requests that may wait, then 429 (default: 64)"),
+        ("--shutdown-timeout", not_negative, 30, "seconds to finish answers in (default: 30)"),
+    ):
+        limits.add_argument(flag, type=kind, default=default, help=help)
     parser.add_argument(
         "--allow-origin",
         action="append",
@@ -126,10 +102,7 @@ def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
     urls.add_argument("--no-fetch", action="store_true", help="read data: only, fetch no http(s) address")
     urls.add_argument("--max-fetches", type=not_negative, default=16, help="addresses of a request (default: 16)")
     urls.add_argument(
-        "--fetch-timeout",
-        type=number(float, above=0),
-        default=20,
-        help="seconds for all of them together (default: 20)",
+        "--fetch-timeout", type=above_0, default=20, help="seconds for all of them together (default: 20)"
     )
     urls.add_argument("--allow-private-addresses", action="store_true", help="fetch from this machine and network too")
     urls.add_argument("--allow-files", metavar="DIR", help="read file:// addresses below this folder")
