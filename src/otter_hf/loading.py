@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.integrations import is_fsdp_enabled
 from transformers.modeling_utils import LoadStateDictConfig
@@ -222,6 +229,8 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     _tokenizer_options(path, revision, tokenizer=tokenizer)
     # Idefics' image processor cannot do without torchvision unless told to
     processor = AutoProcessor.from_pretrained(path, revision=revision, backend="pil")
+    # the tokenizer keeps that word as its own backend, and passes for a slow one
+    processor.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     of_2023 = config.get("transformers_version", "4.").startswith("4.")
     if of_2023 or tokenizer_reference is not None:
         reference = tokenizer_reference or IDEFICS_REFERENCE

@@ -29,7 +29,8 @@ class Remembers(LocalFileSystem):
         self.dircache.clear()
 
 
-fsspec.register_implementation("remembers", Remembers)
+# imported under two names in one process of tests
+fsspec.register_implementation("remembers", Remembers, clobber=True)
 with suppress(ImportError):  # the extra scale
     from upath import UPath
     from upath.registry import register_implementation
@@ -37,7 +38,7 @@ with suppress(ImportError):  # the extra scale
     class RemembersPath(UPath):
         """Its paths, which other processes can be handed."""
 
-    register_implementation("remembers", RemembersPath)
+    register_implementation("remembers", RemembersPath, clobber=True)
 
 
 def write_documents(folder: Path, files: int, documents: int) -> tuple[str, str]:

@@ -127,7 +127,7 @@ def test_pillow_resizes_where_torchvision_is_installed(processor, tmp_path, monk
         module, "_load_backend_class", lambda name, backend, *args: taken.append(backend) or choose(name, "pil", *args)
     )
     processor.save_pretrained(tmp_path)
-    load(tmp_path)
+    assert load(tmp_path).tokenizer.backend == "tokenizers"  # the word is not the tokenizer's
     load(tmp_path, backend="torchvision")
     assert taken == ["pil", "torchvision"]
 

@@ -135,17 +135,18 @@ class RunRecord:
 
     def is_complete(self, checkpoint: str | Path | None, output_dir: str | Path) -> bool:
         """
-        Whether nothing is left to do: the output folder holds the model of this run's last step, which a checkpoint
-        alone does not tell.
+        Whether nothing is left to do: the checkpoint to go on from, if there is one, is of the last step, and the
+        output folder holds the model of it, which a checkpoint alone does not tell.
         """
-        state, there = Path(output_dir, TRAINER_STATE_NAME), read_run(output_dir)
-        if self.steps is None or not state.is_file() or there is None:
+        there = read_run(output_dir)
+        if self.steps is None or there is None:
             return False
         if there.settings != self.settings if checkpoint is None else there.id != self.id:
             return False
+        states = [Path(folder, TRAINER_STATE_NAME) for folder in (output_dir, checkpoint) if folder is not None]
         try:
-            return json.loads(state.read_text(encoding="utf-8"))["global_step"] >= self.steps
-        except (ValueError, KeyError, TypeError):
+            return all(json.loads(state.read_text(encoding="utf-8"))["global_step"] >= self.steps for state in states)
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
 

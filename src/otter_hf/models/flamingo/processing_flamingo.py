@@ -105,7 +105,8 @@ class FlamingoProcessor(ChatProcessorMixin):
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def _load_tokenizer_from_pretrained(cls, *args, tokenizer=None, **kwargs):
+    def _load_tokenizer_from_pretrained(cls, *args, tokenizer=None, backend=None, **kwargs):
+        # the backend is the image processor's: a tokenizer would keep it as its own, and pass for a slow one
         return super()._load_tokenizer_from_pretrained(*args, **kwargs) if tokenizer is None else tokenizer
 
     @classmethod
