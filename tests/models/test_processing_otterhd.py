@@ -333,6 +333,8 @@ class TestFiles:
             assert torch.equal(outputs["pixel_values"], expected["pixel_values"])
             assert again.chat_template == processor.chat_template
         assert type(AutoImageProcessor.from_pretrained(tmp_path)) is OtterHDImageProcessor
+        # a word for image processors, with which the tokenizer would pass for a slow one
+        assert AutoProcessor.from_pretrained(tmp_path, backend="pil").tokenizer.backend == "tokenizers"
         assert AutoTokenizer.from_pretrained(tmp_path)("Q\x04")["input_ids"][-1] == processor.answer_token_id
 
     def test_wrong_tokenizers(self):

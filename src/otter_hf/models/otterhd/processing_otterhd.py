@@ -122,6 +122,7 @@ class OtterHDProcessor(OtterHDLocationsMixin, ChatProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # neither Auto class will do: the files of 2023 name a broken image processor and the wrong tokenizer class
+        kwargs.pop("backend", None)  # of image processors with several, as this one has not
         image_processor = OtterHDImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer = TokenizersBackend.from_pretrained(pretrained_model_name_or_path, **kwargs)
         if "token_type_ids" in tokenizer.model_input_names:
