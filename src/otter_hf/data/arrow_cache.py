@@ -156,12 +156,27 @@ def _tell_size(path: Path, num_bytes: int) -> None:
 
 
 def open_arrow_file(path: str | Path) -> pa.Table:
-    """Memory-maps an Arrow stream or Arrow (Feather v2) file; nothing is read until it is used."""
+    """
+    Memory-maps an Arrow stream or Arrow (Feather v2) file. Of texts and bytes it reads where each begins, once: with
+    damaged places pyarrow would end the process. The rest is read when it is used.
+
+    Raises:
+        pa.ArrowInvalid: for a file that is damaged there.
+    """
     file = pa.memory_map(str(path))
-    if file.read(6) == b"ARROW1":
-        return pa.ipc.open_file(file).read_all()
+    is_file = file.read(6) == b"ARROW1"
     file.seek(0)
-    return pa.ipc.open_stream(file).read_all()
+    table = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file).read_all()
+    for column in table.columns:
+        column.validate()
+        # as bytes, of which places alone are looked at: whether texts are UTF-8 is seen when they are read
+        if pa.types.is_string(column.type):
+            column.cast(pa.binary()).validate(full=True)
+        elif pa.types.is_large_string(column.type):
+            column.cast(pa.large_binary()).validate(full=True)
+        elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+            column.validate(full=True)
+    return table
 
 
 class IdIndex:
