@@ -229,12 +229,12 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     _tokenizer_options(path, revision, tokenizer=tokenizer)
     # Idefics' image processor cannot do without torchvision unless told to
     processor = AutoProcessor.from_pretrained(path, revision=revision, backend="pil")
-    # the tokenizer keeps that word as its own backend, and passes for a slow one
-    processor.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     of_2023 = config.get("transformers_version", "4.").startswith("4.")
     if of_2023 or tokenizer_reference is not None:
         reference = tokenizer_reference or IDEFICS_REFERENCE
         processor.tokenizer = load_tokenizer(path, legacy=of_2023, reference=reference, revision=revision)
+    else:  # the tokenizer keeps that word as its own backend, and passes for a slow one
+        processor.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     return processor
 
 

@@ -9,7 +9,9 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from otter_hf import FlamingoProcessor, OtterProcessor
+from otter_hf.loading import read_processor
 from otter_hf.prompts import render
+from otter_hf.testing import write_tiny
 
 
 def question(text, *images):
@@ -114,6 +116,12 @@ def test_save_and_load_give_the_same_batch(processor, pictures, tmp_path):
     before, after = processor(**inputs), loaded(**inputs)
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert loaded.chat_template == processor.chat_template
+
+
+def test_the_tokenizer_of_idefics_is_a_fast_one(tmp_path):
+    """Its image processor is asked for by backend, which transformers hands to the tokenizer, too."""
+    write_tiny("idefics", tmp_path)
+    assert read_processor(str(tmp_path)).tokenizer.backend == "tokenizers"
 
 
 @pytest.mark.parametrize("load", [OtterProcessor.from_pretrained, AutoProcessor.from_pretrained])
