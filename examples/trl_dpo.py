@@ -12,22 +12,18 @@ is the model as it was; with `--use_peft` it is the model without its adapter, w
 
 from pathlib import Path
 
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
 import otter_hf  # noqa: F401  registers the models with the Auto classes
-from otter_hf.data.sources import read_preferences
+from otter_hf.data.sources import preferences_as_dataset
 from otter_hf.training.trl_rows import TRLCollator
 
 
 def read_rows(name: str, split: str) -> Dataset:
     """The rows of a file, or of a dataset of the Hub or a folder."""
-    if not Path(name).is_file():
-        return load_dataset(name)[split]
-    messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-    features = Features({"images": List(Image()), **dict.fromkeys(("prompt", "chosen", "rejected"), messages)})
-    return Dataset.from_generator(read_preferences, features, gen_kwargs={"path": name})
+    return preferences_as_dataset(name) if Path(name).is_file() else load_dataset(name)[split]
 
 
 def main(script_args: ScriptArguments, training_args: DPOConfig, model_args: ModelConfig) -> None:

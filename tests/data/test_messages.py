@@ -11,7 +11,7 @@ from PIL import Image
 
 from otter_hf.cli import main
 from otter_hf.data.mixture import MimicitMixture, read_mixture
-from otter_hf.data.sources import read_chats, read_preferences
+from otter_hf.data.sources import preferences_as_dataset, read_chats, read_preferences
 from otter_hf.data.validate import check_mixture
 
 
@@ -54,6 +54,10 @@ ROWS = {
     },
     "words": {"messages": [said("user", [text("what is <image>?")]), said("assistant", [text("a mark")])]},
     "trl": {"prompt": [said("user", "a?")], "completion": [ANSWER]},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "<image>a?"}, {"from": "gpt", "value": "yes"}],
+        "images": [None, "red.png", {"bytes": None, "path": None}],
+    },
 }
 
 
@@ -77,7 +81,7 @@ def colours(conversation):
 
 def test_every_form(folder):
     rows = [row for name, row in ROWS.items() if name != "parts"]
-    marks, no_marks, own, later, words, trl = read_chats(lines(folder, *rows))
+    marks, no_marks, own, later, words, trl, sharegpt = read_chats(lines(folder, *rows))
     for one in (marks, own, no_marks):
         assert colours(one) == ["red", "blue"] and one.pictures_per_turn == [2]
     assert marks.turns == [("<image>a<image>b?", "yes")] and own.turns == [("<image>a\n\n<image>b?", "yes")]
@@ -85,6 +89,7 @@ def test_every_form(folder):
     assert later.turns[1] == ("<image>and?", "yes") and later.pictures_per_turn == [0, 1] and later.system == "be kind"
     assert words.pictures == [] and "<image>" not in words.turns[0][0]
     assert trl.turns == [("a?", "yes")]
+    assert sharegpt.turns == [("a?", "yes")] and colours(sharegpt) == ["red"]
     messages = [ROWS["parts"]["messages"][0], said("assistant", [text("yes")])]
     table = pa.Table.from_pylist([{"messages": messages, "images": [{"bytes": RED, "path": None}, {"bytes": BLUE}]}])
     pq.write_table(table, folder / "rows.parquet")
@@ -105,6 +110,8 @@ def test_every_form(folder):
         ({"messages": [said("user", "a"), ANSWER], "images": ["https://example.org/a.png"]}, "is an address"),
         ({"messages": [said("user", "a"), ANSWER], "audios": ["a.wav"]}, "has the key 'audios'"),
         ({"messages": [said("user", "a"), {**ANSWER, "weight": 0}]}, "has the weight 0"),
+        ({"messages": [said("user", "a"), {**ANSWER, "loss": False}]}, "has the loss False"),
+        ({"messages": [said("user", "a"), ANSWER], "conversations": [1]}, "has both messages and conversations"),
     ],
 )
 def test_what_is_refused(row, message, folder):
@@ -161,8 +168,13 @@ PARTED = [{"type": "image", "text": None}, text("a?")]
         {"messages": [ASKED], "chosen": GOOD, "rejected": BAD},
         {"prompt": "a?", "chosen": "good", "rejected": "bad"},
         {"prompt": [said("user", [{"type": "image"}, text("a?")])], "chosen": [GOOD], "rejected": [BAD]},
+        {
+            "conversations": [{"from": "human", "value": "<image>a?"}],
+            "chosen": {"from": "gpt", "value": "good"},
+            "rejected": {"from": "gpt", "value": "bad"},
+        },
     ],
-    ids=["prompt", "whole", "messages", "texts", "parts"],
+    ids=["prompt", "whole", "messages", "texts", "parts", "sharegpt"],
 )
 def test_preferences(row, folder):
     (read,) = read_preferences(lines(folder, {**row, "images": ["red.png"]}))
@@ -181,8 +193,29 @@ def test_preferences(row, folder):
         ({"chosen": [GOOD], "rejected": [BAD]}, "has no prompt"),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, "1 <image> for 0 images"),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD], "videos": ["a.mp4"]}, "has videos"),
+        ({"prompt": "<video>a?", "chosen": [GOOD], "rejected": [BAD]}, "holds <video>"),
+        (
+            {"prompt": [said("user", [{"type": "video", "path": "a.mp4"}])], "chosen": [GOOD], "rejected": [BAD]},
+            "holds <video>",
+        ),
+        ({"prompt": "a?", "chosen": "<image>", "rejected": [BAD]}, "chosen holds <image>"),
+        ({"prompt": "a?", "chosen": [GOOD], "rejected": [ASKED]}, "rejected must end with an answer"),
+        ({"prompt": [said("system", "a")], "chosen": [GOOD], "rejected": [BAD]}, "prompt must end with a message"),
+        ({"prompt": "a?", "chosen": [GOOD], "rejected": [BAD], "images": ["no.png"]}, "needs the picture .*no.png"),
     ],
 )
 def test_preferences_that_are_refused(row, message, folder):
     with pytest.raises(ValueError, match=f"Line 1 of .*{message}"):
         list(read_preferences(lines(folder, row)))
+
+
+def test_preferences_in_the_cache_are_those_of_the_file(folder, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    for number, answer in enumerate(("good", "better")):
+        row = {"prompt": "a?", "chosen": answer, "rejected": "bad", "images": ["red.png"]}
+        Image.new("RGB", (8 + number, 8), "red").save(folder / "red.png")
+        (read,) = preferences_as_dataset(lines(folder, row))
+        assert read["chosen"][0]["content"] == [text(answer)] and read["images"][0].size == (8 + number, 8)
+    (folder / "red.png").write_bytes(BLUE)  # the picture alone
+    (read,) = preferences_as_dataset(folder / "rows.jsonl")
+    assert read["images"][0].getpixel((0, 0)) == (0, 0, 255)

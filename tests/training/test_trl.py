@@ -157,8 +157,27 @@ def test_the_tokens_of_our_trainer(kind, request):
     assert torch.equal(preferences["input_ids"][:1, :length], expected["input_ids"])
     assert torch.equal(preferences["completion_mask"][0].nonzero()[:, 0], learned)
     assert preferences["completion_mask"][1].sum() > len(learned)
-    with pytest.raises(ValueError, match="needs messages, or prompt and completion"):
-        collate([{"image": image, "text": "a"}])
+    # messages beside a pair are not the pair, and tables have null for the fields of other parts
+    again = collate([{**pair, "messages": first}])
+    assert torch.equal(again["input_ids"], preferences["input_ids"])
+    nulls = {"text": None, "image": None}
+    parted = [
+        {**message, "content": [{**nulls, "type": "text", "text": message["content"]}]} for message in first + second
+    ]
+    parted[0]["content"].insert(0, {**nulls, "type": "image"})
+    assert torch.equal(collate([{"images": [image], "messages": parted}])["input_ids"], expected["input_ids"])
+    for nothing in ({"image": None}, {"images": None}, {"images": [None]}):
+        assert len(collate([{**nothing, "messages": first}])["labels"]) == 1
+    for wrong, message in (
+        ({"image": image, "text": "a"}, "needs messages, or prompt and completion"),
+        ({"image": image, "prompt": "a", "completion": "b"}, "texts as prompt and completion"),
+        ({"image": image, "messages": first, "chosen": first, "rejected": first}, "needs prompt and chosen"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            collate([wrong])
+    # cut in front of the completion, the answers of the prompt are not learned in its place
+    with pytest.raises(ValueError, match="cut before"):
+        TRLCollator(processor, int(learned[0]))([row])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -41,7 +41,8 @@ class TRLCollator:
         is learned; for preferences with `completion_mask` `(2 B, L)` int64 in place of it, the chosen ones first.
 
     Raises:
-        ValueError: if a row has none of the three forms, or cutting it would take a picture or all of its answer away.
+        ValueError: if a row has none of the three forms, or texts in place of messages; if cutting it would take a
+            picture, or all that is learned of it, away.
     """
 
     processor: ProcessorMixin
@@ -55,7 +56,7 @@ class TRLCollator:
         batch["completion_mask"] = (batch.pop("labels") != IGNORE_INDEX).long()
         return batch
 
-    def _collate(self, conversations: list[tuple[list[dict], int | None]]) -> dict[str, torch.Tensor]:
+    def _collate(self, conversations: list[tuple[list[dict], int]]) -> dict[str, torch.Tensor]:
         template = self.processor.chat_template
         if not isinstance(self.processor, OtterHDProcessor):
             template = _WHOLE.format(template)
@@ -77,21 +78,42 @@ class TRLCollator:
         learned = torch.as_tensor(batch.pop("assistant_masks")).bool() & batch["attention_mask"].bool()  # (B, L)
         starts = learned & ~torch.nn.functional.pad(learned, (1, 0))[:, :-1]
         number = starts.cumsum(dim=1)  # (B, L), 1 for the first answer
-        for row, (_, answers) in enumerate(conversations):
-            if answers is not None:
-                learned[row] &= number[row] > number[row, -1] - answers
+        for row, (_, before) in enumerate(conversations):
+            learned[row] &= number[row] > before
+            if not learned[row].any():
+                raise ValueError(
+                    f"A row is cut before what is to be learned of it: max_length={self.max_length} is too small for "
+                    f"{conversations[row][0][-1]!r:.80}."
+                )
         batch["labels"] = batch["input_ids"].masked_fill(~learned, IGNORE_INDEX)
         return dict(batch)
 
 
-def _conversation(row: Mapping[str, Any], completion: str) -> tuple[list[dict], int | None]:
-    """The messages of a row with its images in them, and how many of its answers, the last ones, are learned."""
-    if "messages" in row:
-        messages, answers = row["messages"], None
-    elif "prompt" in row and completion in row:
-        messages = [*row["prompt"], *row[completion]]
-        answers = sum(message["role"] == "assistant" for message in row[completion])
+def _conversation(row: Mapping[str, Any], completion: str) -> tuple[list[dict], int]:
+    """The messages of a row with its images in them, and how many of its answers, the first ones, are not learned."""
+    # beside chosen and rejected, some data sets have messages that are equal to one of them
+    if row.get("messages") is not None and completion == "completion":
+        messages, before = row["messages"], ()
+    elif row.get("prompt") is not None and row.get(completion) is not None:
+        before = row["prompt"]
+        if isinstance(before, str) or isinstance(row[completion], str):
+            raise ValueError(f"A row has texts as prompt and {completion}: give messages of role and content.")
+        messages = [*before, *row[completion]]
     else:
-        raise ValueError(f"A row has {', '.join(row)}: it needs messages, or prompt and {completion}.")
-    images = row["images"] if "images" in row else [row["image"]] if "image" in row else []
-    return prepare_multimodal_messages([dict(message) for message in messages], images=list(images or [])), answers
+        needed = "messages, or prompt and completion" if completion == "completion" else f"prompt and {completion}"
+        raise ValueError(f"A row has {', '.join(row)}: it needs {needed}.")
+    images = row["images"] if row.get("images") is not None else [row.get("image")]
+    images = [image for image in images if image is not None]
+    return prepare_multimodal_messages([*map(_given, messages)], images=images), sum(map(_is_answer, before))
+
+
+def _given(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose parts are without the fields of other parts, which tables give all of them."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [{name: value for name, value in part.items() if value is not None} for part in content]
+    return {**message, "content": content}
+
+
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "assistant"

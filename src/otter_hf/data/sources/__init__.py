@@ -9,7 +9,7 @@ from .common import (
     write_mixture,
 )
 from .image_text import read_llava, read_lrv, read_m3it, read_svit
-from .messages import chats_as_mixture, read_chats, read_preferences
+from .messages import chats_as_mixture, preferences_as_dataset, read_chats, read_preferences
 from .text import read_alpaca, read_lima, read_sharegpt
 
 
@@ -19,6 +19,7 @@ __all__ = [
     "UnusableConversation",
     "chats_as_mixture",
     "made_from",
+    "preferences_as_dataset",
     "read_alpaca",
     "read_chats",
     "read_lima",

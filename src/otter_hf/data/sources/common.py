@@ -403,7 +403,8 @@ def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[st
     """The keys of a row that are not used, for `Conversation.unused`; keys without a value do not count.
 
     Raises:
-        UnusableConversation: for a key that changes what the row means: other media, or a weight.
+        UnusableConversation: for a key that changes what the row means: other media, a weight, or that a message is
+            not to be learned.
     """
     given = [key for key, value in row.items() if key not in known and value not in (None, "", [], {})]
     for key in given:
@@ -413,10 +414,11 @@ def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[st
                 "films as frames of a VIDEO_TEXT dataset, or leave such conversations out (--skip-invalid).",
                 key.removesuffix("s"),
             )
-        if key == "weight" and row[key] != 1:
+        # OpenAI's weight; ms-swift's and Axolotl's names for a message that is not learned
+        if (key == "weight" and row[key] != 1) or (key in ("loss", "train") and row[key] is False):
             raise UnusableConversation(
-                f"{where} has the weight {row[key]!r}, and records have none; leave it out, or leave such "
-                "conversations out (--skip-invalid).",
+                f"{where} has the {key} {row[key]!r}, and of records every answer counts the same; leave it out, or "
+                "leave such conversations out (--skip-invalid).",
                 "weight",
             )
     return [f"key {key!r}" for key in given if key != "weight"]

@@ -69,6 +69,8 @@ def media_of_row(
     key = f"{kind}s" if row.get(f"{kind}s") else kind
     media = row.get(key) or []
     media = media if isinstance(media, list) else [media]
+    # tables have null for what is not there, also in each field of it
+    media = [medium for medium in media if medium is not None and medium != {"bytes": None, "path": None}]
     return [medium_of(medium, key, folder, where, allow_outside) for medium in media]
 
 

@@ -1,10 +1,11 @@
 """
 Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a chosen and a rejected answer.
 
-`{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet. A
-content is a text, where `<image>` and `<video>` stand for the next of the row's images and videos, or a list of parts:
-`{"type": "text", "text"}`, `{"type": "image"}` likewise for the next one, or with one of its own under `image`,
-`url`, `path` or `image_url`, and so for videos. Media are file names, `{"bytes", "path"}`, or `data:` addresses.
+`{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet; also
+`{"conversations": [{"from", "value"}]}`. A content is a text, where `<image>` and `<video>` stand for the next of the
+row's images and videos, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}` likewise for the next one,
+or with one of its own under `image`, `url`, `path` or `image_url`, and so for videos. Media are file names,
+`{"bytes", "path"}`, or `data:` addresses.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, Features, Image, List, Value
 from filelock import FileLock
 
 from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
@@ -38,6 +40,7 @@ from .image_text import MARKS, join_media, media_of_row, medium_of
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 _MEDIA = ("image", "images", "video", "videos")
+_CONVERSATIONS = ("messages", "conversations")
 _MARK = {"image": IMAGE_TOKEN, "image_url": IMAGE_TOKEN, "video": "<video>", "video_url": "<video>"}
 
 
@@ -59,8 +62,8 @@ def read_chats(
     folder = _folder(path, image_folder)
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
-        unused = check_keys(row, ("id", "messages", "prompt", "completion", "system", *_MEDIA), where)
-        messages = row.get("messages")
+        unused = check_keys(row, ("id", *_CONVERSATIONS, "prompt", "completion", "system", *_MEDIA), where)
+        messages = _conversation_of(row, where)
         if messages is None and row.get("completion"):
             messages = [*_messages(row.get("prompt"), where), *_messages(row["completion"], where)]
         reader = _MediaReader(row, where, folder, allow_outside)
@@ -80,8 +83,8 @@ def read_preferences(
     """
     Rows with a chosen and a rejected answer as TRL's `DPOTrainer` takes them.
 
-    `chosen` and `rejected` are messages, one message or a text; with a `prompt` (messages or a text) or `messages` in
-    front, or both whole conversations that begin alike. Arguments as for `read_chats`.
+    `chosen` and `rejected` are messages, one message or a text; with a `prompt` (messages or a text), `messages` or
+    `conversations` in front, or both whole conversations that begin alike. Arguments as for `read_chats`.
 
     Yields:
         `images`, a list of `{"bytes", "path"}`, and `prompt`, `chosen` and `rejected`, messages whose contents are
@@ -90,6 +93,33 @@ def read_preferences(
     Raises:
         ValueError: naming the row and what is wrong with it.
     """
+    for where, row in _preferences(path, image_folder, allow_outside):
+        yield {**row, "images": [_encoded(image, where) for image in row["images"]]}
+
+
+def preferences_as_dataset(
+    path: str | Path, image_folder: str | Path | None = None, allow_outside: bool = False
+) -> Dataset:
+    """
+    The rows of `read_preferences` as a dataset in the cache, written again when the file or its pictures change.
+
+    Raises:
+        ValueError: as `read_preferences`.
+    """
+    rows = _preferences(path, image_folder, allow_outside)
+    named = [image for _, row in rows for image in row["images"] if isinstance(image, Path)]
+    messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    features = Features({"images": List(Image()), **dict.fromkeys(("prompt", "chosen", "rejected"), messages)})
+    options = {"path": str(path), "image_folder": image_folder, "allow_outside": allow_outside}
+    # by itself the cache knows the name of the file alone
+    state = _state_of([*_files(Path(path)), *named])
+    return Dataset.from_generator(read_preferences, features, gen_kwargs=options, fingerprint=state)
+
+
+def _preferences(
+    path: str | Path, image_folder: str | Path | None, allow_outside: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and row as `read_preferences` says; pictures are files or bytes."""
     folder = _folder(path, image_folder)
     for where, row in read_named_rows(path):
         for key in ("chosen", "rejected"):
@@ -99,7 +129,7 @@ def read_preferences(
             if row.get(key):
                 raise ValueError(f"{where} has {key}, which preferences are not read with; give frames as images.")
         chosen, rejected = (_messages(row[key], where, "assistant") for key in ("chosen", "rejected"))
-        prompt = row.get("prompt") or row.get("messages")
+        prompt = row.get("prompt") or _conversation_of(row, where)
         if prompt:
             prompt = _messages(prompt, where, "user")
         else:
@@ -112,19 +142,33 @@ def read_preferences(
         reader = _MediaReader(row, where, folder, allow_outside)
         asked = reader.texts(prompt)
         images, _ = reader.media()
-        marks = sum(message["value"].count(IMAGE_TOKEN) for message in asked)
-        if marks and marks != len(images):
-            raise ValueError(f"{where}: the prompt holds {marks} {IMAGE_TOKEN} for {len(images)} images.")
-        first = next((message for message in asked if message["from"] == "human"), None)
-        if images and not marks and first is not None:
-            first["value"] = IMAGE_TOKEN * len(images) + first["value"]
-        answers = _MediaReader({}, where, folder, allow_outside)
-        yield {
-            "images": [_encoded(image) for _, image in images],
-            "prompt": _parts(asked),
-            "chosen": _parts(answers.texts(chosen)),
-            "rejected": _parts(answers.texts(rejected)),
+        answers = {
+            name: _MediaReader({}, where, folder, allow_outside).texts(messages)
+            for name, messages in (("chosen", chosen), ("rejected", rejected))
         }
+        _check_preference(asked, answers, len(images), where)
+        if images and not any(IMAGE_TOKEN in message["value"] for message in asked):
+            first = next(message for message in asked if message["from"] == "human")
+            first["value"] = IMAGE_TOKEN * len(images) + first["value"]
+        parts = {"prompt": _parts(asked), **{name: _parts(messages) for name, messages in answers.items()}}
+        yield where, {"images": [image for _, image in images], **parts}
+
+
+def _check_preference(asked: list[dict], answers: dict[str, list[dict]], num_images: int, where: str) -> None:
+    """Raises ValueError for what a row of preferences cannot have."""
+    if asked[-1]["from"] != "human":
+        raise ValueError(f"{where}: its prompt must end with a message of the user.")
+    for name, messages in answers.items():
+        if messages[-1]["from"] != "gpt":
+            raise ValueError(f"{where}: its {name} must end with an answer of the assistant.")
+        if any(IMAGE_TOKEN in message["value"] for message in messages):
+            raise ValueError(f"{where}: its {name} holds {IMAGE_TOKEN}, but pictures are only given with the prompt.")
+    texts = [message["value"] for messages in (asked, *answers.values()) for message in messages]
+    if any("<video>" in text for text in texts):
+        raise ValueError(f"{where} holds <video>, which preferences are not read with; give frames as images.")
+    marks = sum(message["value"].count(IMAGE_TOKEN) for message in asked)
+    if marks and marks != num_images:
+        raise ValueError(f"{where}: the prompt holds {marks} {IMAGE_TOKEN} for {num_images} images.")
 
 
 def chats_as_mixture(
@@ -145,16 +189,10 @@ def chats_as_mixture(
     def read() -> Iterator[Conversation]:
         return read_chats(path, image_folder, allow_outside=allow_outside)
 
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     named = [file for one in read() for _, file in one.pictures if isinstance(file, Path)]
     if named and image_folder is None and is_remote(given):
         raise ValueError(f"{given} names {named[0].name}: media of rows at an address must be in the rows, as bytes.")
-    states = [
-        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
-        for file in (*files, *named)
-    ]
-    digest = blake2b(repr(states).encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
-    folder = cache_folder(cache_dir) / f"messages-{digest}"
+    folder = cache_folder(cache_dir) / f"messages-{_state_of([*_files(path), *named])}"
     mixture = folder / "mixture.yaml"
     if not mixture.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,9 +202,30 @@ def chats_as_mixture(
     return mixture
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
+def _state_of(files: Sequence[Path]) -> str:
+    """What changes when one of the files does."""
+    states = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
+        for file in files
+    ]
+    return blake2b(repr(states).encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
+
+
 def _folder(path: str | Path, image_folder: str | Path | None) -> Path:
     path = Path(path)
     return Path(image_folder) if image_folder is not None else path if path.is_dir() else path.parent
+
+
+def _conversation_of(row: dict[str, Any], where: str) -> Any:
+    """What a row has under one of the names of its messages; None if nothing."""
+    given = [name for name in _CONVERSATIONS if row.get(name)]
+    if len(given) > 1:
+        raise ValueError(f"{where} has both {' and '.join(given)}: give its messages under one of them.")
+    return row[given[0]] if given else row.get("messages")
 
 
 def _messages(messages: Any, where: str, speaker: str | None = None) -> list[dict[str, Any]]:
@@ -273,7 +332,9 @@ def _decoded(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {key: decode(value) if key in (*_MEDIA, "own") else value for key, value in row.items()}
 
 
-def _encoded(medium: Path | bytes) -> dict[str, Any]:
+def _encoded(medium: Path | bytes, where: str) -> dict[str, Any]:
+    if isinstance(medium, Path) and not medium.is_file():
+        raise ValueError(f"{where} needs the picture {medium}, which is not there.")
     return {"bytes": medium if isinstance(medium, bytes) else medium.read_bytes(), "path": None}
 
 
