@@ -3,6 +3,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -74,6 +75,26 @@ def test_an_error_leaves_nothing_behind(source, tmp_path):
     with pytest.raises(ValueError, match="broken source"):
         cached_arrow_file([source], "ids", build(["a"], then=fail), tmp_path)
     assert not list(tmp_path.glob("*.arrow*complete")) and not list(tmp_path.glob("*.arrow"))
+
+
+def text(data):
+    offsets = pa.py_buffer(np.array([0, len(data)], np.int32))
+    return pa.StringArray.from_buffers(1, offsets, pa.py_buffer(data))
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda text: pa.StructArray.from_arrays([text], ["x"]), lambda text: pa.ListArray.from_arrays([0, 1], text)],
+)
+def test_lists_and_structs_are_looked_through(tmp_path, wrapped):
+    """What pyarrow says of damage in them is said at once."""
+    for name, data in (("good", b"abcd"), ("bad", b"ab\xff\xff")):
+        table = pa.table({"x": wrapped(text(data))})
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    assert len(open_arrow_file(tmp_path / "good")) == 1
+    with pytest.raises(pa.ArrowInvalid, match="UTF8"):
+        open_arrow_file(tmp_path / "bad")
 
 
 def build_slowly(source, cache, log):

@@ -42,6 +42,15 @@ def times_worked(folder, item) -> int:
     return len(list(Path(folder).glob(f"{item}.*")))
 
 
+def test_a_worker_that_cannot_read_its_work_says_why(monkeypatch):
+    """It would end while it is started, as one does that was killed."""
+    executors = pytest.importorskip("otter_hf.data.executors")
+    monkeypatch.setattr(executors, "_executor", None)
+    executors._receive(b"cno.such.module\nstep\n.", dict(os.environ))
+    with pytest.raises(ModuleNotFoundError, match="No module named"):
+        executors._run_received(0)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_one_worker_needs_no_engine(tmp_path, threads):
     items = {name: name for name in ("a", "bb", "ccc")}

@@ -84,6 +84,52 @@ def test_other_layouts_are_left_to_pyarrow(tmp_path, by_colour):
         assert [store.read_bytes(id) for id in "ab"] == [b"1", b"2"]
 
 
+def test_pyarrow_is_asked_for_no_statistics(tmp_path):
+    """Which come with `RowGroupMetaData.column`: where they are damaged it ends the process."""
+    path = tmp_path / "x.parquet"
+    write_images(path, [(f"I{i}", bytes([i]) * 300) for i in range(200)])
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(2)]
+        known = [SimpleNamespace(num_rows=one.num_rows, total_byte_size=one.total_byte_size) for one in groups]
+        metadata = SimpleNamespace(num_row_groups=2, row_group=known.__getitem__)
+        pages = PlainPages(path, metadata, file.schema, "image.bytes")
+    assert pages.plain_bytes == sum(group.column(1).total_uncompressed_size for group in groups)
+    page = pages.find(150)
+    assert list(pages.values(page))[150 - page.first_row] == bytes([150]) * 300
+
+
+@pytest.mark.parametrize(
+    "footer",
+    [
+        {},
+        {4: 1},
+        {4: [{1: []}]},
+        {4: [{1: [None, {3: {}}]}]},
+        {4: [{1: [None, {3: {4: [], 6: 1, 9: 4}}]}]},
+        {4: [{1: [None, {3: {4: 0, 6: -1, 9: 4}}]}]},
+        {4: [{1: [None, {3: {4: 0, 6: 1 << 70, 9: 4}}]}]},
+        {4: [{1: [None, {3: {4: 0, 6: 1, 9: {}}}]}]},
+        {4: [{1: [None, {3: {4: 0, 6: 1, 9: 1 << 70}}]}]},
+        {4: [{1: [None, {3: {4: 0, 6: 1, 9: -4}}]}]},
+    ],
+)
+def test_a_footer_that_is_not_understood_is_left_to_pyarrow(tmp_path, monkeypatch, footer):
+    write_images(tmp_path / "x.parquet", [("a", b"1"), ("b", b"2")])
+    monkeypatch.setattr(parquet_pages, "_read_footer", lambda file: footer)
+    assert [page.is_plain for page in paged(tmp_path / "x.parquet", "image.bytes").pages(0)] == [False]
+    store = ImageStore(tmp_path / "x.parquet", tmp_path / "cache")
+    assert [store.read_bytes(id) for id in "ab"] == [b"1", b"2"]
+
+
+def test_a_file_that_ends_before_its_rows(tmp_path, monkeypatch):
+    write_images(tmp_path / "x.parquet", [("a", b"1"), ("b", b"2")])
+    store = ImageStore(tmp_path / "x.parquet", tmp_path / "cache")
+    monkeypatch.setattr(parquet_store.ParquetPictures, "_read", lambda self, page: iter(()))
+    with pytest.raises(OSError, match="damaged file .*x.parquet: it ends before row 1"):
+        store.read_bytes("b")
+    assert list(store.rows(0, 2)) == [("a", None), ("b", None)]
+
+
 def big_store(path, count=3000):
     """As pandas writes it: one row group, pages of 1024 rows."""
     data = {f"I{i}": np.random.default_rng(i).bytes(1000 + i % 50) for i in range(count)}

@@ -102,6 +102,16 @@ def test_rows_under_our_names(tmp_path):
         Rows(str(memes), "test", "hateful_memes", image_dir=str(tmp_path / "img"))
 
 
+@pytest.mark.parametrize("start, end", [(4, 60), (-60, None)])
+def test_damaged_rows_are_told_by_their_file(tmp_path, start, end):
+    rows = [{"image": RED, "question": "a?", "answers": ["x" * 100]}]
+    content = bytearray(write_parquet(tmp_path / "good.parquet", rows).read_bytes())
+    content[start:end] = b"" if end is None else bytes(end - start)
+    (tmp_path / "bad.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match="bad.parquet cannot be read: "):
+        Rows(str(tmp_path / "bad.parquet"), "test", "vqa")
+
+
 class Asked:
     def __init__(self, processor):
         self.processor = processor

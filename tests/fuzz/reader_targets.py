@@ -22,6 +22,7 @@ from otter_hf.data.images import decode_image, encode_base64
 from otter_hf.data.mixture import read_mixture
 from otter_hf.data.parquet_writer import write_images
 from otter_hf.data.pretraining.converters import laion_to_tar, mmc4_to_tar
+from otter_hf.data.pretraining.obelics import obelics_to_tar
 from otter_hf.data.pretraining.samples import ImageTextPairs, InterleavedDocuments
 from otter_hf.data.pretraining.sets import read_pretraining_sets
 from otter_hf.data.pretraining.shards import ShardReader, ShardWriter, index_shard, shard_sizes
@@ -135,6 +136,19 @@ def _laion_text(folder: Path) -> Path:
 def _read_laion(path: Path) -> None:
     shutil.rmtree(path.parent / "out", ignore_errors=True)
     laion_to_tar(path.parent, path.parent / "out")
+
+
+def _obelics(folder: Path) -> Path:
+    row = {"images": ["u0", None], "texts": [None, "A."], "metadata": "[]"}
+    pq.write_table(pa.Table.from_pylist([row] * 3), folder / "x.parquet")
+    with ShardWriter(folder, "%d.tar") as writer:
+        writer.write("0", {"jpg": picture("JPEG"), "json": b'{"url": "u0", "status": "success"}'})
+    return folder / "x.parquet"
+
+
+def _read_obelics(path: Path) -> None:
+    shutil.rmtree(path.parent / "out", ignore_errors=True)
+    obelics_to_tar(path, path.parent / "0.tar", path.parent / "out")
 
 
 def _read_store(path: Path) -> None:
@@ -297,6 +311,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "mmc4 tar": (_mmc4_tar, _read_mmc4),
     "laion": (_laion, _read_laion),
     "laion text": (_laion_text, _read_laion),
+    "obelics": (_obelics, _read_obelics),
     "json store": (_store("json"), _read_store),
     "arrow store": (_store("arrow"), _read_store),
     "parquet store": (_store("parquet"), _read_store),

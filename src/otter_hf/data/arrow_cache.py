@@ -158,7 +158,7 @@ def _tell_size(path: Path, num_bytes: int) -> None:
 def open_arrow_file(path: str | Path) -> pa.Table:
     """
     Memory-maps an Arrow stream or Arrow (Feather v2) file. Of texts and bytes it reads where each begins, once: with
-    damaged places pyarrow would end the process. The rest is read when it is used.
+    damaged places pyarrow would end the process. The rest is read when it is used, but for texts in lists and structs.
 
     Raises:
         pa.ArrowInvalid: for a file that is damaged there.
@@ -171,11 +171,10 @@ def open_arrow_file(path: str | Path) -> pa.Table:
         column.validate()
         # as bytes, of which places alone are looked at: whether texts are UTF-8 is seen when they are read
         if pa.types.is_string(column.type):
-            column.cast(pa.binary()).validate(full=True)
+            column = column.cast(pa.binary())
         elif pa.types.is_large_string(column.type):
-            column.cast(pa.large_binary()).validate(full=True)
-        elif pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
-            column.validate(full=True)
+            column = column.cast(pa.large_binary())
+        column.validate(full=True)
     return table
 
 

@@ -7,6 +7,7 @@ without an error when a task has failed.
 
 import json
 import os
+import pickle
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -80,19 +81,25 @@ def _run_task(executor: PipelineExecutor, rank: int) -> None:
     executor._run_for_rank(rank, local_rank=1)  # its logs to the file: the terminal has the bar
 
 
-_executor: PipelineExecutor | None = None  # of a worker process, which is handed it once
+# of a worker process, which is handed it once; or why it could not be read
+_executor: PipelineExecutor | Exception | None = None
 
 
-def _receive(executor: PipelineExecutor, environment: dict[str, str]) -> None:
+def _receive(pickled: bytes, environment: dict[str, str]) -> None:
     global _executor
-    _executor = executor
     # that of the process they are forked from is of the time when it began
     for name in os.environ.keys() - environment.keys():
         del os.environ[name]
     os.environ.update(environment)
+    try:
+        _executor = pickle.loads(pickled)
+    except Exception as error:  # with which a worker would end as if it had been killed
+        _executor = error
 
 
 def _run_received(rank: int) -> None:
+    if isinstance(_executor, Exception):
+        raise _executor
     _run_task(_executor, rank)
 
 
@@ -110,9 +117,9 @@ def _start_context() -> BaseContext:
 
 def _locally(executor: PipelineExecutor, workers: int) -> Iterator[int]:
     """Runs the tasks that are not complete; yields their numbers as they are done."""
-    deaths, context = 0, _start_context()
+    deaths, context, pickled = 0, _start_context(), pickle.dumps(executor)
     while ranks := _incomplete(executor):
-        processes = {"mp_context": context, "initializer": _receive, "initargs": (executor, dict(os.environ))}
+        processes = {"mp_context": context, "initializer": _receive, "initargs": (pickled, dict(os.environ))}
         with ProcessPoolExecutor(min(workers, len(ranks)), **processes) as pool:
             futures = {pool.submit(_run_received, rank): rank for rank in ranks}
             try:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -22,10 +23,14 @@ import pyarrow.parquet as pq
 _HEADER_BYTES = 256
 _LARGEST_HEADER = 1 << 20
 _LARGEST_READ = 1 << 20
+_DEEPEST = 12
 _LARGEST_PAGE = (1 << 31) - 1
+_MOST_BYTES = 1 << 50
+# what reading thrift that is damaged may end in
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, OverflowError, OSError)
 _DATA_PAGE, _DICTIONARY_PAGE, _PLAIN = 0, 2, 0
-# "LZ4" stands for two different formats
-_CODECS = ("uncompressed", "snappy", "gzip", "zstd", "brotli")
+# by their numbers in the format; "LZ4" stands for two different ones
+_CODECS = {0: "uncompressed", 1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd"}
 
 
 class Page(NamedTuple):
@@ -46,6 +51,14 @@ class Page(NamedTuple):
         return self.stored_bytes >= 0
 
 
+class _Chunk(NamedTuple):
+    """What the footer tells of the column in a row group; `codec` is None where it tells nothing of use."""
+
+    start: int
+    codec: str | None
+    plain_bytes: int
+
+
 PAGE_SCHEMA = pa.schema([(name, pa.int64()) for name in Page._fields])
 
 
@@ -61,7 +74,6 @@ class PlainPages:
 
     def __init__(self, path: str | Path, metadata: pq.FileMetaData, schema: pq.ParquetSchema, column: str):
         self.path = path
-        self._metadata = metadata
         # one for all reads and all forked processes, which read at places of their own
         self._file = open(path, "rb", buffering=0)
         self._number = [schema.column(number).path for number in range(len(schema.names))].index(column)
@@ -70,10 +82,38 @@ class PlainPages:
         self._level = leaf.max_definition_level
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         self._starts = np.cumsum([0, *(group.num_rows for group in groups)])  # (G + 1,), the last the end
-        self.plain_bytes = sum(group.column(self._number).total_uncompressed_size for group in groups)
-        self._codec = groups[0].column(self._number).compression.lower() if groups else ""
+        self._group_bytes = [min(max(group.total_byte_size, 0), _MOST_BYTES) for group in groups]
         # columns of `Page` by row group
         self._groups: dict[int, np.ndarray] = {}
+
+    @cached_property
+    def _chunks(self) -> list[_Chunk]:
+        """
+        By row group. Not with pyarrow's `RowGroupMetaData.column`, which looks into the statistics, too, and ends the
+        process where they are damaged.
+        """
+        read: list[dict] = []
+        # of damage, which may reach farther than it shows, pyarrow tells when it reads the row group
+        with contextlib.suppress(*_DAMAGE):
+            read = _read_footer(self._file)[4]
+        chunks = []
+        for number, group_bytes in enumerate(self._group_bytes):
+            chunk = _Chunk(0, None, group_bytes)
+            with contextlib.suppress(*_DAMAGE):
+                column = read[number][1][self._number][3]
+                if 0 <= column[6] <= _MOST_BYTES:
+                    chunk = _Chunk(column.get(11) or column[9], _CODECS.get(column[4]), column[6])
+            chunks.append(chunk)
+        return chunks
+
+    @cached_property
+    def plain_bytes(self) -> int:
+        """How many bytes the column has when it is unpacked."""
+        return sum(chunk.plain_bytes for chunk in self._chunks)
+
+    @property
+    def _codec(self) -> str | None:
+        return self._chunks[0].codec
 
     @property
     def num_groups(self) -> int:
@@ -109,18 +149,16 @@ class PlainPages:
     def pages(self, group: int) -> list[Page]:
         """The pages of a row group, found by reading their headers only."""
         start_row, end_row = map(int, self._starts[group : group + 2])
-        chunk = self._metadata.row_group(group).column(self._number)
+        chunk = self._chunks[group]
         plain: list[Page] = []
-        if self._is_flat and chunk.compression.lower() == self._codec and self._codec in _CODECS:
-            start = chunk.dictionary_page_offset or chunk.data_page_offset
-            # of damage, which may reach farther than it shows, pyarrow tells
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                plain = list(self._plain_pages(start_row, end_row, start))
+        if self._is_flat and chunk.codec is not None and chunk.codec == self._codec:
+            with contextlib.suppress(*_DAMAGE):
+                plain = list(self._plain_pages(start_row, end_row, chunk.start))
         pages, row = [], start_row
         for page in (*plain, Page(end_row, 0, 0, 0, 0)):
             if page.first_row > row:
                 share = (page.first_row - start_row) / (end_row - start_row)
-                unpacked_bytes = int(chunk.total_uncompressed_size * share)
+                unpacked_bytes = int(chunk.plain_bytes * share)
                 pages.append(Page(row, page.first_row - row, 0, -1, unpacked_bytes))
             pages.append(page)
             row = page.first_row + page.num_rows
@@ -215,8 +253,15 @@ def _present(data: memoryview, count: int, highest: int) -> list[bool]:
     return levels[:count]
 
 
-# Page headers are structs in the compact protocol of Apache Thrift,
+# Footers and page headers are structs in the compact protocol of Apache Thrift,
 # https://github.com/apache/thrift/blob/master/doc/specs/thrift-compact-protocol.md
+
+
+def _read_footer(file: FileIO) -> dict:
+    """Field number -> value of the file's metadata."""
+    end = file.seek(0, 2) - 8
+    size = int.from_bytes(_read_at(file, 4, end), "little")
+    return _struct(_read_at(file, size, end - size), 0)[0]
 
 
 def _read_header(file: FileIO, offset: int) -> tuple[dict, int]:
@@ -233,7 +278,7 @@ def _read_header(file: FileIO, offset: int) -> tuple[dict, int]:
 
 
 def _struct(data: bytes, position: int, depth: int = 0) -> tuple[dict, int]:
-    """Integers and structs by the numbers of their fields, and the end; truth values, doubles and bytes are passed."""
+    """The values of fields by their numbers, as `_value`, and the end."""
     fields, number = {}, 0
     while data[position]:
         kind, step = data[position] & 15, data[position] >> 4
@@ -242,18 +287,34 @@ def _struct(data: bytes, position: int, depth: int = 0) -> tuple[dict, int]:
             number += step
         else:
             number, position = _integer(data, position)
-        if 4 <= kind <= 6:
-            fields[number], position = _integer(data, position)
-        elif kind == 12 and depth < 8:
-            fields[number], position = _struct(data, position, depth + 1)
-        elif kind == 8:
-            size, position = _varint(data, position)
-            position += size
-        elif kind in (1, 2, 3, 7):
-            position += {3: 1, 7: 8}.get(kind, 0)
-        else:
-            raise ValueError("damaged page header")
+        # a truth value is in its kind
+        if kind > 2:
+            fields[number], position = _value(data, position, kind, depth)
     return fields, position + 1
+
+
+def _value(data: bytes, position: int, kind: int, depth: int) -> tuple[int | dict | list | None, int]:
+    """An integer, a struct or a list, and its end; truth values, doubles and bytes are passed, and are None."""
+    if 4 <= kind <= 6:
+        return _integer(data, position)
+    if kind == 8:
+        size, position = _varint(data, position)
+        return None, position + size
+    if kind == 12 and depth < _DEEPEST:
+        return _struct(data, position, depth + 1)
+    if kind == 9 and depth < _DEEPEST:
+        size, kind = data[position] >> 4, data[position] & 15
+        position += 1
+        if size == 15:
+            size, position = _varint(data, position)
+        values = []
+        for _ in range(size):
+            value, position = _value(data, position, kind, depth + 1)
+            values.append(value)
+        return values, position
+    if kind in (1, 2, 3, 7):
+        return None, position + (8 if kind == 7 else 1)
+    raise ValueError("damaged header")
 
 
 def _integer(data: bytes, position: int) -> tuple[int, int]:

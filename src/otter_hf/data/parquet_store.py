@@ -76,7 +76,9 @@ class ParquetPictures:
             small = page.is_plain and page.plain_bytes <= _DIRECT_BYTES
             # a first batch should not wait for a copy of all that is not in it
             if small or not self._is_worth_a_copy(page):
-                return next(islice(self._read(page), row - page.first_row, None))
+                for picture in islice(self._read(page), row - page.first_row, None):
+                    return picture
+                raise OSError(f"damaged file {self._path}: it ends before row {row}")
         return self._copy[row].as_py()
 
     def __iter__(self) -> Iterator[bytes | None]:
@@ -107,7 +109,7 @@ class ParquetPictures:
                     if is_of_disk(error):
                         raise
                     logger.warning(f"{left} pictures cannot be read, {error}.")
-                    yield from [None] * left
+                yield from [None] * left
 
     def _page_of(self, row: int) -> Page:
         if self._page_columns is None and self._pages.num_scanned >= _SCANNED_GROUPS:

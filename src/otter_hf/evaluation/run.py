@@ -12,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from accelerate import PartialState
+from filelock import FileLock
 from PIL import ImageFile
 from transformers.utils import logging
 
@@ -274,8 +276,9 @@ def _in_our_columns(dataset: DatasetSpec, split: str, tables: Path) -> str:
     made_of = [str(source.resolve()), state(source), split, dataset.image_dir]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
     table = tables / f"{dataset.name}-{key}.parquet"
-    # one process writes, the others find it
-    with PartialState().main_process_first():
+    tables.mkdir(parents=True, exist_ok=True)
+    # one process writes, the others find it, however long that takes
+    with FileLock(f"{table}.lock"):
         if not table.is_file():
             rows = read_published(dataset.name, source, split, dataset.image_dir)
             if rows is None:
@@ -288,10 +291,7 @@ def _check_columns(dataset: DatasetSpec, path: str, config: Mapping) -> None:
     """A file that lacks a column is known by those it has, before lmms-eval tries it five times."""
     if not Path(path).expanduser().is_file():
         return
-    from datasets import load_dataset
-
-    split = config["test_split"]
-    there = load_dataset(config["dataset_path"], split=split, **config["dataset_kwargs"]).column_names
+    there = read_split(path, config["test_split"]).column_names
     for column in COLUMNS[dataset.name]:
         if not set(column.split(" or ")) & set(there):
             needed = ", ".join(COLUMNS[dataset.name])
@@ -316,6 +316,26 @@ def data_source(path: str, split: str) -> dict[str, Any]:
     if (local / "dataset_dict.json").is_file():
         return {"dataset_path": str(local), "dataset_kwargs": {"load_from_disk": True}}
     return {"dataset_path": str(local) if local.is_dir() else path, "dataset_kwargs": None}
+
+
+def read_split(path: str, split: str):
+    """
+    The `datasets.Dataset` of a split of a local file, a local folder or a Hub id.
+
+    Raises:
+        ValueError: if a file is damaged, or of a kind `datasets` has no reader for.
+    """
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    place = data_source(path, split)
+    options = place["dataset_kwargs"] or {}
+    try:
+        if options.get("load_from_disk"):
+            return load_from_disk(place["dataset_path"])[split]
+        return load_dataset(place["dataset_path"], split=split, **options)
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from None
 
 
 def _check_dataset(dataset: DatasetSpec) -> None:

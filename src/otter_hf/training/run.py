@@ -444,18 +444,18 @@ def _load_mixture(
     )
     if data_args.dynamic_resolution:
         transform = _DrawResolution(data_args.dynamic_resolution, transform)
-    # one process converts the files to the memory-mapped form, the others find it in the cache
-    with training_args.main_process_first(desc=f"reading {path}"):
-        return MimicitMixture(
-            path,
-            options,
-            populate_rel_ins=data_args.populate_rel_ins,
-            on_error=data_args.on_error,
-            seed=training_args.seed,
-            transform=transform,
-            eval_fraction=data_args.eval_fraction,
-            held_out=held_out and data_args.eval_fraction > 0,
-        )
+    # one process converts the files to the memory-mapped form; the others wait for it at the lock of the cache, which
+    # takes as long as it takes, not at a barrier, which ends them after `ddp_timeout`
+    return MimicitMixture(
+        path,
+        options,
+        populate_rel_ins=data_args.populate_rel_ins,
+        on_error=data_args.on_error,
+        seed=training_args.seed,
+        transform=transform,
+        eval_fraction=data_args.eval_fraction,
+        held_out=held_out and data_args.eval_fraction > 0,
+    )
 
 
 def _plot(log_history: list[dict], path: Path) -> None:

@@ -10,6 +10,7 @@ from ...reading import parse_json, refuse_lfs_pointer
 from ...storage import AnyPath, is_one_path, is_remote, to_path
 from ..engine import Engine
 from ..images import encode_base64
+from ..parquet_pages import is_of_disk
 from .converters import ShardCounts, convert_all, stem
 from .samples import ImageTextPairs
 from .shards import SampleParts, ShardReader, ShardWriter, expand_shards
@@ -135,7 +136,9 @@ def _rows(path: str | Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path} has no column {' or '.join(sorted(missing))}, only {file.schema_arrow.names}.")
         for batch in file.iter_batches(256, columns=["images", "texts"]):
             yield from batch.to_pylist()
-    except (pa.ArrowException, UnicodeDecodeError) as error:
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if is_of_disk(error):
+            raise
         raise ValueError(f"{path} cannot be read as parquet: {error}.") from None
 
 

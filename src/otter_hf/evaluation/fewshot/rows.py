@@ -8,7 +8,7 @@ from typing import Any
 from ...made_from import state_of_all
 from ..benchmarks import images
 from ..published import read_published_fewshot
-from ..run import data_source
+from ..run import read_split
 
 
 # our name -> names it has in common copies of the data
@@ -119,16 +119,13 @@ class Rows:
 
 
 def _table(source: str | Mapping, split: str, image_dir: str | None):
-    from datasets import Dataset, load_dataset, load_from_disk
+    from datasets import Dataset
 
     if (rows := read_published_fewshot(source, split, image_dir)) is not None:
         if not rows:
             raise ValueError(f"{source} has no rows of the split {split!r}.")
         return Dataset.from_list(rows)
-    place = data_source(str(source), split)
-    if (place["dataset_kwargs"] or {}).get("load_from_disk"):
-        return load_from_disk(place["dataset_path"])[split]
-    return load_dataset(place["dataset_path"], split=split, **(place["dataset_kwargs"] or {}))
+    return read_split(str(source), split)
 
 
 def _texts(cell) -> list[str]:

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import gather_object
+from filelock import FileLock
 from transformers.utils import logging
 
 from ...data.controls import CONTROLS, control_media, visual_gain
@@ -175,9 +175,11 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
         made_of = [encoder, state_of_model(encoder), table.state(), seed, list(numbers)]
         digest = sha256(json.dumps(made_of).encode()).hexdigest()[:20]
         stem = f"{name}-{Path(encoder).name}-{digest}"
-        # one process computes, the others read
-        with PartialState().main_process_first():
-            features[name] = picture_features(table, numbers, encoder, folder / "rices" / f"{stem}.pt")
+        path = folder / "rices" / f"{stem}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # one process computes, the others read, however long that takes
+        with FileLock(f"{path}.lock"):
+            features[name] = picture_features(table, numbers, encoder, path)
     index = RicesIndex(features["train"], candidates)
     place = {row: i for i, row in enumerate(rows)}
     return lambda row: index.nearest(features["test"][place[row]], shots, itself(row))
