@@ -97,6 +97,8 @@ def test_a_question_about_the_same_picture_tells_more_than_either():
     [
         ("Is it red?", " is  it\nRED ", True),
         ("<image>Is it red?", "Is it red", True),
+        ("Is it red?\nAnswer the question using a single word or phrase.", "Is it red?", True),
+        ("Which?\nAnswer with the option's letter from the given choices directly.", "Which?", True),
         ("e\u0301cole", "École", True),
         ("ﬁre", "fire", True),
         ("Is it red?", "Is it reddish?", False),
@@ -154,6 +156,32 @@ def test_films_and_damaged_pictures_are_counted(mixtures):
     assert overlap.left_out == 1
     assert overlap.pictures == [("TRAIN/I3", "TEST/I3")]
     assert "not compared: 1 films" in overlap.table()
+
+
+def test_datasets_of_one_name_in_two_groups(mixtures):
+    """Each has its own pictures, of which none is lost."""
+    entries = {
+        group: {"A": {"mimicit_path": f"{name}_instructions.json", "images_path": f"{name}.parquet"}}
+        for group, name in (("IMAGE_TEXT", "train"), ("IMAGE_TEXT_IN_CONTEXT", "test"))
+    }
+    (mixtures / "both.yaml").write_text(yaml.safe_dump(entries))
+    overlap = find_overlap(mixture_questions(mixtures / "both.yaml"), mixture_questions(mixtures / "test.yaml"))
+    found = {training for training, _ in overlap.pictures}
+    assert found == {
+        *(f"IMAGE_TEXT/A/I{i}" for i in (2, 3)),
+        *(f"IMAGE_TEXT_IN_CONTEXT/A/I{i}" for i in (2, 3, 4, 5)),
+    }
+    assert overlap.left_out == 0 and overlap.compared["training_pictures"] == 8
+
+
+def test_what_is_transparent_is_white_on_both_sides():
+    seen = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    seen.paste(photograph(0), (8, 8))
+    shown = seen.convert("RGBA")
+    ground = Image.new("RGBA", seen.size, "white")
+    ground.alpha_composite(seen)
+    for one, other in zip(fingerprint(shown), fingerprint(ground.convert("RGB")), strict=True):
+        assert (one == other).all()
 
 
 def test_datasets_whose_names_begin_alike(tmp_path, monkeypatch):

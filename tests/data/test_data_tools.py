@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from PIL import Image
 
+from otter_hf import FlamingoProcessor
 from otter_hf.cli import main
 from otter_hf.data.formats import load_mimicit, write_mimicit
 from otter_hf.data.image_store import ImageStore
@@ -14,6 +15,8 @@ from otter_hf.data.mixture import MimicitMixture
 from otter_hf.data.preview import contact_sheet, describe_sample
 from otter_hf.data.to_parquet import store_to_parquet
 from otter_hf.files import claim, remove
+from otter_hf.testing import idefics, otterhd
+from otter_hf.testing.otter import byte_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +251,27 @@ def test_a_sample_is_described(mixture, tiny_processor):
         (0, 255, 0),
         (255, 255, 255),
     ]
+
+
+@pytest.mark.parametrize("family", ["flamingo", "otterhd", "idefics"])
+def test_a_sample_is_described_for_every_family(mixture, tiny_processor, family):
+    (sample,) = MimicitMixture(mixture)
+    if family == "flamingo":
+        processor = FlamingoProcessor(
+            tiny_processor.image_processor, FlamingoProcessor.prepare_tokenizer(byte_tokenizer())
+        )
+        expected = ["[1]<image>User:Colour? GPT:{red<|endofchunk|>}[2]<image>User:Two? GPT:{yes<|endofchunk|>"]
+    elif family == "otterhd":
+        processor = otterhd.tiny_processor()
+        expected = ["[2 image tokens]<s> User:Colour? Assistant:\x04{red}[4 image tokens]", ":\x04{yes|ENDOFTEXT|}"]
+    else:
+        processor = idefics.tiny_processor()
+        expected = ["[1]<image>", "Assistant:{red<end_of_utterance>}", "[2]<image>", "{yes<end_of_utterance>"]
+    text = describe_sample(sample, processor, colour=False)
+    assert all(piece in text for piece in expected), text
+    if family != "flamingo":
+        with pytest.raises(ValueError, match="leave it out"):
+            describe_sample(sample, processor, "llama2")
 
 
 def test_show_and_stats_commands(tmp_path, mixture, tiny_processor, capsys):

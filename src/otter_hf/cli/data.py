@@ -94,7 +94,7 @@ def _show(commands) -> None:
     parser.add_argument(
         "--processor", metavar="MODEL", help="folder or Hub id of a model: also show tokens and labels"
     )
-    parser.add_argument("--format", default="simple", help="instruction format (default: simple)")
+    parser.add_argument("--format", help="instruction format (default: that of the model, simple without one)")
     parser.add_argument("--png", metavar="PATH", help="write the pictures there, as a contact sheet")
     parser.add_argument("--no-colour", action="store_true", help="mark with brackets in place of colours")
     parser.add_argument("--populate-rel-ins", action="store_true", help="contexts come from rel_ins_ids")
@@ -118,7 +118,7 @@ def _run_show(args) -> None:
         processor = AutoProcessor.from_pretrained(args.processor)
         print(describe_sample(sample, processor, args.format, colour=not args.no_colour))
     else:
-        print(text_of_sample(sample, args.format))
+        print(text_of_sample(sample, args.format or "simple"))
     if args.png:
         Path(args.png).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(sample).save(args.png, "PNG")

@@ -8,7 +8,7 @@ they were scaled, stored with loss or slightly changed, but not where they were 
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,9 +22,10 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..films import is_film
+from ..pictures import read_image
 from ..prompts import RESERVED_TOKENS
+from .formats import stream_records
 from .image_store import ImageStore
-from .json_stream import iter_json_object
 from .mixture_yaml import MixtureEntry, entries_of
 from .samples import TEXT_ONLY
 
@@ -111,7 +112,8 @@ def find_overlap(training: Questions, evaluation: Questions, num_threads: int | 
     """
     Compares training data with an evaluation set.
 
-    Questions are the same if they differ in case, accents' encoding, punctuation, white space and special tokens only.
+    Questions are the same if they differ in case, accents' encoding, punctuation, white space and special tokens only,
+    and in the words by which LLaVA asks for a short answer.
     Pictures are the same if at most `MAX_BITS` bits of their perceptual hashes differ, and no place in their
     thumbnails by more than `MAX_LEVELS`: the hash alone sees no colours, and takes one simple drawing for another.
 
@@ -165,7 +167,8 @@ def mixture_questions(
     mixture: str | Path | Sequence[MixtureEntry], cache_dir: str | Path | None = None, pictures: bool = True
 ) -> Questions:
     """
-    The records of a training YAML, or of what else `read_mixture` reads; ids are `dataset/id`.
+    The records of a training YAML, or of what else `read_mixture` reads; ids are `dataset/id`, or `group/dataset/id`
+    where two groups have a dataset of the same name.
 
     Args:
         pictures: False leaves them out, for a comparison of questions alone.
@@ -174,15 +177,15 @@ def mixture_questions(
         ValueError: as `read_mixture`, and when the rows are read, for files that cannot be.
     """
     entries = entries_of(mixture, cache_dir)
-    stores = {entry.name: ImageStore(entry.images_path, cache_dir) for entry in entries if pictures}
+    counts = Counter(entry.name for entry in entries)
+    named = {entry.name if counts[entry.name] == 1 else f"{entry.task_group}/{entry.name}": entry for entry in entries}
+    stores = {name: ImageStore(entry.images_path, cache_dir) for name, entry in named.items() if pictures}
 
     def rows() -> Iterator[Question]:
-        for entry in entries:
-            for id, record in iter_json_object(entry.mimicit_path, "data"):
-                ids = (record.get("image_ids") or []) if pictures and entry.task_group != TEXT_ONLY else []
-                ids = [ids] if isinstance(ids, str) else ids
-                question = str(record.get("instruction") or "")
-                yield Question(f"{entry.name}/{id}", question, [f"{entry.name}/{image}" for image in ids])
+        for name, entry in named.items():
+            for record in stream_records(entry.mimicit_path):
+                ids = record["image_ids"] if pictures and entry.task_group != TEXT_ONLY else []
+                yield Question(f"{name}/{record['id']}", record["instruction"] or "", [f"{name}/{id}" for id in ids])
 
     def look(name: str) -> Fingerprint | None:
         # the longest name first: "A/B/1" is of "A/B" where there is one, or else a picture "B/1" of "A"
@@ -200,12 +203,22 @@ def mixture_questions(
     return Questions(rows(), look)
 
 
+# what LLaVA-1.5, and who trains or evaluates as it did, puts behind a question
+_FORM_OF_ANSWER = (
+    " answer the question using a single word or phrase",
+    " answer with the option s letter from the given choices directly",
+)
+
+
 def normalise_question(text: str) -> str:
-    """Lower case, composed letters, words alone with a space between them."""
+    """Lower case, composed letters, words alone with a space between them, without what asks for a short answer."""
     for token in RESERVED_TOKENS:
         text = text.replace(token, " ")
     text = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\w+", text))
+    text = " ".join(re.findall(r"\w+", text))
+    for form in _FORM_OF_ANSWER:
+        text = text.removesuffix(form)
+    return text
 
 
 def perceptual_hash(picture: Image.Image) -> np.ndarray:
@@ -227,7 +240,7 @@ def _cosines() -> np.ndarray:
 
 def fingerprint(picture: Image.Image) -> Fingerprint:
     """What pictures are compared by: [`perceptual_hash`], and 8x8 pixels in colour, `(192,)` int16."""
-    picture = picture.convert("RGB")
+    picture = read_image(picture)  # by the rules by which training data are read
     thumbnail = picture.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
     return perceptual_hash(picture), np.asarray(thumbnail, dtype=np.int16).flatten()
 

@@ -1,5 +1,6 @@
 """Samples and datasets made visible: a sample as the model is given it, lengths and sizes as numbers and pictures."""
 
+import copy
 import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,53 +8,96 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image, ImageDraw
 
-from ..prompts import render
-from .collator import IGNORE_INDEX, OtterCollator
+from ..prompts import IMAGE_TOKEN, render
+from .collator import IGNORE_INDEX, Collator, OtterCollator
+from .collator_flamingo import FlamingoCollator
+from .collator_idefics import IdeficsCollator, prepare_idefics_tokenizer
+from .collator_otterhd import OtterHDCollator
 from .mixture import MimicitMixture
 from .samples import Sample
 from .tables import aligned
 
 
 if TYPE_CHECKING:
-    from ..models.otter.processing_otter import OtterProcessor
+    from transformers import ProcessorMixin
 
 _CELL = 160
 # background colours of the terminal, one for each medium in turn
 _COLOURS = (44, 42, 45, 46, 43, 41)
 
 
-def describe_sample(sample: Sample, processor: "OtterProcessor", format: str = "simple", colour: bool = True) -> str:
+def describe_sample(
+    sample: Sample, processor: "ProcessorMixin", format: str | None = None, colour: bool = True
+) -> str:
     """A sample as the model is given it, as text for a terminal.
 
     In colour, the background tells which image a token sees (media index; none before the first) and underlined
     tokens are learned. Without colour, `[n]` stands in front of the tokens that see image `n`, and `{...}` around
-    those that are learned.
+    those that are learned. OtterHD's tokens see all images in front of them, of which the number of tokens is told.
+
+    Args:
+        processor: of an Otter, Flamingo, OtterHD or Idefics.
+        format: instruction format; default: that of the family.
+
+    Raises:
+        ValueError: for another processor, or a format that is not of its family.
     """
-    batch = OtterCollator(processor, format=format, max_length=None)([sample])
+    collator = _collator_of(processor, format)
+    batch = collator([sample])
     tokens, labels = batch["input_ids"][0], batch["labels"][0]
-    media_index = (tokens == processor.image_token_id).cumsum(dim=0)  # (L,)
+    sees_all = isinstance(collator, OtterHDCollator)
+    if sees_all:
+        of_image = torch.isin(tokens, torch.tensor(processor.image_token_ids))  # (L,)
+        media_index = torch.zeros_like(tokens)
+    else:
+        of_image = torch.zeros_like(tokens, dtype=torch.bool)
+        image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        media_index = (tokens == image_id).cumsum(dim=0)  # (L,)
     learned = labels != IGNORE_INDEX
     pieces, start = [], 0
     for end in range(1, len(tokens) + 1):
-        if end < len(tokens) and media_index[end] == media_index[start] and learned[end] == learned[start]:
+        if end < len(tokens) and all(kind[end] == kind[start] for kind in (media_index, learned, of_image)):
             continue
-        text = processor.tokenizer.decode(tokens[start:end])
+        text = f"[{end - start} image tokens]" if of_image[start] else processor.tokenizer.decode(tokens[start:end])
         index = int(media_index[start])
         if colour:
             codes = [str(_COLOURS[(index - 1) % len(_COLOURS)])] * bool(index) + ["4"] * bool(learned[start])
             pieces.append(f"\x1b[{';'.join(codes)}m{text}\x1b[0m" if codes else text)
         else:
-            changed = not start or media_index[start - 1] != index
+            changed = not sees_all and (not start or media_index[start - 1] != index)
             pieces.append((f"[{index}]" if changed else "") + (f"{{{text}}}" if learned[start] else text))
         start = end
-    shape = "x".join(map(str, batch["pixel_values"].shape[1:]))
+    shape = "x".join(map(str, batch["pixel_values"].shape[0 if sees_all else 1 :]))
     head = (
         f"sample {sample['id']} of {sample.get('dataset', '?')} ({sample.get('task_group', '?')}): "
         f"{len(tokens)} tokens, {int(learned.sum())} learned, {len(sample['media'])} media, pixel_values {shape}"
     )
     return f"{head}\n{''.join(pieces)}"
+
+
+def _collator_of(processor: "ProcessorMixin", format: str | None) -> Collator:
+    from transformers import IdeficsProcessor
+
+    from ..models.flamingo import FlamingoProcessor
+    from ..models.otter import OtterProcessor
+    from ..models.otterhd import OtterHDProcessor
+
+    if isinstance(processor, (OtterProcessor, FlamingoProcessor)):
+        kind = OtterCollator if isinstance(processor, OtterProcessor) else FlamingoCollator
+        return kind(processor, format=format or "simple", max_length=None)
+    families = {OtterHDProcessor: "fuyu", IdeficsProcessor: "idefics"}
+    own = next((form for family, form in families.items() if isinstance(processor, family)), None)
+    if own is None:
+        raise ValueError(f"A {type(processor).__name__} is none of Otter, Flamingo, OtterHD and Idefics.")
+    if format not in (None, own):
+        raise ValueError(f"The format of a {type(processor).__name__} is {own}, got {format!r}: leave it out.")
+    if own == "fuyu":
+        return OtterHDCollator(processor, packing=False)
+    tokenizer = prepare_idefics_tokenizer(copy.deepcopy(processor.tokenizer))
+    return IdeficsCollator(tokenizer, processor.image_processor, max_length=None, remove_answer_token=True)
 
 
 def text_of_sample(sample: Sample, format: str = "simple") -> str:

@@ -8,9 +8,18 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..data.contamination import Overlap, Question, Questions, find_overlap, fingerprint, mixture_questions
+from ..data.contamination import (
+    Fingerprint,
+    Overlap,
+    Question,
+    Questions,
+    find_overlap,
+    fingerprint,
+    mixture_questions,
+)
 from ..data.mixture_yaml import read_mixture
 from ..made_from import MadeFrom
+from ..pictures import ImageError
 from ..storage import is_remote
 from .benchmarks import BENCHMARKS, images, row_id
 from .config import DatasetSpec, EvalConfig
@@ -20,10 +29,10 @@ from .run import build_tasks
 
 
 class _Table(NamedTuple):
-    """Rows of a benchmark: `look(number)` gives id, question and pictures of one."""
+    """Rows of a benchmark: `look(number)` gives id, question and pictures of one, None for each film."""
 
     length: int
-    look: Callable[[int], tuple[str, str, list[Image.Image]]]
+    look: Callable[[int], tuple[str, str, list[Image.Image | None]]]
 
 
 def check_contamination(config: EvalConfig) -> Overlap:
@@ -44,10 +53,17 @@ def check_contamination(config: EvalConfig) -> Overlap:
             for number in range(table.length):
                 id, question, pictures = table.look(number)
                 places = [f"{name}/{number}/{k}" for k in range(len(pictures))]
-                seen.update(zip(places, map(fingerprint, pictures), strict=True))
+                seen.update(zip(places, map(_fingerprint, pictures), strict=True))
                 yield Question(f"{name}/{id}", question, places)
 
     return find_overlap(mixture_questions(config.training_data), Questions(rows(), seen.get))
+
+
+def _fingerprint(picture: Image.Image | None) -> Fingerprint | None:
+    try:
+        return None if picture is None else fingerprint(picture)
+    except ImageError:
+        return None
 
 
 def made_from(config: EvalConfig) -> MadeFrom:
@@ -76,7 +92,7 @@ def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Ta
         options = {"image_dir": settings.get("image_dir"), "columns": settings.get("columns")}
         test = Rows(settings["test"], "test", KINDS[dataset.name], **options)
 
-        def look_fewshot(number: int) -> tuple[str, str, list[Image.Image]]:
+        def look_fewshot(number: int) -> tuple[str, str, list[Image.Image | None]]:
             row = test[number]
             return str(row["id"]), str(row.get("question") or row.get("text") or ""), [row["image"]]
 
@@ -85,13 +101,14 @@ def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Ta
     for name, task in build_tasks(dataset, config.output / "data"):
         ours, docs = name in BENCHMARKS, task.eval_docs
 
-        def look(number: int, task=task, docs=docs, ours=ours) -> tuple[str, str, list[Image.Image]]:
+        def look(number: int, task=task, docs=docs, ours=ours) -> tuple[str, str, list[Image.Image | None]]:
             doc = docs[number]
-            id = row_id(doc) or str(number)
+            id, question = row_id(doc) or str(number), doc.get("question") or doc.get("instruction")
             if ours:
-                return id, str(doc.get("question") or doc.get("instruction") or ""), images(doc)
-            visuals = [one for one in task.doc_to_visual(doc) or [] if isinstance(one, Image.Image)]
-            return id, str(task.doc_to_text(doc)), visuals
+                return id, str(question or ""), images(doc)
+            visuals = [one if isinstance(one, Image.Image) else None for one in task.doc_to_visual(doc) or []]
+            # a task's own text may have its prompt around the question, which training data have not
+            return id, question if isinstance(question, str) else str(task.doc_to_text(doc)), visuals
 
         length = len(docs) if dataset.limit is None else min(len(docs), dataset.limit)
         yield (dataset.name if ours else name), _Table(length, look)
