@@ -7,10 +7,10 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA, MPT, TEXT_CONFIGS, assert_equal_tensors, logits, save_model, tensors_of
+from tiny_models import LLAMA, MPT, TEXT_CONFIGS, VISION, assert_equal_tensors, logits, save_model, tensors_of
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, ResNetConfig
 
-from otter_hf import OtterForConditionalGeneration, OtterProcessor
+from otter_hf import OtterConfig, OtterForConditionalGeneration, OtterProcessor
 from otter_hf.conversion import (
     ConversionError,
     apply_delta,
@@ -23,6 +23,7 @@ from otter_hf.conversion import (
     plan_lora,
     plan_trainer_pt,
 )
+from otter_hf.conversion.export import to_legacy_config
 from otter_hf.conversion.job import finish_with_adapter
 from otter_hf.testing.otter import build_tokenizer
 
@@ -73,6 +74,27 @@ class TestExportLegacy:
         with pytest.raises(ConversionError, match="'qwen2'; the 2023 code knows Llama"):
             export_legacy(tmp_path / "qwen", tmp_path / "output")
         assert not (tmp_path / "output").exists()
+
+    @pytest.mark.parametrize(
+        "text, field",
+        [
+            ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+            ("llama", {"attention_bias": True}),
+            ("llama", {"head_dim": 8}),
+            ("falcon", {"new_decoder_architecture": True}),
+            ("falcon", {"ffn_hidden_size": 64}),
+            ("falcon", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+            ("mpt", {"layer_norm_epsilon": 1e-6}),
+        ],
+        ids=str,
+    )
+    def test_what_2023_computed_otherwise(self, text, field):
+        """A field that its dialect lacks would be another model there, in silence."""
+        config = OtterConfig(vision_config=VISION, text_config=TEXT_CONFIGS[text])
+        assert to_legacy_config(config)["text_config"]
+        config = OtterConfig(vision_config=VISION, text_config=TEXT_CONFIGS[text] | field)
+        with pytest.raises(ConversionError, match=f"{next(iter(field))}=.* has no word"):
+            to_legacy_config(config)
 
 
 class TestFlamingoToOtter:

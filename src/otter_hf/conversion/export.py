@@ -1,8 +1,12 @@
 """Back to 2023: folders in the names and the configuration dialect of Luodian/Otter, for its own code."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..models.legacy import upgrade_text_config
 from .export_tokenizer import save_tokenizer_2023
 from .job import cast, most_common_dtype, open_flamingo_folder
 from .names import HEAD, base_class
@@ -46,6 +50,8 @@ _VISION_FIELDS = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
     "hidden_act layer_norm_eps attention_dropout initializer_range initializer_factor projection_dim"
 ).split()
+# of language models what their layers compute without, or alike
+_OF_NO_MATTER = ("attention_dropout", "initializer_range", "max_position_embeddings", "pretraining_tp", "use_cache")
 # what the 2023 code had fixed in its source
 _FIXED_SHAPE = {
     "perceiver_depth": 6,
@@ -131,6 +137,8 @@ def to_legacy_config(config, language_model_name: str | None = None) -> dict:
         raise ConversionError(
             f"The vision tower is a {config.vision_config.model_type!r}; the 2023 code knows CLIP only."
         )
+    text_config = _legacy_text_config(config.text_config, language_model_name)
+    _check_expressed(config.text_config, text_config)
     legacy = {
         "model_type": config.model_type,
         "architectures": [f"{config.model_type.capitalize()}ForConditionalGeneration"],
@@ -138,12 +146,27 @@ def to_legacy_config(config, language_model_name: str | None = None) -> dict:
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         # True would draw lots for every forward pass whether a text sees the image before or after it
         "use_media_placement_augmentation": False,
-        "text_config": _legacy_text_config(config.text_config, language_model_name),
+        "text_config": text_config,
         "vision_config": {"model_type": "clip_vision_model", **_take(config.vision_config, _VISION_FIELDS)},
     }
     if config.max_num_frames is not None:
         legacy["max_num_frames"] = config.max_num_frames
     return legacy
+
+
+def _check_expressed(text, legacy: dict) -> None:
+    """Raises ConversionError if a language model's configuration of 2023, read again, is that of another model."""
+    upgraded = upgrade_text_config(legacy)
+    again = AutoConfig.for_model(upgraded.pop("model_type"), **upgraded)
+    free = {*_OF_NO_MATTER, *(("num_kv_heads",) if getattr(text, "multi_query", False) else ())}
+    for field in {field.name for field in dataclasses.fields(text)} - {
+        field.name for field in dataclasses.fields(PreTrainedConfig)
+    }:
+        value = getattr(text, field)
+        if field not in free and value != getattr(again, field):
+            raise ConversionError(
+                f"The language model has {field}={value!r}, for which the configuration of 2023 has no word."
+            )
 
 
 def _take(config, fields) -> dict:
