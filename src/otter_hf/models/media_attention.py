@@ -77,6 +77,29 @@ def split_media(inputs: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
     ]
 
 
+def media_behind(media: Mapping[str, torch.Tensor], seen: torch.Tensor, new: torch.Tensor) -> dict[str, torch.Tensor]:
+    """
+    Of each row the media behind those it has seen, aligned to the left; `{}` if there are none.
+
+    Args:
+        media: `(B, T, ...)` each, under the names of model inputs; `pixel_attention_mask` hides what pads.
+        seen: `(B,)` int64, how many of each row's media stand in front.
+        new: `(B,)` int64, how many are wanted of it.
+    """
+    most = int(new.max())
+    if most <= 0:
+        return {}
+    place = torch.arange(most, device=seen.device)  # (T_new,)
+    source = place + seen[:, None]  # (B, T_new)
+    chosen = {}
+    for name, values in media.items():
+        rows = torch.arange(len(values), device=values.device)[:, None]
+        chosen[name] = values[rows, source.clamp(max=values.shape[1] - 1).to(values.device)]
+    if (mask := chosen.get("pixel_attention_mask")) is not None:
+        chosen["pixel_attention_mask"] = mask * (place < new[:, None]).to(mask.device)[..., None]
+    return chosen
+
+
 class MediaBlocks(NamedTuple):
     """
     Text tokens regrouped into N blocks of c that each see one image.

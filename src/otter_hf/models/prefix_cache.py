@@ -8,7 +8,7 @@ and sliding windows are those of a batch that was read from its beginning.
 Shape legend: B rows, L tokens, S tokens of the prefix, T media of a row, N patches (OtterHD), H heads, d head width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import ModelOutput
 
 from .flamingo import FlamingoForConditionalGeneration
+from .media_attention import media_behind
 from .media_cache import MediaCacheMixin, MediaDynamicCache
 from .otterhd import OtterHDForConditionalGeneration
+from .otterhd.generation_otterhd import patches_between
 
 
 def can_share_prefixes(model: PreTrainedModel) -> bool:
@@ -114,17 +116,12 @@ def expand(cache: Cache, padding: Sequence[int]) -> Cache:
         A cache of S columns, on which the whole left-padded batch goes on: `model.generate(**batch,
         past_key_values=cache)`.
     """
-    has_media = isinstance(cache, MediaCacheMixin)
-    expanded = MediaDynamicCache() if has_media else DynamicCache()
-    for layer in cache.layers:
-        expanded.layers.append(layer_of(_shift(layer.keys, padding, 2), _shift(layer.values, padding, 2)))
-    if has_media and cache.media_index is not None:
-        rows = len(padding)
-        expanded.media_key_values = {
-            index: states.expand(rows, *states.shape[1:]) for index, states in cache.media_key_values.items()
-        }
-        expanded.media_index = _shift(cache.media_index, padding, 1)
-    return expanded
+    return _mapped(
+        cache,
+        lambda states: _shift(states, padding, 2),
+        lambda states: states.expand(len(padding), *states.shape[1:]),
+        lambda index: _shift(index, padding, 1),
+    )
 
 
 def crop(cache: Cache, length: int) -> Cache:
@@ -138,14 +135,24 @@ def row_of(cache: Cache, row: int, padding: int = 0) -> Cache:
 
 
 def _part(cache: Cache, rows: slice, columns: slice) -> Cache:
+    return _mapped(
+        cache,
+        lambda states: states[rows, :, columns],
+        lambda states: states[rows],
+        lambda index: index[rows, columns],
+    )
+
+
+def _mapped(cache: Cache, text: Callable, media: Callable, index: Callable) -> Cache:
+    """A cache of functions of another's tensors: keys and values of text, those of media, and `media_index`."""
     has_media = isinstance(cache, MediaCacheMixin)
-    part = MediaDynamicCache() if has_media else DynamicCache()
+    mapped = MediaDynamicCache() if has_media else DynamicCache()
     for layer in cache.layers:
-        part.layers.append(layer_of(layer.keys[rows, :, columns], layer.values[rows, :, columns]))
-    if has_media and cache.media_index is not None and part.get_seq_length():
-        part.media_key_values = {index: states[rows] for index, states in cache.media_key_values.items()}
-        part.media_index = cache.media_index[rows, columns]
-    return part
+        mapped.layers.append(layer_of(text(layer.keys), text(layer.values)))
+    if has_media and cache.media_index is not None and mapped.get_seq_length():
+        mapped.media_key_values = {layer: media(states) for layer, states in cache.media_key_values.items()}
+        mapped.media_index = index(cache.media_index)
+    return mapped
 
 
 def branch(cache: Cache, branches: int, room: int) -> Cache:
@@ -252,26 +259,11 @@ def _media_between(model: PreTrainedModel, inputs: Mapping, start: int, end: int
         patches = inputs.get("pixel_values")  # (N, patch width), in the order of their tokens
         if patches is None:
             return {}
-        columns = torch.arange(is_media.shape[1], device=is_media.device)
-        is_new = ((columns >= start) & (columns < end)).expand_as(is_media)[is_media]
-        patches = patches.reshape(-1, patches.shape[-1])[is_new.to(patches.device)]
+        patches = patches_between(is_media, patches.reshape(-1, patches.shape[-1]), start, end)
         return {"pixel_values": patches} if len(patches) else {}
     names = ("image_hidden_states", "pixel_values", "pixel_attention_mask")
     media = {name: inputs[name] for name in names if inputs.get(name) is not None}  # (B, T, ...) each
-    seen, new = is_media[:, :start].sum(dim=1), is_media[:, start:end].sum(dim=1)  # (B,)
-    most = int(new.max())
-    if not media or not most:
-        return {}
-    place = torch.arange(most, device=seen.device)  # (T_new,)
-    chosen = {}
-    for name, values in media.items():
-        rows = torch.arange(len(values), device=values.device)[:, None]
-        source = (place + seen[:, None]).clamp(max=values.shape[1] - 1).to(values.device)
-        chosen[name] = values[rows, source]
-    if "pixel_attention_mask" in chosen:
-        is_there = (place < new[:, None]).to(chosen["pixel_attention_mask"].device)
-        chosen["pixel_attention_mask"] = chosen["pixel_attention_mask"] * is_there[..., None]
-    return chosen
+    return media_behind(media, is_media[:, :start].sum(dim=1), is_media[:, start:end].sum(dim=1))
 
 
 __all__ = [

@@ -7,7 +7,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
 from ..generation import ImageTextGenerationMixin
-from ..media_attention import batch_first_media
+from ..media_attention import batch_first_media, media_behind
 from ..media_cache import with_media
 from .media_flamingo import check_frame_mask, check_latents
 
@@ -180,17 +180,7 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
             whole = bool((mask.bool().any(dim=2).sum(dim=1) == total).all())
         if not whole:
             return media  # only the new ones
-        new = total - seen
-        num_new = int(new.max())
-        if num_new <= 0:
-            return {}
-        place = torch.arange(num_new, device=seen.device)  # (T_new,)
-        rows = torch.arange(len(total), device=seen.device)[:, None]
-        source = (place + seen[:, None]).clamp(max=num_media - 1)  # (B, T_new)
-        media = {name: value[rows, source] for name, value in media.items()}
-        if mask is not None:
-            media["pixel_attention_mask"] *= (place < new[:, None])[..., None]
-        return media
+        return media_behind(media, seen, total - seen)
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(

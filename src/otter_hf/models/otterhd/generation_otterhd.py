@@ -5,6 +5,13 @@ import torch
 from ..generation import ImageTextGenerationMixin
 
 
+def patches_between(is_patch: torch.Tensor, patches: torch.Tensor, start: int, end: int | None = None) -> torch.Tensor:
+    """Of `patches (N, width)`, row by row in the order of their tokens `is_patch (B, L)`, those of some columns."""
+    is_wanted = torch.zeros_like(is_patch)
+    is_wanted[:, start:end] = True
+    return patches[is_wanted[is_patch].to(patches.device)]
+
+
 class OtterHDGenerationMixin(ImageTextGenerationMixin):
     """What generation with patches needs beyond [`~transformers.GenerationMixin`]."""
 
@@ -58,9 +65,7 @@ class OtterHDGenerationMixin(ImageTextGenerationMixin):
         is_patch = self._find_patches(input_ids, inputs_embeds)  # (B, L)
         pixel_values = pixel_values.reshape(-1, pixel_values.shape[-1])  # (N, patch width)
         if len(pixel_values) == int(is_patch.sum()):
-            # in the order of their tokens, row by row
-            is_new = torch.arange(is_patch.shape[1], device=is_patch.device) >= start  # (L,)
-            pixel_values = pixel_values[is_new.expand_as(is_patch)[is_patch].to(pixel_values.device)]
+            pixel_values = patches_between(is_patch, pixel_values, start)
         return pixel_values if len(pixel_values) else None
 
     def _expand_inputs_for_generation(
