@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from otter_hf import OtterProcessor, __version__
 from otter_hf.conversion.export import legacy_name, to_legacy_config
-from otter_hf.conversion.memory import load_config
+from otter_hf.conversion.memory import load_model_config
 from otter_hf.conversion.plan import build_meta_model
 from otter_hf.testing.otter import byte_tokenizer
 
@@ -72,7 +72,7 @@ def write_checkpoint(folder: Path, gigabytes: float) -> dict:
     ids = {"image_token_id": vocabulary["<image>"], "end_of_chunk_token_id": vocabulary["<|endofchunk|>"]}
     fields = {"model_type": "otter", "text_config": text, "vision_config": vision, "perceiver_depth": 6, **ids}
     config_file.write_text(json.dumps({**fields, "answer_token_id": vocabulary["<answer>"]}))
-    config = load_config(config_file)
+    config = load_model_config(config_file)
     parameters = build_meta_model(config).state_dict()
     shards, size, weight_map = [{}], 0, {}
     generator = torch.Generator().manual_seed(0)

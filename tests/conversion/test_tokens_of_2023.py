@@ -8,7 +8,7 @@ from tiny_models import LLAMA, VISION
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from otter_hf.conversion import export_legacy, finish, plan_flamingo_to_otter, plan_folder, plan_inject_lm
-from otter_hf.conversion.job import load_tokenizer
+from otter_hf.conversion.job import open_tokenizer
 
 
 DATA = Path(__file__).parents[1] / "models" / "tokens_2023"
@@ -57,7 +57,7 @@ def test_every_conversion_writes_the_ids_of_2023(base, tmp_path, reference):
 
 @pytest.mark.parametrize("reference", IDS)
 def test_the_tokenizer_of_an_openflamingo_checkpoint(base, reference):
-    tokenizer = load_tokenizer(base / "llama", legacy=True, reference=reference)
+    tokenizer = open_tokenizer(base / "llama", legacy=True, reference=reference)
     plain = [index for index, text in enumerate(TEXTS) if "<" not in text]
     rows = ids_of(tokenizer)
     assert plain and all(rows[index] == IDS[reference]["no_map"]["ids"][index] for index in plain)

@@ -68,11 +68,20 @@ def _report(run, args) -> int:
 
 
 def _options(args) -> dict:
-    return {"dtype": args.dtype, "allow": args.allow, "max_shard_size": int(args.max_shard_size * 10**9)}
+    """What all conversions take; `verify` where there is such an option."""
+    verify = {"verify": args.verify} if hasattr(args, "verify") else {}
+    size = int(args.max_shard_size * 10**9)
+    return {
+        "dtype": args.dtype,
+        "allow": args.allow,
+        "max_shard_size": size,
+        "push_to_hub": args.push_to_hub,
+        **verify,
+    }
 
 
 def _finish(job, args):
-    return conversion.finish(job, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args))
+    return conversion.finish(job, args.output, **_options(args))
 
 
 def _add_tokenizer(parser) -> None:
@@ -213,15 +222,7 @@ def _lora(parser) -> None:
         if not args.adapter:
             return _finish(conversion.plan_lora(args.source, args.tokenizer, args.tokenizer_reference), args)
         job, adapter, adapter_config = conversion.lora_adapter(args.source, args.tokenizer, args.tokenizer_reference)
-        return conversion.finish_with_adapter(
-            job,
-            adapter,
-            adapter_config,
-            args.output,
-            verify=args.verify,
-            push_to_hub=args.push_to_hub,
-            **_options(args),
-        )
+        return conversion.finish_with_adapter(job, adapter, adapter_config, args.output, **_options(args))
 
     _add_output(parser, run)
 
@@ -234,10 +235,7 @@ def _delta(parser) -> None:
 
     def run(args):
         combine = conversion.make_delta if args.action == "make" else conversion.apply_delta
-        report = combine(args.base, args.other, args.output, **_options(args))
-        if args.push_to_hub:
-            conversion.push_folder(args.output, args.push_to_hub)
-        return report
+        return combine(args.base, args.other, args.output, **_options(args))
 
     _add_output(parser, run, verify=False)
 
@@ -261,7 +259,7 @@ def _export_legacy(parser) -> None:
     parser.add_argument("--language-model-name", help="where that code finds the base tokenizer")
 
     def run(args):
-        report = conversion.export_legacy(
+        return conversion.export_legacy(
             args.source,
             args.output,
             tokenizer=args.tokenizer,
@@ -269,9 +267,6 @@ def _export_legacy(parser) -> None:
             language_model_name=args.language_model_name,
             **_options(args),
         )
-        if args.push_to_hub:
-            conversion.push_folder(args.output, args.push_to_hub)
-        return report
 
     _add_output(parser, run, verify=False)
 
@@ -281,9 +276,7 @@ def _fuyu_to_otterhd(parser) -> None:
     parser.add_argument("--source", required=True, help="folder or repository, with its tokenizer")
     _add_output(
         parser,
-        lambda args: conversion.convert_fuyu(
-            args.source, args.output, verify=args.verify, push_to_hub=args.push_to_hub, **_options(args)
-        ),
+        lambda args: conversion.convert_fuyu(args.source, args.output, **_options(args)),
     )
 
 

@@ -156,10 +156,10 @@ def _tokenizer(name: str | None):
     if name is None:
         return None
     check_model_name(name, "--tokenizer", config=False)
-    from ..models.legacy import is_legacy_config, read_config
+    from ..models.legacy import find_raw_config, is_legacy_config
     from ..models.legacy_tokens import load_tokenizer
 
-    return load_tokenizer(name, legacy=is_legacy_config(read_config(name)))
+    return load_tokenizer(name, legacy=is_legacy_config(find_raw_config(name)))
 
 
 def _to_parquet(commands) -> None:

@@ -20,8 +20,8 @@ def run(args) -> int:
     """Print the table."""
     if not Path(args.config).is_file():
         check_model_name(args.config)
-    from ..conversion.memory import estimate_memory, load_config, memory_table
+    from ..conversion.memory import estimate_memory, load_model_config, memory_table
 
-    config = load_config(args.config)
+    config = load_model_config(args.config)
     print(json.dumps(estimate_memory(config)) if args.json else memory_table(config))
     return 0

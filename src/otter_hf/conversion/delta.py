@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from .job import PROCESSORS, cast, load_text_config, most_common_dtype, read_config, resolve_folder
-from .memory import load_config
+from .job import PROCESSORS, load_text_config, read_raw_config, resolve_folder, written_folder
+from .memory import load_model_config
 from .names import Rename, language_model_rename, rename_2023
 from .plan import source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
-from .writer import output_folder, sha256, write_safetensors
+from .writer import checksums
 
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -45,6 +45,7 @@ def apply_delta(
     dtype: str | None = None,
     allow: bool = False,
     max_shard_size: int = 5 * 10**9,
+    push_to_hub: str | None = None,
 ) -> ConversionReport:
     """
     Write `base + delta`. The sum has the rounding of one addition in the delta's dtype.
@@ -54,12 +55,11 @@ def apply_delta(
     Raises:
         ConversionError: if shapes do not fit, or, unless `allow`, a weight of the base has no counterpart.
     """
-    return _combine("delta apply", base, delta, output, 1, dtype=dtype, allow=allow, max_shard_size=max_shard_size)
+    options = {"dtype": dtype, "allow": allow, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
+    return _combine("delta apply", base, delta, output, 1, **options)
 
 
-def _combine(
-    name, base, other, output, sign: int, dtype=None, allow=False, max_shard_size=5 * 10**9
-) -> ConversionReport:
+def _combine(name: str, base, other, output, sign: int, **options) -> ConversionReport:
     report = ConversionReport(name)
     base_folder, other_folder = _open(base), _open(other)
     base_rename, other_rename = _renames(base_folder, other_folder)
@@ -77,29 +77,22 @@ def _combine(
         report.tensors[f"{base}: {base_key}"] = key
         result[key] = _sum(key, tensor, base_tensor, sign)
     report.unexplained += [f"{base}: {key} has no counterpart" for t, (key, _) in by_target.items() if t not in used]
-    report.check(allow)
-    report.dtype = dtype or most_common_dtype(result)
     for label, folder in ((str(base), base_folder), (str(other), other_folder)):
-        report.sources[label] = [
-            {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256(file)}
-            for file in source_files(folder.path)
-        ]
-    with output_folder(output) as folder:
+        report.sources[label] = checksums(source_files(folder.path))
+    with written_folder(report, output, result, **options) as folder:
         shutil.copytree(other_folder.path, folder, ignore=shutil.ignore_patterns(*_WEIGHTS, ".*"), dirs_exist_ok=True)
-        report.files = write_safetensors(folder, cast(result, dtype), max_shard_size, allow=allow)
-        report.save(folder)
     return report
 
 
 def _open(name_or_path) -> _Folder:
     folder = resolve_folder(name_or_path)
-    return _Folder(folder, open_checkpoint(folder), read_config(folder).get("model_type") in PROCESSORS)
+    return _Folder(folder, open_checkpoint(folder), read_raw_config(folder).get("model_type") in PROCESSORS)
 
 
 def _renames(base: _Folder, other: _Folder) -> tuple[Rename, Rename]:
     if not other.is_flamingo:
         return (lambda key: key), (lambda key: key)
-    rename = rename_2023(load_config(other.path).text_config)
+    rename = rename_2023(load_model_config(other.path).text_config)
     return (rename if base.is_flamingo else language_model_rename(load_text_config(base.path))), rename
 
 

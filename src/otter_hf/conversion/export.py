@@ -8,12 +8,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..models.legacy import upgrade_text_config
 from .export_tokenizer import save_tokenizer_2023
-from .job import cast, most_common_dtype, open_flamingo_folder
+from .job import open_flamingo_folder, written_folder
 from .names import HEAD, base_class
 from .plan import plan_model
 from .report import ConversionReport
 from .tensors import ConversionError
-from .writer import output_folder, write_safetensors
 
 
 _MOSAIC_GPT_PARTS = {
@@ -77,6 +76,7 @@ def export_legacy(
     dtype: str | None = None,
     allow: bool = False,
     max_shard_size: int = 5 * 10**9,
+    push_to_hub: str | None = None,
 ) -> ConversionReport:
     """
     Write a folder that Otter's code of 2023 reads: its weight names, its configuration dialect, safetensors.
@@ -94,18 +94,16 @@ def export_legacy(
     legacy_config = to_legacy_config(config, language_model_name)
     ours = plan_model(config, [weights], report)
     report.check(allow)
-    stored = most_common_dtype(ours)
-    renamed = cast({legacy_name(name, config): tensor for name, tensor in ours.items()}, dtype)
+    renamed = {legacy_name(name, config): tensor for name, tensor in ours.items()}
     if config.tie_word_embeddings and config.text_config.model_type == "falcon":
         # the only tied decoder whose head the old code stored
         renamed["lang_encoder.lm_head.weight"] = renamed["lang_encoder.transformer.word_embeddings.weight"]
     report.tensors = {what: legacy_name(name, config) for what, name in report.tensors.items()}
-    report.dtype = legacy_config["torch_dtype"] = dtype or stored
-    with output_folder(output) as folder:
-        report.files = write_safetensors(folder, renamed, max_shard_size, allow=allow)
+    writing = {"dtype": dtype, "allow": allow, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
+    with written_folder(report, output, renamed, **writing) as folder:
+        legacy_config["torch_dtype"] = report.dtype
         (folder / "config.json").write_text(json.dumps(legacy_config, indent=2) + "\n")
         save_tokenizer_2023(processor.tokenizer, folder)
-        report.save(folder)
     return report
 
 

@@ -9,9 +9,9 @@ import torch
 from ..models.legacy import lora_scaling, merge_lora_pair, split_lora_key
 from ..models.legacy_tokens import PAD_TOKEN
 from ..models.otter import OtterConfig, OtterProcessor
-from .job import Job, open_flamingo_folder, read_config, resolve_folder
+from .job import Job, open_flamingo_folder, read_raw_config, resolve_folder
 from .names import HEAD, rename_2023
-from .plan import Source, build_meta_model, embedding_name, mean_row, plan_model, source_files
+from .plan import TensorSource, build_meta_model, embedding_name, mean_row, plan_model, source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
 
@@ -32,7 +32,7 @@ def plan_folder(
     """
     report = ConversionReport(conversion)
     config, tensors, processor = open_flamingo_folder(source, tokenizer, tokenizer_reference)
-    lora_config = read_config(resolve_folder(source)).get("lora_config")
+    lora_config = read_raw_config(resolve_folder(source)).get("lora_config")
     if lora_config:
         tensors = merge_lora_source(tensors, lora_config, report)
     return Job(config, plan_model(config, [tensors], report), processor, report, [str(source)])
@@ -45,12 +45,12 @@ def plan_lora(source: str | Path, tokenizer: str | None = None, tokenizer_refere
     Raises:
         ConversionError: if the folder has no `lora_config` or no factors.
     """
-    if not read_config(resolve_folder(source)).get("lora_config"):
+    if not read_raw_config(resolve_folder(source)).get("lora_config"):
         raise ConversionError(f"{source} has no lora_config in its config.json, so nothing to merge.")
     return plan_folder(source, tokenizer, "lora", tokenizer_reference)
 
 
-def merge_lora_source(source: Source, lora_config: dict, report: ConversionReport) -> Source:
+def merge_lora_source(source: TensorSource, lora_config: dict, report: ConversionReport) -> TensorSource:
     """A source in which low-rank factors are folded into the weights they belong to."""
     merged, factors = {}, {}
     for key, tensor in source.tensors.items():
@@ -84,7 +84,7 @@ def lora_adapter(
     """
     report = ConversionReport("lora --adapter")
     folder = resolve_folder(source)
-    lora_config = read_config(folder).get("lora_config")
+    lora_config = read_raw_config(folder).get("lora_config")
     if not lora_config:
         raise ConversionError(f"{source} has no lora_config in its config.json, so no adapter.")
     config, weights, processor = open_flamingo_folder(source, tokenizer, tokenizer_reference)
@@ -200,7 +200,7 @@ def plan_trainer_pt(
     """
     report = ConversionReport("trainer-pt")
     config, base_source, processor = open_flamingo_folder(base, tokenizer, tokenizer_reference)
-    trained = Source(
+    trained = TensorSource(
         Path(checkpoint).name,
         open_checkpoint(checkpoint),
         rename_2023(config.text_config),

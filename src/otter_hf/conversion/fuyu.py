@@ -7,19 +7,17 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig
 
 from ..models.otterhd import OtterHDConfig, OtterHDForConditionalGeneration, OtterHDProcessor
 from ..models.otterhd.processing_otterhd import ANSWER_TOKEN, END_OF_TEXT_TOKEN, IMAGE_NEWLINE_TOKEN, IMAGE_TOKEN
-from .job import DTYPES, cast, most_common_dtype, push_folder, read_config, resolve_folder
+from .job import read_raw_config, resolve_folder, verify_folder, written_folder
 from .memory import memory_table
 from .model_card import note_on_prompt, prompt_of, render_card, usage
-from .plan import Source, plan_model, source_files
+from .plan import TensorSource, plan_model, source_files
 from .report import ConversionReport
-from .tensors import ConversionError, LazyTensor, open_checkpoint
-from .writer import output_folder, write_safetensors
+from .tensors import ConversionError, open_checkpoint
 
 
 _DECODER = "model.language_model."
@@ -56,30 +54,31 @@ def convert_fuyu(
     """
     report = ConversionReport("fuyu-to-otterhd")
     folder = resolve_folder(source)
-    raw = read_config(folder)
+    raw = read_raw_config(folder)
     if raw.get("model_type") != OtterHDConfig.model_type:
         raise ConversionError(f"{folder} has the model type {raw.get('model_type')!r}; expected 'fuyu'.")
     processor = _load_processor(folder)
     config = _load_config(raw, processor, report)
     tensors = plan_model(
-        config, [Source(str(source), open_checkpoint(folder), _name_of_today, paths=source_files(folder))], report
+        config,
+        [TensorSource(str(source), open_checkpoint(folder), _name_of_today, paths=source_files(folder))],
+        report,
     )
-    report.check(allow)
-    config.dtype = report.dtype = dtype or most_common_dtype(tensors)
     report.token_table = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in _TOKENS}
-    stored = {_name_of_2023(name): tensor for name, tensor in cast(tensors, dtype).items()}
-    with output_folder(output) as new_folder:
-        report.files = write_safetensors(new_folder, stored, max_shard_size, allow=allow)
+    stored = {_name_of_2023(name): tensor for name, tensor in tensors.items()}
+    writing = {"dtype": dtype, "allow": allow, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
+    with written_folder(report, output, stored, **writing) as new_folder:
+        config.dtype = report.dtype
         config.save_pretrained(new_folder)
         end = processor.end_of_text_id
         GenerationConfig(bos_token_id=end, eos_token_id=end, pad_token_id=end).save_pretrained(new_folder)
         processor.save_pretrained(new_folder)
         if verify:
-            report.verification = _verify(new_folder, config, processor, tensors, dtype)
+            side = 4 * config.patch_size
+            picture = Image.fromarray(np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8))
+            inputs = processor(text="User: What is this? Assistant:", images=picture)
+            report.verification = verify_folder(new_folder, config, inputs, tensors, dtype)
         (new_folder / "README.md").write_text(_card(config, report, str(source)), encoding="utf-8")
-        report.save(new_folder)
-    if push_to_hub:
-        push_folder(output, push_to_hub)
     return report
 
 
@@ -118,36 +117,6 @@ def _load_config(raw: dict, processor: OtterHDProcessor, report: ConversionRepor
         config.tokenizer_vocab_size = len(processor.tokenizer)
     config.architectures = [OtterHDForConditionalGeneration.__name__]
     return config
-
-
-@torch.no_grad()
-def _verify(
-    folder: Path,
-    config: PreTrainedConfig,
-    processor: OtterHDProcessor,
-    tensors: dict[str, LazyTensor],
-    dtype: str | None,
-) -> dict:
-    loaded, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, dtype="auto")
-    if any(info.values()):
-        problems = {key: sorted(names) for key, names in info.items() if names}
-        raise ConversionError(f"The result does not load cleanly: {problems}.")
-    side = 4 * config.patch_size
-    pixels = np.random.default_rng(0).integers(256, size=(side, side, 3), dtype=np.uint8)
-    inputs = processor(text="User: What is this? Assistant:", images=Image.fromarray(pixels))
-    result = loaded.eval()(**inputs).logits.float()
-    del loaded
-    reference = OtterHDForConditionalGeneration(config).to(DTYPES[most_common_dtype(tensors)])
-    reference.load_state_dict({name: tensor.load() for name, tensor in tensors.items()}, strict=False)
-    expected = reference.eval()(**inputs).logits.float()
-    difference = (result - expected).abs().max().item()
-    if dtype is None and difference > 1e-4:
-        raise ConversionError(f"The result computes other logits than its source: they differ by {difference:.3g}.")
-    return {
-        "max_logit_difference": difference,
-        "max_logit": expected.abs().max().item(),
-        "equal_most_likely_tokens": (result.argmax(-1) == expected.argmax(-1)).float().mean().item(),
-    }
 
 
 def _card(config: OtterHDConfig, report: ConversionReport, source: str) -> str:

@@ -1,6 +1,8 @@
 """What all conversions share: reading folders, checking, writing everything a model folder needs, pushing it."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageTextToText,
+    BatchFeature,
     CLIPImageProcessorPil,
     GenerationConfig,
     PreTrainedConfig,
@@ -19,12 +22,11 @@ from transformers.utils import logging
 from ..model_names import check_model_name, split_revision
 from ..models.flamingo import FlamingoProcessor
 from ..models.legacy import is_legacy_config, split_lora_key, upgrade_text_config
-from ..models.legacy_tokens import SPECIAL_TOKENS
-from ..models.legacy_tokens import load_tokenizer as load_any_tokenizer
+from ..models.legacy_tokens import SPECIAL_TOKENS, load_tokenizer
 from ..models.otter import OtterProcessor
 from .model_card import conversion_card
 from .names import Rename, rename_2023, vision_tower_rename
-from .plan import Source, model_class, source_files
+from .plan import TensorSource, model_class, source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
 from .writer import output_folder, write_safetensors
@@ -73,14 +75,10 @@ def finish(
         ConversionError: if something is unexplained or the verification fails.
     """
     report, config = job.report, job.config
-    report.check(allow)
-    stored = most_common_dtype(job.tensors)
-    tensors = cast(job.tensors, dtype)
-    config.dtype = report.dtype = dtype or stored
-    config.architectures = [model_class(config).__name__]
     report.token_table = token_table(config)
-    with output_folder(output) as folder:
-        report.files = write_safetensors(folder, tensors, max_shard_size, allow=allow)
+    writing = {"dtype": dtype, "allow": allow, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
+    with written_folder(report, output, job.tensors, **writing) as folder:
+        config.dtype, config.architectures = report.dtype, [model_class(config).__name__]
         config.save_pretrained(folder)
         generation_config = GenerationConfig(
             bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
@@ -88,12 +86,35 @@ def finish(
         generation_config.save_pretrained(folder)
         job.processor.save_pretrained(folder)
         if verify:
-            report.verification = verify_folder(folder, config, job.tensors, dtype)
+            inputs = random_inputs(config)
+            report.verification = verify_folder(folder, config, inputs, job.tensors, dtype)
         (folder / "README.md").write_text(conversion_card(config, report, job.lineage), encoding="utf-8")
+    return report
+
+
+@contextmanager
+def written_folder(
+    report: ConversionReport,
+    output: str | Path,
+    tensors: dict[str, LazyTensor],
+    *,
+    dtype: str | None = None,
+    allow: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    push_to_hub: str | None = None,
+) -> Iterator[Path]:
+    """
+    A folder with the weights, for a block that writes what else belongs there. Behind it the report is saved, the
+    folder gets its name, and is pushed; arguments and errors as for [`finish`].
+    """
+    report.check(allow)
+    report.dtype = dtype or most_common_dtype(tensors)
+    with output_folder(output) as folder:
+        report.files = write_safetensors(folder, cast(tensors, dtype), max_shard_size, allow=allow)
+        yield folder
         report.save(folder)
     if push_to_hub:
         push_folder(output, push_to_hub)
-    return report
 
 
 def finish_with_adapter(
@@ -167,7 +188,7 @@ def resolve_folder(name_or_path: str | Path) -> Path:
         raise ConversionError(f"{name_or_path} cannot be downloaded from the Hub: {error}") from error
 
 
-def read_config(folder: str | Path) -> dict:
+def read_raw_config(folder: str | Path) -> dict:
     """The parsed `config.json` of a folder. Raises ConversionError without one."""
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -180,20 +201,20 @@ def read_config(folder: str | Path) -> dict:
 
 def load_text_config(folder: str | Path) -> PreTrainedConfig:
     """The configuration of a causal language model, of 2023 (MosaicML's dialects, RefinedWeb) or of today."""
-    raw = read_config(folder)
+    raw = read_raw_config(folder)
     if raw.get("model_type") in ("mpt", "mosaic_gpt", "RefinedWebModel", "RefinedWeb"):
         upgraded = upgrade_text_config(raw)
         return AutoConfig.for_model(upgraded.pop("model_type"), **upgraded)
     return AutoConfig.from_pretrained(folder)
 
 
-def load_tokenizer(folder: Path, *, legacy: bool, reference: str | None):
+def open_tokenizer(folder: Path, *, legacy: bool, reference: str | None):
     """
     The tokenizer of a folder, see [`~models.legacy_tokens.load_tokenizer`]. Raises ConversionError without one, naming
     the option to give another.
     """
     try:
-        return load_any_tokenizer(folder, legacy=legacy, reference=reference)
+        return load_tokenizer(folder, legacy=legacy, reference=reference)
     except (OSError, ValueError) as error:
         raise ConversionError(f"{error} Name a folder or repository of a tokenizer by --tokenizer.") from error
 
@@ -246,10 +267,12 @@ def open_flamingo_folder(
     return config, source, processor
 
 
-def open_flamingo_weights(name_or_path: str | Path, tokenizer: str | None = None) -> tuple[PreTrainedConfig, Source]:
+def open_flamingo_weights(
+    name_or_path: str | Path, tokenizer: str | None = None
+) -> tuple[PreTrainedConfig, TensorSource]:
     """As `open_flamingo_folder`, without the processor: a `tokenizer` says which tokens a folder of 2023 has."""
     folder = resolve_folder(name_or_path)
-    raw = read_config(folder)
+    raw = read_raw_config(folder)
     if raw.get("model_type") not in PROCESSORS:
         raise ConversionError(
             f"{folder} has the model type {raw.get('model_type')!r}; expected a Flamingo or Otter folder."
@@ -260,7 +283,7 @@ def open_flamingo_weights(name_or_path: str | Path, tokenizer: str | None = None
         raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
     config.lora_config = None
     rename = _rename_stored(config) if is_legacy_config(raw) else _rename_saved(config)
-    return config, Source(str(name_or_path), open_checkpoint(folder), rename, paths=source_files(folder))
+    return config, TensorSource(str(name_or_path), open_checkpoint(folder), rename, paths=source_files(folder))
 
 
 def _rename_stored(config) -> Rename:
@@ -274,9 +297,23 @@ def _rename_saved(config) -> Rename:
     return lambda key: rename(key.removeprefix(prefix)) if key.startswith(prefix) else key
 
 
-def verify_folder(folder: Path, config, tensors: dict[str, LazyTensor], dtype: str | None) -> dict:
+def random_inputs(config) -> dict[str, torch.Tensor]:
+    """One row of random tokens and a random picture for a Flamingo or Otter."""
+    generator = torch.Generator().manual_seed(0)
+    size = getattr(config.vision_config, "image_size", 224)  # convolutional towers take any
+    text_size = config.tokenizer_vocab_size or config.text_config.vocab_size
+    input_ids = torch.randint(0, text_size, (1, 12), generator=generator)
+    special = [token_id for token_id in (config.image_token_id, config.end_of_chunk_token_id) if token_id is not None]
+    input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
+    input_ids[0, 1] = config.image_token_id
+    return {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, size, size, generator=generator)}
+
+
+def verify_folder(
+    folder: Path, config, inputs: Mapping[str, torch.Tensor], tensors: dict[str, LazyTensor], dtype: str | None
+) -> dict:
     """
-    Load a folder and compare it with a model assembled in memory from the source tensors, on one random input.
+    Load a folder and compare it with a model assembled in memory from the source tensors.
 
     Returns:
         the largest difference of logits, their largest magnitude, and the share of equal most likely tokens.
@@ -288,18 +325,10 @@ def verify_folder(folder: Path, config, tensors: dict[str, LazyTensor], dtype: s
     if any(info.values()):
         problems = {key: sorted(names) for key, names in info.items() if names}
         raise ConversionError(f"The result does not load cleanly: {problems}.")
-    generator = torch.Generator().manual_seed(0)
-    size = getattr(config.vision_config, "image_size", 224)  # convolutional towers take any
-    text_size = config.tokenizer_vocab_size or config.text_config.vocab_size
-    input_ids = torch.randint(0, text_size, (1, 12), generator=generator)
-    special = [token_id for token_id in (config.image_token_id, config.end_of_chunk_token_id) if token_id is not None]
-    input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
-    input_ids[0, 1] = config.image_token_id
-    pixel_values = torch.randn(1, 3, size, size, generator=generator)
 
     def logits_of(model):
         with torch.no_grad():
-            return model.eval()(input_ids=input_ids, pixel_values=pixel_values.to(model.dtype)).logits.float()
+            return model.eval()(**BatchFeature(inputs).to(model.dtype)).logits.float()
 
     result = logits_of(loaded)
     del loaded

@@ -18,7 +18,7 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "4-bit": 0.5}
 _QUANTISED = ("int8", "4-bit")
 
 
-def load_config(name_or_path: str | Path):
+def load_model_config(name_or_path: str | Path):
     """
     The configuration of a folder, a `config.json` or a Hub repository, without looking at its tokenizer.
 

@@ -15,10 +15,10 @@ from ..models.otter import OtterConfig
 from .job import (
     Job,
     load_text_config,
-    load_tokenizer,
     make_processor,
     open_flamingo_weights,
-    read_config,
+    open_tokenizer,
+    read_raw_config,
     resolve_folder,
     set_token_ids,
 )
@@ -31,7 +31,7 @@ from .names import (
     rename_openflamingo,
     vision_tower_rename,
 )
-from .plan import Source, build_meta_model, embedding_name, fresh_weights, mean_row, plan_model, source_files
+from .plan import TensorSource, build_meta_model, embedding_name, fresh_weights, mean_row, plan_model, source_files
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, open_checkpoint
 
@@ -94,7 +94,7 @@ def plan_openflamingo(
         vision_tower, open_clip_head_dim, open_clip_activation
     )
     tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
-    tokenizer = load_tokenizer(tokenizer_folder, legacy=True, reference=tokenizer_reference)
+    tokenizer = open_tokenizer(tokenizer_folder, legacy=True, reference=tokenizer_reference)
     processor = make_processor("flamingo", tokenizer, vision_config, vision_folder)
 
     embeddings = [tensor for key, tensor in trained.items() if key.endswith(_EMBEDDINGS)]
@@ -112,7 +112,7 @@ def plan_openflamingo(
         **resampler_shape(renamed),
     )
     set_token_ids(config, processor.tokenizer)
-    source = Source(
+    source = TensorSource(
         Path(checkpoint).name,
         trained,
         rename,
@@ -176,7 +176,7 @@ def plan_inject_lm(
     text_config, text_source, text_folder = open_language_model(language_model)
     vision_config, vision_source, vision_folder = open_vision_tower(vision_tower)
     tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
-    tokenizer = load_tokenizer(tokenizer_folder, legacy=False, reference=tokenizer_reference)
+    tokenizer = open_tokenizer(tokenizer_folder, legacy=False, reference=tokenizer_reference)
     processor = make_processor(model_type, tokenizer, vision_config, vision_folder)
     if vision_folder is None or not (vision_folder / "preprocessor_config.json").is_file():
         report.notes.append(
@@ -208,7 +208,7 @@ def plan_inject_lm(
     return Job(config, tensors, processor, report, lineage)
 
 
-def _take_resampler(name_or_path: str | Path, shape: dict, tower: Source) -> tuple[dict, Source]:
+def _take_resampler(name_or_path: str | Path, shape: dict, tower: TensorSource) -> tuple[dict, TensorSource]:
     """`shape` with the fields of a trained resampler, and the source of its tensors."""
     config, source = open_flamingo_weights(name_or_path)
     resampler, seen = {}, {}
@@ -259,7 +259,7 @@ def _init_row(tensors: dict[str, LazyTensor], config, processor, token: str, tex
         report.initialised[f"{name}[{row[0]}]"] = f"{token}, the mean of the rows of {text!r}"
 
 
-def open_language_model(name_or_path: str | Path) -> tuple[PreTrainedConfig, Source, Path]:
+def open_language_model(name_or_path: str | Path) -> tuple[PreTrainedConfig, TensorSource, Path]:
     """Configuration, tensors and folder of a causal language model. Raises ConversionError for an unsupported one."""
     folder = resolve_folder(name_or_path)
     try:
@@ -272,18 +272,20 @@ def open_language_model(name_or_path: str | Path) -> tuple[PreTrainedConfig, Sou
             f"{', '.join(sorted(SUPPORTED_DECODERS))}."
         )
     tensors = open_checkpoint(folder)
-    source = Source(str(name_or_path), tensors, language_model_rename(config), resize=True, paths=source_files(folder))
+    source = TensorSource(
+        str(name_or_path), tensors, language_model_rename(config), resize=True, paths=source_files(folder)
+    )
     return config, source, folder
 
 
 def open_vision_tower(
     name_or_path: str | Path, open_clip_head_dim: int = 64, open_clip_activation: str = "quick_gelu"
-) -> tuple[PreTrainedConfig, Source, Path | None]:
+) -> tuple[PreTrainedConfig, TensorSource, Path | None]:
     """Configuration, tensors and (of a transformers model) folder of a vision tower."""
     if Path(name_or_path).is_file():
         tensors = from_open_clip(open_checkpoint(name_or_path))
         config = open_clip_config(tensors, open_clip_head_dim, open_clip_activation)
-        source = Source(
+        source = TensorSource(
             Path(name_or_path).name,
             tensors,
             lambda key: f"model.vision_tower.{key}",
@@ -292,10 +294,10 @@ def open_vision_tower(
         )
         return config, source, None
     folder = resolve_folder(name_or_path)
-    read_config(folder)
+    read_raw_config(folder)
     config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
-    source = Source(
+    source = TensorSource(
         str(name_or_path),
         open_checkpoint(folder),
         vision_tower_rename(config),

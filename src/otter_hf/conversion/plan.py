@@ -12,11 +12,11 @@ from ..models.legacy import is_stale_key
 from .names import HEAD, Rename
 from .report import ConversionReport
 from .tensors import ConversionError, LazyTensor, weight_files
-from .writer import sha256
+from .writer import checksums
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """
     Tensors of one origin.
 
@@ -62,7 +62,7 @@ def embedding_name(meta_model) -> str:
 
 def plan_model(
     config: PreTrainedConfig,
-    sources: list[Source],
+    sources: list[TensorSource],
     report: ConversionReport,
     fill: Callable[[str], tuple[LazyTensor, str] | None] = lambda name: None,
 ) -> dict[str, LazyTensor]:
@@ -90,9 +90,7 @@ def plan_model(
 
     planned, origin = {}, {}
     for source in sources:
-        report.sources[source.label] = [
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)} for path in source.paths
-        ]
+        report.sources[source.label] = checksums(source.paths)
         for key, tensor in source.tensors.items():
             what = f"{source.label}: {key}"
             target = source.rename(key)
@@ -128,7 +126,7 @@ def plan_model(
     return {name: planned[name] for name in wanted if name in planned}
 
 
-def _has_own_head(source: Source, embedding: str) -> bool:
+def _has_own_head(source: TensorSource, embedding: str) -> bool:
     by_target = {source.rename(key): tensor for key, tensor in source.tensors.items()}
     head, embeddings = by_target.get(HEAD), by_target.get(embedding)
     if head is None or embeddings is None or head.shape != embeddings.shape:

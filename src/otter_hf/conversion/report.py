@@ -1,6 +1,7 @@
 """What a conversion did with every tensor, as a table for people and programs."""
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class ConversionReport:
         lines += [f"  initialised {name}: {how}" for name, how in _first(self.initialised.items())]
         lines += [f"  missing {name}: {why}" for name, why in _first(self.missing.items())]
         lines += [f"  unexplained: {what}" for what in _first(self.unexplained)]
-        lines += [f"  {reason}: {count} tensors left out" for reason, count in _count(self.unused.values()).items()]
+        lines += [f"  {reason}: {count} tensors left out" for reason, count in Counter(self.unused.values()).items()]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  token {token}: {token_id}" for token, token_id in self.token_table.items()]
         if self.verification:
@@ -80,10 +81,3 @@ _VERIFIED = ("max_logit_difference", "max_logit", "equal_most_likely_tokens")
 
 def _first(items, number: int = 5) -> list:
     return list(items)[:number]
-
-
-def _count(values) -> dict[str, int]:
-    counts = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts

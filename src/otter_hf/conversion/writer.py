@@ -5,11 +5,12 @@ import hashlib
 import json
 import math
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from ..files import claim, replacing
+from ..files import claim, replacing, update_with_file
 from .tensors import SAFETENSORS_DTYPES, ConversionError, LazyTensor
 
 
@@ -104,10 +105,13 @@ def _write_file(path: Path, tensors: dict[str, LazyTensor], allow: bool) -> dict
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def checksums(paths: Iterable[Path]) -> list[dict]:
+    """For each file its `file` name, `bytes` and `sha256`."""
+    return [
+        {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": update_with_file(hashlib.sha256(), path).hexdigest(),
+        }
+        for path in paths
+    ]

@@ -258,7 +258,7 @@ def name_lora_layers(state_dict: dict, lora_config: dict) -> dict:
     return renamed
 
 
-def read_config(name_or_path, **hub_kwargs) -> dict:
+def find_raw_config(name_or_path, **hub_kwargs) -> dict:
     """The parsed `config.json` of a folder or repository; empty without one."""
     path = cached_file(str(name_or_path), "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
     return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}

@@ -13,7 +13,7 @@ from transformers.video_utils import VideoInput
 from ...films import check_sampling, read_video
 from ...pictures import is_array, read_image
 from ..chat_processing import ChatProcessorMixin, read_texts
-from ..legacy import is_legacy_config, read_config
+from ..legacy import find_raw_config, is_legacy_config
 from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
 from ..prepared_media import PreparedMedium, check_prepared
 
@@ -84,7 +84,7 @@ class FlamingoProcessor(ChatProcessorMixin):
             ValueError: if a `tokenizer_reference` is unknown, or given for a tokenizer that is not of 2023.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        config = read_config(pretrained_model_name_or_path, **hub_kwargs)
+        config = find_raw_config(pretrained_model_name_or_path, **hub_kwargs)
         legacy, num_rows = is_legacy_config(config), None
         if legacy:
             num_rows = config["text_config"].get("vocab_size")
@@ -119,7 +119,7 @@ class FlamingoProcessor(ChatProcessorMixin):
             for file in files
         ):
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        vision_config = read_config(pretrained_model_name_or_path, **hub_kwargs).get("vision_config") or {}
+        vision_config = find_raw_config(pretrained_model_name_or_path, **hub_kwargs).get("vision_config") or {}
         size = vision_config.get("image_size", 224)
         image_processor = CLIPImageProcessorPil(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
