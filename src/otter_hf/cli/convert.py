@@ -274,10 +274,7 @@ def _export_legacy(parser) -> None:
 def _fuyu_to_otterhd(parser) -> None:
     """Fuyu-8B or OtterHD-8B as published in 2023 -> an OtterHD folder: RoPE base, names, processor stated"""
     parser.add_argument("--source", required=True, help="folder or repository, with its tokenizer")
-    _add_output(
-        parser,
-        lambda args: conversion.convert_fuyu(args.source, args.output, **_options(args)),
-    )
+    _add_output(parser, lambda args: _finish(conversion.plan_fuyu(args.source), args))
 
 
 _COMMANDS = {

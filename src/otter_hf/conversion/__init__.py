@@ -13,7 +13,7 @@ __all__, __getattr__ = lazy_names(
         "delta": ("apply_delta", "make_delta"),
         "export": ("export_legacy",),
         "folders": ("lora_adapter", "plan_flamingo_to_otter", "plan_folder", "plan_lora", "plan_trainer_pt"),
-        "fuyu": ("convert_fuyu",),
+        "fuyu": ("convert_fuyu", "plan_fuyu"),
         "job": ("Job", "finish", "finish_with_adapter", "push_folder"),
         "memory": ("estimate_memory", "memory_table"),
         "openflamingo": ("plan_inject_lm", "plan_openflamingo"),

@@ -27,24 +27,10 @@ _LLAMA_FIELDS = (
     "max_position_embeddings initializer_range rms_norm_eps pad_token_id bos_token_id eos_token_id use_cache "
     "tie_word_embeddings"
 ).split()
-_FALCON_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "layer_norm_epsilon": "layer_norm_epsilon",
-    "initializer_range": "initializer_range",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "alibi": "alibi",
-    "multi_query": "multi_query",
-    "parallel_attn": "parallel_attn",
-    "bias": "bias",
-    "hidden_dropout": "hidden_dropout",
-    "attention_dropout": "attention_dropout",
-    "use_cache": "use_cache",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
+_FALCON_FIELDS = (
+    "vocab_size hidden_size layer_norm_epsilon initializer_range bos_token_id eos_token_id alibi multi_query "
+    "parallel_attn bias hidden_dropout attention_dropout use_cache tie_word_embeddings"
+).split()
 _VISION_FIELDS = (
     "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
     "hidden_act layer_norm_eps attention_dropout initializer_range initializer_factor projection_dim"
@@ -181,9 +167,9 @@ def _legacy_text_config(text, name: str | None) -> dict:
         fields = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": theta}
         return {**fields, "_name_or_path": name or "luodian/llama-7b-hf", **_take(text, _LLAMA_FIELDS)}
     if text.model_type == "falcon":
-        renamed = {theirs: getattr(text, ours) for ours, theirs in _FALCON_FIELDS.items()}
-        fields = {"model_type": "RefinedWebModel", "architectures": ["RWForCausalLM"]}
-        return {**fields, "_name_or_path": name or "", **renamed}
+        fields = {"model_type": "RefinedWebModel", "architectures": ["RWForCausalLM"], "_name_or_path": name or ""}
+        sizes = {"n_layer": text.num_hidden_layers, "n_head": text.num_attention_heads}
+        return {**fields, **sizes, **_take(text, _FALCON_FIELDS)}
     if text.model_type != "otter_mpt":
         raise ConversionError(
             f"The language model is a {text.model_type!r}; the 2023 code knows Llama, MPT, MosaicGPT and Falcon only."

@@ -40,13 +40,42 @@ PROCESSORS = {"flamingo": FlamingoProcessor, "otter": OtterProcessor}
 
 @dataclass
 class Job:
-    """A planned conversion: the model's configuration, its tensors, its processor, and what became of the sources."""
+    """
+    A planned conversion: the model's configuration, its tensors, its processor, and what became of the sources. Its
+    methods are what families differ in.
+    """
 
     config: PreTrainedConfig
     tensors: dict[str, LazyTensor]
     processor: object
     report: ConversionReport
     lineage: list[str] = field(default_factory=list)
+
+    def stored(self) -> dict[str, LazyTensor]:
+        """The tensors under the names that the result has."""
+        return self.tensors
+
+    def token_table(self) -> dict[str, int]:
+        """Special tokens and their ids."""
+        table = {token: getattr(self.config, name) for token, name in SPECIAL_TOKENS.items()}
+        table["<PAD>"] = self.config.pad_token_id
+        return {token: token_id for token, token_id in table.items() if token_id is not None}
+
+    def generation_config(self) -> GenerationConfig:
+        """Where generation begins and ends."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: getattr(self.config, name) for name in names})
+
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """One row of tokens with a picture, for `verify_folder`: random ones, the same each time."""
+        config, generator = self.config, torch.Generator().manual_seed(0)
+        size = getattr(config.vision_config, "image_size", 224)  # convolutional towers take any
+        text_size = config.tokenizer_vocab_size or config.text_config.vocab_size
+        input_ids = torch.randint(0, text_size, (1, 12), generator=generator)
+        special = [id for id in (config.image_token_id, config.end_of_chunk_token_id) if id is not None]
+        input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
+        input_ids[0, 1] = config.image_token_id
+        return {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, size, size, generator=generator)}
 
 
 def finish(
@@ -75,19 +104,15 @@ def finish(
         ConversionError: if something is unexplained or the verification fails.
     """
     report, config = job.report, job.config
-    report.token_table = token_table(config)
+    report.token_table = job.token_table()
     writing = {"dtype": dtype, "allow": allow, "max_shard_size": max_shard_size, "push_to_hub": push_to_hub}
-    with written_folder(report, output, job.tensors, **writing) as folder:
+    with written_folder(report, output, job.stored(), **writing) as folder:
         config.dtype, config.architectures = report.dtype, [model_class(config).__name__]
         config.save_pretrained(folder)
-        generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
-        generation_config.save_pretrained(folder)
+        job.generation_config().save_pretrained(folder)
         job.processor.save_pretrained(folder)
         if verify:
-            inputs = random_inputs(config)
-            report.verification = verify_folder(folder, config, inputs, job.tensors, dtype)
+            report.verification = verify_folder(folder, config, job.inputs(), job.tensors, dtype)
         (folder / "README.md").write_text(conversion_card(config, report, job.lineage), encoding="utf-8")
     return report
 
@@ -159,13 +184,6 @@ def most_common_dtype(tensors: dict[str, LazyTensor]) -> str:
     """The dtype of most floating-point tensors, as configurations write it."""
     dtypes = [tensor.dtype for tensor in tensors.values() if tensor.dtype.is_floating_point]
     return str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
-
-
-def token_table(config: PreTrainedConfig) -> dict[str, int]:
-    """Special tokens and their ids."""
-    table = {token: getattr(config, name) for token, name in SPECIAL_TOKENS.items()}
-    table["<PAD>"] = config.pad_token_id
-    return {token: token_id for token, token_id in table.items() if token_id is not None}
 
 
 # what of a repository is downloaded: no code, no other frameworks' weights
@@ -295,18 +313,6 @@ def _rename_saved(config) -> Rename:
     """transformers saves the layers of some vision towers under names of before."""
     prefix, rename = "model.vision_tower.", vision_tower_rename(config.vision_config)
     return lambda key: rename(key.removeprefix(prefix)) if key.startswith(prefix) else key
-
-
-def random_inputs(config) -> dict[str, torch.Tensor]:
-    """One row of random tokens and a random picture for a Flamingo or Otter."""
-    generator = torch.Generator().manual_seed(0)
-    size = getattr(config.vision_config, "image_size", 224)  # convolutional towers take any
-    text_size = config.tokenizer_vocab_size or config.text_config.vocab_size
-    input_ids = torch.randint(0, text_size, (1, 12), generator=generator)
-    special = [token_id for token_id in (config.image_token_id, config.end_of_chunk_token_id) if token_id is not None]
-    input_ids[torch.isin(input_ids, torch.tensor(special))] = 0
-    input_ids[0, 1] = config.image_token_id
-    return {"input_ids": input_ids, "pixel_values": torch.randn(1, 3, size, size, generator=generator)}
 
 
 def verify_folder(

@@ -82,9 +82,8 @@ def render_card(
     # JSON is YAML: lists and strings need no other quoting
     front = "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in metadata.items())
     sections = [f"---\n{front}\n---", f"# {name}", summary]
-    bullets = {"Made from": lineage, "Known defects": defects, "Notes": notes}
     if lineage:
-        sections.append(_bullets("Made from", bullets["Made from"]))
+        sections.append(_bullets("Made from", lineage))
     if prompt:
         sections.append(f"## Prompt\n\n```\n{prompt}\n```")
     if tokens:
@@ -94,9 +93,9 @@ def render_card(
         sections.append(f"## Special tokens\n\n| token | id |\n|---|---:|\n{rows}")
     if licences:
         sections.append(_bullets("Licences of the parts", [f"{part}: {text}" for part, text in licences.items()]))
-    for title in ("Known defects", "Notes"):
-        if bullets[title]:
-            sections.append(_bullets(title, bullets[title]))
+    for title, items in (("Known defects", defects), ("Notes", notes)):
+        if items:
+            sections.append(_bullets(title, items))
     if memory:
         sections.append(
             "## Memory\n\nComputed from the configuration (`otter-hf memory`); activations come on top. int8 and "
@@ -111,15 +110,18 @@ def _bullets(title: str, items: list[str]) -> str:
     return f"## {title}\n\n" + "\n".join(f"- {item}" for item in items)
 
 
-def usage(repository: str, question: str = "What is in the image?") -> str:
-    """How to load a model and ask it something."""
-    return f"""```python
+_LOADING = """```python
 import otter_hf  # registers the model with the Auto classes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-name = "{repository}"
+name = "{}"
 processor = AutoProcessor.from_pretrained(name)
-model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")"""
+
+
+def usage(repository: str, question: str = "What is in the image?") -> str:
+    """How to load a model and ask it something."""
+    return f"""{_LOADING.format(repository)}
 content = [{{"type": "image", "url": "image.jpg"}}, {{"type": "text", "text": "{question}"}}]
 messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(
@@ -132,13 +134,7 @@ print(processor.post_process_image_text_to_text(output)[0])
 
 def completion_usage(repository: str, prompt: str = "<image>An image of") -> str:
     """How to load a model without chat template and let it go on with a text."""
-    return f"""```python
-import otter_hf  # registers the model with the Auto classes
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-name = "{repository}"
-processor = AutoProcessor.from_pretrained(name)
-model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto", device_map="auto")
+    return f"""{_LOADING.format(repository)}
 inputs = processor(images="image.jpg", text="{prompt}", return_tensors="pt")
 output = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=32)
 print(processor.post_process_image_text_to_text(output)[0])
@@ -147,22 +143,28 @@ print(processor.post_process_image_text_to_text(output)[0])
 
 def conversion_card(config, report: ConversionReport, lineage: list[str]) -> str:
     """The card of a folder that a conversion wrote."""
-    is_otter = config.model_type == "otter"
-    notes = [*note_on_prompt(config.model_type), *report.notes]
+    family, name, licence = config.model_type, config.model_type.capitalize(), "those of the sources above"
+    if family == "fuyu":
+        family, name, licence = "otterhd", "OtterHD", f"{licence}; the weights of Fuyu-8B are CC-BY-NC-4.0"
+    notes = [*note_on_prompt(family), *report.notes]
     notes += [f"{name}: {how}" for name, how in list(report.initialised.items())[:8]]
     if len(report.initialised) > 8:
         notes.append(f"{len(report.initialised) - 8} more weights were initialised; see `conversion_report.json`")
     return render_card(
-        name=f"{config.model_type.capitalize()}, converted with otter-hf",
+        name=f"{name}, converted with otter-hf",
         summary=f"Written by `otter-hf convert {report.conversion}`. What became of every source tensor is in "
         "`conversion_report.json`.",
-        metadata={"library_name": "otter-hf", "pipeline_tag": "image-text-to-text", "tags": [config.model_type]},
+        metadata={
+            "library_name": "otter-hf",
+            "pipeline_tag": "image-text-to-text",
+            "tags": list(dict.fromkeys((family, config.model_type))),
+        },
         lineage=[f"`{path}`" for path in lineage],
-        prompt=prompt_of(config.model_type),
+        prompt=prompt_of(family),
         tokens=report.token_table,
-        licences={"all": "those of the sources above; a conversion changes none of them"},
-        defects=list(OLD_CODE_DEFECTS.values()),
+        licences={"all": f"{licence}; a conversion changes none of them"},
+        defects=[] if family == "otterhd" else list(OLD_CODE_DEFECTS.values()),
         memory=memory_table(config),
-        commands=usage("PATH") if is_otter else completion_usage("PATH"),
+        commands=completion_usage("PATH") if family == "flamingo" else usage("PATH"),
         notes=notes,
     )
