@@ -1,12 +1,8 @@
-"""Loading, answering, serving and evaluation on a CUDA card; what is expected is what the CPU says."""
+"""Loading, answering, and what is kept and saved, on a CUDA card; what is expected is what the CPU says."""
 
 import copy
-import functools
-import json
 import pickle
 import threading
-import urllib.error
-import urllib.request
 
 import pytest
 import torch
@@ -17,162 +13,44 @@ if not torch.cuda.is_available():
 
 from pathlib import Path
 
+from card_models import (
+    CARD,
+    CONVERSATIONS,
+    EXAMPLES,
+    FAMILIES,
+    GREEDY,
+    NAMES_OF_TYPES,
+    PICTURES,
+    answer_of,
+    distance,
+    logits_of,
+    needs_bits,
+    needs_flash,
+    prepare,
+    turn,
+)
 from PIL import Image, ImageDraw
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    CLIPVisionConfig,
-    LlamaConfig,
     StaticCache,
     TextIteratorStreamer,
     pipeline,
 )
-from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available
 
-from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.evaluation.model import ConversationModel
 from otter_hf.loading import load, load_model
 from otter_hf.models.continuous_batching import ContinuousBatch
 from otter_hf.models.media_store import MediaStore
 from otter_hf.models.prefix_store import PrefixStore
 from otter_hf.models.skills import Skill
-from otter_hf.prompts import chat_template
 from otter_hf.serving.session import ChatSession
-from otter_hf.testing import otter as otter_tiny
-from otter_hf.testing import otterhd as otterhd_tiny
-from otter_hf.testing import tiny
 
 
-pytestmark = pytest.mark.gpu
-
-CARD = torch.device("cuda", 0)
-FAMILIES = ["otter", "otter-mpt", "flamingo", "otterhd"]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("convolutions_in_float32")]
 DEMO = Path(__file__).parents[2] / "out" / "demo" / "model"
-COLOURS = ("red", "green", "blue", "yellow", "black")
-PICTURES = [Image.new("RGB", (40, 30 + 4 * i), colour) for i, colour in enumerate(COLOURS)]
-GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12}
-NAMES_OF_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-needs_flash = pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
-needs_bits = pytest.mark.skipif(not is_bitsandbytes_available(), reason="needs bitsandbytes")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def convolutions_in_float32():
-    """cudnn rounds the patches of a float32 tower to TF32 by default, which no CPU does."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
-
-
-def make(family: str):
-    """A tiny model on the CPU with heads of 64, as flash attention wants, and its processor."""
-    if family == "otterhd":
-        processor = otterhd_tiny.tiny_processor()
-        text = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
-        return otterhd_tiny.tiny_model(processor, **text), processor
-    processor = otter_tiny.tiny_processor(FlamingoProcessor) if family == "flamingo" else otter_tiny.tiny_processor()
-    if processor.chat_template is None:
-        processor.chat_template = chat_template("plain")
-    model_class = type(tiny("otter")[0]) if family != "flamingo" else FlamingoForConditionalGeneration
-    config = otter_tiny.tiny_model(processor, model_class).config
-    size = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
-    vision = {**config.vision_config.to_dict(), **size}
-    config.vision_config = CLIPVisionConfig(**{key: value for key, value in vision.items() if key != "model_type"})
-    if family == "otter-mpt":
-        text = {"d_model": 128, "n_heads": 2, "n_layers": 4, "expansion_ratio": 2, "max_seq_len": 2048}
-        config.text_config = AutoConfig.for_model("otter_mpt", vocab_size=len(processor.tokenizer), **text)
-    else:
-        pad = processor.tokenizer.pad_token_id
-        config.text_config = LlamaConfig(
-            **size, num_hidden_layers=4, vocab_size=len(processor.tokenizer), pad_token_id=pad
-        )
-    config.cross_attn_head_dim = config.perceiver_head_dim = 64
-    torch.manual_seed(0)
-    model = model_class(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, parameter[0].numel() ** -0.5)
-    return model, processor
-
-
-@pytest.fixture(scope="module")
-def made():
-    """`made(family)`: model and processor, on the CPU and only to be read."""
-    return functools.cache(make)
-
-
-@pytest.fixture(scope="module")
-def folder_of(made, tmp_path_factory):
-    """`folder_of(family)`: these two, saved."""
-
-    @functools.cache
-    def write(family):
-        folder = tmp_path_factory.mktemp(family)
-        for part in made(family):
-            part.save_pretrained(folder)
-        return str(folder)
-
-    return write
-
-
-@pytest.fixture(scope="module")
-def on_card(made):
-    """`on_card(family)`: a float32 copy on the card, only to be read, and its processor."""
-
-    @functools.cache
-    def move(family):
-        model, processor = made(family)
-        return copy.deepcopy(model).to(CARD), processor
-
-    return move
-
-
-def turn(question, *pictures, answer=None):
-    media = [{"type": "image", "image": picture} for picture in pictures]
-    messages = [{"role": "user", "content": [*media, {"type": "text", "text": question}]}]
-    if answer is not None:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
-
-
-CONVERSATIONS = [
-    turn("what is it?", PICTURES[0]),
-    [*turn("first?", PICTURES[1], answer="green"), *turn("and the second of these two?", PICTURES[2])],
-]
-EXAMPLES = [*turn("what colour?", PICTURES[0], answer="red"), *turn("this one?", PICTURES[1], answer="it is green")]
-
-
-def prepare(processor, conversations, side="left"):
-    processor.tokenizer.padding_side = side
-    return processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
-
-
-@torch.no_grad()
-def logits_of(model, inputs, device=CARD) -> torch.Tensor:
-    """Logits of real tokens, `(N, V)` float32 on the CPU."""
-    moved = inputs.to(device, model.dtype)
-    logits = model(**moved).logits.float().cpu()
-    return logits[inputs["attention_mask"].bool().cpu()]
-
-
-def distance(logits, expected) -> float:
-    assert logits.isfinite().all()
-    return float((logits - expected).norm() / expected.norm())
-
-
-def answer_of(model, inputs, **settings) -> torch.Tensor:
-    length = inputs["input_ids"].shape[1]
-    return model.generate(**inputs, **{**GREEDY, **settings})[:, length:].cpu()
 
 
 # ----- loading, and one forward pass -----
@@ -457,177 +335,6 @@ def test_continuous_batching(family, dtype, made):
             torch.manual_seed(number)
             alone = answer_of(model, prompts[number].to(CARD), **settings)
             assert row.tokens == alone[0].tolist(), number
-
-
-# ----- server, commands, evaluation -----
-
-
-@pytest.fixture
-def server_of():
-    """`server_of(folder, **settings)`: address and models of a server on the card."""
-    pytest.importorskip("otter_hf.serving.app", reason="the serve extra is not installed", exc_type=ImportError)
-    from otter_hf.serving.app import create_app
-    from otter_hf.serving.background import BackgroundServer
-    from otter_hf.serving.models import ServedModels
-    from otter_hf.serving.settings import ServerSettings
-
-    started = []
-
-    def start(folder, settings=None, **loading):
-        models = ServedModels([folder], **loading)
-        started.append(BackgroundServer(create_app(models, ServerSettings(**(settings or {})))))
-        return started[-1].url, models
-
-    yield start
-    for server in started:
-        server.stop()
-
-
-def post(url, content, **options):
-    """Status and answer of a request; of a stream its pieces."""
-    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 10, "temperature": 0, **options}
-    request = urllib.request.Request(
-        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            text = response.read().decode()
-            if not options.get("stream"):
-                return response.status, json.loads(text)["choices"][0]["message"]["content"]
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read())["error"]["message"]
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: {")]
-    if errors := [json.loads(line)["error"] for line in lines if "error" in json.loads(line)]:
-        return errors[0]["code"], errors[0]["message"]
-    deltas = [choice["delta"] for line in lines for choice in json.loads(line)["choices"]]
-    return 200, "".join(delta.get("content") or "" for delta in deltas)
-
-
-def contents():
-    from serving_double import image_url
-
-    words = ("what?", "which colour is it, of all these?", "x")
-    asked = [[image_url(picture), {"type": "text", "text": text}] for picture in PICTURES[:3] for text in words]
-    return [*asked, [{"type": "text", "text": "only words " * 8}]]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_server_answers_several_clients_at_once(family, folder_of, server_of):
-    url, models = server_of(folder_of(family))
-    model, _ = models.load_model_and_processor(models.process_model_name(models.names[0]))
-    assert model.device == CARD
-    asked = contents()
-    alone = [post(url, content) for content in asked]
-    assert {status for status, _ in alone} == {200} and len({text for _, text in alone}) > 3
-    found = [None] * len(asked)
-
-    def ask(index):
-        found[index] = post(url, asked[index], stream=index % 2 == 0)
-
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(asked))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == alone
-    sampled = [post(url, asked[0], temperature=1.0, seed=3) for _ in range(2)]
-    assert sampled[0] == sampled[1]
-    status, told = post(url, [{"type": "text", "text": "word " * 10_000}])
-    assert status == 400 and "tokens" in told
-    assert post(url, asked[0]) == alone[0]
-
-
-def test_a_server_in_half_precision(folder_of, server_of):
-    kind = "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
-    url, _ = server_of(folder_of("otter"), dtype="bfloat16", attn_implementation=kind)
-    assert {post(url, content)[0] for content in contents()} == {200}
-
-
-@pytest.mark.parametrize("family", ["otter", "otterhd"])
-def test_a_server_outlives_a_card_that_is_full(family, folder_of, server_of):
-    url, models = server_of(folder_of(family))
-    model, _ = models.load_model_and_processor(models.process_model_name(models.names[0]))
-    content = contents()[0]
-    expected = post(url, content)
-    assert post(url, content) == expected  # by now all that is kept of it is there
-    taken = torch.cuda.memory_allocated()
-
-    def too_much(*args):
-        torch.empty(2**50, dtype=torch.uint8, device=CARD)  # more than any card has: nothing is taken
-
-    hook = model.model.register_forward_pre_hook(too_much)
-    for options in ({}, {"stream": True}, {"n": 1, "temperature": 1.0}):
-        status, told = post(url, content, **options)
-        assert status == 503 and "memory" in told
-    hook.remove()
-    assert post(url, content) == expected
-    # what the failed ones had is free again, though their errors were kept for a while
-    assert torch.cuda.memory_allocated() <= taken + 2**20
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        (),
-        ("--dtype", "bfloat16"),
-        ("--num-beams", "3"),
-        ("--temperature", "1", "--seed", "3"),
-        pytest.param(("--load-in-4bit",), marks=needs_bits),
-        pytest.param(("--attn-implementation", "flash_attention_2", "--dtype", "bfloat16"), marks=needs_flash),
-    ],
-)
-def test_chat_in_a_terminal(options, folder_of, tmp_path, capsys):
-    from otter_hf.cli import main
-
-    PICTURES[1].save(tmp_path / "green.png")
-    asked = ["--image", str(tmp_path / "green.png"), "--prompt", "what is it?", "--prompt", "and now?"]
-    command = ["chat", folder_of("otter"), "--max-new-tokens", "8", *asked, *options]
-    outputs = []
-    for device in ("cuda", "auto", "cpu") if not options else ("cuda",):
-        assert main([*command, "--device", device]) == 0
-        outputs.append(capsys.readouterr().out)
-    assert len(set(outputs)) == 1 and outputs[0].index("> what is it?") < outputs[0].index("> and now?")
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "idefics"])
-def test_evaluation(family, folder_of, tmp_path):
-    folder = folder_of(family) if family != "idefics" else tmp_path / "idefics"
-    if family == "idefics":
-        for one in tiny("idefics"):
-            one.save_pretrained(folder)
-    conversations = [[*EXAMPLES, *turn(f"what is {i}?", PICTURES[i])] for i in range(5)]
-    found = {}
-    for device in ("cpu", "cuda"):
-        asked = ConversationModel(folder, device=device)
-        assert asked.model.device.type == device
-        said = [asked.generate(conversations, batch_size=3, max_new_tokens=6, num_beams=n) for n in (1, 3)]
-        scores = asked.log_likelihood(conversations[0], ["red", "it is green", "no"])
-        found[device] = said, [tuple(score[1:]) for score in scores], torch.tensor([score[0] for score in scores])
-    assert found["cuda"][:2] == found["cpu"][:2]
-    torch.testing.assert_close(found["cuda"][2], found["cpu"][2], rtol=1e-3, atol=1e-3)
-
-
-def test_features_computed_ahead(made, tmp_path):
-    from otter_hf.training.features import store_media
-
-    model, processor = copy.deepcopy(made("otter")[0]).to(CARD), made("otter")[1]
-    inputs = prepare(processor, CONVERSATIONS).to(CARD)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        for trained in (True, False):
-            one = copy.deepcopy(model).requires_grad_(False)
-            one.model.perceiver.requires_grad_(trained)
-            store = store_media(one.model, tmp_path / str(trained))
-            for _ in range(2):
-                torch.testing.assert_close(one(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
-            assert store.hits > 0 and store.misses > 0
-
-
-def test_nearest_neighbours():
-    from otter_hf.data.neighbours import nearest_neighbours
-
-    embeddings = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(nearest_neighbours(embeddings.to(CARD), 4, block=64).cpu(), nearest_neighbours(embeddings, 4))
 
 
 # ----- files from and for elsewhere -----

@@ -26,22 +26,19 @@ if not torch.cuda.is_available():
 
 import yaml  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
+from card_models import write_base  # noqa: E402
 from PIL import Image  # noqa: E402
 from training_files import environment, losses  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
-    CLIPVisionConfig,
-    LlamaConfig,
 )
 from transformers.utils import is_flash_attn_2_available  # noqa: E402
 
-from otter_hf import OtterConfig, OtterForConditionalGeneration  # noqa: E402
 from otter_hf.data import write_mimicit  # noqa: E402
-from otter_hf.models.mpt import OtterMptConfig  # noqa: E402
 from otter_hf.models.quantization import WHOLE_MODULES  # noqa: E402
-from otter_hf.testing import otter, otterhd, write_tiny  # noqa: E402
+from otter_hf.testing import write_tiny  # noqa: E402
 from otter_hf.training.arguments import parse_arguments  # noqa: E402
 from otter_hf.training.lora import add_lora  # noqa: E402
 from otter_hf.training.run import train  # noqa: E402
@@ -64,41 +61,6 @@ FLASH = pytest.param(
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
-
-
-def write_base(family: str, folder: Path) -> None:
-    """A model of width 128 with two heads of 64, and its processor."""
-    torch.manual_seed(0)
-    if family == "otterhd":
-        processor = otterhd.tiny_processor()
-        model = otterhd.tiny_model(processor, hidden_size=128, intermediate_size=256, num_attention_heads=2)
-    else:
-        processor = otter.tiny_processor()
-        tokens = {"vocab_size": len(processor.tokenizer), "pad_token_id": processor.tokenizer.pad_token_id}
-        size = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2}
-        text = {
-            "llama": lambda: LlamaConfig(num_hidden_layers=4, **size, **tokens),
-            "mpt": lambda: OtterMptConfig(d_model=128, n_heads=2, n_layers=4, max_seq_len=2048, **tokens),
-        }
-        config = OtterConfig(
-            vision_config=CLIPVisionConfig(image_size=28, patch_size=14, num_hidden_layers=2, **size),
-            text_config=text[family](),
-            cross_attn_every_n_layers=2,
-            cross_attn_num_heads=2,
-            cross_attn_head_dim=64,
-            cross_attn_gate_init=1.0,
-            perceiver_depth=1,
-            perceiver_num_latents=8,
-            perceiver_num_heads=2,
-            perceiver_head_dim=64,
-            image_token_id=processor.image_token_id,
-            end_of_chunk_token_id=processor.end_of_chunk_token_id,
-            answer_token_id=processor.answer_token_id,
-            initializer_range=0.05,
-        )
-        model = OtterForConditionalGeneration(config)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
