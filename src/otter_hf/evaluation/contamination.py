@@ -66,7 +66,7 @@ def _fingerprint(picture: Image.Image | None) -> Fingerprint | None:
         return None
 
 
-def made_from(config: EvalConfig) -> MadeFrom:
+def inputs_of(config: EvalConfig) -> MadeFrom:
     """What `check_contamination` reads: local files by their state, what is on the Hub by its name."""
     entries = read_mixture(config.training_data)
     paths = [path for entry in entries for path in (entry.mimicit_path, *entry.images_path)]

@@ -1,7 +1,7 @@
 """lmms-eval's view of models: `--model otter --model_args path=FOLDER`, by the entry point `lmms_eval.models`."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,6 @@ from ..made_from import MadeFrom, keep, kept, state_of_model
 from ..models.otterhd import OtterHDProcessor
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
-from .config import FEWSHOT
 from .model import ConversationModel
 from .replies import ReplyLog, answer_all
 from .scoring.replies import FAILED_REQUEST
@@ -65,9 +64,8 @@ class ResumableModel(lmms):
         requests = [self._controlled(request) for request in requests]
         replies = self.answer(requests, lambda request: [self.messages(request), request.args[2]], self._ask)
         # our own scores leave thoughts out when they read, and their logs show them; other tasks know of none
-        ours = BENCHMARKS.keys() | set(FEWSHOT)
         return [
-            reply if request.args[4] in ours else strip_thinking(reply)
+            reply if request.args[4] in BENCHMARKS else strip_thinking(reply)
             for request, reply in zip(requests, replies, strict=True)
         ]
 
@@ -155,6 +153,24 @@ class TransformersModel(ResumableModel):
         scored = self.rank_candidates(questions)
         return [(-total / count, greedy, count) for scores in scored for total, count, greedy in scores]
 
+    def answer_questions(
+        self, questions: Sequence[Callable[[], list[dict]]], options: Mapping, chat_template: str | None = None
+    ) -> list[str]:
+        """
+        The answers to conversations, each of which a function returns, so that pictures are read when they are needed.
+
+        Args:
+            options: of the answers, see [`ConversationModel.generate`].
+            chat_template: in place of the model's.
+        """
+
+        def ask(window: list, wanted: set[int]) -> Iterator[dict]:
+            conversations = (conversation() for conversation in window)
+            size = self.batch_size
+            return self.conversation_model.answers(conversations, (), chat_template, size, wanted, **options)
+
+        return self.answer(questions, lambda conversation: [conversation(), options, chat_template], ask)
+
     def rank_candidates(
         self, questions: list[tuple[Callable[[], list[dict]], list[str]]], chat_template: str | None = None
     ) -> list[list[tuple[float, int, bool]]]:
@@ -162,7 +178,7 @@ class TransformersModel(ResumableModel):
         For each question its candidates' summed log-probabilities, numbers of tokens, and whether each is greedy.
 
         Args:
-            questions: what returns a conversation, so that pictures are read one question at a time, and candidates.
+            questions: as in `answer_questions`, each with its candidates.
             chat_template: in place of the model's.
         """
 
@@ -212,8 +228,35 @@ class Endpoint(ResumableModel, OpenAICompatible):
             context = {name: value for name, value in kwargs.items() if name in ("model", "model_version", "base_url")}
             self.replies = _RepliesOnly(replies, self.rank, context=context)
 
+    def answer_questions(
+        self, questions: Sequence[Callable[[], list[dict]]], options: Mapping, chat_template: str | None = None
+    ) -> list[str]:
+        """As those to a [`TransformersModel`]; the template is the server's."""
+        self.task_dict["questions"] = {"test": questions}
+        requests = [
+            Instance(
+                "generate_until",
+                ("", _as_lmms_eval_has_them, {**options, "until": []}, number, "questions", "test"),
+                idx=0,
+                metadata={"task": "questions", "doc_id": number, "repeats": 1},
+            )
+            for number in range(len(questions))
+        ]
+        return self.answer(requests, lambda request: [self.messages(request), options], self._ask)
+
     def _ask(self, window: list[Instance], wanted: set[int]) -> Iterator[dict[int, str]]:
         yield {number: reply.text for number, reply in enumerate(OpenAICompatible.generate_until(self, window))}
+
+
+def _as_lmms_eval_has_them(conversation: Callable[[], list[dict]]) -> list[dict]:
+    """The messages that a function returns, with pictures under the name that lmms-eval has for them."""
+    return [
+        {
+            **message,
+            "content": [{**part, "url": part["image"]} if "image" in part else part for part in message["content"]],
+        }
+        for message in conversation()
+    ]
 
 
 def _say_what_changed(folder: Path, made_from: MadeFrom) -> None:

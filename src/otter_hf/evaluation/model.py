@@ -113,11 +113,7 @@ class ConversationModel:
         inputs = self._process(conversations, chat_template)
         if self.media is not None:
             inputs = BatchFeature(self.media.encode(inputs))
-        inputs = inputs.to(self.model.device)
-        for name, value in inputs.items():
-            if value.is_floating_point():
-                inputs[name] = value.to(self.model.dtype)
-        return inputs
+        return inputs.to(self.model.device, self.model.dtype)
 
     def _process(self, conversations: Sequence[list[dict]], chat_template: str | None) -> BatchFeature:
         options = dict(self.processor_kwargs)

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from accelerate import PartialState
 from filelock import FileLock
@@ -25,6 +24,7 @@ from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
 from .config import DatasetSpec, EvalConfig, ModelSpec
+from .data_sources import READERS, data_source, read_split
 from .judge import Judge
 from .published import read_published, write_table
 from .replies import ReplyLog
@@ -36,7 +36,6 @@ from .scoring.replies import count_fates, fate
 logger = logging.get_logger(__name__)
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-_READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
 # tasks without a score when nobody judges
 _NEEDS_JUDGE = ("otter_magnifierbench_freeform", "otter_mmvet")
 
@@ -107,9 +106,9 @@ def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 def _look_for_contamination(config: EvalConfig) -> None:
     """Writes `contamination.json`, unless it is there and was made from the same."""
-    from .contamination import check_contamination, made_from
+    from .contamination import check_contamination, inputs_of
 
-    path, now = config.output / "contamination.json", made_from(config)
+    path, now = config.output / "contamination.json", inputs_of(config)
     try:
         before = json.loads(path.read_text(encoding="utf-8"))["made_from"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -301,43 +300,6 @@ def _check_columns(dataset: DatasetSpec, path: str, config: Mapping) -> None:
             )
 
 
-def data_source(path: str, split: str) -> dict[str, Any]:
-    """
-    lmms-eval's `dataset_path` and `dataset_kwargs` for a local file, a local folder or a Hub id.
-
-    Raises:
-        ValueError: for a file of a kind `datasets` has no reader for.
-    """
-    local = Path(path).expanduser()
-    if local.is_file():
-        if local.suffix not in _READERS:
-            raise ValueError(f"{path} is none of {', '.join(_READERS)}: convert it to one of them.")
-        return {"dataset_path": _READERS[local.suffix], "dataset_kwargs": {"data_files": {split: str(local)}}}
-    if (local / "dataset_dict.json").is_file():
-        return {"dataset_path": str(local), "dataset_kwargs": {"load_from_disk": True}}
-    return {"dataset_path": str(local) if local.is_dir() else path, "dataset_kwargs": None}
-
-
-def read_split(path: str, split: str):
-    """
-    The `datasets.Dataset` of a split of a local file, a local folder or a Hub id.
-
-    Raises:
-        ValueError: if a file is damaged, or of a kind `datasets` has no reader for.
-    """
-    from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
-
-    place = data_source(path, split)
-    options = place["dataset_kwargs"] or {}
-    try:
-        if options.get("load_from_disk"):
-            return load_from_disk(place["dataset_path"])[split]
-        return load_dataset(place["dataset_path"], split=split, **options)
-    except (DatasetGenerationError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from None
-
-
 def _check_dataset(dataset: DatasetSpec) -> None:
     if dataset.tasks and set(dataset.tasks) <= set(_NEEDS_JUDGE) and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(f"The dataset {dataset.name!r} needs a judge: set OPENAI_API_KEY in the environment.")
@@ -346,7 +308,7 @@ def _check_dataset(dataset: DatasetSpec) -> None:
         sources = [dataset.fewshot["train"], dataset.fewshot["test"]]
         paths = [path for source in sources for path in (source.values() if isinstance(source, Mapping) else [source])]
     for path in filter(None, map(str, paths)):
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in _READERS
+        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in READERS
         if looks_local and not Path(path).expanduser().exists():
             raise ValueError(f"The data of {dataset.name!r}, {path}, do not exist.")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from ...made_from import state_of_all
 from ..benchmarks import images
+from ..data_sources import read_split
 from ..published import read_published_fewshot
-from ..run import read_split
 
 
 # our name -> names it has in common copies of the data

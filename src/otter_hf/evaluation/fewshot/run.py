@@ -197,7 +197,7 @@ def _conversation_builder(
         return {**row, "image": control_media(control, [row["image"]], number, len(test), of_row)[0]}
 
     def turns(row: dict, answered: bool, with_picture: bool = True) -> list[dict]:
-        picture = [{"type": "image", "url": row["image"]}] if with_picture else []
+        picture = [{"type": "image", "image": row["image"]}] if with_picture else []
         messages = [{"role": "user", "content": [*picture, {"type": "text", "text": style.ask(row)}]}]
         if answered:
             text = _truth(kind, row, names)
@@ -263,39 +263,17 @@ def _truth(kind: str, row: dict, names: list[str] | None) -> str:
 
 
 def _ask(lm, name: str, kind: str, template, build: Callable, shown: dict, names, ranked_by: str) -> dict[int, Any]:
-    items = list(shown.items())
+    # the conversations are built when they are asked: pictures need not all be in memory
+    questions = [partial(build, item) for item in shown.items()]
     if kind in ("caption", "vqa"):
-        from lmms_eval.api.instance import Instance
-
-        options = {**_GENERATION.get(name, _SHORT_ANSWER), "do_sample": False, "until": []}
-        if template:
-            options["chat_template"] = template
-        # the conversations are built when they are asked: pictures need not all be in memory
-        lm.task_dict[name] = {"test": items}
-        requests = [
-            Instance(
-                request_type="generate_until",
-                arguments=("", build, options, i, name, "test"),
-                idx=0,
-                metadata={"task": name, "doc_id": i, "repeats": 1},
-            )
-            for i in range(len(items))
-        ]
-        replies = lm.generate_until(requests)
+        options = {**_GENERATION.get(name, _SHORT_ANSWER), "do_sample": False}
+        replies = lm.answer_questions(questions, options, template)
     else:
         if not hasattr(lm, "rank_candidates"):
             raise ValueError(f"{name} ranks classes by their log-probabilities, which an endpoint does not give.")
-        questions = [(lambda item=item: _with_pictures(build(item)), names) for item in items]
-        scored = lm.rank_candidates(questions, template)
+        scored = lm.rank_candidates([(question, names) for question in questions], template)
         replies = [[ranking.likelihood(total, count, ranked_by) for total, count, _ in scores] for scores in scored]
-    return {row: reply for (row, _), reply in zip(items, replies, strict=True)}
-
-
-def _with_pictures(messages: list[dict]) -> list[dict]:
-    """lmms-eval's messages as transformers writes them."""
-    from lmms_eval.protocol import ChatMessages
-
-    return ChatMessages(messages=messages).to_hf_messages()
+    return dict(zip(shown, replies, strict=True))
 
 
 def _record(kind: str, row: dict, shown: list[int], reply, settings: dict) -> dict[str, Any]:

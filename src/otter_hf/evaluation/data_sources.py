@@ -1,0 +1,47 @@
+"""Rows of a data set: where they are, as lmms-eval is told it, and the rows themselves."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+
+# suffix -> reader of `datasets`
+READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
+
+
+def data_source(path: str, split: str) -> dict[str, Any]:
+    """
+    lmms-eval's `dataset_path` and `dataset_kwargs` for a local file, a local folder or a Hub id.
+
+    Raises:
+        ValueError: for a file of a kind `datasets` has no reader for.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix not in READERS:
+            raise ValueError(f"{path} is none of {', '.join(READERS)}: convert it to one of them.")
+        return {"dataset_path": READERS[local.suffix], "dataset_kwargs": {"data_files": {split: str(local)}}}
+    if (local / "dataset_dict.json").is_file():
+        return {"dataset_path": str(local), "dataset_kwargs": {"load_from_disk": True}}
+    return {"dataset_path": str(local) if local.is_dir() else path, "dataset_kwargs": None}
+
+
+def read_split(path: str, split: str):
+    """
+    The `datasets.Dataset` of a split of a local file, a local folder or a Hub id.
+
+    Raises:
+        ValueError: if a file is damaged, or of a kind `datasets` has no reader for.
+    """
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
+
+    place = data_source(path, split)
+    options = place["dataset_kwargs"] or {}
+    try:
+        if options.get("load_from_disk"):
+            return load_from_disk(place["dataset_path"])[split]
+        return load_dataset(place["dataset_path"], split=split, **options)
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from None
