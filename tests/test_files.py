@@ -156,6 +156,17 @@ def test_an_unreadable_owner_is_another_process(tmp_path):
             assert "is in use by another process: wait" in claim_error(tmp_path / "lock")
 
 
+def test_a_claim_holds_behind_an_evaluation(tmp_path, monkeypatch):
+    """lmms-eval lets every lock of a path in that is in the same process."""
+    evaluator = pytest.importorskip("lmms_eval.evaluator", reason="lmms-eval is not installed")
+    api = pytest.importorskip("filelock._api")
+    monkeypatch.setattr(api.FileLockMeta, "__call__", api.FileLockMeta.__call__)  # which is as it was, afterwards
+    monkeypatch.setattr(evaluator._enable_reentrant_filelocks, "_patched", False, raising=False)
+    evaluator._enable_reentrant_filelocks()
+    with claim(tmp_path / "lock", "here"):
+        assert "is in use by process" in claim_error(tmp_path / "lock")
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -10,6 +10,8 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from datetime import datetime
+from glob import escape
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,23 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, ensure_ascii=False, indent=indent) + "\n")
 
 
+def unfinished_folder(output: AnyPath, made_from: Any, kind: str) -> AnyPath:
+    """
+    The hidden folder beside an output for what a conversion has made so far, `.<output>.<digest>.<kind>`; those of
+    other inputs or settings are deleted.
+
+    Args:
+        made_from: inputs and settings, with a faithful `repr`.
+    """
+    output = to_path(output)
+    digest = blake2b(repr(made_from).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+    folder = output.with_name(f".{output.name}.{digest}.{kind}")
+    for other in output.parent.glob(f".{escape(output.name)}.*.{kind}"):
+        if other.name != folder.name:
+            remove(other)
+    return folder
+
+
 def update_with_file(digest: Any, path: str | Path) -> Any:
     """A hash (of hashlib, or one like it) that has taken in a file, a piece of it at a time."""
     with open(path, "rb") as file:
@@ -194,6 +213,10 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+class _Lock(FileLock):
+    """A class of its own: lmms-eval makes all `FileLock` of one path the same, which would let a second claim in."""
+
+
 @contextlib.contextmanager
 def claim(lock: str | Path, what: str | Path, *, nested: bool = False) -> Iterator[None]:
     """
@@ -212,7 +235,7 @@ def claim(lock: str | Path, what: str | Path, *, nested: bool = False) -> Iterat
     lock = Path(lock)
     is_new = not lock.parent.exists()
     lock.parent.mkdir(parents=True, exist_ok=True)
-    taken = FileLock(lock, is_singleton=nested)
+    taken = _Lock(lock, is_singleton=nested)
     is_first = not taken.is_locked
     try:
         try:
@@ -278,6 +301,7 @@ __all__ = [
     "remove",
     "replacing",
     "sync",
+    "unfinished_folder",
     "update_with_file",
     "write_json",
     "write_text",

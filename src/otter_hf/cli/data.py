@@ -369,7 +369,7 @@ def _run_source(args) -> None:
     instructions = Path(args.output, f"{args.name}_instructions.json")
     made_from = _made_from(args, read)
     if instructions.exists() and not args.overwrite:
-        if changes := made_from.changes(sources.made_from(instructions)):
+        if changes := made_from.changes(sources.origin_of(instructions)):
             raise ValueError(f"{instructions} is not of what is given now: {changes}; --overwrite writes it again.")
         if _is_whole(mixture):
             print(f"{instructions} is complete; --overwrite writes it again")

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
         sentences = []
         for flag in flags:
-            sentences.append(f"there is no {flag}{did_you_mean(flag, self._option_string_actions)}")
+            sentences.append(f"there is no {flag}{nearest(flag, self._option_string_actions)}")
         return "; ".join(sentences) or f"nothing takes {' '.join(map(repr, rest))}"
 
     def _check_value(self, action, value):
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
             name = action.metavar if isinstance(action.metavar, str) else action.dest
             name = action.option_strings[-1] if action.option_strings else name
             choices = [*map(str, action.choices)]
-            hint = did_you_mean(str(value), choices) or f": use one of {', '.join(choices)}"
+            hint = nearest(str(value), choices) or f": use one of {', '.join(choices)}"
             raise argparse.ArgumentError(None, f"{name} cannot be {value!r}{hint}")
 
 
@@ -47,7 +47,7 @@ def add_command(commands, name: str, run: Callable, help: str) -> argparse.Argum
     return parser
 
 
-def did_you_mean(word: str, known) -> str:
+def nearest(word: str, known) -> str:
     """`, did you mean X?` for the nearest of the known words; empty where none is near."""
     spellings = {name.replace("_", "-").lower(): name for name in known}
     close = difflib.get_close_matches(word.replace("_", "-").lower(), spellings, n=1)

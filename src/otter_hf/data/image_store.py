@@ -230,9 +230,10 @@ class _FilmFolder:
                 yield path.read_bytes()
 
 
-def natural_order(path: Path) -> list:
-    """Sorting key of file names in which numbers count as numbers: `2.jpg` comes before `10.jpg`."""
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path.name)]
+def natural_order(name: str | Path) -> list:
+    """Sorting key of names, of a path its last, in which numbers count as numbers: `2.jpg` comes before `10.jpg`."""
+    pieces = re.split(r"(\d+)", name if isinstance(name, str) else name.name)
+    return [int(piece) if piece.isdigit() else piece for piece in pieces]
 
 
 def _open_images(path: Path) -> pa.Table:

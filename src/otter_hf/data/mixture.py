@@ -1,5 +1,6 @@
 """The samples of the datasets of a training YAML, by number, and the order in which they are trained on."""
 
+import functools
 import hashlib
 import json
 import random
@@ -95,7 +96,7 @@ class MimicitMixture(Dataset):
         self.transform = transform
         self._left_out = 0.0 if held_out else eval_fraction
         self._tables, self._stores, self._rows = [], [], []
-        stores: dict[tuple[str, ...], ImageStore] = {}
+        open_store = functools.cache(lambda paths: self.options.open_store(paths, cache_dir))
         for entry in self.entries:
             try:
                 table, _ = load_mimicit(
@@ -105,9 +106,7 @@ class MimicitMixture(Dataset):
                     on_error=on_error,
                     cache_dir=cache_dir,
                 )
-                key = tuple(entry.images_path)
-                if key not in stores:
-                    stores[key] = self.options.open_store(entry.images_path, cache_dir)
+                store = open_store(tuple(entry.images_path))
                 if eval_fraction:
                     side = [row for row, key in enumerate(table["id"]) if is_held_out(key, eval_fraction) == held_out]
                     side = np.array(side, dtype=int)
@@ -117,7 +116,7 @@ class MimicitMixture(Dataset):
             except ValueError as error:
                 raise ValueError(f"{entry.task_group}/{entry.name}: {error}") from None
             self._tables.append(table)
-            self._stores.append(stores[key])
+            self._stores.append(store)
             self._rows.append(rows)
         self._ends = np.cumsum([len(rows) for rows in self._rows])
         # shared with data loader workers, which live through epochs and count what they skip

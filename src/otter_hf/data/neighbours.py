@@ -4,8 +4,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from glob import escape
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import claim, remove, replacing, write_text
+from ..files import claim, remove, replacing, unfinished_folder, write_text
 from ..made_from import MadeFrom, state_of_model
 from ..model_names import check_model_name
 from ..storage import AnyPath, forget_listings, is_one_path, is_remote, to_path
@@ -181,13 +179,9 @@ def write_neighbours(
         raise ValueError(f"Image {unknown!r} is in none of the image stores {names}.")
     items = {f"{n:06d}": (n, compared[n : n + ITEM_RECORDS]) for n in range(0, len(rows), ITEM_RECORDS)}
     made_from = MadeFrom.of([instructions_path, *images], by=by, encoder=[str(encoder), state_of_model(encoder)])
-    digest = blake2b(repr(made_from.to_json()).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    name = to_path(output).name
-    folder = paths[1].with_name(f".{name}.{digest}.embeddings")
-    with nullcontext() if is_remote(folder) else claim(paths[1].with_name(f".{name}.lock"), output):
-        for other in folder.parent.glob(f".{escape(name)}.*.embeddings"):
-            if other.name != folder.name:  # of other records, or another encoder
-                remove(other)
+    output = to_path(output)
+    with nullcontext() if is_remote(output) else claim(output.with_name(f".{output.name}.lock"), output):
+        folder = unfinished_folder(output, made_from.to_json(), "embeddings")
         step = partial(_embed_item, encoder=encoder, store=store, folder=folder)
         finish = partial(_settle, folder, instructions_path, paths, k, context)
         if not run(step, items, folder / "records", engine or Engine(), name="Embeddings", finish=finish):

@@ -1,5 +1,6 @@
 """A mixture as a stream: the first sample comes before the files have been read."""
 
+import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -11,7 +12,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
 from .formats import load_mimicit, stream_records
-from .image_store import ImageStore
 from .mixture import SkipCounter, sample_of_entry
 from .mixture_yaml import MixtureEntry, entries_of
 from .samples import Sample, SampleError, SampleOptions
@@ -79,12 +79,8 @@ class StreamedMixture(IterableDataset):
         self.shard = shard
         self.cache_dir = cache_dir
         self.transform = transform
-        stores: dict[tuple[str, ...], ImageStore] = {}
-        for entry in self.entries:
-            key = tuple(entry.images_path)
-            if key not in stores:
-                stores[key] = self.options.open_store(entry.images_path, cache_dir)
-        self._stores = [stores[tuple(entry.images_path)] for entry in self.entries]
+        open_store = functools.cache(lambda paths: self.options.open_store(paths, cache_dir))
+        self._stores = [open_store(tuple(entry.images_path)) for entry in self.entries]
         # shared with data loader workers, which live through epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._start = torch.zeros(1, dtype=torch.int64).share_memory_()

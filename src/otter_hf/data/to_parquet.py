@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from glob import escape
-from hashlib import blake2b
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from ..files import claim, copy_at_address, disk_full_told, move, remove, replacing, write_text
+from ..files import claim, copy_at_address, disk_full_told, move, remove, replacing, unfinished_folder, write_text
 from ..films import is_film
 from ..made_from import state
 from ..pictures import encode_image
@@ -84,7 +82,8 @@ def store_to_parquet(
     items = {f"{n:06d}": (n, start, min(rows, len(ids) - start)) for n, start in enumerate(starts)}
     with nullcontext() if is_remote(output) else claim(output.with_name(f".{output.name}.lock"), output):
         with disk_full_told(output):
-            parts = _parts_folder(output, sources, resize, encoding)
+            made_from = [(str(path.resolve()), state(path)) for path in sources], resize, encoding
+            parts = unfinished_folder(output, made_from, "parts")
             _forget_parts_that_are_gone(parts, output)
             step = partial(_write_part, store=store, parts=parts, resize=resize, encoding=encoding)
             finish = partial(_settle, parts, output, encoding, len(items), ", ".join(map(str, given)))
@@ -107,17 +106,6 @@ def refuse_input_as_output(sources: Sequence[AnyPath], output: AnyPath) -> None:
 def _size(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-
-
-def _parts_folder(output: AnyPath, sources: Sequence[Path], resize: int | None, encoding: str) -> AnyPath:
-    """Where the parts are until all are complete: another folder for sources that have changed, or other settings."""
-    settings = [(str(path.resolve()), state(path)) for path in sources], resize, encoding
-    digest = blake2b(repr(settings).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    parts = output.with_name(f".{output.name}.{digest}.parts")
-    for other in output.parent.glob(f".{escape(output.name)}.*.parts"):
-        if other.name != parts.name:
-            remove(other)
-    return parts
 
 
 def _part(parts: AnyPath, number: int) -> AnyPath:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .media_attention import split_media
@@ -133,12 +133,10 @@ class PrefixStore:
     def _shared(self, one: _Prompt, other: _Prompt) -> int:
         return shared_length((one.ids, other.ids), (one.media, other.media), self.model.config.image_token_id)
 
-    def _on_device(self, inputs: Mapping) -> dict:
-        inputs = dict(inputs)
-        if self.media is not None and inputs.get("pixel_values") is not None:
+    def _on_device(self, inputs: Mapping) -> BatchFeature:
+        if self.media is not None:
             inputs = self.media.encode(inputs)
-        device, dtype = self.model.device, self.model.dtype
-        return {name: value.to(device, dtype if value.is_floating_point() else None) for name, value in inputs.items()}
+        return BatchFeature(dict(inputs)).to(self.model.device, self.model.dtype)
 
 
 def _media_keys(model: PreTrainedModel, inputs: Mapping) -> list:

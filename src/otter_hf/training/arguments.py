@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -235,6 +236,16 @@ def parse_arguments(
     options = unsaid + translate(options + given, logger.warning, pretraining=PretrainingDataArguments in kinds)
     flags = [part for name, values in options for part in (f"--{name}", *values)]
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
+
+
+def call(function: Callable, argv: Sequence[str] | None, kinds: tuple[type, ...], **options):
+    """`function(*arguments, **options)` with the arguments of a command, by default those of the process."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("otter_hf").setLevel(logging.INFO)
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, kinds)
+    if arguments[-1].process_index > 0:
+        logging.getLogger("otter_hf").setLevel(logging.WARNING)  # one process tells the plan
+    return function(*arguments, **options)
 
 
 def _check_names(

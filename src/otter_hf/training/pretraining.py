@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from ..loading import read_model, read_processor
 from ..models.attention_choice import read_attention
 from ..models.generation import stop_generation_at
 from ..models.host_reads import numbers_on
-from .arguments import ModelArguments, TrainingArguments, parse_arguments
+from .arguments import ModelArguments, TrainingArguments, call
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .fields import PretrainingDataArguments
 from .freezing import freeze, train_only_rows
@@ -49,10 +48,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: one sentence on the argument, file or set which is wrong.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("otter_hf").setLevel(logging.INFO)
-    kinds = (ModelArguments, PretrainingDataArguments, TrainingArguments)
-    pretrain(*parse_arguments(sys.argv[1:] if argv is None else argv, kinds))
+    call(pretrain, argv, (ModelArguments, PretrainingDataArguments, TrainingArguments))
 
 
 def pretrain(

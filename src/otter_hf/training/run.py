@@ -4,7 +4,6 @@ import copy
 import importlib.util
 import logging
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from ..models.otter import OtterProcessor
 from ..models.otterhd import OtterHDProcessor
 from ..models.quantization import quantization_config
 from ..prompts import IMAGE_TOKEN, chat_template, get_format
-from .arguments import DataArguments, ModelArguments, TrainingArguments, parse_arguments
+from .arguments import DataArguments, ModelArguments, TrainingArguments, call
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .features import store_media
 from .freezing import freeze, train_only_rows
@@ -78,12 +77,7 @@ def run(argv: Sequence[str] | None = None, *, transform: Callable[[Sample, Rando
     Raises:
         ValueError: one sentence on the argument, file or sample which is wrong.
     """
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("otter_hf").setLevel(logging.INFO)
-    model_args, data_args, training_args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if training_args.process_index > 0:
-        logging.getLogger("otter_hf").setLevel(logging.WARNING)  # one process tells the plan
-    train(model_args, data_args, training_args, transform=transform)
+    call(train, argv, (ModelArguments, DataArguments, TrainingArguments), transform=transform)
 
 
 def train(

@@ -89,7 +89,7 @@ def write_conversations(
         max_tokens: leaves out conversations whose texts have more tokens.
         tokenizer: a transformers tokenizer that counts them.
         on_error: `"raise"`, or `"skip"` conversations whose picture file is missing, and count them.
-        made_from: for JSON, kept in the file for the function `made_from`.
+        made_from: for JSON, kept in the file for `origin_of`.
 
     Raises:
         ValueError: if nothing is left, or an id stands for two different pictures.
@@ -167,7 +167,7 @@ def _reason_to_leave_out(
     return None
 
 
-def made_from(path: str | Path) -> Any:
+def origin_of(path: str | Path) -> Any:
     """What `write_conversations` was told that an instructions file was made from; None if it was not."""
     with open(path, encoding="utf-8") as file:
         start = file.readline()  # `write_mimicit` ends the line behind meta
@@ -243,7 +243,7 @@ def _run(pictures: Iterator) -> None:
         pass
 
 
-def read_conversations(
+def conversations_of(
     path: str | Path, read: Callable[[str, int, dict[str, Any]], Iterable[Conversation]], on_invalid: str
 ) -> Iterator[Conversation]:
     """The conversations of a file.

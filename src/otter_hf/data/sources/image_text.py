@@ -18,8 +18,8 @@ from .common import (
     UnusableConversation,
     check_keys,
     check_media_marks,
+    conversations_of,
     place_pictures,
-    read_conversations,
     read_messages,
     system_text,
     text_of,
@@ -57,7 +57,7 @@ def read_llava(
         unused += unused_messages
         yield Conversation(str(row.get("id", number)), turns, pictures, per_turn, system, unused=unused)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def media_of_row(
@@ -149,7 +149,7 @@ def read_lrv(
         turns, per_turn = place_pictures([turn], pictures, where, marked=False)
         yield Conversation(picture, turns, pictures, per_turn, unused=unused)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def read_svit(
@@ -172,7 +172,7 @@ def read_svit(
             yield Conversation(picture, turns, pictures, per_turn, system, unused=unused)
             unused = []
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def read_m3it(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
@@ -199,7 +199,7 @@ def read_m3it(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversat
         turns, per_turn = place_pictures(turns, pictures, where, marked=False)
         yield Conversation(str(number), turns, pictures, per_turn, unused=unused)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def _list(value: Any, key: str, where: str) -> list:

@@ -25,8 +25,8 @@ from .common import (
     Conversation,
     UnusableConversation,
     check_keys,
+    conversations_of,
     place_pictures,
-    read_conversations,
     read_messages,
     read_named_rows,
     system_text,
@@ -74,7 +74,7 @@ def read_chats(
         id = number if row.get("id") is None else row["id"]
         yield Conversation(str(id), turns, media, per_turn, system, unused=unused + unused_messages)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def read_preferences(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .common import Conversation, check_keys, read_conversations, read_messages, system_text, text_of
+from .common import Conversation, check_keys, conversations_of, read_messages, system_text, text_of
 
 
 def read_sharegpt(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
@@ -16,7 +16,7 @@ def read_sharegpt(path: str | Path, on_invalid: str = "raise") -> Iterator[Conve
         system = system_text(row, system, where)
         yield Conversation(str(row.get("id", number)), turns, system=system, unused=unused + unused_messages)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def read_lima(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
@@ -31,7 +31,7 @@ def read_lima(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversat
             unused.append("question without answer at the end")
         yield Conversation(str(number), list(zip(texts[::2], texts[1::2], strict=False)), unused=unused)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)
 
 
 def read_alpaca(path: str | Path, on_invalid: str = "raise") -> Iterator[Conversation]:
@@ -54,4 +54,4 @@ def read_alpaca(path: str | Path, on_invalid: str = "raise") -> Iterator[Convers
         system = system_text(row, None, where)
         yield Conversation(str(row.get("id", number)), turns, system=system, unused=unused)
 
-    return read_conversations(path, read, on_invalid)
+    return conversations_of(path, read, on_invalid)

@@ -2,38 +2,26 @@
 
 Follows the pipeline of MIMIC-IT, https://huggingface.co/papers/2306.05425: annotations become queries, a chat model is
 asked, its replies are read, filtered, and written as a MIMIC-IT dataset.
+
+Names are imported when they are first used.
 """
 
-from .build import BuildReport, build_dataset
-from .client import ChatClient, ChatReply
-from .datasets import DATASETS, SyphusDataset, find_dataset
-from .filters import FilterRules
-from .pictures import PictureOptions
-from .prompts import Prompt, load_prompt
-from .queries import Query
-from .run import Budget, RunSummary, SyphusRun
-from .translate import LANGUAGES, build_translations
-from .verify import make_verification, verifications
+from ...importing import lazy_names
 
 
-__all__ = [
-    "DATASETS",
-    "LANGUAGES",
-    "Budget",
-    "BuildReport",
-    "ChatClient",
-    "ChatReply",
-    "FilterRules",
-    "PictureOptions",
-    "Prompt",
-    "Query",
-    "RunSummary",
-    "SyphusDataset",
-    "SyphusRun",
-    "build_dataset",
-    "build_translations",
-    "find_dataset",
-    "load_prompt",
-    "make_verification",
-    "verifications",
-]
+__all__, __getattr__ = lazy_names(
+    __name__,
+    {
+        "budget": ("Budget", "RunSummary"),
+        "build": ("BuildReport", "build_dataset"),
+        "client": ("ChatClient", "ChatReply"),
+        "datasets": ("DATASETS", "SyphusDataset", "find_dataset"),
+        "filters": ("FilterRules",),
+        "pictures": ("PictureOptions",),
+        "prompts": ("Prompt", "load_prompt"),
+        "queries": ("Query",),
+        "run": ("SyphusRun",),
+        "translate": ("LANGUAGES", "build_translations"),
+        "verify": ("make_verification", "verifications"),
+    },
+)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ...data.image_store import ImageStore
+from ...data.image_store import ImageStore, natural_order
 from ...pictures import encode_base64, encode_image
 from ...storage import full_name, to_path
 from .client import RejectedError
@@ -83,7 +83,7 @@ class PictureFinder:
     """The image ids of a query."""
 
     def __init__(self, store: ImageStore, prefix: str, kind):
-        self.prefix = prefix
+        self.store, self.prefix = store, prefix
         self.suffix = re.compile(kind.picture_suffix)
         self.ids = sorted(store)
 
@@ -95,7 +95,7 @@ class PictureFinder:
         """Ids of the pictures of a query, in their order."""
         if query.pictures is not None:
             wanted = (self.prefix + picture for picture in query.pictures)
-            return [id for id in wanted if self._has(id)]
+            return [id for id in wanted if id in self.store]
         start = self.prefix + (query.prefix or query.id)
         found = []
         for position in range(bisect_left(self.ids, start), len(self.ids)):
@@ -105,15 +105,7 @@ class PictureFinder:
             # a video a_b is not a frame of the video a
             if self.suffix.fullmatch(id, len(start)) and self._is_in_time(id, query):
                 found.append(id)
-        return sorted(found, key=_numbers_as_numbers)
-
-    def _has(self, id: str) -> bool:
-        position = bisect_left(self.ids, id)
-        return position < len(self.ids) and self.ids[position] == id
+        return sorted(found, key=natural_order)
 
     def _is_in_time(self, id: str, query: Query) -> bool:
         return query.seconds is None or query.seconds[0] <= int(id.rsplit("_", 1)[1]) <= query.seconds[1]
-
-
-def _numbers_as_numbers(id: str) -> list:
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", id)]
