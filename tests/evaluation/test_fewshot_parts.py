@@ -53,6 +53,20 @@ def test_a_test_row_is_not_its_own_demonstration():
         fixed_demonstrations([1, 2], 3, 1)
 
 
+@pytest.mark.parametrize("answers", [None, []])
+def test_rows_without_their_truth_are_refused(tmp_path, answers):
+    """As the test splits of challenges have them: nothing could be scored, or all were wrong."""
+    rows = [{"image": RED, "question": "a?", "answers": ["x"]}, {"image": RED, "question": "b?", "answers": answers}]
+    with pytest.raises(ValueError, match="Row 1 of .* has no answers"):
+        Rows(str(write_parquet(tmp_path / "rows.parquet", rows)), "test", "vqa")
+    labelled = [{"image": RED, "label": label} for label in (0, 1, -1)]
+    table = Rows(str(write_parquet(tmp_path / "labels.parquet", labelled)), "test", "imagenet")
+    with pytest.raises(ValueError, match="Row 2 of .* has the label -1, which is none of 2 classes"):
+        table.check_labels(2)
+    told = Rows(str(write_parquet(tmp_path / "told.parquet", labelled[:2])), "test", "imagenet")
+    told.check_labels(2)
+
+
 def test_rows_are_the_same_by_words_and_pixels(tmp_path):
     """Whatever ids and files they have: training and test set may overlap."""
     rows = [{"question_id": 1, "image": RED, "question": "a?", "answers": ["x"]}]

@@ -28,6 +28,7 @@ NEEDED = {
     "imagenet": ("image", "label"),
     "hateful_memes": ("image", "text", "label"),
 }
+_TRUTHS = {"answers", "captions", "label"}
 
 
 class Rows:
@@ -42,7 +43,8 @@ class Rows:
         columns: our name -> the name in the data, over the common ones.
 
     Raises:
-        ValueError: for a column that is missing, naming those that are there.
+        ValueError: for a column that is missing, naming those that are there, and for a row without its answers,
+            captions or label, as splits have them whose truth is kept back.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class Rows:
             )
         texts = [column for name, column in self._columns.items() if name not in ("id", "image")]
         self._texts = self._table.select_columns(texts)
+        self._source = source
+        for name in _TRUTHS & {*NEEDED[kind]}:
+            self._check_filled(name)
         self._read = lru_cache(maxsize=1024)(self._read_row)
 
     def __len__(self) -> int:
@@ -105,6 +110,27 @@ class Rows:
     def class_names(self) -> list[str] | None:
         """The names of the labels, where the data set holds them."""
         return getattr(self._table.features.get(self._columns.get("label")), "names", None)
+
+    def check_labels(self, count: int) -> None:
+        """Raises ValueError for a label that is none of so many classes, such as the -1 of what is not told."""
+        column = self._columns["label"]
+        for number, label in enumerate(self._texts[column]):
+            if not (str(label).isdecimal() and int(label) < count) and not isinstance(label, bool):
+                raise ValueError(
+                    f"Row {number} of {self._source} has the {column} {label!r}, which is none of {count} classes: "
+                    "take a split in which they are told."
+                )
+
+    def _check_filled(self, name: str) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        values = self._texts.data.column(self._columns[name])
+        is_list = pa.types.is_list(values.type) or pa.types.is_large_list(values.type)
+        empty = pc.fill_null(pc.equal(pc.list_value_length(values), 0), True) if is_list else pc.is_null(values)
+        if pc.any(empty).as_py():
+            number = pc.index(empty, True).as_py()
+            raise ValueError(f"Row {number} of {self._source} has no {name}: take a split in which they are told.")
 
     def _read_row(self, number: int) -> dict[str, Any]:
         raw = self._table[number]

@@ -78,6 +78,8 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
     train = Rows(settings["train"], "train", **common)
     test = Rows(settings["test"], "test", **common)
     names = _class_names(settings, kind, train)
+    for rows in (train, test) if names else ():
+        rows.check_labels(len(names))
     style, template = prompts_for(lm, kind)
     same: set[tuple[int, int]] = set()
     figures: dict[str, Any] = {}
