@@ -22,8 +22,10 @@ from training_files import PROGRAM, command, environment, losses, torchrun, weig
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
 from otter_hf.training import checkpoints
+from otter_hf.training.arguments import parse_arguments
 from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, CheckpointTrainer, find_checkpoint, load_trainable
 from otter_hf.training.run import run as main
+from otter_hf.training.run import train
 from otter_hf.training.run_record import RunRecord
 
 
@@ -387,7 +389,8 @@ def test_trainable_only(files, unbroken):
     settings = SAVING | {"trainable_only": True, "freeze": ["vision", "language"]}
     whole = command(files, "whole", **settings | {"trainable_only": False})
     main(whole)
-    main(command(files, "small", **settings))
+    card = train(*parse_arguments(command(files, "small", **settings))).make_card()
+    assert 'load_trainable(folder, base="base"' in card and "from_pretrained" not in card
     out = files / "small"
     assert not list(out.rglob("model.safetensors"))
     sizes = [path.stat().st_size for path in (out / "trainable.safetensors", files / "whole" / "model.safetensors")]

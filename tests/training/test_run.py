@@ -194,3 +194,7 @@ def test_trained_weights_in_16_bits_are_told(files, caplog):
         caplog.clear()
         train(files, "--dtype", dtype, "--plan", "True")
         assert ("What is trained is kept in bfloat16" in caplog.text) == (dtype == "bfloat16")
+    # the scaler would refuse them in the first step, without saying what to do
+    with pytest.raises(ValueError, match="kept in float16: set dtype to float32, or fp16 to false"):
+        train(files, "--dtype", "float16", "--fp16", "True", "--plan", "True")
+    train(files, "--dtype", "float32", "--fp16", "True", "--plan", "True")

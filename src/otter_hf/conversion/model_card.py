@@ -132,6 +132,19 @@ print(processor.post_process_image_text_to_text(output)[0])
 ```"""
 
 
+def trainable_usage(repository: str, base: str) -> str:
+    """How to put trained weights and those of their base together."""
+    return f"""```python
+import otter_hf  # registers the model with the Auto classes
+from huggingface_hub import snapshot_download
+from otter_hf.training import load_trainable
+
+folder = snapshot_download("{repository}")
+model = load_trainable(folder, base="{base}", dtype="auto")
+model.save_pretrained("whole")  # a folder like any other
+```"""
+
+
 def completion_usage(repository: str, prompt: str = "<image>An image of") -> str:
     """How to load a model without chat template and let it go on with a text."""
     return f"""{_LOADING.format(repository)}

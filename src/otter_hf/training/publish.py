@@ -7,13 +7,14 @@ training goes on. The last push, at the end, must succeed, or says what to do.
 import dataclasses
 import json
 import logging
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils.hub import PushInProgress
 
-from ..conversion.model_card import usage
+from ..conversion.model_card import trainable_usage, usage
 from .checkpoints import UNFINISHED, CheckpointTrainer
 from .manifest import MANIFEST
 from .report import REPORT_FILE, curves_svg, final_values
@@ -183,7 +184,11 @@ class PublishingTrainer(CheckpointTrainer):
             sections.append(f"![curves](training.svg)\n\nAll curves and sample answers: `{REPORT_FILE}`.")
         if adapters:
             sections.append("Adapters of the base model: loading them as below loads the base model too.")
-        sections.append(f"## Use\n\n{usage(getattr(self, 'hub_model_id', None) or name)}")
+        repository, use = getattr(self, "hub_model_id", None) or name, usage
+        if self._trainable_only and not adapters:
+            sections.append("Weights that were trained, without the frozen ones of the base model.")
+            use = partial(trainable_usage, base=Path(base).name if Path(base).exists() else base)
+        sections.append(f"## Use\n\n{use(repository)}")
         rows = "\n".join(f"| `{key}` | `{value}` |" for key, value in self.settings().items())
         sections.append(f"## Settings\n\n| argument | value |\n|---|---|\n{rows}")
         return "\n\n".join(sections) + "\n"

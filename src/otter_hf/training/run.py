@@ -124,6 +124,11 @@ def train(
     # FSDP and DeepSpeed keep float32 weights for the optimizer
     is_half = any(p.requires_grad and p.itemsize < 4 for p in shapes.parameters()) and not model_args.load_in_4bit
     if is_half and plan.sharding == "none":
+        if training_args.fp16:
+            raise ValueError(
+                f"fp16 scales gradients of float32 weights, and what is trained is kept in {plan.dtype}: set dtype to "
+                "float32, or fp16 to false."
+            )
         logger.warning(
             f"What is trained is kept in {plan.dtype}, where steps far smaller than a weight are lost: set dtype to "
             "float32, and bf16 to true to compute in bfloat16."
