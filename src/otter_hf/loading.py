@@ -79,14 +79,18 @@ def load_model(
     loading = {"quantization_config": quantization_config()} if load_in_4bit else {}
     if attn_implementation is not None:
         loading["attn_implementation"] = read_attention(attn_implementation)
-    if device_map is None:
-        device_map = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device_map = default_device() if device_map is None else device_map
     model = read_model(name, tokenizer, dtype=dtype, device_map=device_map, **loading).eval()
     # an answer ends with <|endofchunk|>, which not every repository of 2023 says
     end_of_chunk = getattr(model.config, "end_of_chunk_token_id", None)
     if end_of_chunk is not None:
         model.generation_config.eos_token_id = sorted({*end_tokens(model.generation_config), end_of_chunk})
     return model
+
+
+def default_device() -> torch.device:
+    """The accelerator of this process, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTrainedModel:

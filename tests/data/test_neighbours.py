@@ -3,11 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from otter_hf.data import neighbours
 from otter_hf.data.formats import load_mimicit, write_mimicit
-from otter_hf.data.neighbours import embed_texts, nearest_neighbours, write_neighbours
+from otter_hf.data.neighbours import embed_images, embed_texts, nearest_neighbours, write_neighbours
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +82,14 @@ def test_text_neighbours(tmp_path, files, encoder):
         write_neighbours(files.instructions_path, tmp_path / "N", encoder, images_path=files.images_path, k=1)
 
 
+def test_an_accelerator_is_used(encoder, clip, monkeypatch):
+    """A stand-in for one, which holds no numbers."""
+    monkeypatch.setattr("otter_hf.loading.default_device", lambda: torch.device("meta"))
+    for embed, item, folder in ((embed_texts, "a", encoder), (embed_images, Image.new("RGB", (16, 16)), clip)):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+            embed([item], folder)
+
+
 def test_a_stopped_call_goes_on(tmp_path, files, encoder, monkeypatch):
     """What is embedded is not embedded again, unless the records or the encoder have changed; also at addresses."""
     monkeypatch.setattr(neighbours, "ITEM_RECORDS", 1)
@@ -123,7 +132,8 @@ def test_embeddings_are_taken_in_their_order(tmp_path):
     assert json.loads(paths[0].read_text()) == {"r0": ["r2"], "r1": ["r3"], "r2": ["r0"], "r3": ["r1"]}
 
 
-def test_image_neighbours(tmp_path, files):
+@pytest.fixture
+def clip(tmp_path):
     torch.manual_seed(0)
     tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = CLIPConfig(
@@ -132,12 +142,16 @@ def test_image_neighbours(tmp_path, files):
     CLIPModel(config).save_pretrained(tmp_path / "clip")
     size = {"height": 16, "width": 16}
     CLIPImageProcessorPil(size=size, crop_size=size).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+def test_image_neighbours(tmp_path, files, clip):
     written = write_neighbours(
-        files.instructions_path, tmp_path / "N", tmp_path / "clip", by="image", images_path=files.images_path, k=3
+        files.instructions_path, tmp_path / "N", clip, by="image", images_path=files.images_path, k=3
     )
     check(files, written, 3, 2)
     with pytest.raises(ValueError, match="Image 'red' is in none of the image stores"):
-        write_neighbours(files.instructions_path, tmp_path / "N", tmp_path / "clip", by="image", k=3)
+        write_neighbours(files.instructions_path, tmp_path / "N", clip, by="image", k=3)
 
 
 def test_records_without_what_is_compared(tmp_path):

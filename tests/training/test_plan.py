@@ -347,6 +347,11 @@ def test_attention_for_packed_rows(arguments, model, monkeypatch):
     assert set(chosen(lora).values()) == {"flash_attention_3"}
     # without autocast PEFT has in float32 what is not in 4 bits
     assert set(chosen(f"{lora} --load_in_4bit True").values()) == {"varlen_sdpa"}
+    for flags in (f"{lora} --load_in_4bit True", "--dtype float32"):
+        for name in ("flash_attention_2", "text_config=kernels-community/flash-attn3"):
+            with pytest.raises(ValueError, match="flash.* computes in 16 bits, but this training would in float32"):
+                chosen(f"{flags} --attn_implementation {name}")
+            assert chosen(f"{flags} --attn_implementation {name}", half=True)
     parsed = arguments("")
     assert set(choose_attention(OtterHDConfig(), *parsed).values()) == {"varlen_sdpa"}
     parsed[2].bf16 = True

@@ -61,7 +61,7 @@ def nearest_neighbours(embeddings: torch.Tensor, k: int, block: int = 1024) -> t
 
 @torch.inference_mode()
 def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-    """Mean of a text encoder's last hidden states over the real tokens, float32 of shape `(N, D)`.
+    """Mean of a text encoder's last hidden states over the real tokens, float32 of shape `(N, D)` on the CPU.
 
     Args:
         texts: what to embed.
@@ -70,13 +70,16 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = BAT
     """
     from transformers import AutoModel, AutoTokenizer
 
+    from ..loading import default_device
+
     check_model_name(encoder, "encoder", weights=True)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = AutoModel.from_pretrained(encoder).eval()
+    device = default_device()
+    model = AutoModel.from_pretrained(encoder).eval().to(device)
     model = getattr(model, "text_model", model)
 
     def embed(batch: list[str]) -> torch.Tensor:
-        inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt")
+        inputs = tokenizer(batch, padding=True, truncation=True, return_tensors="pt").to(device)
         hidden = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
         mask = inputs["attention_mask"][..., None].to(hidden)  # (B, L, 1)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (B, D)
@@ -86,7 +89,7 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = BAT
 
 @torch.inference_mode()
 def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = BATCH_SIZE) -> torch.Tensor:
-    """Pooled output of a vision encoder for PIL pictures, float32 of shape `(N, D)`.
+    """Pooled output of a vision encoder for PIL pictures, float32 of shape `(N, D)` on the CPU.
 
     Args:
         images: PIL pictures.
@@ -96,13 +99,16 @@ def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = B
     """
     from transformers import AutoImageProcessor, AutoModel
 
+    from ..loading import default_device
+
     check_model_name(encoder, "encoder", weights=True)
     processor = AutoImageProcessor.from_pretrained(encoder, backend="pil")
-    model = AutoModel.from_pretrained(encoder).eval()
+    device = default_device()
+    model = AutoModel.from_pretrained(encoder).eval().to(device)
     encode = model.get_image_features if hasattr(model, "get_image_features") else model
 
     def embed(batch: list) -> torch.Tensor:
-        output = encode(pixel_values=processor(batch, return_tensors="pt")["pixel_values"])
+        output = encode(pixel_values=processor(batch, return_tensors="pt")["pixel_values"].to(device))
         return output if isinstance(output, torch.Tensor) else output.pooler_output  # (B, D)
 
     return _in_batches(images, embed, batch_size)
@@ -112,7 +118,7 @@ def _in_batches(items: Iterable, embed: Callable[[list], torch.Tensor], size: in
     remaining: Iterator = iter(items)
     embedded = []
     while batch := list(islice(remaining, size)):
-        embedded.append(embed(batch).float())
+        embedded.append(embed(batch).float().cpu())
     return torch.cat(embedded)
 
 

@@ -24,11 +24,22 @@ def choose_attention(
     Packed rows are for kernels that are told where a sample ends, see `best_varlen_attention`: flash attention where
     it is installed and the computation is in 16 bits, otherwise torch's own. A compiled graph takes one mask for the
     row.
+
+    Raises:
+        ValueError: for flash attention where the computation is in float32.
     """
     packing = can_pack(config) if data_args.packing is None else data_args.packing
+    dtype = compute_dtype(config, model_args, training_args)
     if model_args.attn_implementation is not None or not packing or training_args.torch_compile:
-        return read_attention(model_args.attn_implementation)
-    kernel = best_varlen_attention(config, training_args.device, compute_dtype(config, model_args, training_args))
+        given = read_attention(model_args.attn_implementation)
+        names = [str(name) for name in (given.values() if isinstance(given, dict) else [given])]
+        if dtype == torch.float32 and (flash := next((name for name in names if "flash" in name), None)):
+            raise ValueError(
+                f"attn_implementation {flash} computes in 16 bits, but this training would in float32: set bf16 to "
+                "true, or leave attn_implementation out."
+            )
+        return given
+    kernel = best_varlen_attention(config, training_args.device, dtype)
     return {"": kernel, "text_config": kernel}
 
 

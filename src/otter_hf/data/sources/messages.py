@@ -41,6 +41,13 @@ SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 _MEDIA = ("image", "images", "video", "videos")
 _CONVERSATIONS = ("messages", "conversations")
+# keys of other forms, and what reads them
+_OTHER_FORMS = (
+    (("instruction", "output"), "Alpaca's", "otter-hf data from-alpaca"),
+    (("image_id", "question", "answer"), "LRV's", "otter-hf data from-lrv"),
+    (("meta", "data"), "MIMIC-IT's", "a training YAML, as its mimicit_path (docs/data.md)"),
+    (("chosen", "rejected"), "the preferences'", "TRL's DPOTrainer (examples/trl_dpo.py)"),
+)
 _MARK = {"image": IMAGE_TOKEN, "image_url": IMAGE_TOKEN, "video": "<video>", "video_url": "<video>"}
 
 
@@ -66,6 +73,8 @@ def read_chats(
         messages = _conversation_of(row, where)
         if messages is None and row.get("completion"):
             messages = [*_messages(row.get("prompt"), where), *_messages(row["completion"], where)]
+        if messages is None:
+            _refuse_other_form(row, where)
         reader = _MediaReader(row, where, folder, allow_outside)
         turns, system, unused_messages = read_messages(reader.texts(_messages(messages, where)), where)
         turns, media = join_media(turns, *reader.media(), where)
@@ -226,6 +235,14 @@ def _conversation_of(row: dict[str, Any], where: str) -> Any:
     if len(given) > 1:
         raise ValueError(f"{where} has both {' and '.join(given)}: give its messages under one of them.")
     return row[given[0]] if given else row.get("messages")
+
+
+def _refuse_other_form(row: dict[str, Any], where: str) -> None:
+    for keys, name, reader in _OTHER_FORMS:
+        if all(key in row for key in keys):
+            raise ValueError(
+                f"{where} has no messages, but {' and '.join(keys)}: it is {name} form; give it to {reader}."
+            )
 
 
 def _messages(messages: Any, where: str, speaker: str | None = None) -> list[dict[str, Any]]:
