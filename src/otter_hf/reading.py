@@ -82,6 +82,13 @@ def _size(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     return size
 
 
+def whole_characters(text: str) -> str:
+    """
+    A text that UTF-8 and tokenizers can hold: half of a surrogate pair, which JSON can spell, becomes a question mark.
+    """
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def is_lfs_pointer(start: bytes) -> bool:
     """Whether the start of a file is that of a pointer of Git LFS, which stands where a file was not downloaded."""
     return start.startswith(_LFS)

@@ -3,6 +3,7 @@
 import base64
 
 import pytest
+from PIL import Image
 
 from otter_hf.demo.history import FAILED, edited, last_question, to_messages
 
@@ -46,6 +47,17 @@ def test_videos_and_other_files(tmp_path):
     assert film[0]["content"][0]["video_url"]["url"].startswith("data:video/mp4;base64,")
     with pytest.raises(ValueError, match="notes.txt is neither a picture nor a video"):
         to_messages([{"role": "user", "content": {"path": str(tmp_path / "notes.txt")}}])
+
+
+def test_files_are_told_by_what_is_in_them(tmp_path, monkeypatch):
+    """Where the system has no list of kinds, Python 3.11 knows neither WebP nor Matroska by name."""
+    monkeypatch.setattr("mimetypes.guess_type", lambda name: (None, None))
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.webp")
+    for name, start in (("a.webp", "data:image/webp;base64,"), ("film.mkv", "data:video/")):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes() if path.exists() else b"\x1a\x45\xdf\xa3" + bytes(20))
+        (part,) = to_messages([{"role": "user", "content": {"path": str(path)}}])[0]["content"]
+        assert part[part["type"]]["url"].startswith(start)
 
 
 def test_a_question_without_an_answer_is_left_out(picture):

@@ -59,6 +59,14 @@ FIELDS = {
     "metadata": [{"a": "b"}],
     "tools": [[]],
     "response_format": [{"type": "text"}],
+    "messages": [
+        [{"role": "user", "content": "half a pair \ud83d"}],
+        [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": None, "refusal": None},
+            {"role": "user", "content": "b"},
+        ],
+    ],
 }
 WORDS = [
     *("", " ", "\0", "\ud800", "\U0001f9a6" * 3, "<image>", "<|endofchunk|>", "<answer>", "</s>", "User:", "a" * 300),

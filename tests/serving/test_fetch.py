@@ -24,6 +24,11 @@ class Pages(BaseHTTPRequestHandler):
             self.send_header("Location", rest)
             self.end_headers()
             return
+        if name == "moved":
+            self.send_response(301)
+            self.send_header("Location", "/page/köln".encode().decode("latin-1"))
+            self.end_headers()
+            return
         self.send_response(200 if name in ("page", "large", "drip") else 404)
         self.end_headers()
         if name == "page":
@@ -87,6 +92,8 @@ def test_public_addresses(address, public):
 def test_pages_and_redirects(site):
     assert read_url(f"{site}/page", "it", HERE) == b"content"
     assert read_url(f"{site}/redirect/{site}/page", "it", HERE) == b"content"
+    # with letters that browsers escape
+    assert read_url(f"{site}/page/ä b?c=ö d", "it", HERE) == read_url(f"{site}/moved", "it", HERE) == b"content"
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import threading
 
 import pytest
 from fuzz.server_requests import PICTURE, VALID, acall, body, call, encode, valid_bodies
+from PIL import Image
 
 from otter_hf.films import FilmLimits, open_film
 from otter_hf.serving.fetch import FetchPolicy
-from otter_hf.serving.media import MediaLimits
+from otter_hf.serving.media import MediaLimits, fit_media, image_part, video_part
 from otter_hf.serving.messages import Cancelled, MessageReader
+from otter_hf.testing import tiny
 
 
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
@@ -122,6 +124,22 @@ def test_a_page_of_the_web_does_not_reach_this_machine(path, method, app_of):
     assert (
         call(app_of(allow_hosts=("rebound.example.org",)), json.dumps(VALID).encode(), path, method, headers)[0] == 200
     )
+
+
+def test_films_beside_pictures_are_bounded():
+    """Which a processor of Flamingo's pads to the longest of them."""
+    picture, processor = Image.new("RGB", (4, 4)), tiny("otter")[1]
+
+    def messages(pictures: int, frames: int) -> list[dict]:
+        return asking(*[image_part(picture)] * pictures, video_part([picture] * frames))
+
+    limits = MediaLimits(pictures=16)
+    for pictures, frames in ((0, 16), (7, 8)):
+        assert fit_media(messages(pictures, frames), processor, limits) == messages(pictures, frames)
+    with pytest.raises(ValueError, match="hold 9 pictures and videos, .* longest, 8 frames: more than the 64 frames"):
+        fit_media(messages(8, 8), processor, limits)
+    # others take the frames as pictures
+    assert len(fit_media(messages(8, 8), tiny("otterhd")[1], limits)[0]["content"]) == 16
 
 
 def test_a_slow_body_holds_no_place(app_of):

@@ -93,6 +93,10 @@ def test_sampling_and_generation_settings(folders, serve, pictures):
     image = image_url(pictures[0])
     sampled = [said(server.ask("what?", image, max_tokens=16, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    # who says from how many tokens to draw wants one drawn
+    for cut in ({"top_p": 0.999}, {"extra_body": {"generation_config": '{"top_k": 200}'}}):
+        drawn = {said(server.ask("what?", image, max_tokens=16, temperature=None, seed=i, **cut)) for i in (1, 2)}
+        assert len(drawn) == 2
     beams = {"generation_config": '{"num_beams": 3, "no_repeat_ngram_size": 2}'}
     whole = said(server.ask("what?", image, max_tokens=12, extra_body=beams))
     assert whole != said(server.ask("what?", image, max_tokens=12))
@@ -173,6 +177,9 @@ def test_a_stream_ends_as_openai_ends_it(folders, serve):
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices[0].finish_reason in ("stop", "length")
     assert chunks[-1].usage.completion_tokens > 0
+    *_, last, usage = server.ask(stream=True, stream_options={"include_usage": True})
+    assert last.choices[0].finish_reason and last.usage is None
+    assert not usage.choices and usage.usage == chunks[-1].usage
     body = {"messages": [{"role": "user", "content": "what?"}], "stream": True, "max_tokens": 2}
     lines = http.post(f"{server.url}/v1/chat/completions", json=body).text.strip().splitlines()
     assert lines[-1] == "data: [DONE]"
@@ -229,7 +236,12 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
         ({"messages": ["hello"]}, 400, r"messages[0].role must be one of"),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "role must be one of"),
         ({"messages": [{"role": "user"}]}, 400, "content must be a text or a list of parts"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "must alternate"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, 400, "must alternate"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            400,
+            "messages[1] is the last and of the role assistant: end with a message of the role user",
+        ),
         ({"messages": [{"role": "user", "content": "a" * 5000}]}, 400, "the model reads at most"),
         ({"temperature": "hot"}, 400, "temperature must be a number from 0 to 2, not 'hot'"),
         ({"temperature": float("nan")}, 400, "temperature must be a number"),

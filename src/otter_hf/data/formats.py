@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from ..files import claim, disk_full_told, move
 from ..prompts import IMAGE_TOKEN
+from ..reading import whole_characters
 from ..storage import AnyPath, to_path
 from .arrow_cache import IdIndex, cached_arrow_file, open_arrow_file
 from .image_store import ImageStore
@@ -212,10 +213,7 @@ def _read_train_config(path: str | Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _text_or_none(value: Any) -> str | None:
-    if not isinstance(value, str) or value.isascii():
-        return value if isinstance(value, str) else None
-    # half a surrogate pair, which JSON can spell, becomes a question mark
-    return value.encode("utf-8", "replace").decode()
+    return whole_characters(value) if isinstance(value, str) else None
 
 
 def _id_list(value: Any, what: str, *names: Any) -> list[str]:

@@ -1,9 +1,14 @@
 """What Gradio's chat remembers, as messages of the OpenAI API."""
 
 import base64
+import io
 import mimetypes
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from ..films import is_film
 
 
 # title of a message that says why there is no answer
@@ -94,10 +99,24 @@ def _parts(item) -> list[dict]:
     text = _text(item)
     if text is not None:
         return [{"type": "text", "text": text}] if text else []
-    path = path_of(item)
-    kind = mimetypes.guess_type(path)[0] or ""
+    path = Path(path_of(item))
+    data = path.read_bytes()
+    kind = _kind(path.name, data)
     media = kind.partition("/")[0]
-    if media not in ("image", "video"):
-        raise ValueError(f"{Path(path).name} is neither a picture nor a video.")
-    data = base64.b64encode(Path(path).read_bytes()).decode("ascii")
-    return [{"type": f"{media}_url", f"{media}_url": {"url": f"data:{kind};base64,{data}"}}]
+    url = f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
+    return [{"type": f"{media}_url", f"{media}_url": {"url": url}}]
+
+
+def _kind(name: str, data: bytes) -> str:
+    """The media type of a picture or video; ValueError for another file."""
+    kind = mimetypes.guess_type(name)[0] or ""
+    if kind.startswith(("image/", "video/")):
+        return kind
+    # by itself Python 3.11 knows neither WebP nor Matroska, and 3GP for a sound
+    if is_film(data):
+        return "video/mp4"
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            return picture.get_format_mimetype() or "image/png"
+    except UnidentifiedImageError:
+        raise ValueError(f"{name} is neither a picture nor a video.") from None

@@ -25,6 +25,7 @@ from ..models.prefix_cache import (
     row_of,
 )
 from ..pictures import read_image
+from ..reading import whole_characters
 from ..thinking import thinking_length
 from .batching import Batch, PromptBatches, TokenizedPrompt
 from .candidates import score_candidates
@@ -372,7 +373,7 @@ def _idefics_prompt(messages: list[dict], processor, legacy: bool = False) -> li
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             (value,) = (part[key] for key in part if key != "type")
-            pieces.append(value if part["type"] == "text" else read_image(value, legacy=legacy))
+            pieces.append(whole_characters(value) if part["type"] == "text" else read_image(value, legacy=legacy))
         pieces.append(end)
     pieces.append("\nAssistant:")
     joined = []

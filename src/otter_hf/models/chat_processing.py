@@ -7,6 +7,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
+from ..reading import whole_characters
 from .prepared_media import PreparedMedium
 
 
@@ -167,13 +168,13 @@ def media_parts_of(messages: Iterable[dict]) -> list[dict]:
 
 def read_texts(text) -> list[str]:
     """
-    One text or any number of them as a list.
+    One text or any number of them as a list, see [`whole_characters`].
 
     Raises:
         ValueError: for anything else, and for none.
     """
     if isinstance(text, str):
-        return [text]
+        return [whole_characters(text)]
     if not isinstance(text, Iterable) or isinstance(text, (bytes, Mapping)):
         raise ValueError(f"text must be a text or a list of texts, got {text!r:.80}.")
     texts = list(text)
@@ -182,7 +183,7 @@ def read_texts(text) -> list[str]:
             raise ValueError(f"text[{index}] must be a text, got {item!r:.80}.")
     if not texts:
         raise ValueError("text is an empty list; give at least one text.")
-    return texts
+    return [whole_characters(item) for item in texts]
 
 
 def read_conversations(conversation, template: str, with_media: bool, elsewhere: Collection[str] = ()) -> list:

@@ -1,4 +1,8 @@
-"""Weights that are not where they are computed with: what transformers forgets there."""
+"""Weights that are not where they are computed with: what transformers and accelerate forget there."""
+
+import functools
+import threading
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
@@ -17,6 +21,28 @@ def index_tied_weights(model: PreTrainedModel, offloaded: dict | None) -> None:
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if offloaded and source in offloaded:
             offloaded.setdefault(name, offloaded[source])
+
+
+def let_threads_take_turns(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Lets several threads call a model with offloaded weights, in place; others may be called as they are.
+
+    accelerate's hooks bring the weights of a layer to its device and take them away behind it, also from another
+    thread that is computing with them: here a layer is used by one thread at a time.
+    """
+    lock = threading.RLock()
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in getattr(hook, "hooks", [hook])):
+            module.forward = functools.update_wrapper(
+                functools.partial(_call_within, lock, module.forward), module.forward
+            )
+    return model
+
+
+def _call_within(lock: threading.RLock, function: Callable, *args, **kwargs):
+    with lock:
+        return function(*args, **kwargs)
 
 
 def device_of_inputs(model: PreTrainedModel, device: torch.device) -> torch.device:

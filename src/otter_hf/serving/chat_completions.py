@@ -18,6 +18,7 @@ import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
+from openai.types.chat import ChatCompletionChunk
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from starlette.requests import ClientDisconnect
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -137,6 +138,8 @@ class ChatCompletions(ChatCompletionHandler):
         metrics: counts requests and tokens.
     """
 
+    _unused_fields = frozenset()  # `check_request` refuses what it does not know
+
     def __init__(self, models: ServedModels, settings: ServerSettings, metrics: Metrics):
         super().__init__(model_manager=models, generation_state=GenerationState())
         self.settings = settings
@@ -146,6 +149,8 @@ class ChatCompletions(ChatCompletionHandler):
         self.bodies = BodyReader(settings.body_bytes, places * settings.body_bytes, settings.body_seconds)
         # one for each place, as a slow site holds its thread; not a slot, in which others could be answered
         self._fetchers = ThreadPoolExecutor(places, thread_name_prefix="fetch")
+        # those who wait for what others read, see `PrefixStore`, leave the threads of the loop to requests that arrive
+        self._submitters = ThreadPoolExecutor(settings.slots, thread_name_prefix="submit")
         self._preparers = ThreadPoolExecutor(min(settings.slots, _PREPARERS), thread_name_prefix="prepare")
         self._tasks: set[asyncio.Task] = set()  # the event loop itself would let them be collected
         self._lost_device: str | None = None  # the error with which it was lost
@@ -232,7 +237,11 @@ class ChatCompletions(ChatCompletionHandler):
         try:
             async for item in reader:
                 if isinstance(item, Finish):
-                    yield self._build_chunk_sse(request_id, finish_reason=item.reason, usage=item.usage, model=model)
+                    apart = reader.job.options.usage_apart
+                    usage = None if apart else item.usage
+                    yield self._build_chunk_sse(request_id, finish_reason=item.reason, usage=usage, model=model)
+                    if apart:
+                        yield self._build_usage_sse(request_id, item.usage, model)
                 else:
                     yield self._build_chunk_sse(request_id, content=item, model=model)
         except HTTPException as error:
@@ -241,6 +250,18 @@ class ChatCompletions(ChatCompletionHandler):
         except ClientGone:
             return
         yield "data: [DONE]\n\n"
+
+    def _build_usage_sse(self, request_id: str, usage: CompletionUsage, model: str) -> str:
+        """The piece without a choice that ends a stream with `include_usage`."""
+        chunk = ChatCompletionChunk(
+            id=request_id,
+            created=int(time.time()),
+            model=model,
+            choices=[],
+            usage=usage,
+            object="chat.completion.chunk",
+        )
+        return self.chunk_to_sse(chunk)
 
     # ----- the work -----
 
@@ -288,7 +309,7 @@ class ChatCompletions(ChatCompletionHandler):
         except (ValueError, OSError) as error:  # a file of the server's, not what the client sent
             raise RuntimeError(f"The skill {job.body['model']} cannot be read: {error}") from error
         inputs = processor.apply_chat_template(
-            [*(job.skill.messages if job.skill else ()), *fit_media(messages, processor)],
+            fit_media([*(job.skill.messages if job.skill else ()), *messages], processor, settings.media),
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
@@ -306,7 +327,11 @@ class ChatCompletions(ChatCompletionHandler):
             if max(options.logit_bias) >= size:
                 raise ValueError(f"logit_bias has the token id {max(options.logit_bias)}, but the model has {size}.")
             config.sequence_bias = {(token,): value for token, value in options.logit_bias.items()}
-        if job.body.get("temperature") is not None:
+        if job.body.get("temperature") is None:
+            # who says how to sample wants it
+            cut = job.body.get("top_p") not in (None, 1) or options.generation.get("top_k")
+            config.do_sample = options.generation.get("do_sample", config.do_sample or bool(cut))
+        else:
             config.do_sample = job.body["temperature"] > 0
             # as vLLM has it: logits divided by less are infinite in half precision
             config.temperature = max(config.temperature, 0.01)
@@ -377,7 +402,7 @@ class ChatCompletions(ChatCompletionHandler):
                 is_cancelled=job.cancelled.is_set,
             )
 
-        row = await asyncio.to_thread(submit)
+        row = await asyncio.get_running_loop().run_in_executor(self._submitters, submit)
         await asyncio.wrap_future(row.future)
         return row.tokens
 

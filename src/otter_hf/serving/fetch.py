@@ -11,11 +11,12 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import string
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 from ..pictures import decode_base64
 
@@ -111,12 +112,13 @@ def _fetch(url: str, policy: FetchPolicy) -> bytes:
             if status != 200:
                 raise ValueError(f"its server answered with status {status}")
             return data
-        url = urljoin(url, location)
+        # headers come as Latin-1, whatever their bytes are
+        url = urljoin(url, quote(location, safe=string.punctuation, encoding="iso-8859-1"))
     raise ValueError(f"it was redirected more than {MAX_REDIRECTS} times")
 
 
 def _get(url: str, policy: FetchPolicy, deadline: float) -> tuple[int, str | None, bytes]:
-    parts = urlsplit(url)
+    parts = urlsplit(url)  # with blanks and letters that a browser would escape
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("it leads to something that is not http or https")
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -131,7 +133,7 @@ def _get(url: str, policy: FetchPolicy, deadline: float) -> tuple[int, str | Non
         if parts.scheme == "https":
             sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
         connection.sock = sock
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=string.punctuation)
         connection.request("GET", path, headers={"Accept-Encoding": "identity", "User-Agent": "otter-hf"})
         response = connection.getresponse()
         data = response.read(policy.max_bytes + 1) if response.status == 200 else b""

@@ -12,7 +12,7 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from ..films import FilmLimits, read_video
-from ..models.chat_processing import map_parts
+from ..models.chat_processing import map_parts, media_parts_of
 from ..models.flamingo import FlamingoProcessor
 from ..pictures import fetch, read_image
 
@@ -40,6 +40,11 @@ class MediaLimits:
     pictures: int = 128
     total_pixels: int = 150_000_000
     text_characters: int = 500_000
+
+    @property
+    def padded_frames(self) -> int:
+        """Pictures and films of a request times the frames of the longest, which each takes in the model's input."""
+        return 4 * self.pictures
 
 
 def open_image(source: bytes | str | Path, name: str, limits: MediaLimits = MediaLimits()) -> Image.Image:
@@ -131,12 +136,17 @@ def video_part(frames: list[Image.Image]) -> dict:
     return {"type": "video", "video": frames}
 
 
-def fit_media(messages: Sequence[dict], processor) -> list[dict]:
+def fit_media(messages: Sequence[dict], processor, limits: MediaLimits | None = None) -> list[dict]:
     """
     The messages with videos as `processor` takes them: those of other families than Flamingo's take the frames of a
     video as pictures, one after the other.
+
+    Raises:
+        ValueError: for media that padded to the longest of them are above the limits.
     """
     if isinstance(processor, FlamingoProcessor):
+        if limits is not None:
+            _check_padding([part.get("video") or [part] for part in media_parts_of(messages)], limits)
         return list(messages)
 
     def fit(part: dict) -> list[dict]:
@@ -144,3 +154,13 @@ def fit_media(messages: Sequence[dict], processor) -> list[dict]:
         return [image_part(frame) for frame in part["video"]] if is_video else [part]
 
     return map_parts(messages, fit)
+
+
+def _check_padding(media: list[list], limits: MediaLimits) -> None:
+    longest = max(map(len, media), default=0)
+    if len(media) * longest > limits.padded_frames:
+        raise ValueError(
+            f"messages hold {len(media)} pictures and videos, of which each takes as much as the longest, {longest} "
+            f"frames: more than the {limits.padded_frames} frames that a request may take; send fewer of them, or ask "
+            'for fewer frames with chat_template_kwargs: {"num_frames": ...}.'
+        )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..models.chat_processing import media_parts_of
+from ..reading import whole_characters
 from .fetch import FetchPolicy, is_fetched, read_url
 from .media import MediaLimits, image_part, open_image, read_frames, video_part
 
@@ -64,6 +65,11 @@ class MessageReader:
             raise ValueError("messages must be a list with at least one message.")
         # all is looked at before the first address is
         checked = [self._check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+        if checked[-1]["role"] != "user":
+            raise ValueError(
+                f"messages[{len(checked) - 1}] is the last and of the role {checked[-1]['role']}: end with a message "
+                "of the role user, which is answered."
+            )
         for part in media_parts_of(checked):
             part["data"] = self._read(part.pop("url"), part["name"])
         return checked
@@ -127,6 +133,8 @@ class MessageReader:
             # clients send the empty fields of an answer back
             if key not in ("role", "content") and value:
                 raise ValueError(f"{name} has {key!r:.80}, which this server does not read; leave it out.")
+        if content is None and role == "assistant":  # an answer may be without words
+            content = ""
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
         if not isinstance(content, list):
@@ -147,7 +155,7 @@ class MessageReader:
                 raise ValueError(
                     f"{name} makes the texts longer than {self.limits.text_characters} characters; shorten them."
                 )
-            return {"type": "text", "text": part["text"]}
+            return {"type": "text", "text": whole_characters(part["text"])}
         if kind not in ("image_url", "video_url"):
             raise ValueError(f"{name} must be of the type text (with a text), image_url or video_url.")
         name = f"{name}.{kind}"

@@ -12,6 +12,7 @@ from transformers.cli.serving.utils import Modality
 from ..loading import load_model, load_processor
 from ..model_names import check_model_name
 from ..models.continuous_batching import ContinuousBatch
+from ..models.offloading import let_threads_take_turns
 from ..models.skills import Skill, describe_skill
 from .batch_thread import BatchThread
 
@@ -65,7 +66,8 @@ class ServedModels(ModelManager):
         return load_processor(model_id_and_revision, self.tokenizer, self.chat_template, self.tokenizer_reference)
 
     def _load_model(self, model_id_and_revision: str, tqdm_class=None, progress_callback=None, gguf_file=None):
-        return load_model(model_id_and_revision, tokenizer=self.tokenizer, **self.loading)
+        # a batch, beginnings of prompts and beams are read in threads of their own
+        return let_threads_take_turns(load_model(model_id_and_revision, tokenizer=self.tokenizer, **self.loading))
 
     @staticmethod
     def get_model_modality(model, processor=None) -> Modality:

@@ -56,6 +56,7 @@ class ChatOptions:
     num_frames: int | None
     generation: dict
     logit_bias: dict[int, float]
+    usage_apart: bool  # the numbers of tokens come in a piece of their own, behind the last
 
 
 def check_request(body) -> ChatOptions:
@@ -77,20 +78,20 @@ def check_request(body) -> ChatOptions:
             _check_number(name, body[name], int if name in WHOLE else float, low, high)
     if not isinstance(body.get("stream") or False, bool):
         raise ValueError(f"stream must be true or false, not {body['stream']!r:.80}.")
-    _check_stream_options(body.get("stream_options"))
     return ChatOptions(
         _stops(body.get("stop")),
         _num_frames(body.get("chat_template_kwargs")),
         _generation(body),
         _logit_bias(body.get("logit_bias")),
+        _usage_apart(body.get("stream_options")),
     )
 
 
-def _check_stream_options(options) -> None:
-    # the numbers of tokens come with the last piece in any case
+def _usage_apart(options) -> bool:
     known = ("include_usage", "include_obfuscation")
     if options and (not isinstance(options, dict) or not set(options) <= set(known)):
         raise ValueError(f"stream_options must be an object with {' and '.join(known)}, not {options!r:.80}.")
+    return bool(options) and options.get("include_usage") is True
 
 
 def _logit_bias(bias) -> dict[int, float]:

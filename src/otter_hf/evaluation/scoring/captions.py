@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from unicodedata import category
 
+from ...reading import whole_characters
 from .replies import fate, read_reply
 
 
@@ -25,7 +26,7 @@ def one_line(caption: str) -> str:
     A caption with single spaces for control characters and white space of all kinds. The Java tokenizer takes captions
     by the line: a carriage return, form feed or U+2028 in one would shift all those behind it.
     """
-    caption = caption.encode("utf-8", "replace").decode("utf-8")  # halves of surrogate pairs
+    caption = whole_characters(caption)
     return " ".join("".join(" " if category(letter) == "Cc" else letter for letter in caption).split())
 
 
