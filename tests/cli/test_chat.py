@@ -91,8 +91,10 @@ def test_generation_flags(folder, files, capsys):
     sampling = ["--temperature", "1.5", "--top-p", "0.95", "--top-k", "0"]
     sampled = [chat(capsys, folder, *ask, *sampling, "--seed", seed) for seed in ("1", "1", "2")]
     assert sampled[0] == sampled[1] != sampled[2]
-    assert main(["chat", str(folder), *ask, "--top-p", "0.9"]) == 1
+    assert main(["chat", str(folder), *ask, "--top-p", "0.9"]) == 2
     assert "--top-p 0.9 is for sampling: give a --temperature above 0" in capsys.readouterr().err
+    assert main(["chat", str(folder), *ask, "--stop", ""]) == 2
+    assert "--stop '' is no text" in capsys.readouterr().err
     beams = chat(capsys, folder, *ask, "--num-beams", "3", "--no-repeat-ngram-size", "2", "--length-penalty", "-1")
     assert beams.startswith("> what?\n") and beams != greedy
     penalised = chat(capsys, folder, *ask, "--repetition-penalty", "5.0")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_skills import EXAMPLES, PICTURES, QUESTIONS, Work, generate, of_family, prompt, turn
 
-from otter_hf.models import prefix_store
+from otter_hf.models import batch_media, prefix_store
 from otter_hf.models.media_store import MediaStore
 from otter_hf.models.prefix_store import PrefixStore
 
@@ -58,6 +58,21 @@ def test_the_turns_of_a_conversation_are_read_once(family, monkeypatch):
     # the first prompt twice, as the second found it; six tokens for each answer
     first = prompt(processor, messages[:1])["input_ids"].shape[1]
     assert work.columns <= total + first + 3 * 6 + 8
+
+
+def test_few_pictures_are_encoded_at_a_time(monkeypatch):
+    """The batch waits for the store meanwhile."""
+    model, processor = of_family("otter")
+    inputs, frames = prompt(processor, EXAMPLES + QUESTIONS[0]), []
+    monkeypatch.setattr(batch_media, "FRAMES_PER_STEP", 2)
+    store = PrefixStore(model, MediaStore(model))
+    assert store.prefix_of(inputs) is None
+    hook = model.model.vision_tower.register_forward_pre_hook(
+        lambda module, args, kwargs: frames.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    cache = store.prefix_of(inputs)
+    hook.remove()
+    assert sum(frames) == cache.num_media > 2 and max(frames) == 2
 
 
 def test_other_pixels_are_another_beginning(family):

@@ -140,6 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
     for option, value in (("--top-p", arguments.top_p), ("--top-k", arguments.top_k)):
         if value is not None and arguments.temperature == 0:
             raise ValueError(f"{option} {value} is for sampling: give a --temperature above 0, or leave it out.")
+    if arguments.stop is not None and "" in arguments.stop:
+        raise ValueError("--stop '' is no text, and every answer would end before it: leave it out.")
     if arguments.yaml_file is not None:
         # the list has pictures and questions of its own, and no answers to compare
         for name in ("image", "video", "prompt", "example", "controls"):

@@ -1,6 +1,6 @@
 """The pictures and videos of a row of a continuous batch, handed to the model piece by piece with its prompt."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,18 @@ from .media_store import MediaStore
 
 # pictures and frames that are encoded between two decoding steps, if no single medium has more
 FRAMES_PER_STEP = 8
+
+
+def in_steps(media: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Media `(F, C, H, W)` in their order, so many at a time as may be encoded between two decoding steps."""
+    step: list[torch.Tensor] = []
+    for medium in media:
+        if step and sum(map(len, step)) + len(medium) > FRAMES_PER_STEP:
+            yield step
+            step = []
+        step.append(medium)
+    if step:
+        yield step
 
 
 class FlamingoMedia:

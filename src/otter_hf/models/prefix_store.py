@@ -9,6 +9,7 @@ import torch
 from transformers import BatchFeature, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from .batch_media import in_steps
 from .media_attention import split_media
 from .media_cache import MediaCacheMixin
 from .media_folder import hash_of_tensor
@@ -116,7 +117,7 @@ class PrefixStore:
         self, inputs: Mapping, wanted: int, cache: Cache | None, is_cancelled: Callable[[], bool]
     ) -> Cache | None:
         """The cache of the first `wanted` tokens, from one that holds fewer; None if that would be too large."""
-        inputs = self._on_device(inputs)
+        inputs = self._on_device(inputs, wanted, is_cancelled)
         held = 0 if cache is None else cache.get_seq_length()
         for end in (*range(held + self.piece_tokens, wanted, self.piece_tokens), wanted):
             if is_cancelled() or wanted * self._bytes_per_token > self.max_bytes:
@@ -133,9 +134,19 @@ class PrefixStore:
     def _shared(self, one: _Prompt, other: _Prompt) -> int:
         return shared_length((one.ids, other.ids), (one.media, other.media), self.model.config.image_token_id)
 
-    def _on_device(self, inputs: Mapping) -> BatchFeature:
-        if self.media is not None:
-            inputs = self.media.encode(inputs)
+    def _on_device(self, inputs: Mapping, wanted: int, is_cancelled: Callable[[], bool]) -> BatchFeature:
+        """The inputs, with what the model made of the media among the first `wanted` tokens where that is kept."""
+        if self.media is not None and inputs.get("pixel_values") is not None:
+            count = int((inputs["input_ids"][0, :wanted] == self.model.config.image_token_id).sum())
+            latents: list[torch.Tensor] = []
+            # few at a time, as others wait for the store meanwhile
+            for media in in_steps(split_media(inputs)[0][:count]):
+                if is_cancelled():
+                    break
+                latents += [encoded for _, encoded in self.media.encode_media(media)]
+            inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
+            if latents:
+                inputs["image_hidden_states"] = self.media.stack([latents])
         return BatchFeature(dict(inputs)).to(self.model.device, self.model.dtype)
 
 
