@@ -124,7 +124,7 @@ def test_biases_and_penalties(shared_server, pictures):
 
 
 def test_penalties_are_openais():
-    from otter_hf.serving.chat_completions import RepeatPenalty
+    from otter_hf.serving.generation import RepeatPenalty
 
     ids, scores = torch.tensor([[3, 3, 1, 2, 2]]), torch.zeros(1, 4)
     penalised = RepeatPenalty(prompt_length=2, frequency=0.5, presence=0.25)(ids, scores)

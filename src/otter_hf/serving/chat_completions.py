@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from openai.types.chat import ChatCompletionChunk
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from starlette.requests import ClientDisconnect
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 from transformers.utils import logging
@@ -36,6 +36,7 @@ from .answer import Answer
 from .batch_thread import BatchThread
 from .body import BodyReader
 from .gate import Gate, QueueFull, Ticket
+from .generation import RepeatPenalty, StopWhenCancelled
 from .media import fit_media
 from .messages import Cancelled, MessageReader
 from .metrics import Metrics
@@ -98,34 +99,6 @@ class ChatJob:
         self.cancelled.set()
         if self.waiting and self.task is not None:
             self.task.cancel()
-
-
-class StopWhenCancelled(StoppingCriteria):
-    """Ends generation when nobody reads on."""
-
-    def __init__(self, cancelled: threading.Event):
-        self.cancelled = cancelled
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.cancelled.is_set(), device=input_ids.device)
-
-
-class RepeatPenalty(LogitsProcessor):
-    """
-    OpenAI's penalties: from a token's logit its number in the answer so far times `frequency`, and `presence` if it is
-    there at all.
-
-    Args:
-        prompt_length: tokens in front of the answer.
-    """
-
-    def __init__(self, prompt_length: int, frequency: float, presence: float):
-        self.prompt_length, self.frequency, self.presence = prompt_length, frequency, presence
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        answer = input_ids[:, self.prompt_length :]
-        counts = torch.zeros_like(scores).scatter_add_(1, answer, torch.ones_like(answer, dtype=scores.dtype))
-        return scores - self.frequency * counts - self.presence * (counts > 0)  # (B, V)
 
 
 class ChatCompletions(ChatCompletionHandler):
