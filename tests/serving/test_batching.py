@@ -153,3 +153,15 @@ def test_an_unloaded_model_takes_its_batch_along(folders, serve):
     loaded.delete_model()
     assert server.models.batches == []
     assert said(server.ask()) is not None
+
+
+def test_a_model_that_answers_is_not_idle(folders):
+    from otter_hf.serving.models import ServedModels
+
+    models = ServedModels([folders["otter"]], model_timeout=3600, device_map="cpu")
+    (loaded,) = models.loaded_models.values()
+    with models.in_use(folders["otter"], loaded.model), models.in_use(folders["otter"], loaded.model):
+        loaded._timeout_reached()
+        assert loaded.model is not None
+    loaded._timeout_reached()
+    assert loaded.model is None and not models.loaded_models

@@ -336,7 +336,8 @@ class ChatCompletions(ChatCompletionHandler):
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
         penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
         answering = self._answer_in_batch if can_batch(model, config) else self._answer_alone
-        new = await answering(job, model, inputs, config, penalties, answer)  # token ids
+        with self.model_manager.in_use(self.model_manager.model_of(job.body["model"]), model):
+            new = await answering(job, model, inputs, config, penalties, answer)  # token ids
         if job.cancelled.is_set():
             return
         answer.end()

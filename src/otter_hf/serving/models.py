@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -89,6 +90,28 @@ class ServedModels(ModelManager):
         if not hasattr(loaded, "batch"):
             loaded.batch = make(model)
         return loaded.batch
+
+    @contextmanager
+    def in_use(self, name: str, model) -> Iterator[None]:
+        """
+        Within, a loaded model is not idle, however long its answer takes: unloaded meanwhile it would be in memory
+        twice, once for this answer and once for the next request.
+        """
+        loaded = self.loaded_models.get(self.process_model_name(name))
+        if loaded is None or loaded.model is not model:
+            yield
+            return
+        if not hasattr(loaded, "users"):
+            loaded.users, unload = 0, loaded._timeout_reached
+            loaded._timeout_reached = lambda: loaded.reset_timer() if loaded.users else unload()
+        loaded.users += 1
+        loaded.reset_timer()
+        try:
+            yield
+        finally:
+            loaded.users -= 1
+            if loaded.model is model:
+                loaded.reset_timer()
 
     @property
     def batches(self) -> list[ContinuousBatch]:
