@@ -97,6 +97,13 @@ def test_every_form(folder):
     assert (parts.turns, colours(parts)) == (marks.turns, ["red", "blue"])
 
 
+def test_base64_and_file_addresses(folder):
+    base = {"type": "image", "base64": DATA[22:]}
+    local = {"type": "image", "image": f"file://{folder}/red.png"}
+    (read,) = read_chats(lines(folder, {"messages": [said("user", [base, local, text("?")]), ANSWER]}))
+    assert colours(read) == ["blue", "red"]
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
@@ -110,6 +117,10 @@ def test_every_form(folder):
         ({"meta": {"version": "0.0.1"}, "data": {"A_1": {}}}, "is MIMIC-IT's form.* as its mimicit_path"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "DPOTrainer"),
         ({"messages": [said("user", "a"), ANSWER], "images": ["../x.png"]}, "leads out of"),
+        (
+            {"messages": [said("user", "a"), ANSWER], "images": [DATA.partition(",")[2] * 9]},
+            "images must be a file name",
+        ),
         ({"messages": [said("user", "a"), ANSWER], "images": ["https://example.org/a.png"]}, "is an address"),
         ({"messages": [said("user", "a"), ANSWER], "audios": ["a.wav"]}, "has the key 'audios'"),
         ({"messages": [said("user", "a"), {**ANSWER, "weight": 0}]}, "has the weight 0"),

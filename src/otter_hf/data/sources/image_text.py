@@ -10,6 +10,7 @@ from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
+from ...films import is_film
 from ...prompts import IMAGE_TOKEN
 from ...reading import path_inside
 from ..images import decode_base64
@@ -27,6 +28,8 @@ from .common import (
 
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+# of file systems
+_LONGEST_NAME = 255
 
 
 def read_llava(
@@ -109,17 +112,40 @@ MARKS = re.compile("<image>|<video>")
 def medium_of(
     image: Any, key: str, folder: str | Path | None, where: str, allow_outside: bool
 ) -> tuple[str, Path | bytes]:
-    """Id and file or bytes of a picture or film: a file name, bytes, or `{"bytes", "path"}`."""
+    """
+    Id and file or bytes of a picture or film: a file name, bytes, or `{"bytes", "path"}`.
+
+    Raises:
+        ValueError: for anything else, and where `key` is of films, for what is none: an animated picture would be
+            trained as its first frame.
+    """
     image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
     data, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
     name = str(Path(file).with_suffix("")) if isinstance(file, str) and Path(file).name else None
     if isinstance(data, bytes):
+        if key.startswith("video") and not is_film(data[:12]):
+            raise _no_film(file or "its video", where)
         return name or _hash(data), data
+    if name is not None and max(map(len, Path(file).parts)) > _LONGEST_NAME:
+        raise ValueError(f"{where}: {key} must be a file name, got {file[:40]!r}...; base64 stands behind data:,.")
     if name is None:
         raise ValueError(f"{where}: {key} must be a file name, got {repr(image if file is None else file)[:60]}.")
     if folder is None:
         raise ValueError(f"{where}: the picture {file!r} is a file; give the folder it is in (--images).")
-    return name, _inside(folder, file, where, allow_outside)
+    path = _inside(folder, file, where, allow_outside)
+    if key.startswith("video") and path.is_file():
+        with path.open("rb") as opened:
+            if not is_film(opened.read(12)):
+                raise _no_film(file, where)
+    return name, path
+
+
+def _no_film(name: str, where: str) -> UnusableConversation:
+    return UnusableConversation(
+        f"{where}: {name:.80} is no film, and animated pictures are films in VIDEO_TEXT datasets alone: convert it to "
+        "mp4, or leave such conversations out (--skip-invalid).",
+        "video that is no film",
+    )
 
 
 def _inside(folder: str | Path, name: str, where: str, allow_outside: bool) -> Path:

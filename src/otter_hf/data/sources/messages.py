@@ -4,14 +4,15 @@ Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a
 `{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet; also
 `{"conversations": [{"from", "value"}]}`. A content is a text, where `<image>` and `<video>` stand for the next of the
 row's images and videos, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}` likewise for the next one,
-or with one of its own under `image`, `url`, `path` or `image_url`, and so for videos. Media are file names,
-`{"bytes", "path"}`, or `data:` addresses.
+or with one of its own under `image`, `url`, `path`, `base64` or `image_url`, and so for videos. Media are file
+names, `{"bytes", "path"}`, or addresses of the kinds `data:` and `file:`.
 """
 
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from datasets import Dataset, Features, Image, List, Value
 from filelock import FileLock
@@ -319,6 +320,7 @@ class _MediaReader:
             )
         own = next((part[key] for key in (kind, "image", "video", "url", "path", "base64") if part.get(key)), None)
         own = own.get("url") if isinstance(own, dict) and "url" in own else own
+        own = f"data:,{own}" if own is not None and own is part.get("base64") else own
         if own is not None:
             own = _decoded({"own": own}, self.where)["own"]
             self._placed[mark].append(medium_of(own, kind, self.folder, self.where, self.allow_outside))
@@ -328,7 +330,7 @@ class _MediaReader:
 
 
 def _decoded(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row with the bytes of `data:` addresses; others are not fetched."""
+    """The row with the bytes of `data:` addresses and the names of `file:` ones; others are not fetched."""
 
     def decode(medium: Any) -> Any:
         if isinstance(medium, list):
@@ -338,6 +340,8 @@ def _decoded(row: dict[str, Any], where: str) -> dict[str, Any]:
                 return decode_base64(medium)
             except ValueError:
                 raise ValueError(f"{where}: a data: address holds damaged base64.") from None
+        if isinstance(medium, str) and medium.startswith("file://"):
+            return unquote(medium.removeprefix("file://"))
         if isinstance(medium, str) and "://" in medium[:16]:
             raise UnusableConversation(
                 f"{where}: {medium!r:.80} is an address, and none are fetched; download it and give its file name, or "
