@@ -7,9 +7,8 @@ import secrets
 
 from ..extras import missing
 from ..model_names import check_model_name
-from .chat import add_loading_arguments, loading_options
-from .numbers import number
-from .serve import API_KEY_VARIABLE, add_limit_arguments, port_number, require_serving, settings_from
+from .chat import loading_options
+from .serve import API_KEY_VARIABLE, add_server_arguments, require_serving, settings_from
 
 
 def add_parser(subparsers):
@@ -22,17 +21,8 @@ def add_parser(subparsers):
     )
     parser.add_argument("models", nargs="*", help="folders or Hub ids")
     parser.add_argument("--url", help="of a running server, e.g. http://localhost:8000/v1, in place of models")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
-    parser.add_argument("--port", type=port_number, default=7861, help="default: 7861")
     parser.add_argument("--flag-folder", default="logs/flagged", help="of rated conversations (default: logs/flagged)")
-    add_loading_arguments(parser)
-    parser.add_argument(
-        "--model-timeout",
-        type=number(least=-1),
-        default=-1,
-        help="unload a model after so many idle seconds (default: -1, never)",
-    )
-    add_limit_arguments(parser)
+    add_server_arguments(parser, port=7861)
     parser.set_defaults(func=run)
 
 

@@ -22,15 +22,6 @@ def add_parser(subparsers):
         f"GET /v1/models, /health and /metrics. The environment variable {API_KEY_VARIABLE} holds the API key.",
     )
     parser.add_argument("models", nargs="+", help="folders or Hub ids; clients call a model by this name")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
-    parser.add_argument("--port", type=port_number, default=8000, help="default: 8000")
-    add_loading_arguments(parser)
-    parser.add_argument(
-        "--model-timeout",
-        type=number(least=-1),
-        default=-1,
-        help="unload a model after so many idle seconds (default: -1, never)",
-    )
     parser.add_argument(
         "--skill",
         action="append",
@@ -39,7 +30,7 @@ def add_parser(subparsers):
         help="worked examples that `otter-hf skill make` wrote; clients call them MODEL:NAME, after the file; "
         "repeatable",
     )
-    add_limit_arguments(parser)
+    add_server_arguments(parser, port=8000)
     parser.set_defaults(func=run)
 
 
@@ -51,8 +42,17 @@ def port_number(text: str) -> int:
     return port
 
 
-def add_limit_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `ServerSettings` holds; the defaults are its own."""
+def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
+    """Where it listens, how models are loaded, and what `ServerSettings` holds, whose defaults are its own."""
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
+    parser.add_argument("--port", type=port_number, default=port, help=f"default: {port}")
+    add_loading_arguments(parser)
+    parser.add_argument(
+        "--model-timeout",
+        type=number(least=-1),
+        default=-1,
+        help="unload a model after so many idle seconds (default: -1, never)",
+    )
     above_0 = number(float, above=0)
     limits = parser.add_argument_group("limits")
     for flag, kind, default, help in (
