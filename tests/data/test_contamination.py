@@ -142,6 +142,13 @@ def test_check_lists_what_is_shared(mixtures, capsys):
     assert found["rows"] == [{"training": f"TRAIN/R{i}", "evaluation": f"TEST/R{i}"} for i in (2, 3)]
     assert main([*command, "--strict"]) == 1
     capsys.readouterr()
+    # what cannot be compared does not keep back what is wrong with it
+    (mixtures / "bad_instructions.json").write_text('{"data": {"R": 1}}')
+    bad = (mixtures / "train.yaml").read_text().replace("train_instructions", "bad_instructions")
+    (mixtures / "bad.yaml").write_text(bad)
+    assert main(["data", "check", str(mixtures / "bad.yaml"), "--against", str(mixtures / "test.yaml")]) == 1
+    out = capsys.readouterr().out
+    assert "record 'R' is no object" in out and "error: not compared: Record 'R'" in out
     # of the pictures nothing is decoded
     assert main([*command, "--skip-images"]) == 0
     out = capsys.readouterr().out

@@ -113,9 +113,6 @@ def test_base64_and_file_addresses(folder):
         ({"messages": [said("user", 5), ANSWER]}, "content must be a text or a list of parts"),
         ({"messages": "hello"}, "messages must be a list of role and content"),
         ({"images": ["red.png"]}, "messages must be a list"),
-        ({"instruction": "a", "input": "", "output": "b"}, "is Alpaca's form.* from-alpaca"),
-        ({"meta": {"version": "0.0.1"}, "data": {"A_1": {}}}, "is MIMIC-IT's form.* as its mimicit_path"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "DPOTrainer"),
         ({"messages": [said("user", "a"), ANSWER], "images": ["../x.png"]}, "leads out of"),
         (
             {"messages": [said("user", "a"), ANSWER], "images": [DATA.partition(",")[2] * 9]},
@@ -151,6 +148,15 @@ def test_rows_are_a_mixture(folder):
     assert len(MimicitMixture(path, cache_dir=folder / "cache")) == 1
     (entry,) = read_mixture(path, cache_dir=folder / "cache")
     assert entry.task_group == "TEXT_ONLY"
+
+
+def test_what_is_held_out_takes_no_turns_from_others(folder):
+    """Earlier turns are no samples of their own: a share of them would be missing, with their pictures."""
+    turns = [said("user", "<image>a?"), ANSWER, said("user", "b?"), ANSWER, said("user", "c?"), ANSWER]
+    path = lines(folder, *({"messages": turns, "images": ["red.png"]} for _ in range(12)))
+    sides = [MimicitMixture(path, eval_fraction=0.5, held_out=one, cache_dir=folder / "cache") for one in (0, 1)]
+    assert sum(map(len, sides)) == 12 and all(map(len, sides))
+    assert all(len(sample["turns"]) == 3 and len(sample["media"]) == 1 for side in sides for sample in side)
 
 
 def test_to_mimicit(folder, capsys):

@@ -80,7 +80,10 @@ def _run_check(args) -> int:
         sides = (
             mixture_questions(path, args.cache_dir, not args.skip_images) for path in (args.mixture, args.against)
         )
-        report.overlap = find_overlap(*sides, num_threads=args.threads)
+        try:
+            report.overlap = find_overlap(*sides, num_threads=args.threads)
+        except (ValueError, OSError) as error:  # what the check has found does not go with it
+            report.add("error", "not compared", str(error))
     print(report.table())
     if args.json:
         write_json(args.json, report.to_dict())

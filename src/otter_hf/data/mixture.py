@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,7 +68,8 @@ class MimicitMixture(Dataset):
         transform: `(sample, generator) -> sample`, applied to each sample: augmentation of its images, another order
             or choice of its turns. All its random choices have to come from the generator. It may raise a
             `SampleError` too.
-        eval_fraction: leave out this share of the samples, by the hash of their ids, also as context of others.
+        eval_fraction: leave out this share of the samples, by the hash of their ids, also as context of others; turns
+            of a conversation that are no samples by themselves stay.
         held_out: take what `eval_fraction` leaves out, each once, and nothing else.
 
     Raises:
@@ -94,7 +96,7 @@ class MimicitMixture(Dataset):
         self.on_error = on_error
         self.seed = seed
         self.transform = transform
-        self._left_out = 0.0 if held_out else eval_fraction
+        self._held_out: set[str] = set()  # ids of samples that are for evaluation alone
         self._tables, self._stores, self._rows = [], [], []
         open_store = functools.cache(lambda paths: self.options.open_store(paths, cache_dir))
         for entry in self.entries:
@@ -108,8 +110,11 @@ class MimicitMixture(Dataset):
                 )
                 store = open_store(tuple(entry.images_path))
                 if eval_fraction:
-                    side = [row for row, key in enumerate(table["id"]) if is_held_out(key, eval_fraction) == held_out]
-                    side = np.array(side, dtype=int)
+                    ids = table["id"]
+                    held = np.array([is_held_out(id, eval_fraction) for id in ids], dtype=bool)
+                    side = np.flatnonzero(held == held_out)
+                    if not held_out:
+                        self._held_out.update(itertools.compress(ids, held))
                     rows = side[sample_rows(len(side), 0 if held_out else entry.num_samples)]
                 else:
                     rows = sample_rows(len(table), entry.num_samples)
@@ -184,8 +189,8 @@ class MimicitMixture(Dataset):
         row = int(rows[index - (self._ends[number] - len(rows))])
         generator = random.Random(f"{self.seed} {int(self._epoch)} {index}")
         record = self._tables[number][row]
-        if self._left_out:
-            context = [turn for turn in record["context"] if not is_held_out(turn["id"], self._left_out)]
+        if self._held_out:
+            context = [turn for turn in record["context"] if turn["id"] not in self._held_out]
             record = {**record, "context": context}
         sample = sample_of_entry(entry, record, self._stores[number], self.options, generator)
         return sample if self.transform is None else self.transform(sample, generator)
