@@ -4,6 +4,7 @@ import difflib
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 def sentence_of(error: Exception) -> str:
@@ -14,6 +15,23 @@ def sentence_of(error: Exception) -> str:
         # torch puts the worker's whole traceback into the message, of which the last line is the error
         sentence = sentence.strip().splitlines()[-1].partition(": ")[2]
     return sentence
+
+
+@contextmanager
+def config_told(name: Any, file: str = "config.json") -> Iterator[None]:
+    """
+    For a block that reads this file of the model `name`, and may make what it describes.
+
+    Raises:
+        ValueError: naming it, for values that transformers or the model have no use for.
+    """
+    from huggingface_hub.errors import StrictDataclassError  # which takes a while, and commands begin at once
+
+    try:
+        yield
+    except (StrictDataclassError, KeyError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else repr(error)
+        raise ValueError(f"{name} cannot be used, a value in its {file} is wrong: {reason:.300}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:

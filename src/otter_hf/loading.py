@@ -24,6 +24,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 import otter_hf  # noqa: F401  registers the families
 
 from .conversion.tensors import check_weights, refuse_lfs_pointers
+from .errors import config_told
 from .model_names import check_model_name, split_revision
 from .models.attention_choice import read_attention
 from .models.flamingo import FlamingoConfig, FlamingoProcessor
@@ -106,9 +107,10 @@ def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTr
     options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
     try:
         if base is None:
-            model, told = AutoModelForImageTextToText.from_pretrained(
-                path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            with config_told(name):
+                model, told = AutoModelForImageTextToText.from_pretrained(
+                    path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                )
         else:
             # in two steps, since `from_pretrained` tells of the adapter's weights only
             model = read_model(base, tokenizer, **options)
@@ -220,7 +222,8 @@ def read_config(name: str, tokenizer: str | None = None) -> PreTrainedConfig:
     """The configuration of a model; see `load_model` for arguments and errors."""
     path, revision = _locate(name)
     options = _tokenizer_options(path, revision, tokenizer=tokenizer)
-    return AutoConfig.from_pretrained(path, revision=revision, **options)
+    with config_told(name):
+        return AutoConfig.from_pretrained(path, revision=revision, **options)
 
 
 def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference: str | None = None) -> ProcessorMixin:
@@ -229,7 +232,8 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if config.get("model_type") != "idefics":
         options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
-        return AutoProcessor.from_pretrained(path, revision=revision, **options)
+        with config_told(name, "processor_config.json or config.json"):
+            return AutoProcessor.from_pretrained(path, revision=revision, **options)
     _tokenizer_options(path, revision, tokenizer=tokenizer)
     # Idefics' image processor cannot do without torchvision unless told to
     processor = AutoProcessor.from_pretrained(path, revision=revision, backend="pil")

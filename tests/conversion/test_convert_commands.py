@@ -122,6 +122,20 @@ class TestMemory:
         assert run(memory, "memory", tmp_path / "config.json") == 0
         assert "gated cross-attention" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("values, told", [({"hidden_size": 35}, "not a multiple"), ({"hidden_act": "x"}, "'x'")])
+    def test_values_of_no_use(self, tmp_path, values, told):
+        save_model(tmp_path / "model")
+        config = json.loads((tmp_path / "model" / "config.json").read_text())
+        config["text_config"] |= values
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+        told = f"a value in its config.json is wrong: .*{told}"
+        with pytest.raises(ValueError, match=told):
+            run(memory, "memory", tmp_path / "model")
+        command = ["convert", "dtype", "--source", tmp_path / "model", "--dtype", "bfloat16"]
+        with pytest.raises(ValueError, match=told):
+            run(convert, *command, "--output", tmp_path / "half")
+        assert not (tmp_path / "half").exists()
+
     def test_no_configuration(self, tmp_path):
         with pytest.raises(ValueError, match="holds no config.json"):
             run(memory, "memory", tmp_path)

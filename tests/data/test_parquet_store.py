@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 
-from otter_hf.data import arrow_cache, parquet_pages, parquet_store
+from otter_hf.data import arrow_cache, parquet_pages, parquet_store, parquet_writer
 from otter_hf.data.image_store import ImageStore
 from otter_hf.data.images import encode_base64
 from otter_hf.data.parquet_pages import PlainPages
-from otter_hf.data.parquet_writer import write_images
+from otter_hf.data.parquet_writer import write_image_parts, write_images
 from otter_hf.data.to_parquet import store_to_parquet
 
 
@@ -128,6 +128,21 @@ def test_a_file_that_ends_before_its_rows(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="damaged file .*x.parquet: it ends before row 1"):
         store.read_bytes("b")
     assert list(store.rows(0, 2)) == [("a", None), ("b", None)]
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_a_damaged_part_is_written_again(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(parquet_writer, "PART_BYTES", 1000)
+    images = [(f"I{i}", bytes([i]) * 400) for i in range(10)]
+    write_image_parts(tmp_path / "whole", images)
+    write_image_parts(tmp_path / "parts", images)
+    damaged = tmp_path / "parts" / "part.1.parquet"
+    damaged.write_bytes(bytes(len(damaged.read_bytes()) - start) + damaged.read_bytes()[:start])
+    assert write_image_parts(tmp_path / "parts", images) == {id for id, _ in images}
+    whole, parts = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "parts")
+    )
+    assert parts == whole and len(whole) > 4
 
 
 def big_store(path, count=3000):

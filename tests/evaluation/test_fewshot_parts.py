@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow as pa
 import pytest
 import torch
 from benchmark_rows import BLUE, RED, write_parquet
@@ -124,6 +125,19 @@ def test_damaged_rows_are_told_by_their_file(tmp_path, start, end):
     (tmp_path / "bad.parquet").write_bytes(content)
     with pytest.raises(ValueError, match="bad.parquet cannot be read: "):
         Rows(str(tmp_path / "bad.parquet"), "test", "vqa")
+
+
+@pytest.mark.parametrize("source", ["x.arrow", "."])
+def test_arrow_files_are_looked_at_before_they_are_read(tmp_path, monkeypatch, source):
+    """A file or those of a folder: with damaged places datasets would end the process."""
+
+    def refuse(path):
+        raise pa.ArrowInvalid(f"{path.name} has bad places")
+
+    (tmp_path / "x.arrow").write_bytes(b"")
+    monkeypatch.setattr("otter_hf.evaluation.data_sources.open_arrow_file", refuse)
+    with pytest.raises(ValueError, match="cannot be read: x.arrow has bad places"):
+        Rows(str(tmp_path / source), "test", "vqa")
 
 
 class Asked:

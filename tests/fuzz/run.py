@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from fuzz.reader_targets import ERRORS, TARGETS, mutate  # noqa: E402
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
 
 
 HANG_SECONDS = 30
@@ -74,6 +75,7 @@ def main() -> int:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    disable_progress_bar()
     for number in (signal.SIGPROF, signal.SIGALRM):
         signal.signal(number, _hang)
     names = arguments.targets or list(TARGETS)

@@ -39,6 +39,12 @@ def cut(folder, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
+def set_text(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= values
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def escape(folder):
     (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(["a"], "../other.safetensors")}
@@ -56,6 +62,12 @@ def escape(folder):
             "model.safetensors is a Git LFS pointer, not the file itself: download it with git lfs pull",
         ),
         (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "tokenizer.json is a Git LFS pointer"),
+        (
+            lambda folder: set_text(folder, hidden_size=35),
+            "damaged cannot be used, a value in its config.json is wrong: .*hidden size .* is not a multiple",
+        ),
+        (lambda folder: set_text(folder, initializer_range=3.0), "config.json is wrong: .*'initializer_range'"),
+        (lambda folder: set_text(folder, hidden_act="gelo"), "config.json is wrong: KeyError.*gelo"),
         (escape, "index.json names '../other.safetensors', which is no file beside it"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),

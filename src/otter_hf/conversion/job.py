@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ..errors import config_told
 from ..model_names import check_model_name, split_revision
 from ..models.flamingo import FlamingoProcessor
 from ..models.legacy import is_legacy_config, split_lora_key, upgrade_text_config
@@ -222,8 +223,10 @@ def load_text_config(folder: str | Path) -> PreTrainedConfig:
     raw = read_raw_config(folder)
     if raw.get("model_type") in ("mpt", "mosaic_gpt", "RefinedWebModel", "RefinedWeb"):
         upgraded = upgrade_text_config(raw)
-        return AutoConfig.for_model(upgraded.pop("model_type"), **upgraded)
-    return AutoConfig.from_pretrained(folder)
+        with config_told(folder):
+            return AutoConfig.for_model(upgraded.pop("model_type"), **upgraded)
+    with config_told(folder):
+        return AutoConfig.from_pretrained(folder)
 
 
 def open_tokenizer(folder: Path, *, legacy: bool, reference: str | None):
@@ -296,7 +299,8 @@ def open_flamingo_weights(
             f"{folder} has the model type {raw.get('model_type')!r}; expected a Flamingo or Otter folder."
         )
     try:
-        config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer)
+        with config_told(folder):
+            config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer)
     except (OSError, ValueError) as error:
         raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
     config.lora_config = None

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.utils import cached_file
 
+from ..errors import config_told
 from ..model_names import check_model_name, split_revision
 from .plan import build_meta_model
 from .tensors import ConversionError
@@ -38,7 +39,8 @@ def load_model_config(name_or_path: str | Path):
         raise ConversionError(f"{name_or_path} is no config.json, nor a folder or repository with one.") from error
     if config.get("model_type") not in CONFIG_MAPPING:
         raise ConversionError(f"{name_or_path} has the model type {config.get('model_type')!r}, which is unknown.")
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    with config_told(name_or_path):
+        return CONFIG_MAPPING[config["model_type"]].from_dict(config)
 
 
 def estimate_memory(config) -> dict:

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..errors import config_told
 from ..models.flamingo import FlamingoConfig
 from ..models.flamingo.decoders_flamingo import SUPPORTED_DECODERS
 from ..models.legacy import is_stale_key
@@ -295,7 +296,8 @@ def open_vision_tower(
         return config, source, None
     folder = resolve_folder(name_or_path)
     read_raw_config(folder)
-    config = AutoConfig.from_pretrained(folder)
+    with config_told(folder):
+        config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
     source = TensorSource(
         str(name_or_path),

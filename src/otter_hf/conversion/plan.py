@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
+from ..errors import config_told
 from ..models.legacy import is_stale_key
 from .names import HEAD, Rename
 from .report import ConversionReport
@@ -50,7 +51,7 @@ def model_class(config: PreTrainedConfig) -> type:
 
 def build_meta_model(config: PreTrainedConfig):
     """The model without memory behind its parameters: names and shapes."""
-    with torch.device("meta"):
+    with torch.device("meta"), config_told(config.name_or_path or config.model_type):
         return model_class(config)(config)
 
 

@@ -272,6 +272,6 @@ class _ArrowPictures:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, bytes | None]]:
-    for id, value in logging.tqdm(iter_json_object(path), desc=f"Indexing {path.name}", unit=" images"):
+    for id, value in logging.tqdm(iter_json_object(path), desc=f"Copying {path.name} to the cache", unit=" images"):
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         yield id, text_picture(value) if isinstance(value, str) else None

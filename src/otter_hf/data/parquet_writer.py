@@ -17,6 +17,7 @@ from datasets import Features, Image, Value
 from ..files import is_disk_full, move, replacing, write_text
 from ..storage import AnyPath, to_path
 from .images import encode_base64, image_bytes
+from .parquet_pages import is_of_disk
 
 
 # Two encodings of pictures. Bytes as they are, which `datasets.load_dataset` shows as pictures; and the base64 text of
@@ -86,9 +87,14 @@ def write_image_parts(folder: Path, images: Iterable[tuple[str, Any]], encoding:
     folder.mkdir(parents=True, exist_ok=True)
     number, taken = 0, []
     while (part := folder / f"part.{number}.parquet").exists():
-        taken = list(islice(images, pq.read_metadata(part).num_rows))
-        if not _holds(part, _sources(folder, number), taken, encoding):
-            break
+        try:
+            taken = list(islice(images, pq.read_metadata(part).num_rows))
+            if not _holds(part, _sources(folder, number), taken, encoding):
+                break
+        except (pa.ArrowException, OSError) as error:
+            if is_of_disk(error):
+                raise
+            break  # the part is damaged
         number, taken = number + 1, []
     kept = {path for other in range(number) for path in (folder / f"part.{other}.parquet", _sources(folder, other))}
     for path in set(folder.iterdir()) - kept:

@@ -5,6 +5,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..data.arrow_cache import open_arrow_file
+
 
 # suffix -> reader of `datasets`
 READERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -39,7 +41,11 @@ def read_split(path: str, split: str):
 
     place = data_source(path, split)
     options = place["dataset_kwargs"] or {}
+    local = Path(path).expanduser()
     try:
+        for file in [local] if local.suffix == ".arrow" else local.rglob("*.arrow"):
+            if file.is_file():
+                open_arrow_file(file)  # which raises where datasets would end the process
         if options.get("load_from_disk"):
             return load_from_disk(place["dataset_path"])[split]
         return load_dataset(place["dataset_path"], split=split, **options)

@@ -277,7 +277,7 @@ def _in_our_columns(dataset: DatasetSpec, split: str, tables: Path) -> str:
     table = tables / f"{dataset.name}-{key}.parquet"
     tables.mkdir(parents=True, exist_ok=True)
     # one process writes, the others find it, however long that takes
-    with FileLock(f"{table}.lock"):
+    with FileLock(table.with_name(f".{table.name}.lock")):
         if not table.is_file():
             rows = read_published(dataset.name, source, split, dataset.image_dir)
             if rows is None:

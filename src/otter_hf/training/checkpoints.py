@@ -27,6 +27,7 @@ from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
+from ..errors import config_told
 from ..files import claim, disk_full_told, move, remove, sync
 from ..loading import read_model
 from .arguments import TrainingArguments, refuse_lone_processes
@@ -411,7 +412,8 @@ def load_trainable(folder: str | Path, base: str | Path | None = None, **kwargs)
         base = json.loads((folder / TRAINABLE_INFO).read_text(encoding="utf-8"))["base_model_name_or_path"]
         if Path(base).is_absolute() and not Path(base).is_dir():
             raise ValueError(f"{folder} was trained on {base}, which is gone: say where that model is with base=.")
-    config = AutoConfig.from_pretrained(folder)
+    with config_told(folder):
+        config = AutoConfig.from_pretrained(folder)
     model = read_model(str(base), config=config, **kwargs)
     read_trainable(model, folder)
     return model

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 
 from ..conversion.memory import gibibytes
+from ..errors import config_told
 from ..models.attention_choice import tell_choice
 from ..models.lm_loss import MAX_LOGITS
 from ..models.quantization import WHOLE_MODULES
@@ -109,11 +110,13 @@ def meta_model(
         attention: implementation, see `choose_attention`.
         autocast: whether it is trained with `bf16` or `fp16`.
     """
-    config = config or AutoConfig.from_pretrained(model_args.model_name_or_path)
+    with config_told(model_args.model_name_or_path):
+        config = config or AutoConfig.from_pretrained(model_args.model_name_or_path)
     dtype = config.dtype or torch.float32 if model_args.dtype == "auto" else getattr(torch, model_args.dtype)
     # transformers shall think that ZeRO-3 is at work already: it would share out parameters that have no memory
     with torch.device("meta"), set_zero3_state():
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
+        with config_told(model_args.model_name_or_path):
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
         model.tie_weights()
         if model_args.lora:
             return with_updates(model, model_args, range(len(model_args.train_embedding_rows)), autocast=autocast)

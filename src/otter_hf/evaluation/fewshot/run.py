@@ -180,7 +180,7 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
         path = folder / "rices" / f"{stem}.pt"
         path.parent.mkdir(parents=True, exist_ok=True)
         # one process computes, the others read, however long that takes
-        with FileLock(f"{path}.lock"):
+        with FileLock(path.with_name(f".{path.name}.lock")):
             features[name] = picture_features(table, numbers, encoder, path)
     index = RicesIndex(features["train"], candidates)
     place = {row: i for i, row in enumerate(rows)}
