@@ -32,8 +32,8 @@ from .models.generation import end_tokens
 from .models.legacy_tokens import load_tokenizer
 from .models.otter import OtterConfig
 from .models.quantization import quantization_config
-from .prompts import FORMATS
 from .prompts import chat_template as format_chat_template
+from .prompts import read_chat_template
 
 
 # with these Idefics was trained: its fast tokenizer dropped no blank
@@ -273,13 +273,6 @@ def load_processor(
     elif processor.chat_template is None:
         raise ValueError(f"The processor of {name} has no chat template: give a Jinja file as the chat template.")
     return processor
-
-
-def read_chat_template(source: str) -> str:
-    """The Jinja template called `source`: the name of an instruction format, or a file. OSError if neither."""
-    if source in FORMATS:
-        return format_chat_template(source)
-    return Path(source).read_text(encoding="utf-8")
 
 
 def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
+from pathlib import Path
 
 
 IMAGE_TOKEN = "<image>"
@@ -345,6 +346,13 @@ def chat_template(
         safe = escape_reserved_tokens(token, [token])
         escape += f" | replace({_jinja_literal(token)}, {_jinja_literal(safe)})"
     return template.replace("%escape%", escape)
+
+
+def read_chat_template(source: str) -> str:
+    """The template that a user names: an instruction format, a Jinja file, or itself. OSError if it is neither."""
+    if source in FORMATS:
+        return chat_template(source)
+    return source if "{" in source else Path(source).read_text(encoding="utf-8")
 
 
 def _jinja_literal(value: str | bool) -> str:

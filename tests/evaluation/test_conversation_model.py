@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from otter_hf.evaluation.model import ConversationModel
+from otter_hf.prompts import chat_template
 from otter_hf.testing import write_tiny
 
 
@@ -120,7 +121,9 @@ def test_pictures_are_encoded_once_for_all_candidates(otter_folder, pictures):
 
 
 def test_answers_end_at_the_stop_text_and_options_go_before_what_a_task_asks(otter_folder, pictures, monkeypatch):
-    loaded = ConversationModel(otter_folder, dtype="float32", device="cpu", generation={"max_new_tokens": 2})
+    options = {"chat_template": "llama2", "generation": {"max_new_tokens": 2}}
+    loaded = ConversationModel(otter_folder, dtype="float32", device="cpu", **options)
+    assert loaded.chat_template == chat_template("llama2")
     monkeypatch.setattr(
         type(loaded.processor), "post_process_image_text_to_text", lambda self, ids: [f"{ids.shape[1]} a\n\nb STOP c"]
     )

@@ -106,6 +106,11 @@ MODELS = {"models": ["a/b"]}
         ({"models": [{"name": "gpt4v", "api_key": "sk-1"}], "datasets": ["mme"]}, "set OPENAI_API_KEY"),
         ({**MODELS, "datasets": [{"name": "mme", "splits": "x"}]}, "unknown key `splits`"),
         ({**MODELS, "datasets": [{"split": "x"}]}, "needs a `name`"),
+        ({"models": [{"path": "a", "generation": {"num_beam": 3}}], "datasets": ["mme"]}, "unknown key `num_beam`"),
+        (
+            {"models": [{"path": "a", "generation": {"top_p": 0.9}}], "datasets": ["mme"]},
+            "top_p 0.9, which is",
+        ),
         ({"models": [{"path": "a", "media_store_gb": 3}], "datasets": ["mme"]}, "`media_store_gb` bounds a"),
         (
             {"models": [{"path": "a", "media_store": "b", "media_store_gb": -1}], "datasets": ["mme"]},

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..prompts import read_chat_template
 from ..reading import load_yaml
 from .benchmarks import DEFAULT_JUDGE
 from .scoring.ranking import LIKELIHOODS
@@ -58,6 +59,9 @@ _OTTERHD_TEMPLATE = (
 _TEMPLATES_OF_2023 = {"fuyu": _FUYU_TEMPLATE, "otterhd": _OTTERHD_TEMPLATE}
 _DTYPES_OF_2023 = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
+# what `generate` takes of what is asked for; the latter where it samples
+GENERATION = ("max_new_tokens", "num_beams", "no_repeat_ngram_size", "length_penalty", "repetition_penalty")
+SAMPLING = ("temperature", "top_p", "top_k")
 _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "tokenizer", "tokenizer_reference", "chat_template")
 _MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store", "media_store_gb")
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
@@ -191,10 +195,12 @@ def _read_model(entry) -> ModelSpec:
         generation = {}  # the plain form: as each benchmark asks
     options = {key: entry[key] for key in _MODEL_OPTIONS if entry.get(key) is not None}
     _check_media_store(options)
+    if "chat_template" in options:
+        options["chat_template"] = read_chat_template(options["chat_template"])
     if "max_new_tokens" in entry:
         generation = {**generation, "max_new_tokens": _whole(entry["max_new_tokens"], "max_new_tokens")}
     if generation or "generation" in options:
-        options["generation"] = {**generation, **options.get("generation", {})}
+        options["generation"] = check_generation({**generation, **options.get("generation", {})})
     if entry.get("resolution", -1) != -1:
         options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": int(entry["resolution"])}
     if "load_bit" in entry:
@@ -204,6 +210,31 @@ def _read_model(entry) -> ModelSpec:
     if name in _TEMPLATES_OF_2023 and "path" not in entry:
         options.setdefault("chat_template", _TEMPLATES_OF_2023[name])
     return ModelSpec(name or _short(path), path, batch_size=batch_size, options=options)
+
+
+def check_generation(options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of every answer, as they are.
+
+    Raises:
+        ValueError: for others than `GENERATION` and `SAMPLING`, and for those of sampling where it is greedy.
+    """
+    known = ("do_sample", *GENERATION, *SAMPLING)
+    if unknown := [name for name in options if name not in known]:
+        raise ValueError(f"`generation` has the unknown key `{unknown[0]}`; known are {', '.join(known)}.")
+    for name, all_tokens in (("top_p", 1), ("top_k", 0)):
+        value = options.get(name)
+        if value not in (None, all_tokens) and not samples(options):
+            raise ValueError(
+                f"`generation` has {name} {value!r}, which is for sampling: add a temperature above 0 or "
+                "`do_sample: true`, or leave it out."
+            )
+    return dict(options)
+
+
+def samples(options: Mapping[str, Any]) -> bool:
+    """Whether answers with these options are drawn; otherwise they are greedy, or of beams."""
+    return bool(options.get("do_sample")) or float(options.get("temperature") or 0) > 0
 
 
 def _check_media_store(options: Mapping) -> None:

@@ -17,6 +17,7 @@ from ..data.controls import control_media, control_messages
 from ..loading import read_processor
 from ..made_from import MadeFrom, keep, kept, state_of_model
 from ..models.otterhd import OtterHDProcessor
+from ..prompts import read_chat_template
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
 from .model import ConversationModel
@@ -105,6 +106,8 @@ class TransformersModel(ResumableModel):
         from accelerate import Accelerator
 
         kwargs.pop("max_batch_size", None)
+        if kwargs.get("chat_template") is not None:
+            kwargs["chat_template"] = read_chat_template(kwargs["chat_template"])
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device

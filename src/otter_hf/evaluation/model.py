@@ -25,15 +25,12 @@ from ..models.prefix_cache import (
     row_of,
 )
 from ..pictures import read_image
+from ..prompts import read_chat_template
 from ..reading import whole_characters
 from ..thinking import thinking_length
 from .batching import Batch, PromptBatches, TokenizedPrompt
 from .candidates import score_candidates
-
-
-# what generation_kwargs of lmms-eval's tasks may hold and `generate` understands
-_SAMPLING = ("temperature", "top_p", "top_k")
-_GENERATION = ("max_new_tokens", "num_beams", "no_repeat_ngram_size", "length_penalty", "repetition_penalty")
+from .config import GENERATION, SAMPLING, check_generation, samples
 
 
 class ConversationModel:
@@ -49,16 +46,17 @@ class ConversationModel:
         processor: folder or Hub id of the processor, where it is not the model's.
         tokenizer: folder or Hub id of the tokenizer, for an Otter or Flamingo repository of 2023 that has none.
         tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
-        chat_template: a Jinja template in place of the processor's.
+        chat_template: in place of the processor's, see [`read_chat_template`].
         processor_kwargs: for every call of the processor, e.g. `{"resolution": 512}` for OtterHD.
-        generation: for every `generate`, over what a task asks for, e.g. `{"num_beams": 3}`.
+        generation: for every `generate`, over what a task asks for, e.g. `{"num_beams": 3}`; see
+            [`check_generation`].
         media_store: folder in which an Otter or Flamingo keeps what it made of pictures and films, for later runs.
         media_store_gb: most that is in it, in 10**9 bytes; what is above is encoded.
 
     Raises:
-        ValueError: for a `media_store` of another model; when asked, if the processor has no chat template and none is
-            given. Idefics needs none.
-        OSError: if there is no such model.
+        ValueError: for a `media_store` of another model, and as [`check_generation`]; when asked, if the processor
+            has no chat template and none is given. Idefics needs none.
+        OSError: if there is no such model, or template.
     """
 
     def __init__(
@@ -77,13 +75,13 @@ class ConversationModel:
         media_store: str | Path | None = None,
         media_store_gb: float = 64.0,
     ):
+        self.generation = check_generation(generation or {})
+        self.chat_template = None if chat_template is None else read_chat_template(chat_template)
         options = {"dtype": dtype, "device_map": device, "load_in_4bit": load_in_4bit, "tokenizer": tokenizer}
         model = load_model(str(path), **options)
         processor = read_processor(str(processor or path), tokenizer, tokenizer_reference)
         self._use(path, model, processor, media_store, int(media_store_gb * 10**9))
-        self.chat_template = chat_template
         self.processor_kwargs = dict(processor_kwargs or {})
-        self.generation = dict(generation or {})
 
     @classmethod
     def of(cls, path: str | Path, model: PreTrainedModel, processor: ProcessorMixin) -> "ConversationModel":
@@ -328,12 +326,12 @@ def _cut(answer: str, until: Sequence[str]) -> str:
 
 
 def _generation_kwargs(asked: Mapping[str, Any]) -> dict[str, Any]:
-    sample = bool(asked.get("do_sample")) or float(asked.get("temperature") or 0) > 0
-    names = _GENERATION + (_SAMPLING if sample else ())
+    sample = samples(asked)
+    names = GENERATION + (SAMPLING if sample else ())
     chosen = {name: asked[name] for name in names if asked.get(name) is not None}
     if not sample:
         # a folder's generation_config may sample
-        chosen |= dict.fromkeys(_SAMPLING)
+        chosen |= dict.fromkeys(SAMPLING)
     return {"do_sample": sample, **chosen}
 
 
