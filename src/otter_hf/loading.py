@@ -30,6 +30,7 @@ from .models.attention_choice import read_attention
 from .models.flamingo import FlamingoConfig, FlamingoProcessor
 from .models.generation import end_tokens
 from .models.legacy_tokens import load_tokenizer
+from .models.offloading import default_device
 from .models.otter import OtterConfig
 from .models.quantization import quantization_config
 from .prompts import chat_template as format_chat_template
@@ -87,11 +88,6 @@ def load_model(
     if end_of_chunk is not None:
         model.generation_config.eos_token_id = sorted({*end_tokens(model.generation_config), end_of_chunk})
     return model
-
-
-def default_device() -> torch.device:
-    """The accelerator of this process, or the CPU where there is none."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTrainedModel:

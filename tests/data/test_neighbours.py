@@ -84,7 +84,7 @@ def test_text_neighbours(tmp_path, files, encoder):
 
 def test_an_accelerator_is_used(encoder, clip, monkeypatch):
     """A stand-in for one, which holds no numbers."""
-    monkeypatch.setattr("otter_hf.loading.default_device", lambda: torch.device("meta"))
+    monkeypatch.setattr("otter_hf.models.offloading.default_device", lambda: torch.device("meta"))
     for embed, item, folder in ((embed_texts, "a", encoder), (embed_images, Image.new("RGB", (16, 16)), clip)):
         with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
             embed([item], folder)

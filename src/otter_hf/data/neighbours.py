@@ -70,7 +70,7 @@ def embed_texts(texts: Sequence[str], encoder: str | Path, batch_size: int = BAT
     """
     from transformers import AutoModel, AutoTokenizer
 
-    from ..loading import default_device
+    from ..models.offloading import default_device
 
     check_model_name(encoder, "encoder", weights=True)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -99,7 +99,7 @@ def embed_images(images: Iterable[Any], encoder: str | Path, batch_size: int = B
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    from ..loading import default_device
+    from ..models.offloading import default_device
 
     check_model_name(encoder, "encoder", weights=True)
     processor = AutoImageProcessor.from_pretrained(encoder, backend="pil")

@@ -8,6 +8,11 @@ import torch
 from transformers import PreTrainedModel
 
 
+def default_device() -> torch.device:
+    """The accelerator of this process, or the CPU where there is none."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def index_tied_weights(model: PreTrainedModel, offloaded: dict | None) -> None:
     """
     Adds to the index of weights on disk the tied ones, in place, under their second name.
