@@ -26,7 +26,7 @@ def main(model_folder: Path, data: Path) -> None:
         places = sample.get("media_places")
         text = render([(question, None)], "simple", sample["media_per_turn"], media_places=places)
         inputs = processor(text=[text], videos=[sample["media"]], return_tensors="pt")
-        model.generate(**inputs, max_new_tokens=8, do_sample=False, streamer=streamer)
+        model.generate(**inputs, max_new_tokens=12, do_sample=False, streamer=streamer)
     question = "What is the capital of France?"
     print(f"without a picture: {question} ", end="", flush=True)
     prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"

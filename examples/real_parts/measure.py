@@ -3,7 +3,8 @@ What a trained model knows of the tasks of `prepare.py`, and what of it needs it
 
     python examples/real_parts/measure.py --model out/demo-real/model --untrained out/demo-real/untrained
 
-Every question is decoded greedily; an answer counts if it is the true one to the letter. For each task:
+Every question is decoded greedily. An answer counts if it is the true one to the letter; in front of a comma it may
+say what it sees, as answers in the training data do. For each task:
 
     accuracy        of the questions about pictures that no training has seen
     question_only   the most frequent answer to each question in the training data
@@ -47,18 +48,20 @@ NUM_WITH_SHOTS = 24
 def main(model_folder: Path, untrained: Path | None, data: Path, output: Path, limit: int | None = None) -> None:
     """Measures the model in `model_folder`; without `untrained`, not what became of its language."""
     processor = AutoProcessor.from_pretrained(model_folder)
-    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval().requires_grad_(False)
+    model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()
+    # as in training, features of frames are stored, of which every order and combination is made: not latents
+    model.model.vision_tower.requires_grad_(False)
     store_media(model.model, output / "features")
-    TextStateCache(model)
+    TextStateCache(model.requires_grad_(False))
     test, train = (read_tasks(data / f"{split}.yaml") for split in ("test", "train"))
     metrics, shown = {"tasks": {}}, []
     for name, samples in test.items():
         samples = samples if limit is None else [*samples][:limit]
-        row, answers = measure_task(model, processor, [*samples], [*train[name]], name)
+        row, answers = measure_task(model, processor, [*samples], train[name], name)
         metrics["tasks"][name] = row
         print(f"{name}: {row}", flush=True)
         drawn = Random(0).sample(range(len(answers)), min(3, len(answers)))
-        shown += [(side_by_side(samples[i]), samples[i]["turns"][-1][0], answers[i], truth(samples[i])) for i in drawn]
+        shown += [(side_by_side(samples[i]), as_asked(samples[i]), answers[i], truth(samples[i])) for i in drawn]
     metrics["parameters"] = model.num_parameters()
     output.mkdir(parents=True, exist_ok=True)
     draw_answers(shown, output)
@@ -79,23 +82,26 @@ def read_tasks(mixture: Path) -> dict[str, list[dict]]:
 
 
 def measure_task(model, processor, samples: list[dict], train: list[dict], name: str) -> tuple[dict, list[str]]:
-    """The figures of a task, and the answers about the right pictures."""
+    """The figures of a task, and the whole answers about the right pictures."""
     truths = [truth(sample) for sample in samples]
+    is_long = any("," in sample["turns"][-1][1] for sample in train)
+
+    def reply(asked: list[dict], condition: str) -> list[str]:
+        return answer(model, processor, asked, is_long, f"{name}, {condition}")
 
     def ask(asked: list[dict], condition: str) -> list[str]:
-        return answer(model, processor, asked, f"{name}, {condition}")
+        return [what_counts(text) for text in reply(asked, condition)]
 
-    answers = ask(samples, "test split")
+    answers = reply(samples, "test split")
     said = defaultdict(Counter)
     for sample in train:
-        for question, true in sample["turns"]:
-            said[question][true] += 1
+        said[sample["turns"][-1][0]][truth(sample)] += 1
     majority = [
         said[question].most_common(1)[0][0] if said[question] else ""
         for question in (sample["turns"][-1][0] for sample in samples)
     ]
     row = {
-        "accuracy": accuracy(answers, truths),
+        "accuracy": accuracy([*map(what_counts, answers)], truths),
         "question_only": accuracy(majority, truths),
         "swapped": accuracy(ask(swap_pictures(samples), "swapped pictures"), truths),
     }
@@ -111,7 +117,21 @@ def measure_task(model, processor, samples: list[dict], train: list[dict], name:
 
 
 def truth(sample: dict) -> str:
-    return sample["turns"][-1][1]
+    return what_counts(sample["turns"][-1][1])
+
+
+def what_counts(text: str) -> str:
+    """An answer without what it says of the picture first."""
+    return text.rpartition(",")[2].strip()
+
+
+def as_asked(sample: dict) -> str:
+    """The last question, with `<image>` where it had one."""
+    question = sample["turns"][-1][0]
+    for place in sorted(sample["media_places"][-1], reverse=True) if "media_places" in sample else ():
+        before, after = question[:place], question[place:]
+        question = f"{before}<image>{' ' if after[:1].isalnum() else ''}{after}"
+    return question
 
 
 def num_pictures(sample: dict) -> int:
@@ -153,10 +173,10 @@ def first_turn(sample: dict) -> dict:
 
 
 @torch.inference_mode()
-def answer(model, processor, samples: list[dict], name: str) -> list[str]:
+def answer(model, processor, samples: list[dict], is_long: bool, name: str) -> list[str]:
     """
     The greedy answers to the last questions of samples. Single questions come again and again: without a cache of keys
-    and values what the lower layers make of them is known, see [`TextStateCache`].
+    and values what the lower layers make of them is known, see [`TextStateCache`], which pays where answers are short.
     """
     answers = []
     for start in tqdm(range(0, len(samples), BATCH_SIZE), desc=name, leave=False):
@@ -167,8 +187,8 @@ def answer(model, processor, samples: list[dict], name: str) -> list[str]:
             places = sample.get("media_places")
             texts.append(render([*earlier, (question, None)], "simple", sample["media_per_turn"], media_places=places))
         inputs = processor(text=texts, videos=[sample["media"] for sample in batch], return_tensors="pt")
-        several = max(len(sample["turns"]) for sample in batch) > 1
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, use_cache=several)
+        use_cache = is_long or max(len(sample["turns"]) for sample in batch) > 1
+        output = model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=use_cache)
         answers += processor.post_process_image_text_to_text(output)
     return answers
 
@@ -205,29 +225,37 @@ def compare_language(before, after, processor) -> dict:
     new = [after.config.image_token_id, after.config.end_of_chunk_token_id, after.config.answer_token_id]
     known = min(new)
     replies, losses, count, same = defaultdict(list), Counter(), 0, True
-    for question in tqdm(text_questions(), desc="language"):
-        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    questions = text_questions()
+    for first in tqdm(range(0, len(questions), 25), desc="language"):
+        prompts = [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in questions[first : first + 25]]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         start = inputs["input_ids"].shape[1]
+        options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop}
         written = {
-            name: model.generate(**inputs, max_new_tokens=24, do_sample=False, eos_token_id=stop, suppress_tokens=new)
-            for name, model in models.items()
+            name: model.generate(**inputs, **options, suppress_tokens=new)[:, start:] for name, model in models.items()
         }
-        ids, logits = written["before"], {}
+        targets = written["before"]
+        # what follows the end of a reply is padding
+        is_reply = (targets == stop).cumsum(1) - (targets == stop).long() == 0
+        ids = torch.cat([inputs["input_ids"], targets], dim=1)
+        mask = torch.cat([inputs["attention_mask"], is_reply.long()], dim=1)
+        logits = {}
         for name, model in models.items():
-            replies[name].append(tokenizer.decode(written[name][0, start:], skip_special_tokens=True))
-            logits[name] = model(input_ids=ids).logits[0, :, :known]
-            of_reply = logits[name][start - 1 : -1].float()
-            losses[name] += torch.nn.functional.cross_entropy(of_reply, ids[0, start:], reduction="sum").item()
+            replies[name] += tokenizer.batch_decode(written[name], skip_special_tokens=True)
+            # from the state in front of the first token of the reply
+            output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=targets.shape[1] + 1)
+            logits[name] = output.logits[:, :-1, :known][is_reply]
+            loss = torch.nn.functional.cross_entropy(logits[name].float(), targets[is_reply], reduction="sum")
+            losses[name] += loss.item()
         same &= torch.equal(logits["before"], logits["after"])
-        count += ids.shape[1] - start
+        count += int(is_reply.sum())
     figures = {f"perplexity_{name}": round(math.exp(loss / count), 6) for name, loss in losses.items()}
     return {
         "questions": len(replies["after"]),
         "equal_answers": sum(map(str.__eq__, replies["before"], replies["after"])),
         "logits_equal_to_the_bit": same,
         **figures,
-        "examples": dict(list(zip(text_questions(), replies["after"], strict=True))[::10]),
+        "examples": dict(list(zip(questions, replies["after"], strict=True))[::10]),
     }
 
 

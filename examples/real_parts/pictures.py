@@ -6,6 +6,7 @@ photograph or stretch of film is in both. Two pictures of a record are either ea
 or the frames of one medium.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -26,6 +27,7 @@ CHANGES = {
     "closer": "farther away",
     "without colors": "with colors",
 }
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 @dataclass
@@ -50,20 +52,37 @@ class Task:
         self.records[f"INS_{len(self.records):05d}"] = record
 
 
-def shapes_task(questions: list[tuple[str, str, int]], paths: dict[int, str], num_pictures: int, per_picture: int):
-    """Questions of easy-VQA, `per_picture` at random about each of its first pictures."""
+def shapes_task(
+    questions: list[tuple[str, str, int]], paths: dict[int, str], num_pictures: int, per_picture: int, explain: bool
+) -> Task:
+    """
+    Questions of easy-VQA, `per_picture` at random about each of its first pictures.
+
+    Whether something is there depends on what is asked and what is seen, which one gated block in front of the last
+    layers can not compare. With `explain` answers begin with what is seen, "red circle, no": behind that it is a
+    matter of the text.
+    """
     task, generator = Task(), Random(0)
-    about = {}
+    about, seen = defaultdict(list), defaultdict(dict)
+    names = {answer for _, answer, _ in questions} - {"yes", "no"}
     for question, answer, image in questions:
-        about.setdefault(image, []).append((question, answer))
+        about[image].append((question, answer))
+        asked = {answer} if answer in names else names & {*question.rstrip("?").split()}
+        is_negated = not {"no", "not"}.isdisjoint(question.split())
+        if answer in names or (answer == "yes") != is_negated:
+            seen[image] |= {name in SHAPES: name for name in asked}
     for image in sorted(about)[:num_pictures]:
         task.pictures[f"SHAPE_{image}"] = Path(paths[image])
         for question, answer in generator.sample(about[image], min(per_picture, len(about[image]))):
+            if explain and answer not in names:
+                if len(seen[image]) < 2:
+                    continue  # no question says what it is
+                answer = f"{seen[image][False]} {seen[image][True]}, {answer}"
             task.ask(question, answer, f"SHAPE_{image}")
     return task
 
 
-def digit_tasks(images, labels, num_pairs: int, seed: int) -> dict[str, Task]:
+def digit_tasks(images, labels, num_pairs: int, num_sums: int, seed: int, explain: bool) -> dict[str, Task]:
     """
     Handwritten digits (scikit-learn, 8x8): which one it is, which of two is larger (the frames of one medium), and the
     sum of two (each at an `<image>`).
@@ -71,6 +90,7 @@ def digit_tasks(images, labels, num_pairs: int, seed: int) -> dict[str, Task]:
     Args:
         images: `(N, 8, 8)`, 0 to 16.
         labels: `(N,)`, 0 to 9.
+        explain: whether an answer to which is larger begins with what both are, "3 and 5, the second".
     """
     generator = Random(seed)
     digit, larger, total = Task(), Task(ordered=True), Task()
@@ -79,14 +99,15 @@ def digit_tasks(images, labels, num_pairs: int, seed: int) -> dict[str, Task]:
         task.pictures = pictures
     for i, label in enumerate(labels):
         digit.ask("which digit is it?", str(label), f"DIGIT_{i}")
-    while len(larger.records) < num_pairs or len(total.records) < num_pairs:
+    while len(larger.records) < num_pairs or len(total.records) < num_sums:
         i, j = generator.sample(range(len(labels)), 2)
         names = (f"DIGIT_{i}", f"DIGIT_{j}")
         a, b = int(labels[i]), int(labels[j])
-        if len(total.records) < num_pairs:
+        if len(total.records) < num_sums:
             total.ask("<image> plus <image>: what is the sum?", str(a + b), *names)
         if a != b and len(larger.records) < num_pairs:
-            larger.ask("which digit is larger?", "the first" if a > b else "the second", *names)
+            answer = "the first" if a > b else "the second"
+            larger.ask("which digit is larger?", f"{a} and {b}, {answer}" if explain else answer, *names)
     return {"digit": digit, "larger": larger, "sum": total}
 
 

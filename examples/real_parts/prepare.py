@@ -4,7 +4,8 @@ The tasks of `pictures.py` as MIMIC-IT files, from what the wheels hold.
     python examples/real_parts/prepare.py --output out/demo-real/data
 
 Written are, for each task, `train_<task>` and `test_<task>`, and the training YAMLs `train.yaml` and `test.yaml`.
-Questions are single: of those about easy-VQA's pictures there are 107, which training reads once each.
+Questions are single: of those about easy-VQA's pictures there are 107, which training reads once with each answer.
+Answers to train on may begin with what is seen; in front of a comma, that is no part of the answer that counts.
 """
 
 import argparse
@@ -26,8 +27,9 @@ FILMS = {"rabbit": "bigbuckbunny.mp4", "bikes": "bikes.mp4", "man": "carphone_pr
 # photographs in colour: of scikit-image, scikit-learn and matplotlib
 TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "ihc.png", "china.jpg", "grace_hopper.jpg")
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "flower.jpg")
-# of training and test: pictures of shapes, digits, pairs of digits, words, crops of photographs, clips
-SIZES = {"train": (2000, 1000, 800, 800, 90, 240), "test": (75, 150, 100, 125, 12, 60)}
+# of training and test: pictures of shapes, digits, pairs of digits to compare and to add, words, crops of photographs,
+# clips
+SIZES = {"train": (2000, 1400, 1200, 200, 1200, 50, 180), "test": (75, 150, 100, 100, 125, 12, 60)}
 NUM_TRAIN_DIGITS = 1400
 
 
@@ -50,7 +52,7 @@ def write_task(output: Path, name: str, task: Task) -> dict[str, str]:
 
 def tasks(split: str, scale: float = 1.0) -> dict[str, Task]:
     """All tasks of `"train"` or `"test"`."""
-    shapes, digits, pairs, words, crops, clips = (max(6, round(number * scale)) for number in SIZES[split])
+    shapes, digits, pairs, sums, words, crops, clips = (max(6, round(number * scale)) for number in SIZES[split])
     train = split == "train"
     questions = easy_vqa.get_train_questions() if train else easy_vqa.get_test_questions()
     paths = easy_vqa.get_train_image_paths() if train else easy_vqa.get_test_image_paths()
@@ -60,8 +62,9 @@ def tasks(split: str, scale: float = 1.0) -> dict[str, Task]:
     images, labels = table[:, :-1].reshape(-1, 8, 8), table[:, -1]
     part = slice(None, NUM_TRAIN_DIGITS) if train else slice(NUM_TRAIN_DIGITS, None)
     seed = 0 if train else 1
-    made = {"shapes": shapes_task(list(zip(*questions, strict=True)), paths, shapes, per_picture=5 if train else 4)}
-    made |= digit_tasks(images[part][:digits], labels[part][:digits], pairs, seed)
+    questions = list(zip(*questions, strict=True))
+    made = {"shapes": shapes_task(questions, paths, shapes, per_picture=4, explain=train)}
+    made |= digit_tasks(images[part][:digits], labels[part][:digits], pairs, sums, seed, explain=train)
     made["word"] = words_task(fonts(), words, seed)
     photographs = [find_photograph(name) for name in (TRAIN_PHOTOGRAPHS if train else TEST_PHOTOGRAPHS)]
     made["change"] = changes_task(photographs, crops, seed)

@@ -74,7 +74,10 @@ def test_what_is_new_begins_at_the_size_of_what_is_there(script, model):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, 90, (4, 8), generator=generator)
     ids[:, 0] = model.config.image_token_id
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(4, 1, 1, 3, 28, 28, generator=generator)}
+    labels = torch.full_like(ids, -100)
+    labels[:, 4:] = ids[:, 4:]
+    pixels = torch.randn(4, 1, 1, 3, 28, 28, generator=generator)
+    inputs = {"input_ids": ids, "pixel_values": pixels, "labels": labels}
     begin = script("begin")
     begin.begin(model, inputs)
 
@@ -86,21 +89,30 @@ def test_what_is_new_begins_at_the_size_of_what_is_there(script, model):
     block = blocks[-1]
     core.perceiver.layers[-1].norm_media.register_forward_hook(keep("media"))
     block.register_forward_pre_hook(keep("states"))
+    block.attn.norm.register_forward_hook(keep("text"))
+    block.feed_forward[0].register_forward_hook(keep("seen"))
     block.attn.to_out.register_forward_hook(keep("attention"))
     block.feed_forward[3].register_forward_hook(keep("feed-forward"))
     model(**inputs)
-    torch.testing.assert_close(seen["media"].mean(0), torch.zeros(32), atol=1e-4, rtol=0)
-    torch.testing.assert_close(seen["media"].std(0), torch.ones(32), atol=1e-3, rtol=0)
+    for states in (seen["media"], *(seen[name][:, 3:-1].flatten(0, 1) for name in ("text", "seen"))):
+        width = states.shape[-1]
+        torch.testing.assert_close(states.mean(0), torch.zeros(width), atol=1e-4, rtol=0)
+        torch.testing.assert_close(states.std(0), torch.ones(width), atol=1e-3, rtol=0)
     size = float(seen["states"].flatten(0, -2).pow(2).mean(-1).sqrt().median())
-    for name, gate in (("attention", block.attn_gate), ("feed-forward", block.ff_gate)):
+    for name, gate, share in (
+        ("attention", block.attn_gate, begin.ATTENTION_SHARE),
+        ("feed-forward", block.ff_gate, begin.FEED_FORWARD_SHARE),
+    ):
         added = float(gate.tanh() * seen[name].pow(2).mean().sqrt())
-        assert added == pytest.approx(begin.SHARE * size, rel=1e-3)
+        assert added == pytest.approx(share * size, rel=1e-3)
 
 
 def test_digits(script):
     labels = [3, 8, 0, 5, 5]
     images = np.arange(5 * 64).reshape(5, 8, 8) % 17
-    tasks = script("pictures").digit_tasks(images, labels, num_pairs=40, seed=0)
+    digit_tasks = script("pictures").digit_tasks
+    tasks = digit_tasks(images, labels, num_pairs=40, num_sums=30, seed=0, explain=False)
+    explained = digit_tasks(images, labels, num_pairs=40, num_sums=30, seed=0, explain=True)
     value = {f"DIGIT_{i}": label for i, label in enumerate(labels)}
     assert [r["answer"] for r in tasks["digit"].records.values()] == ["3", "8", "0", "5", "5"]
     for record in tasks["sum"].records.values():
@@ -111,7 +123,45 @@ def test_digits(script):
         first, second = (value[id] for id in record["image_ids"])
         assert first != second and record["answer"] == ("the first" if first > second else "the second")
         answers.add(record["answer"])
-    assert len(answers) == 2 and len(tasks["larger"].records) == len(tasks["sum"].records) == 40
+    for id, record in explained["larger"].records.items():
+        first, second = (value[id] for id in record["image_ids"])
+        assert record["answer"] == f"{first} and {second}, {tasks['larger'].records[id]['answer']}"
+    assert len(answers) == 2 and (len(tasks["larger"].records), len(tasks["sum"].records)) == (40, 30)
+
+
+def test_answers_to_train_on_say_first_what_is_seen(script):
+    """What a picture shows is known from what is asked about it; where it is not, nothing is said."""
+    everything = [
+        ("what color is the shape?", "red", 0),
+        ("is there no circle in the image?", "no", 0),
+        ("is a blue shape present?", "no", 0),
+        ("what is the blue shape?", "triangle", 1),
+        ("is there a blue shape?", "yes", 1),
+        ("is there not a red shape in the image?", "yes", 1),
+        ("what color is the triangle?", "blue", 2),
+        ("is there a circle?", "no", 2),
+        ("what is the shape?", "circle", 3),
+    ]
+    paths = dict.fromkeys(range(4), "picture.png")
+    asked = {}
+    for explain in (False, True):
+        task = script("pictures").shapes_task(everything, paths, num_pictures=4, per_picture=9, explain=explain)
+        asked[explain] = {
+            (record["instruction"], record["image_ids"][0]): record["answer"] for record in task.records.values()
+        }
+    assert asked[False] == {(question, f"SHAPE_{image}"): answer for question, answer, image in everything}
+    assert asked[True] == {
+        ("what color is the shape?", "SHAPE_0"): "red",
+        ("is there no circle in the image?", "SHAPE_0"): "red circle, no",
+        ("is a blue shape present?", "SHAPE_0"): "red circle, no",
+        ("what is the blue shape?", "SHAPE_1"): "triangle",
+        ("is there a blue shape?", "SHAPE_1"): "blue triangle, yes",
+        ("is there not a red shape in the image?", "SHAPE_1"): "blue triangle, yes",
+        ("what color is the triangle?", "SHAPE_2"): "blue",
+        ("what is the shape?", "SHAPE_3"): "circle",
+    }
+    counts = script("measure").what_counts
+    assert [*map(counts, ("blue triangle, yes", "3 and 5, the second", "red"))] == ["yes", "the second", "red"]
 
 
 def test_what_happened_to_a_photograph_is_undone_in_the_other_order(script, tmp_path):
@@ -167,13 +217,15 @@ def test_files_give_the_pictures_their_places_and_controls_move_them(script, tmp
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     pictures, prepare, measure = script("pictures"), script("prepare"), script("measure")
     photograph(0).save(tmp_path / "0.png")
-    tasks = pictures.digit_tasks(np.arange(5 * 64).reshape(5, 8, 8) % 17, [3, 8, 0, 5, 5], num_pairs=8, seed=0)
+    tasks = pictures.digit_tasks(
+        np.arange(5 * 64).reshape(5, 8, 8) % 17, [3, 8, 0, 5, 5], num_pairs=8, num_sums=8, seed=0, explain=False
+    )
     tasks["change"] = pictures.changes_task([tmp_path / "0.png"], num_crops=1, seed=0)
     films = {name: [photograph(10 * k + i) for i in range(6)] for k, name in enumerate(("a", "b"))}
     tasks |= pictures.film_tasks(films, num_clips=4, seed=0)
     questions = [("what shape?", "circle", 4), ("what color?", "red", 4), ("what shape?", "square", 5)]
     paths = {4: str(tmp_path / "0.png"), 5: str(tmp_path / "0.png")}
-    tasks["shapes"] = pictures.shapes_task(questions, paths, num_pictures=2, per_picture=2)
+    tasks["shapes"] = pictures.shapes_task(questions, paths, num_pictures=2, per_picture=2, explain=True)
     mixture = {}
     for name, task in tasks.items():
         files = prepare.write_task(tmp_path, f"train_{name.replace(' ', '_')}", task)
@@ -192,6 +244,8 @@ def test_files_give_the_pictures_their_places_and_controls_move_them(script, tmp
     }
     assert read["sum"][0]["media_places"][0] == [0, len("plus ")]
     sums = read["sum"]
+    assert measure.as_asked(sums[0]) == "<image> plus <image>: what is the sum?"
+    assert measure.as_asked(read["digit"][0]) == "which digit is it?"
     swapped = measure.swap_pictures(sums)
     assert all(a["turns"] == b["turns"] and a["media"] != b["media"] for a, b in zip(sums, swapped, strict=True))
     frames = measure.turn_round(read["film first"][0])["media"][0]
