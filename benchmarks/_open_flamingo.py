@@ -19,7 +19,7 @@ except RuntimeError:
         torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import open_clip
-from fewshot import ASKED, BATCH, QUESTIONS, WORDS, make_questions
+from fewshot import BATCH, BESIDE, WORDS, make_questions
 from open_flamingo import Flamingo
 from open_flamingo.src.flamingo_lm import FlamingoLMMixin
 from open_flamingo.src.utils import extend_instance
@@ -59,7 +59,7 @@ def read(messages: list) -> tuple:
 @torch.no_grad()
 def ask(model: Flamingo, transform, questions: list, beams: int) -> list:
     answers = []
-    for start in range(0, QUESTIONS, BATCH):
+    for start in range(0, len(questions), BATCH):
         rows = [read(messages) for messages in questions[start : start + BATCH]]
         longest = max(len(ids) for ids, _ in rows)
         ids = torch.tensor([[2] * (longest - len(own)) + own for own, _ in rows])
@@ -75,9 +75,9 @@ def ask(model: Flamingo, transform, questions: list, beams: int) -> list:
 def main():
     model = make_model()
     transform = open_clip.transform.image_transform(56, is_train=False)
-    questions = {kind: make_questions(kind == "drawn") for kind, _ in ASKED}
+    questions = {kind: make_questions(kind) for kind, _ in BESIDE}
     for line in sys.stdin:
-        kind, beams = line.strip().split(", ")
+        kind, beams = line.strip().rsplit(", ", 1)
         print(json.dumps(ask(model, transform, questions[kind], int(beams))), flush=True)
 
 

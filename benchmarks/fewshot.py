@@ -1,17 +1,17 @@
 """Few-shot evaluation beside this project at a commit before, and a training epoch from the media store.
 
-    OMP_NUM_THREADS=2 python benchmarks/fewshot.py      # about five minutes on two cores
+    OMP_NUM_THREADS=2 python benchmarks/fewshot.py      # about fifteen minutes on two cores
 
 Random weights, float32: the 79M Otter on Llama of `decoding.py` (width 512, 8 layers) behind a processor whose tokens
 are words, asked by `otter_hf.evaluation.model.ConversationModel`, as `otter-hf eval` does; the peer is the package at
-1125d7e, which keeps latents in memory already. Both read the same folder, and their replies are compared first.
+59969af, before anything of a picture or text was kept. Both read the same folder; their replies are compared first.
 
 Questions: 5 to 9 words and a picture of 256 x 256 each, all different, behind 8 worked examples, the same for all or
 drawn for each from 100; 5 new tokens, 3 beams (as OpenFlamingo answers VQA) or greedy; 16 rows a batch on both sides.
-Each repeat is a run of its own over 32 questions (of the 200 of a real one, which would pay for the examples once),
-the store of latents is empty at first.
-Two rows beside the loop of open_flamingo 2.0.1 with its own model of these sizes (its resampler has six layers, ours
-two), where PARITY_CACHE has the environment of `tests/parity_2023/run.sh`; its figures are its own.
+Each repeat is a run of its own over 200 questions, or 48 where examples are drawn; the store of latents is empty at
+first. Two rows, of 32 questions, beside the loop of open_flamingo 2.0.1 with its own model of these sizes (its
+resampler has six layers, ours two), where PARITY_CACHE has the environment of `tests/parity_2023/run.sh`; its figures
+are its own.
 Ranking: 1,000 class names of 1 to 3 words for each of 2 pictures.
 Training: a frozen CLIP ViT-B/32, resampler and gated blocks trained, an epoch of 24 rows with a picture of 224 x 224
 each in batches of 4; ours reads the tower's features from files, the peer, this build, encodes every picture.
@@ -31,10 +31,10 @@ from _common import Side, check_out, compare, report
 from PIL import Image
 
 
-PEER_COMMIT = "1125d7e"
-# to try it out, QUESTIONS=4 CLASSES=20 ROWS=4 in the environment
-SIZES = {"QUESTIONS": 32, "CLASSES": 1000, "ROWS": 24}
-QUESTIONS, CLASSES, ROWS = (int(os.environ.get(name, size)) for name, size in SIZES.items())
+PEER_COMMIT = "59969af"
+# to try it out, FIXED=4 DRAWN=4 FEW=4 CLASSES=20 ROWS=4 in the environment
+SIZES = {"FIXED": 200, "DRAWN": 48, "FEW": 32, "CLASSES": 1000, "ROWS": 24}
+FIXED, DRAWN, FEW, CLASSES, ROWS = (int(os.environ.get(name, size)) for name, size in SIZES.items())
 SHOTS, POOL, BATCH, WORDS = 8, 100, 16, 4000
 TEMPLATE = (
     "{% for message in messages %}{% for part in message['content'] %}"
@@ -87,11 +87,21 @@ def turns(number: int, shown: Image.Image, answer: str | None) -> list[dict]:
     return messages
 
 
-def make_questions(drawn: bool) -> list[list[dict]]:
+# examples, questions
+KINDS = {
+    "fixed": ("the same", FIXED),
+    "drawn": ("drawn", DRAWN),
+    "few, fixed": ("the same", FEW),
+    "few, drawn": ("drawn", FEW),
+}
+
+
+def make_questions(kind: str) -> list[list[dict]]:
+    examples, count = KINDS[kind]
     random, pool = Random(0), [picture(number) for number in range(POOL)]
     questions = []
-    for question in range(QUESTIONS):
-        shots = random.sample(range(POOL), SHOTS) if drawn else range(SHOTS)
+    for question in range(count):
+        shots = random.sample(range(POOL), SHOTS) if examples == "drawn" else range(SHOTS)
         messages = [message for n in shots for message in turns(n, pool[n], words(Random(n), 1, 2))]
         questions.append(messages + turns(POOL + question, picture(POOL + question), None))
     return questions
@@ -100,16 +110,15 @@ def make_questions(drawn: bool) -> list[list[dict]]:
 def make_workloads(folder: str) -> dict:
     """Function of each workload, by its name."""
     from otter_hf.evaluation.model import ConversationModel
-    from otter_hf.models.media_store import MediaStore
 
     model = ConversationModel(folder, dtype="float32", device="cpu")
-    questions = {"fixed": make_questions(False), "drawn": make_questions(True)}
+    questions = {kind: make_questions(kind) for kind in KINDS}
     classes = [words(Random(f"class {number}"), 1, 3) for number in range(CLASSES)]
     is_new = hasattr(model, "answers")
 
     def start_anew():
-        model.media = MediaStore(model.model)
-        if is_new:
+        if is_new:  # the peer keeps nothing
+            model.media = type(model.media)(model.model)
             model._batches = type(model._batches)(model.model, model.processor.tokenizer.pad_token_id, model.media)
 
     def ask(kind: str, beams: int) -> list[str]:
@@ -117,7 +126,7 @@ def make_workloads(folder: str) -> dict:
         asked, options = questions[kind], {"max_new_tokens": 5, "num_beams": beams, "length_penalty": 0.0}
         if is_new:
             return model.generate(asked, batch_size=BATCH, **options)
-        batches = [asked[start : start + BATCH] for start in range(0, QUESTIONS, BATCH)]
+        batches = [asked[start : start + BATCH] for start in range(0, len(asked), BATCH)]
         return [answer for batch in batches for answer in model.generate(batch, **options)]
 
     def rank() -> list[float]:
@@ -125,12 +134,13 @@ def make_workloads(folder: str) -> dict:
         conversations = [turns(number, picture(number), None) for number in range(2)]
         return [total for one in conversations for total, *_ in model.log_likelihood(one, classes, BATCH)]
 
-    kinds = {f"{kind}, {beams}": lambda kind=kind, beams=beams: ask(kind, beams) for kind, beams in ASKED}
+    kinds = {f"{kind}, {beams}": lambda kind=kind, beams=beams: ask(kind, beams) for kind, beams in (*ASKED, *BESIDE)}
     return {**kinds, "ranking": rank}
 
 
 ASKED = [("fixed", 3), ("fixed", 1), ("drawn", 3), ("drawn", 1)]
-NAMES = {"fixed": "the same examples for all", "drawn": f"examples drawn from {POOL}"}
+BESIDE = [("few, fixed", 3), ("few, drawn", 3)]
+NAMES = {"the same": "the same examples for all", "drawn": f"examples drawn from {POOL}"}
 
 
 def work(folder: str) -> None:
@@ -142,8 +152,9 @@ def work(folder: str) -> None:
 def describe(kind: str) -> str:
     if kind == "ranking":
         return f"{CLASSES} classes ranked for 2 pictures"
-    shots, beams = kind.split(", ")
-    return f"{QUESTIONS} questions behind {SHOTS} examples, {NAMES[shots]}, {beams} beam{'s' * (beams != '1')}"
+    kind, beams = kind.rsplit(", ", 1)
+    examples, count = KINDS[kind]
+    return f"{count} questions behind {SHOTS} examples, {NAMES[examples]}, {beams} beam{'s' * (beams != '1')}"
 
 
 def beside_peer(repeats: int) -> list[dict]:
@@ -161,8 +172,7 @@ def beside_peer(repeats: int) -> list[dict]:
             if not same:
                 raise SystemExit(f"{describe(kind)}: the two sides do not say the same.")
             calls = [lambda side=side, kind=kind: side.run(kind) for side in sides]
-            at_most = 2 if kind == "ranking" else repeats
-            rows.append(compare(describe(kind), *calls, min(repeats, at_most), is_warm=True, replies=len(ours)))
+            rows.append(compare(describe(kind), *calls, repeats, is_warm=True, replies=len(ours)))
         for side in sides:
             side.close()
     return rows
@@ -179,12 +189,12 @@ def beside_open_flamingo(repeats: int) -> list[dict]:
         write_model(Path(folder) / "model")
         ours = Side(__file__, arguments=(f"{folder}/model",))
         peer = Side(str(Path(__file__).with_name("_open_flamingo.py")), python=str(python))
-        for kind in ("fixed, 3", "drawn, 3"):
+        for kind in (f"{kind}, {beams}" for kind, beams in BESIDE):
             calls = [lambda side=side, kind=kind: side.run(kind) for side in (ours, peer)]
             for call in calls:
                 call()
             name = f"{describe(kind)}; the loop of open_flamingo 2.0.1, its model and weights"
-            rows.append(compare(name, *calls, min(repeats, 2), is_warm=True))
+            rows.append(compare(name, *calls, repeats, is_warm=True))
         ours.close(), peer.close()
     return rows
 
@@ -241,7 +251,7 @@ def epochs(repeats: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
     args = parser.parse_args()
