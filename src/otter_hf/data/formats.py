@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..files import claim, disk_full_told, move
+from ..progress import with_progress
 from ..prompts import IMAGE_TOKEN
 from ..reading import whole_characters
 from ..storage import AnyPath, to_path
@@ -123,7 +124,7 @@ def stream_records(path: AnyPath) -> Iterator[dict[str, Any]]:
 def _build_records(path: AnyPath) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     def batches():
         rows = []
-        for row in logging.tqdm(stream_records(path), desc=f"Reading {path.name}", unit=" records"):
+        for row in with_progress(stream_records(path), desc=f"Reading {path.name}", unit=" records"):
             rows.append(row)
             if len(rows) == _BATCH_ROWS:
                 yield _record_batch(rows)
@@ -162,7 +163,7 @@ class _Records:
         def batches():
             rows, context_rows, lengths = [], [], []
             unknown = 0
-            for id, context in logging.tqdm(contexts, desc=f"Resolving {Path(source).name}", unit=" examples"):
+            for id, context in with_progress(contexts, desc=f"Resolving {Path(source).name}", unit=" examples"):
                 found = [self.index.find(other) for other in (id, *context)]
                 if -1 in found:
                     missing = (id, *context)[found.index(-1)]

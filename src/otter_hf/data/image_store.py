@@ -10,6 +10,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..films import FILM_SUFFIXES
+from ..progress import with_progress
 from ..reading import path_inside, refuse_lfs_pointer
 from ..storage import AnyPath, is_one_path
 from .arrow_cache import IdIndex, cached_arrow_file, local_copy, open_arrow_file
@@ -272,6 +273,6 @@ class _ArrowPictures:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, bytes | None]]:
-    for id, value in logging.tqdm(iter_json_object(path), desc=f"Copying {path.name} to the cache", unit=" images"):
+    for id, value in with_progress(iter_json_object(path), desc=f"Copying {path.name} to the cache", unit=" images"):
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         yield id, text_picture(value) if isinstance(value, str) else None

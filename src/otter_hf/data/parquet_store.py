@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from transformers.utils import logging
 
+from ..progress import with_progress
 from ..reading import refuse_lfs_pointer
 from .arrow_cache import cached_arrow_file, cached_arrow_path, open_arrow_file
 from .images import decode_base64
@@ -137,7 +138,7 @@ class ParquetPictures:
 
     def _copied(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         ids = (id for chunk in self.ids.chunks for id in chunk.to_pylist())
-        bar = logging.tqdm(self, desc=f"Copying {self._path.name}", unit=" images", total=len(self.ids))
+        bar = with_progress(self, desc=f"Copying {self._path.name}", unit=" images", total=len(self.ids))
         return PICTURE_SCHEMA, picture_batches(zip(ids, bar, strict=True))
 
     def _read(self, page: Page) -> Iterator[bytes | None]:
