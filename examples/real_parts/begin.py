@@ -11,8 +11,7 @@ Of random weights the first thousands of steps go into two differences of size, 
 - Likewise what differs from question to question is a small part of the states that an answer is read from: a gated
   block's norms begin with mean 0 and deviation 1 there.
 - The states of a decoder grow from layer to layer: beside those of the last ones, what a new block adds is nothing.
-  The last matrices of its attention and feed-forward begin as large as makes that a share of the states. That of the
-  attention is small: the feed-forward layer reads the sum, and what tells questions apart is a sixth of the states.
+  The last matrices of its attention and feed-forward begin as large as makes that `SHARE` of the states.
 """
 
 import argparse
@@ -28,8 +27,7 @@ from otter_hf.data import MimicitMixture, OtterCollator, SampleOptions
 
 
 NUM_SAMPLES_PER_TASK = 16
-ATTENTION_SHARE = 0.1
-FEED_FORWARD_SHARE = 0.5
+SHARE = 0.5
 
 
 def main(model_folder: Path, data: Path) -> None:
@@ -78,16 +76,16 @@ def standardise(where: torch.Tensor | None = None):
 
 
 def scale_branches(block) -> list:
-    """Hooks on a gated block, whose gates are open: attention and feed-forward begin with their shares."""
+    """Hooks on a gated block, whose gates are open: attention and feed-forward begin with `SHARE`."""
     size = {}
 
     def measure(_, args):
         # the first token of a text has states many times as large as all others
         size["states"] = args[0].flatten(0, -2).pow(2).mean(dim=-1).sqrt().median()
 
-    def scale(gate, share):
+    def scale(gate):
         def hook(linear, _, output):
-            factor = share * size["states"] / (gate.tanh() * output.pow(2).mean().sqrt())
+            factor = SHARE * size["states"] / (gate.tanh() * output.pow(2).mean().sqrt())
             linear.weight.mul_(factor)
             return output * factor
 
@@ -95,8 +93,8 @@ def scale_branches(block) -> list:
 
     return [
         block.register_forward_pre_hook(measure),
-        block.attn.to_out.register_forward_hook(scale(block.attn_gate, ATTENTION_SHARE)),
-        block.feed_forward[3].register_forward_hook(scale(block.ff_gate, FEED_FORWARD_SHARE)),
+        block.attn.to_out.register_forward_hook(scale(block.attn_gate)),
+        block.feed_forward[3].register_forward_hook(scale(block.ff_gate)),
     ]
 
 
