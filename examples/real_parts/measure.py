@@ -61,7 +61,8 @@ def main(model_folder: Path, untrained: Path | None, data: Path, output: Path, l
         metrics["tasks"][name] = row
         print(f"{name}: {row}", flush=True)
         drawn = Random(0).sample(range(len(answers)), min(3, len(answers)))
-        shown += [(side_by_side(samples[i]), as_asked(samples[i]), answers[i], truth(samples[i])) for i in drawn]
+        for i in drawn:
+            shown.append((side_by_side(samples[i]), as_asked(samples[i]), what_counts(answers[i]), truth(samples[i])))
     metrics["parameters"] = model.num_parameters()
     output.mkdir(parents=True, exist_ok=True)
     draw_answers(shown, output)
