@@ -157,8 +157,6 @@ def test_answers_to_train_on_say_first_what_is_seen(script):
         ("what color is the triangle?", "SHAPE_2"): "blue",
         ("what is the shape?", "SHAPE_3"): "circle",
     }
-    counts = script("measure").what_counts
-    assert [*map(counts, ("blue triangle, yes", "3 and 5, the second", "red"))] == ["yes", "the second", "red"]
 
 
 def test_what_happened_to_a_photograph_is_undone_in_the_other_order(script, tmp_path):
@@ -213,6 +211,8 @@ def test_files_give_the_pictures_their_places_and_controls_move_them(script, tmp
     pytest.importorskip("easy_vqa", reason="the demo's extra is not installed")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     pictures, prepare, measure = script("pictures"), script("prepare"), script("measure")
+    said = ("blue triangle, yes", "3 and 5, the second", "red")
+    assert [*map(measure.what_counts, said)] == ["yes", "the second", "red"]
     photograph(0).save(tmp_path / "0.png")
     tasks = pictures.digit_tasks(
         np.arange(5 * 64).reshape(5, 8, 8) % 17, [3, 8, 0, 5, 5], num_pairs=8, num_sums=8, seed=0, explain=False
