@@ -200,3 +200,58 @@ def test_the_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert told.startswith("otter-hf: No space left on device") and str(output) in told and told.count("\n") == 1
     assert list(tmp_path.iterdir()) == [source]
+
+
+def write_train_config_to(path):
+    from otter_hf.data.tools import write_train_config
+
+    source = path.with_name("X_instructions.json")
+    source.write_text(json.dumps({"data": {"a": {"instruction": "Q", "answer": "A", "rel_ins_ids": []}}}))
+    write_train_config(source, path)
+
+
+def write_hub_form_to(path):
+    from otter_hf.data.hub import write_hub_form
+
+    write_hub_form([], path)
+
+
+def write_invalid_to(path):
+    from otter_hf.production.syphus.build import InvalidFile
+
+    with InvalidFile(path):
+        pass
+
+
+def write_model_to(path):
+    from otter_hf.conversion.writer import output_folder
+
+    with output_folder(path):
+        pass
+
+
+@pytest.mark.parametrize("write", [write_train_config_to, write_hub_form_to, write_invalid_to, write_model_to])
+def test_what_another_is_writing_is_left_to_it(tmp_path, write):
+    """The second would delete what the first has begun."""
+    begun = tmp_path / ".output.incomplete"
+    begun.write_text("half")
+    with claim(tmp_path / ".output.lock", "it"), pytest.raises(OSError, match="output is in use by process .*: wait"):
+        write(tmp_path / "output")
+    assert begun.read_text() == "half"
+    write(tmp_path / "output")
+    assert not begun.exists() and (tmp_path / "output").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_output_that_cannot_be_printed(tmp_path, monkeypatch, capsys):
+    source, reading, writing = tmp_path / "X_instructions.json", *os.pipe()
+    source.write_text(json.dumps({"data": {"a": {"instruction": "Q", "answer": "A", "rel_ins_ids": []}}}))
+    command = ["data", "make-train-config", str(source), "--output", str(tmp_path / "X_train.json")]
+    os.close(reading)
+    for place, status, told in (("/dev/full", 2, "No space left on device"), (writing, 141, "")):
+        with open(place, "w") as output, monkeypatch.context() as patch:
+            patch.setattr("sys.stdout", output)
+            assert main(command) == status
+            output.flush()  # as Python does at its end
+        err = capsys.readouterr().err
+        assert told in err and err.count("\n") == bool(told)

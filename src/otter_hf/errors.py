@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 
+# what torch says of a tensor with a negative size, or with more numbers than 64 bits can count
+_SIZES_THAT_ARE_NONE = ("negative dimension", "overflow")
+
+
 def sentence_of(error: Exception) -> str:
     """What is wrong, as one who gave the input is told."""
     # those of the system begin with a number
@@ -29,7 +33,9 @@ def config_told(name: Any, file: str = "config.json") -> Iterator[None]:
 
     try:
         yield
-    except (StrictDataclassError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (StrictDataclassError, KeyError, TypeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in _SIZES_THAT_ARE_NONE):
+            raise
         reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else repr(error)
         raise ValueError(f"{name} cannot be used, a value in its {file} is wrong: {reason:.300}") from error
 

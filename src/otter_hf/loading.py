@@ -1,5 +1,6 @@
 """Where folders and repositories of models are read, for chat, server, evaluation and training alike."""
 
+import copy
 import json
 from pathlib import Path
 from pickle import UnpicklingError
@@ -15,15 +16,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed.utils import is_local_dist_rank_0
-from transformers.integrations import is_fsdp_enabled
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.modeling_utils import LoadStateDictConfig, set_zero3_state
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import otter_hf  # noqa: F401  registers the families
 
-from .conversion.tensors import check_weights, refuse_lfs_pointers
+from .conversion.tensors import check_weights, refuse_lfs_pointers, weight_files
 from .errors import config_told
 from .model_names import check_model_name, split_revision
 from .models.attention_choice import read_attention
@@ -32,7 +34,9 @@ from .models.generation import end_tokens
 from .models.legacy_tokens import load_tokenizer
 from .models.offloading import default_device
 from .models.otter import OtterConfig
+from .models.otterhd import OtterHDConfig
 from .models.quantization import quantization_config
+from .models.stored_sizes import refuse_depth, refuse_other_sizes
 from .prompts import chat_template as format_chat_template
 from .prompts import read_chat_template
 
@@ -104,6 +108,7 @@ def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTr
     try:
         if base is None:
             with config_told(name):
+                _refuse_sizes(path, **options)
                 model, told = AutoModelForImageTextToText.from_pretrained(
                     path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
                 )
@@ -119,6 +124,26 @@ def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTr
     refuse_no_numbers(name, model)
     refuse_integers(path, model)
     return model
+
+
+def _refuse_sizes(
+    path: str, config: PreTrainedConfig | None = None, tokenizer: str | None = None, **others: Any
+) -> None:
+    """`refuse_other_sizes`, which our models call, for those of others, and under ZeRO-3, which takes memory first."""
+    if not Path(path).is_dir():
+        return
+    raw, _ = PreTrainedConfig.get_config_dict(path)
+    ours = (FlamingoConfig.model_type, OtterConfig.model_type, OtterHDConfig.model_type)
+    if (raw.get("model_type") in ours and not is_deepspeed_zero3_enabled()) or "quantization_config" in raw:
+        return
+    if config is None:
+        config = AutoConfig.from_pretrained(path, **({"tokenizer": tokenizer} if tokenizer else {}))
+    with torch.device("meta"), set_zero3_state():
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+    loading = LoadStateDictConfig(
+        pretrained_model_name_or_path=path, weight_mapping=get_model_conversion_mapping(model)
+    )
+    refuse_other_sizes(model, None, weight_files(path), loading)
 
 
 def _base_of_adapter(path: str, revision: str) -> str | None:
@@ -142,9 +167,26 @@ def _base_of_adapter(path: str, revision: str) -> str | None:
 
 def _load_adapter(model: PreTrainedModel, path: str, loading: LoadStateDictConfig) -> dict:
     try:
+        _refuse_rank(Path(path))
         return model.load_adapter(path, load_config=loading).to_dict()
     except (AttributeError, KeyError, TypeError) as error:  # of PEFT, which believes what it reads
         raise ValueError(f"{path}: its adapter_config.json is damaged ({error!r:.80}): copy it again.") from error
+
+
+def _refuse_rank(folder: Path) -> None:
+    """ValueError for a rank beyond all that an adapter's weights hold: PEFT would make factors of that size first."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        return
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
+    rank = max((rank for rank in ranks if type(rank) is int), default=0)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+        largest = max((size for name in tensors.keys() for size in tensors.get_slice(name).get_shape()), default=0)
+    if rank > largest:
+        raise ValueError(
+            f"{folder} has the rank (r) {rank} in its adapter_config.json, but no size above {largest} in its "
+            "weights: write their rank there, or copy it again."
+        )
 
 
 def refuse_integers(path: str, model: PreTrainedModel) -> None:
@@ -290,4 +332,6 @@ def _locate(name: str, weights: bool = False) -> tuple[str, str]:
     path, revision = split_revision(name)
     if Path(path).is_dir():
         check_weights(path) if weights else refuse_lfs_pointers(path)
+        if Path(path, "config.json").is_file():
+            refuse_depth(PreTrainedConfig.get_config_dict(path)[0], path)
     return path, revision

@@ -2,9 +2,10 @@
 
 import json
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -14,6 +15,8 @@ from .storage import AnyPath, to_path
 # what a YAML file may stand for, once its aliases are written out
 MAX_YAML_NODES = 100_000
 MAX_YAML_DEPTH = 200
+# of one line in a file of lines: a document with its pictures in base64 has a tenth of that
+MAX_LINE_BYTES = 1 << 28
 _BRACKETS = re.compile(r"[\[\]{}]")
 _LFS = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -25,6 +28,20 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise json.JSONDecodeError("its values are nested too deeply", "", 0) from None
+
+
+def lines_of(file: BinaryIO, most: int = MAX_LINE_BYTES) -> Iterator[bytes]:
+    """
+    The lines of an open file, which a few bytes of a zip may make as long as they like.
+
+    Of a longer one than `most` bytes nothing is kept: it is given as an empty line.
+    """
+    while line := file.readline(most):
+        if len(line) == most and not line.endswith(b"\n"):
+            while (rest := file.readline(most)) and not rest.endswith(b"\n"):
+                pass
+            line = b"\n"
+        yield line
 
 
 def load_yaml(path: AnyPath, loader: type[yaml.SafeLoader] = yaml.SafeLoader) -> Any:
@@ -101,6 +118,11 @@ def refuse_lfs_pointer(path: AnyPath) -> None:
         with path.open("rb") as file:
             if is_lfs_pointer(file.read(len(_LFS))):
                 raise ValueError(f"{path} is a Git LFS pointer, not the file itself: download it with git lfs pull.")
+
+
+def leads_out(name: str) -> bool:
+    """Whether a name that data give to a file leads out of the folder it is to be in; links are not looked at."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def path_inside(folder: str | Path, name: str, *, allow_outside: bool = False) -> Path:

@@ -26,7 +26,7 @@ from otter_hf.data.sources import read_llava
 from otter_hf.data.validate import check_mixture
 from otter_hf.films import read_video
 from otter_hf.pictures import read_image
-from otter_hf.reading import load_yaml
+from otter_hf.reading import lines_of, load_yaml
 from otter_hf.serving.batch import read_questions
 from otter_hf.training.arguments import parse_arguments
 
@@ -238,3 +238,8 @@ def test_declared_sizes_are_limited_before_decoding(tmp_path):
     with pytest.raises(ValueError, match="24 x 16 pixels are more than the limit of 100"):
         MimicitMixture([entry], options, cache_dir=tmp_path / "cache")[1]
     assert len(check_mixture([entry], cache_dir=tmp_path / "cache", max_image_pixels=100).findings[0].ids) == 3
+
+
+def test_a_line_that_is_too_long_costs_that_one():
+    file = io.BytesIO(b"ab\n" + b"x" * 11 + b"\n\nabcd\n" + b"y" * 5)
+    assert list(lines_of(file, 5)) == [b"ab\n", b"\n", b"\n", b"abcd\n", b"\n"]

@@ -39,6 +39,10 @@ def test_pope(tmp_path):
     assert all(row["image"] == str(tmp_path / "val2014" / "a.png") for row in rows)
     with pytest.raises(ValueError, match="picture of row 1, a.png, is not in .*; say where with `image_dir`"):
         read_published("pope", tmp_path / "coco_pope_random.json", "test", tmp_path / "nowhere")
+    for name in ("../val2014/a.png", str(tmp_path / "val2014" / "a.png")):
+        outside = dump(tmp_path / "coco_pope_outside.json", [{**rows[0], "image": name, "text": "?", "label": "no"}])
+        with pytest.raises(ValueError, match="The picture of row .* leads out of the folder of the pictures"):
+            read_published("pope", outside, "test", tmp_path / "val2014")
 
 
 @pytest.mark.parametrize("separator", ["\t", ","], ids=["tsv", "csv"])

@@ -294,9 +294,11 @@ def test_what_is_missing_or_damaged_is_reported(tmp_path):
     (tmp_path / "cgd").mkdir()
     (tmp_path / "cgd" / "notes.txt").write_text("no picture")
     assert main(["data", "convert-it", "CGD", "--image-path", str(tmp_path / "cgd"), "--output", str(tmp_path)]) == 1
-    (tmp_path / "la.json").write_text('{"1": 0}')
-    report = convert(find_converter("LA")(tmp_path / "la.json", tmp_path), tmp_path / "out")
-    assert report.images == 0 and report.kinds() == {"missing": 1}
+    # one that is not there, and two that a file may not name
+    save_picture(tmp_path / "mine.jpg")
+    (tmp_path / "la.json").write_text(json.dumps({"1": 0, "../mine": 0, str(tmp_path / "mine"): 0}))
+    report = convert(find_converter("LA")(tmp_path / "la.json", tmp_path / "sd"), tmp_path / "out")
+    assert report.images == 0 and report.kinds() == {"missing": 3}
 
 
 @pytest.mark.parametrize(

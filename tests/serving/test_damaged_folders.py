@@ -104,6 +104,86 @@ def test_a_damaged_folder_is_refused(folder, damage, told):
     assert "\n" not in str(error.value)
 
 
+def set_field(folder, field, value, file="config.json"):
+    config = json.loads((folder / file).read_text())
+    *parts, last = field.split(".")
+    inner = config
+    for part in parts:
+        inner = inner[part]
+    inner[last] = value
+    (folder / file).write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "held"),
+    [
+        ("otter", "text_config.vocab_size", 2**28, r"the weights hold .*weight as \[\d+, 32\] and not as"),
+        ("otter", "text_config.intermediate_size", 2**28, "the weights hold .*proj.weight as "),
+        ("otter", "text_config.num_hidden_layers", 10**10, r"its weights are \d+ tensors in all"),
+        ("otter", "perceiver_num_latents", 2**28, r"the weights hold model.perceiver.latents as \["),
+        (
+            "otter",
+            "max_num_frames",
+            2**28,
+            r"the weights lack 1 tensors \(.* GB\) such as model.perceiver.frame_embs",
+        ),
+        ("flamingo", "cross_attn_num_heads", 10**8, "the weights hold .*gated_cross_attn_layer.*weight as "),
+        ("flamingo", "vision_config.image_size", 10**6, "the weights hold .*position_embedding.weight as "),
+        ("flamingo", "perceiver_depth", 10**10, r"its weights are \d+ tensors in all"),
+        ("otterhd", "text_config.hidden_size", 2**28, "the weights hold .* as "),
+        (
+            "otterhd",
+            "text_config.hidden_size",
+            10**30,
+            r"268435456 is the most that can be; its weights are \d+ tensors",
+        ),
+        ("otterhd", "patch_size", 10**6, "the weights hold .*vision_embed_tokens.weight as "),
+        ("otterhd", "text_config.num_hidden_layers", 10**10, r"its weights are \d+ tensors in all"),
+    ],
+)
+def test_sizes_beyond_the_weights_are_refused_before_they_take_memory(folders, tmp_path, family, field, value, held):
+    """No machine has that much: anything but a refusal beforehand would end in another error."""
+    folder = shutil.copytree(folders[family], tmp_path / "large")
+    set_field(folder, field, value)
+    told = f"large cannot be used: {field} is {value}.*{held}.*: write"
+    for read in (read_model, AutoModelForImageTextToText.from_pretrained):
+        with pytest.raises(ValueError, match=told) as error:
+            read(str(folder))
+        assert "\n" not in str(error.value)
+
+
+def test_layers_that_the_weights_lack(whole, folder, monkeypatch):
+    """Up to a gigabyte they are told of by `refuse_incomplete`."""
+    monkeypatch.setattr("otter_hf.models.stored_sizes._SLACK_BYTES", 0)
+    AutoModelForImageTextToText.from_pretrained(folder)
+    set_field(folder, "text_config.num_hidden_layers", 40)
+    told = (
+        r"text_config.num_hidden_layers is 40 in its config.json, but the weights lack \d+ tensors \(.* GB\) such as"
+    )
+    with pytest.raises(ValueError, match=told):
+        AutoModelForImageTextToText.from_pretrained(folder)
+
+
+def test_sizes_are_compared_with_weights_of_every_form(whole, tmp_path):
+    """Shards, files of `torch.save`, names of 2023 and quantisation change neither what is refused nor what loads."""
+    model = AutoModelForImageTextToText.from_pretrained(whole)
+    for form in ("shards", "names", "bin"):
+        folder = tmp_path / form
+        options = {"max_shard_size": "50kB"} if form == "shards" else {"save_original_format": form == "names"}
+        model.save_pretrained(folder, **options)
+        if form == "bin":
+            torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        loaded = AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+        for field, held in (("vocab_size", "the weights hold "), ("num_hidden_layers", r"its weights are \d+ ten")):
+            config = (folder / "config.json").read_text()
+            set_field(folder, f"text_config.{field}", 2**28)
+            with pytest.raises(ValueError, match=f"text_config.{field} is {2**28}.*{held}"):
+                AutoModelForImageTextToText.from_pretrained(folder)
+            (folder / "config.json").write_text(config)
+
+
 @pytest.fixture(scope="module")
 def adapter(whole, tmp_path_factory):
     """A folder of updates of attention and a whole resampler, for the model in `whole`."""
@@ -170,6 +250,7 @@ def test_a_damaged_adapter_is_refused(adapter, tmp_path, make, told):
         ({"base_model_name_or_path": "./gone"}, "'./gone' is neither a folder here nor a Hub id"),
         ({"peft_type": "OTHER"}, r"its adapter_config.json is damaged \(KeyError\('OTHER'\)\)"),
         ({"r": "two"}, "its adapter_config.json is damaged"),
+        ({"r": 10**10}, r"has the rank \(r\) 10000000000 in its adapter_config.json, but no size above \d+ in its"),
     ],
 )
 def test_a_damaged_adapter_configuration_is_refused(adapter, tmp_path, fields, told):

@@ -17,6 +17,7 @@ from otter_hf.training.trainer import OtterTrainer
         ("num_train_epochs", float("inf"), "num_train_epochs must be a number, got inf"),
         ("num_train_epochs", -1.0, "num_train_epochs must be at least 0, got -1.0"),
         ("max_steps", 0, "max_steps must be at least 1, got 0: leave it out to train whole epochs"),
+        ("learning_rate", 0.0, "learning_rate is 0, with which nothing is trained: raise it"),
         ("max_steps", -2, "max_steps must be at least 1"),
         ("per_device_train_batch_size", 0, "per_device_train_batch_size must be at least 1"),
         ("report_samples", -1, "report_samples must be at least 0"),
@@ -53,6 +54,21 @@ def test_float16_that_overflows_in_each_step(ragged, fit, monkeypatch):
     monkeypatch.setattr("otter_hf.training.trainer.MAX_OVERFLOW", 2)
     with pytest.raises(ValueError, match="In 2 steps in a row, up to step 2, float16 overflowed"):
         fit(max_steps=4)
+
+
+def test_a_gradient_that_is_0_in_each_step(ragged, fit, model, monkeypatch):
+    """Nothing of a resampler gets into the answers behind gates that are closed, and stay so."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.zero_()
+    model.save_pretrained(ragged / "base")
+    frozen = {"freeze": ["vision", "cross_attention", "language", "embeddings"]}
+    with pytest.raises(ValueError, match="In all of 2 steps the gradient was 0, so that nothing was learned"):
+        fit(max_steps=2, **frozen)
+    assert not list((ragged / "out").glob("*.safetensors"))
+    monkeypatch.setattr("otter_hf.training.trainer.MAX_EMPTY", 1)
+    with pytest.raises(ValueError, match="In all of 1 steps the gradient was 0"):
+        fit(max_steps=2, **frozen)
 
 
 def test_float16_on_a_cpu_is_refused(fit):

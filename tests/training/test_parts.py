@@ -48,20 +48,22 @@ def test_flamingo_on_what_is_not_held_out(flamingo, monkeypatch, caplog):
         return step(self, model, inputs, *args)
 
     monkeypatch.setattr(OtterTrainer, "training_step", spy)
+    settings = {
+        "eval_fraction": 0.4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "learning_rate": 1e-30,  # nothing gets better
+        "learning_rates": {"resampler": 1e-29, "language": 2e-30},
+        "early_stopping_patience": 1,
+        "early_stopping_threshold": 0.01,
+        "max_steps": 6,
+    }
     with caplog.at_level("INFO", logger="otter_hf"):
-        run.main(
-            command(
-                flamingo,
-                eval_fraction=0.4,
-                eval_strategy="steps",
-                eval_steps=1,
-                learning_rate=1e-30,  # nothing gets better
-                learning_rates={"resampler": 1e-29, "language": 2e-30},
-                early_stopping_patience=1,
-                early_stopping_threshold=0.01,
-                max_steps=6,
-            )
-        )
+        run.main(command(flamingo, **settings))
+        # one that stopped early is complete
+        steps = len(trained)
+        run.main(command(flamingo, **settings, resume_from_checkpoint="auto"))
+        assert len(trained) == steps and "The run of 6 steps in" in caplog.text
     assert "learning rate: language 2e-30, perceiver 1e-29, others 1e-30" in caplog.text
     history = json.loads((flamingo / "out" / "trainer_state.json").read_text())["log_history"]
     assert max(entry["step"] for entry in history) == 2

@@ -27,11 +27,16 @@ def output_folder(path: str | Path):
         OSError: if another process writes it, or the disk is full.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConversionError(f"{path} exists already; give an empty or a new folder as output.")
+    _refuse_to_replace(path)
     with claim(path.with_name(f".{path.name}.lock"), path), replacing(path) as written:
         written.mkdir()
         yield written
+        _refuse_to_replace(path)  # a training or anything else may have begun there meanwhile
+
+
+def _refuse_to_replace(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConversionError(f"{path} exists already; give an empty or a new folder as output.")
 
 
 def write_safetensors(

@@ -16,7 +16,7 @@ from datasets import Features, Image, List, Value, get_dataset_config_names, loa
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
-from ..files import replacing
+from ..files import claim, replacing
 from ..made_from import MadeFrom, keep, kept
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .json_stream import iter_json_object
@@ -50,6 +50,7 @@ def write_hub_form(
 
     Raises:
         ValueError: if two datasets have one name, or the folder exists.
+        OSError: if another process is writing it.
     """
     entries = entries_of(mixture, cache_dir)
     names = [entry.name for entry in entries]
@@ -57,11 +58,12 @@ def write_hub_form(
         if names.count(name) > 1:
             raise ValueError(f"Two datasets of the mixture are called {name!r}: on the Hub, names must differ.")
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"The folder {folder} exists: name a new one.")
     made_from = _made_from(entries)
     configurations = []
-    with replacing(folder) as incomplete:
+    with claim(folder.with_name(f".{folder.name}.lock"), folder), replacing(folder) as incomplete:
+        if folder.exists():
+            raise ValueError(f"The folder {folder} exists: name a new one.")
+        incomplete.mkdir()
         for entry in entries:
             for suffix, features, rows in _configurations(entry, cache_dir):
                 configuration = f"{entry.name}_{suffix}"

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..files import replacing
+from ..files import claim, replacing
 from ..storage import is_one_path
 from .formats import MimicitFiles, make_train_config, write_mimicit
 from .image_store import ImageStore
@@ -17,13 +17,15 @@ from .to_parquet import refuse_input_as_output
 def write_train_config(instructions: str | Path, output: str | Path, *, keep_context: bool = True) -> int:
     """Writes the train config that `make_train_config` derives from an instructions file; returns its size.
 
-    `keep_context=False` writes empty contexts. `ValueError` if the output is the input.
+    `keep_context=False` writes empty contexts. `ValueError` if the output is the input, `OSError` if another process
+    is writing it.
     """
     refuse_input_as_output([instructions], Path(output))
     config = make_train_config(iter_json_object(instructions, "data"))
     if not keep_context:
         config = dict.fromkeys(config, [])
-    with replacing(output) as temporary:
+    output = Path(output)
+    with claim(output.with_name(f".{output.name}.lock"), output), replacing(output) as temporary:
         temporary.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
     return len(config)
 

@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from ..files import replacing
 from ..pictures import decode_base64
+from ..reading import leads_out
 
 
 logger = logging.get_logger(__name__)
@@ -50,9 +51,12 @@ class Pictures:
         The path of the first of `names` that is there.
 
         Raises:
-            ValueError: if none is.
+            ValueError: if none is, or all lead out of the folder.
         """
-        names = list(dict.fromkeys(names))
+        given = list(dict.fromkeys(names))
+        names = [name for name in given if not leads_out(name)]
+        if not names:
+            raise ValueError(f"The picture of row {row!r}, {given[0]!r:.80}, leads out of the folder of the pictures.")
         for folder in self._folders:
             for name in names:
                 if (folder / name).is_file():

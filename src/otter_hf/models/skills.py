@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.processing_utils import ProcessorMixin
 
-from ..files import replacing
+from ..files import claim, replacing
 from ..made_from import MadeFrom
 from .chat_processing import map_parts, media_parts_of
 from .fingerprint import fingerprint_of
@@ -203,7 +203,7 @@ class Skill:
 
         Raises:
             ValueError: if there is a folder of that name.
-            OSError: if the disk is full.
+            OSError: if the disk is full, or another process is writing it.
             TypeError: for messages with keys that JSON has no form for.
         """
         check_skill_path(path)
@@ -221,7 +221,8 @@ class Skill:
             "media": json.dumps([{"grid": medium.grid, "scale": medium.scale} for medium in self.media]),
             "made_from": json.dumps(MadeFrom(options=self.fingerprint).to_json()),
         }
-        with replacing(path) as written:
+        path = Path(path)
+        with claim(path.with_name(f".{path.name}.lock"), path), replacing(path) as written:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, written, metadata)
 
     @classmethod

@@ -129,7 +129,7 @@ def _resume(run: RunRecord, training_args: TrainingArguments) -> tuple[RunRecord
     asked = str(training_args.resume_from_checkpoint).lower() not in ("false", "no", "none", "")
     is_complete = asked and run.is_complete(checkpoint, training_args.output_dir)
     if is_complete:
-        logger.info(f"The run in {training_args.output_dir} has made its {run.steps} steps: nothing is left to do.")
+        logger.info(f"The run of {run.steps} steps in {training_args.output_dir} is complete: nothing is left to do.")
     return run, checkpoint, is_complete
 
 

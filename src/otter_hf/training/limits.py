@@ -48,5 +48,7 @@ def check_numbers(*arguments) -> None:
                 least = _LEAST.get(field.name)
                 if least is not None and isinstance(value, (int, float)) and value < least:
                     raise ValueError(f"{field.name} must be at least {least}, got {value}.")
+            if field.name == "learning_rate" and values == 0 and not given.learning_rates:
+                raise ValueError("learning_rate is 0, with which nothing is trained: raise it.")
             if field.name == "max_steps" and values != -1 and values < 1:
                 raise ValueError(f"max_steps must be at least 1, got {values}: leave it out to train whole epochs.")

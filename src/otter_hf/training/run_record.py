@@ -136,16 +136,20 @@ class RunRecord:
     def is_complete(self, checkpoint: str | Path | None, output_dir: str | Path) -> bool:
         """
         Whether nothing is left to do: the checkpoint to go on from, if there is one, is of the last step, and the
-        output folder holds the model of it, which a checkpoint alone does not tell.
+        output folder holds the model of it, which a checkpoint alone does not tell. The last step may be one at which
+        the run ended by itself, as early stopping has it, if it was for as many steps.
         """
         there = read_run(output_dir)
         if self.steps is None or there is None:
             return False
         if there.settings != self.settings if checkpoint is None else there.id != self.id:
             return False
-        states = [Path(folder, TRAINER_STATE_NAME) for folder in (output_dir, checkpoint) if folder is not None]
+        paths = [Path(folder, TRAINER_STATE_NAME) for folder in (output_dir, checkpoint) if folder is not None]
         try:
-            return all(json.loads(state.read_text(encoding="utf-8"))["global_step"] >= self.steps for state in states)
+            states = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+            # written behind the model, and only then
+            last = states[0]["global_step"] if states[0]["max_steps"] == self.steps else self.steps
+            return all(state["global_step"] >= last for state in states)
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

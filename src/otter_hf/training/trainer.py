@@ -55,13 +55,15 @@ class OtterTrainer(PublishingTrainer):
         self.throughput = Throughput(groups, flops, getattr(self.args, "peak_flops", 0))
         self.add_callback(self.throughput)
         self.add_callback(_TellEpoch(self))
-        self.add_callback(_CountOverflow(self))
+        self.add_callback(_RefuseNothing(self))
         self._sampler: GroupedSampler | None = None
         self._eval_loaders: dict[int, DataLoader] = {}
         # done in `prediction_step`, before anything as large as logits is padded
         self._reduce_logits, self.preprocess_logits_for_metrics = self.preprocess_logits_for_metrics, None
         # loss and sample ids of each batch since the last optimizer step
         self._losses: list[tuple[torch.Tensor, list[str]]] = []
+        # whether the gradient of any step was other than 0
+        self.has_learned = False
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `decayed_parameter_names`."""
@@ -183,6 +185,7 @@ class OtterTrainer(PublishingTrainer):
             grad_norm = values[-1] if len(values) > len(losses) else float(grad_norm)
             if not math.isfinite(grad_norm) and not self._leaves_out_overflow:
                 self._refuse("gradient", grad_norm, [name for of_batch in names for name in of_batch])
+        self.has_learned |= grad_norm != 0
         return grad_norm
 
     @property
@@ -307,10 +310,12 @@ def _num_samples(batch: dict) -> int:
 
 # so many times in a row a scale is halved from 2^16 down to where nothing overflows that could be learned from
 MAX_OVERFLOW = 32
+# steps at the beginning that may have a gradient of 0
+MAX_EMPTY = 32
 
 
-class _CountOverflow(TrainerCallback):
-    """Refuses a training in which float16 overflows in each step, so that none is made."""
+class _RefuseNothing(TrainerCallback):
+    """Refuses a training of which nothing would come: float16 overflows in each step, or the gradient is 0 in each."""
 
     def __init__(self, trainer: OtterTrainer):
         self.trainer = trainer
@@ -323,13 +328,25 @@ class _CountOverflow(TrainerCallback):
         self.left_out += is_left_out
         self.in_a_row = self.in_a_row + 1 if is_left_out else 0
         if self.in_a_row == MAX_OVERFLOW:
-            self._refuse(f"In {MAX_OVERFLOW} steps in a row, up to step {state.global_step},")
+            self._refuse_overflow(f"In {MAX_OVERFLOW} steps in a row, up to step {state.global_step},")
+        if self.start == 0 and state.global_step == MAX_EMPTY:
+            self._refuse_no_gradient(state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self.start == 0 and 0 < state.global_step == self.left_out and not self.trainer.stopped:
-            self._refuse(f"In all of {state.global_step} steps")
+        if self.start == 0 and state.global_step > 0 and not self.trainer.stopped:
+            if state.global_step == self.left_out:
+                self._refuse_overflow(f"In all of {state.global_step} steps")
+            self._refuse_no_gradient(state.global_step)
 
-    def _refuse(self, where: str):
+    def _refuse_no_gradient(self, steps: int):
+        if not self.trainer.has_learned:
+            raise ValueError(
+                f"In all of {steps} steps the gradient was 0, so that nothing was learned: either no sample has a "
+                "label, or what is trained has no part in the answers, such as a resampler behind closed gates that "
+                "are frozen (freeze)."
+            )
+
+    def _refuse_overflow(self, where: str):
         raise ValueError(
             f"{where} float16 overflowed and the step was left out, so that nothing was learned: set bf16 to true in "
             "place of fp16, or both to false."

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from ...files import claim, remove
 from ...made_from import MadeFrom, keep, kept
-from ...reading import parse_json, refuse_lfs_pointer
+from ...reading import lines_of, parse_json, refuse_lfs_pointer
 from ...storage import AnyPath, forget_listings, full_name, is_remote, to_path
 from ..engine import Engine, read_records, run
 from ..images import decode_base64, encode_base64
@@ -373,7 +373,7 @@ def _open_lines(path: str) -> Iterator[BinaryIO]:
 
 def _lines(file: BinaryIO, path: str) -> Iterator[bytes]:
     try:
-        yield from file
+        yield from lines_of(file)
     except _ZIP_ERRORS as error:
         raise ValueError(f"{path} is a damaged zip file: {error}.") from None
 
@@ -389,11 +389,8 @@ def _convert_laion_pair(job: tuple[AnyPath, AnyPath], output: AnyPath, max_sampl
         ShardWriter(output, f"{stem(job[0])}.%03d.tar", max_samples, max_bytes) as writer,
     ):
         number = matches = 0
-        while True:
+        for lines in itertools.zip_longest(lines_of(pictures), lines_of(captions), fillvalue=b""):
             number += 1
-            lines = pictures.readline(), captions.readline()
-            if not any(lines):
-                break
             rows = [line.decode("utf-8", "replace").rstrip("\n").split("\t") for line in lines]
             if len(rows[0]) < 2 or len(rows[1]) < 2 or rows[0][0] != rows[1][0]:
                 mismatches.append(

@@ -34,6 +34,7 @@ from ..media_cache import MediaDynamicCache, with_media
 from ..mixed_dtypes import dtype_of, in_dtype_of
 from ..offloading import device_of_inputs, index_tied_weights
 from ..quantization import keep_stored_weights
+from ..stored_sizes import refuse_other_sizes
 from ..varlen_attention import may_be_packed
 from .configuration_flamingo import FlamingoConfig
 from .decoders_flamingo import get_decoder_layers, make_language_model, reset_adapters
@@ -160,12 +161,13 @@ class FlamingoPreTrainedModel(PreTrainedModel):
         self._require_grads_hook = hook
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        refuse_other_sizes(model, state_dict, checkpoint_files, load_config, **kwargs)
         if model.config.lora_config is not None:
             if state_dict is None:
                 state_dict = {key: value for file in checkpoint_files for key, value in load_state_dict(file).items()}
             state_dict = name_lora_layers(state_dict, model.config.lora_config)
-        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        loaded = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         index_tied_weights(model, loaded[1])
         keep_stored_weights(model)
         freeze_unused_modules(model.base_model.vision_tower)  # loading makes every parameter trainable

@@ -9,6 +9,7 @@ from transformers import FuyuConfig
 from transformers.utils import logging
 
 from ..attention_choice import AttentionByPart
+from ..stored_sizes import refuse_depth
 
 
 logger = logging.get_logger(__name__)
@@ -71,6 +72,12 @@ class OtterHDConfig(AttentionByPart, FuyuConfig):
         if self.text_config is None or isinstance(self.text_config, dict):
             self.text_config = self._complete_text_config(dict(self.text_config or {}), kwargs)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in the parent class; ValueError for more layers than the weights can be of."""
+        refuse_depth(config_dict, kwargs.get("name_or_path"))
+        return super().from_dict(config_dict, **kwargs)
 
     def _complete_text_config(self, text_config: dict, top_level: dict) -> dict:
         """`text_config` with what it lacks taken from `top_level`, which loses the fields of the text model."""

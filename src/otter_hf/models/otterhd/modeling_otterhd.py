@@ -29,6 +29,7 @@ from ..lm_loss import supervised_loss
 from ..mixed_dtypes import in_dtype_of
 from ..offloading import device_of_inputs, index_tied_weights
 from ..quantization import keep_stored_weights
+from ..stored_sizes import refuse_other_sizes
 from ..varlen_attention import packed_boundaries
 from .configuration_otterhd import OtterHDConfig
 from .generation_otterhd import OtterHDGenerationMixin
@@ -62,8 +63,9 @@ class OtterHDPreTrainedModel(FuyuPreTrainedModel):
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
     @staticmethod
-    def _load_pretrained_model(model, *args, **kwargs):
-        loaded = FuyuPreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs):
+        refuse_other_sizes(model, state_dict, checkpoint_files, load_config, **kwargs)
+        loaded = FuyuPreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, **kwargs)
         index_tied_weights(model, loaded[1])
         keep_stored_weights(model)
         return loaded

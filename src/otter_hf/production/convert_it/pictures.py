@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from ...data.image_store import natural_order
 from ...data.json_stream import iter_json_object
+from ...reading import leads_out
 from ...storage import AnyPath
 from .base import PICTURE_SUFFIXES, Converter, LeftOut, Source
 
@@ -28,6 +29,11 @@ class Llava(_OneFile):
             raise ValueError("LA needs image_root, the folder of the COCO pictures (train2017).")
         for id, _ in iter_json_object(self.image_path):
             yield Source(id, self.image_root / f"{id}.jpg")
+
+    def read(self, source: Source) -> Iterator[tuple[str, AnyPath]]:
+        if leads_out(source.name):
+            raise LeftOut("missing", f"{source.name!r:.80} leads out of {self.image_root}")
+        yield from super().read(source)
 
 
 class SceneNavigation(_OneFile):

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from ...data.formats import MimicitFiles, make_train_config, write_mimicit
 from ...data.image_store import ImageStore
-from ...files import replacing, write_text
+from ...files import claim, replacing, write_text
 from .filters import FilterRules
 from .pictures import PictureFinder
 from .queries import Query
@@ -86,13 +86,18 @@ def build_dataset(
 
 
 class InvalidFile:
-    """The file of what could not be used, with `id`, `response`, `error_message`; complete when it has its name."""
+    """
+    The file of what could not be used, with `id`, `response`, `error_message`; complete when it has its name.
+
+    OSError where another process is writing it.
+    """
 
     def __init__(self, path: Path):
         self.path, self.counts = path, Counter()
 
     def __enter__(self):
         with ExitStack() as stack:
+            stack.enter_context(claim(self.path.with_name(f".{self.path.name}.lock"), self.path))
             written = stack.enter_context(replacing(self.path))
             self._file: TextIO = stack.enter_context(open(written, "w", encoding="utf-8", errors="replace"))
             self._stack = stack.pop_all()
