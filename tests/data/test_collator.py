@@ -95,6 +95,18 @@ def test_batch_holds_text_labels_and_pictures(tiny_processor, by_colour):
     assert pixels[3, 0, :, :, 0, 0].tolist() == [[0, 1, 0]] * 3
 
 
+def test_pictures_that_hide_each_other_are_told(tiny_processor, by_colour, monkeypatch):
+    """Words see the last picture in front of them alone."""
+    told = []
+    monkeypatch.setattr("otter_hf.data.collator.logger.warning_once", told.append)
+    red, blue, turns = [by_colour["red"]], [by_colour["blue"]], [("Alike?", "no")]
+    collate = OtterCollator(tiny_processor)
+    collate([sample(turns, [red + blue]), sample(turns, [red, blue], media_places=[[0, 3]])])
+    assert not told
+    collate([sample(turns, [red, blue])])
+    assert "the words behind see the last one alone" in told[0]
+
+
 def test_other_formats_label_the_same_answers(tiny_processor, by_colour):
     processor = copy.deepcopy(tiny_processor)
     tokens = ["<fake_token_around_image>", "<end_of_utterance>"]

@@ -155,6 +155,12 @@ class TestBatch:
         batch = OtterHDCollator(processor, packing=False, dynamic_resolution=(30,))(samples)
         assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [4, 16]
 
+    def test_it_keeps_that_beside_samples_without_one(self, processor):
+        collate = OtterHDCollator(processor, packing=False, resolution=(20, 20))
+        samples = [sample(ONE, images=[picture()], resolution=10), sample(ONE, images=[picture()])]
+        patches = (collate(samples)["input_ids"] == processor.image_token_id).sum(dim=1)
+        assert patches.tolist() == [1, 4]
+
     def test_videos_are_images_in_order(self, processor):
         frames = [picture(10, 10), picture(20, 10), picture(30, 10)]
         video = {"id": "v", "turns": [ONE], "media": [frames], "media_per_turn": [1]}

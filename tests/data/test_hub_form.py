@@ -2,6 +2,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from hub_double import HubDouble
@@ -74,6 +76,33 @@ def test_round_trip_through_a_folder(tmp_path, mixture, by_colour):
         write_hub_form(mixture, folder)
 
 
+def test_rows_without_texts_are_left_out(tmp_path, mixture, caplog):
+    """As training leaves them out: with the contexts that name them, and counted."""
+    write_hub_form(mixture, tmp_path / "hub")
+    for path in (tmp_path / "hub" / "X_Instructions").iterdir():
+        rows = pq.read_table(path).to_pylist()
+        rows[0]["answer"] = None  # that of a, which is context of b
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    with caplog.at_level("WARNING", "otter_hf"):
+        files = read_hub_form(str(tmp_path / "hub"), "X", tmp_path / "back")
+    table, _ = load_mimicit(files.instructions_path, files.images_path, files.train_config_path)
+    assert table["id"] == ["b"] and table[0]["rel_ins_ids"] == table[0]["context"] == []
+    assert "Left out of X: {'no answer': 1}" in caplog.text
+
+
+def test_films_of_frames_keep_their_numbers(tmp_path, by_colour):
+    record = {"instruction": "<image>?", "answer": "A", "image_ids": ["red", "blue"], "images_in_text": True}
+    files = write_mimicit(tmp_path, "F", {"f": {**record, "frames_per_medium": [2]}}, by_colour)
+    settings = {"mimicit_path": str(files.instructions_path), "images_path": str(files.images_path)}
+    (tmp_path / "mix.yaml").write_text(json.dumps({"IMAGE_TEXT": {"F": settings}}))
+    write_hub_form(tmp_path / "mix.yaml", tmp_path / "hub")
+    back = read_hub_form(str(tmp_path / "hub"), "F", tmp_path / "back")
+    assert load_mimicit(*back[:2])[0]["frames_per_medium"] == [[2]]
+    for wrong, message in (([3], "are 3 images, of which it has 2"), ([2, 0], "list of numbers"), ("2", "a list of")):
+        with pytest.raises(ValueError, match=message):
+            write_mimicit(tmp_path, "W", {"f": {**record, "frames_per_medium": wrong}}, by_colour)
+
+
 def test_pictures_in_the_rows(tmp_path, by_colour):
     """The form of `pufanyi/MIMICIT` whose rows hold their pictures."""
     from datasets import Dataset, Features, Image, List, Value
@@ -88,9 +117,10 @@ def test_pictures_in_the_rows(tmp_path, by_colour):
         }
     )
     rows = [
-        {"id": f"CGD_{i}", "instruction": "Q", "answer": "A", "images": pair, "related instructions": []}
+        {"id": f"CGD_{i}", "instruction": "Q", "answer": "A", "images": pair, "related instructions": ["CGD_none"]}
         for i, pair in enumerate(([by_colour["red"], by_colour["blue"]], [by_colour["blue"], by_colour["red"]]))
     ]
+    rows.append({**rows[0], "id": "CGD_none", "answer": None, "images": [by_colour["green"]]})
     (tmp_path / "repo" / "CGD").mkdir(parents=True)
     Dataset.from_list(rows, features=features).to_parquet(tmp_path / "repo" / "CGD" / "train.parquet")
     (tmp_path / "repo" / "README.md").write_text(

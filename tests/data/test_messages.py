@@ -11,6 +11,7 @@ from PIL import Image
 
 from otter_hf.cli import main
 from otter_hf.data.mixture import MimicitMixture, read_mixture
+from otter_hf.data.samples import SampleOptions
 from otter_hf.data.sources import preferences_as_dataset, read_chats, read_preferences
 from otter_hf.data.validate import check_mixture
 
@@ -53,6 +54,7 @@ ROWS = {
         "images": ["red.png"],
     },
     "words": {"messages": [said("user", [text("what is <image>?")]), said("assistant", [text("a mark")])]},
+    "no types": {"messages": [said("user", [{"image": "red.png"}, {"text": "a?"}]), ANSWER]},
     "trl": {"prompt": [said("user", "a?")], "completion": [ANSWER]},
     "sharegpt": {
         "conversations": [{"from": "human", "value": "<image>a?"}, {"from": "gpt", "value": "yes"}],
@@ -81,20 +83,77 @@ def colours(conversation):
 
 def test_every_form(folder):
     rows = [row for name, row in ROWS.items() if name != "parts"]
-    marks, no_marks, own, later, words, trl, sharegpt = read_chats(lines(folder, *rows))
+    marks, no_marks, own, later, words, no_types, trl, sharegpt = read_chats(lines(folder, *rows))
     for one in (marks, own, no_marks):
         assert colours(one) == ["red", "blue"] and one.pictures_per_turn == [2]
     assert marks.turns == [("<image>a<image>b?", "yes")] and own.turns == [("<image>a\n\n<image>b?", "yes")]
     assert no_marks.turns == [("<image><image>ab?", "yes")]
     assert later.turns[1] == ("<image>and?", "yes") and later.pictures_per_turn == [0, 1] and later.system == "be kind"
     assert words.pictures == [] and "<image>" not in words.turns[0][0]
-    assert trl.turns == [("a?", "yes")]
+    assert trl.turns == no_types.turns == [("a?", "yes")] and colours(no_types) == ["red"]
     assert sharegpt.turns == [("a?", "yes")] and colours(sharegpt) == ["red"]
     messages = [ROWS["parts"]["messages"][0], said("assistant", [text("yes")])]
     table = pa.Table.from_pylist([{"messages": messages, "images": [{"bytes": RED, "path": None}, {"bytes": BLUE}]}])
     pq.write_table(table, folder / "rows.parquet")
     (parts,) = read_chats(folder / "rows.parquet")
     assert (parts.turns, colours(parts)) == (marks.turns, ["red", "blue"])
+
+
+def test_query_and_response(folder):
+    """ms-swift's other form."""
+    row = {"query": "<image>b?", "response": "yes", "history": [["a?", "no"]], "system": "be kind"}
+    (read,) = read_chats(lines(folder, {**row, "images": ["red.png"]}))
+    assert read.turns == [("a?", "no"), ("<image>b?", "yes")] and read.pictures_per_turn == [0, 1]
+    assert read.system == "be kind" and not read.unused
+    with pytest.raises(ValueError, match="history must be a list"):
+        list(read_chats(lines(folder, {**row, "history": ["a?"]})))
+
+
+def test_parts_may_say_which_picture(folder):
+    """The index of a part counts, and what a part has besides is named."""
+    parts = [{"type": "image", "index": 1, "text": None}, {"type": "image", "index": 0, "min_pixels": 4}, text("?")]
+    (read,) = read_chats(lines(folder, {"messages": [said("user", parts), ANSWER], "images": ["red.png", "blue.png"]}))
+    assert colours(read) == ["blue", "red"] and read.unused == ["key 'min_pixels' of a part"]
+
+
+FRAMES = ["red.png", "blue.png", "red.png"]
+
+
+@pytest.mark.parametrize(
+    "user, media",
+    [
+        ("<image>a<video>?", {"images": ["blue.png"], "videos": [FRAMES]}),
+        ([{"type": "image", "image": "blue.png"}, text("a"), {"type": "video", "video": FRAMES}, text("?")], {}),
+    ],
+    ids=["marks", "parts"],
+)
+def test_films_of_frames(user, media, folder):
+    """LLaMA-Factory and Qwen's tools give a film as a list of its frames: one medium."""
+    path = lines(folder, {"messages": [said("user", user), ANSWER, said("user", "b?"), ANSWER], **media})
+    assert check_mixture(path, cache_dir=folder / "cache").ok(strict=True)
+    mixture = MimicitMixture(path, SampleOptions(num_frames=2), cache_dir=folder / "cache")
+    (sample,) = mixture
+    assert sample["media_per_turn"] == [2, 0] and sample["media_places"] == [[0, 1], []]
+    colour = [[frame.getpixel((0, 0))[0] for frame in medium] for medium in sample["media"]]
+    assert colour == [[0], [255, 255]] and mixture.most_frames() == 3
+
+
+def test_a_film_of_frames_in_front(folder):
+    """It has not more frames than num_frames says, and no repeated ones."""
+    path = lines(folder, {"messages": [said("user", "a?"), ANSWER, said("user", "b?"), ANSWER], "videos": [FRAMES]})
+    for num_frames, taken in ((2, 2), (5, 3)):
+        (sample,) = MimicitMixture(path, SampleOptions(num_frames=num_frames), cache_dir=folder / "cache")
+        assert sample["media_per_turn"] == [1, 0] and len(sample["media"][0]) == taken
+
+
+def test_splits_of_a_dataset_are_not_mixed(folder):
+    """Of a repository of `datasets`, the files of all splits lie in one folder."""
+    table = pa.Table.from_pylist([ROWS["trl"]])
+    for split in ("train", "test"):
+        pq.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="holds the splits test, train"):
+        list(read_chats(folder))
+    assert len(list(read_chats(folder / "train-00000-of-00001.parquet"))) == 1
 
 
 def test_base64_and_file_addresses(folder):
@@ -122,6 +181,13 @@ def test_base64_and_file_addresses(folder):
         ({"messages": [said("user", "a"), ANSWER], "audios": ["a.wav"]}, "has the key 'audios'"),
         ({"messages": [said("user", "a"), {**ANSWER, "weight": 0}]}, "has the weight 0"),
         ({"messages": [said("user", "a"), {**ANSWER, "loss": False}]}, "has the loss False"),
+        ({"messages": [said("user", "a"), {**ANSWER, "training": 0}]}, "has the training 0"),
+        ({"messages": [said("user", "a"), ANSWER], "objects": {"ref": [], "bbox": [[1, 2, 3, 4]]}}, "has objects"),
+        ({"messages": [said("user", [{"type": "image", "index": 1}]), ANSWER], "images": ["red.png"]}, "the index 1"),
+        ({"messages": [said("user", [{**text("a"), "image": "red.png"}]), ANSWER]}, "has the key 'image'"),
+        ({"messages": [said("user", "<img>red.png</img>a"), ANSWER]}, "name a picture in <img></img>"),
+        ({"messages": [said("user", "a"), ANSWER], "videos": [[]]}, "videos must be a file name"),
+        ({"messages": [said("user", "a"), ANSWER], "images": [FRAMES]}, "images must be a file name"),
         ({"messages": [said("user", "a"), ANSWER], "conversations": [1]}, "has both messages and conversations"),
     ],
 )
@@ -193,8 +259,16 @@ PARTED = [{"type": "image", "text": None}, text("a?")]
             "chosen": {"from": "gpt", "value": "good"},
             "rejected": {"from": "gpt", "value": "bad"},
         },
+        {"prompt": "<image>a?", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"messages": [ASKED, GOOD], "rejected_response": "bad"},
+        {"messages": [ASKED, GOOD], "rejected_messages": [ASKED, BAD]},
+        {"query": "<image>a?", "response": "good", "rejected_response": "bad"},
+        {"question": "a?", "chosen": "good", "rejected": "bad"},
     ],
-    ids=["prompt", "whole", "messages", "texts", "parts", "sharegpt"],
+    ids=[
+        *("prompt", "whole", "messages", "texts", "parts", "sharegpt"),
+        *("prompt and whole", "rejected_response", "rejected_messages", "query", "question"),
+    ],
 )
 def test_preferences(row, folder):
     (read,) = read_preferences(lines(folder, {**row, "images": ["red.png"]}))
@@ -206,10 +280,19 @@ def test_preferences(row, folder):
     )
 
 
+def test_the_system_text_of_preferences(folder):
+    row = {"prompt": [said("system", "be brief"), said("user", "a?")], "chosen": "good", "rejected": "bad"}
+    (read,) = read_preferences(lines(folder, {**row, "system": "be kind"}))
+    assert read["prompt"] == [said("system", [text("be kind\nbe brief")]), said("user", [text("a?")])]
+
+
 @pytest.mark.parametrize(
     "row, message",
     [
         ({"prompt": [ASKED], "chosen": [GOOD]}, "has no rejected"),
+        ({"messages": [ASKED, GOOD], "rejected_response": "bad", "chosen": [GOOD]}, "under one pair of names"),
+        ({"messages": [ASKED, GOOD], "rejected_response": "bad", "rejected_images": ["a.png"]}, "rejected_images"),
+        ({"prompt": [ASKED], "chosen": [ASKED], "rejected": [ASKED]}, "nothing behind the prompt"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "has no prompt"),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]}, "1 <image> for 0 images"),
         ({"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD], "videos": ["a.mp4"]}, "has videos"),

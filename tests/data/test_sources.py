@@ -9,7 +9,8 @@ from otter_hf.data.formats import load_mimicit
 from otter_hf.data.images import encode_base64, image_bytes
 from otter_hf.data.mixture import MimicitMixture, MixtureEntry
 from otter_hf.data.sources import read_llava
-from otter_hf.data.sources.common import read_messages, read_rows
+from otter_hf.data.sources.common import read_messages
+from otter_hf.data.sources.rows import read_rows
 from otter_hf.data.validate import check_mixture
 
 

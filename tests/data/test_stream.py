@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 from collections import Counter
@@ -68,6 +69,11 @@ def test_contexts_are_streamed_too(tmp_path, entries):
     samples = {sample["id"]: sample for sample in StreamedMixture([entry])}
     assert set(samples) == {"t3", "t9"}
     assert [question for question, _ in samples["t3"]["turns"]] == ["Q1", "Q2", "Q3"]
+
+
+def test_num_samples_has_no_effect_and_is_told(entries, caplog):
+    StreamedMixture([dataclasses.replace(entries[0], num_samples=5), entries[1]])
+    assert "num_samples of P has no effect on a stream" in caplog.text
 
 
 def test_weights(entries):

@@ -126,6 +126,7 @@ def changed(**change):
         (changed(instruction="<image>?"), "reserved token", "note"),
         (changed(instruction="<image> or <image>?", images_in_text=True), "images in text", "error"),
         (changed(images_in_text="yes"), "images in text", "error"),
+        (changed(image_ids=["red", "blue"], frames_per_medium=[3]), "frames per medium", "error"),
         (changed(image_ids=["red", "gone"]), "missing image", "error"),
         (changed(image_ids=[1]), "image_ids", "error"),
         (changed(image_ids=["red", "blue"]), "ragged image counts", "note"),
@@ -157,6 +158,20 @@ def test_every_rule_of_records(tmp_path, dataset, content, rule, severity):
 def test_every_rule_of_train_configs(tmp_path, dataset, config, rule):
     write(tmp_path / "X_train.json", config)
     assert rules(check_mixture(mixture(tmp_path)), "error")[rule].count == 1
+
+
+def test_an_example_that_has_itself_as_context(tmp_path, dataset, caplog):
+    """Its answer would stand in front of its question; training tells it, too."""
+    write(tmp_path / "X_train.json", {"r2": ["r1", "r2"], "b": []})
+    found = rules(check_mixture(mixture(tmp_path)))["its own context"]
+    assert (found.severity, found.ids) == ("warning", ["r2"])
+    MimicitMixture(mixture(tmp_path))
+    assert "1 examples in" in caplog.text and "have themselves" in caplog.text
+
+
+def test_pictures_that_are_not_shown(tmp_path, dataset):
+    found = rules(check_mixture(mixture(tmp_path, "TEXT_ONLY", images_path=None)))["pictures that are not shown"]
+    assert (found.severity, found.count) == ("warning", 3)
 
 
 def test_an_example_that_is_named_twice(tmp_path, dataset):

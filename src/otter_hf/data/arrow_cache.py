@@ -27,7 +27,7 @@ from ..storage import AnyPath, full_name, is_remote, to_path
 logger = logging.get_logger(__name__)
 
 _TOLD_BYTES = 100_000_000
-_FORMAT_VERSION = 6  # raise it when the content of cached files changes
+_FORMAT_VERSION = 7  # raise it when the content of cached files changes
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:

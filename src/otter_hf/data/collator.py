@@ -259,6 +259,8 @@ class AnswerTokenCollator(Collator):
         self._reserved_tokens = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
+        for sample in samples:
+            _tell_of_hidden_media(sample)
         texts = [
             render(
                 sample["turns"],
@@ -371,6 +373,17 @@ def read_media(sample: Sample) -> list[list[Image.Image]]:
         return [[read_image(frame, "an image") for frame in medium] for medium in sample["media"]]
     except ImageError as error:
         raise SampleError(f"Sample {sample['id']!r}: {error}", reason="bad image") from error
+
+
+def _tell_of_hidden_media(sample: Sample) -> None:
+    """A token sees the last medium in front of it alone (Alayrac et al. 2022, section 3.1.3)."""
+    places = sample.get("media_places") or [[0] * count for count in sample["media_per_turn"]]
+    if any(len({*of_turn}) < len(of_turn) for of_turn in places):
+        logger.warning_once(
+            "Some samples show several pictures with no words between them: the words behind see the last one alone. "
+            "Make them frames of one medium (images_as: frames; in messages a list of pictures as a video), or put "
+            "words between them."
+        )
 
 
 def _check_media(sample: Sample) -> None:

@@ -79,14 +79,14 @@ class OtterHDCollator(Collator):
         return [{**frames_as_media(sample), "resolution": side} for sample, side in sides]
 
     def _resolutions(self, samples: Sequence[Sample]) -> list[int | tuple[int, int] | None]:
-        if all("resolution" in sample for sample in samples):
-            return [(sample["resolution"],) * 2 for sample in samples]
-        if self.dynamic_resolution is None:
-            return [self.resolution] * len(samples)
-        drawn = torch.randint(len(self.dynamic_resolution), (len(samples),)).tolist()
-        if self.draw_per == "batch":
-            drawn = drawn[:1] * len(samples)
-        return [(self.dynamic_resolution[index],) * 2 for index in drawn]
+        sides: list = [self.resolution] * len(samples)
+        if self.dynamic_resolution is not None and not all("resolution" in sample for sample in samples):
+            drawn = torch.randint(len(self.dynamic_resolution), (len(samples),)).tolist()
+            if self.draw_per == "batch":
+                drawn = drawn[:1] * len(samples)
+            sides = [(self.dynamic_resolution[index],) * 2 for index in drawn]
+        own = [(sample["resolution"],) * 2 if "resolution" in sample else None for sample in samples]
+        return [side if side is not None else drawn for side, drawn in zip(own, sides, strict=True)]
 
     def _encode(self, samples: Sequence[Sample]) -> list[Row]:
         return [self._row(sample, self._process_images(sample)) for sample in samples]

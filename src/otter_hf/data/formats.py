@@ -34,6 +34,8 @@ _RECORD = {
     "instruction": Value("string"),
     "answer": Value("string"),
     "image_ids": List(Value("string")),
+    # of how many of the images each medium is made, where some are films given as their frames; otherwise empty
+    "frames_per_medium": List(Value("int32")),
     # whether each `<image>` in the instruction is the place of one of the images, in their order
     "images_in_text": Value("bool"),
     "system": Value("string"),
@@ -109,11 +111,13 @@ def stream_records(path: AnyPath) -> Iterator[dict[str, Any]]:
     for id, record in iter_json_object(path, "data"):
         if not isinstance(record, dict):
             raise ValueError(f"Record {id!r} of {path} must be an object, got {_shown(record)}.")
+        image_ids = _id_list(record.get("image_ids"), "image_ids of record %r of %s", id, path)
         yield {
             "id": id,
             "instruction": _text_or_none(record.get("instruction")),
             "answer": _text_or_none(record.get("answer")),
-            "image_ids": _id_list(record.get("image_ids"), "image_ids of record %r of %s", id, path),
+            "image_ids": image_ids,
+            "frames_per_medium": frames_per_medium(id, record, len(image_ids)),
             "images_in_text": _images_in_text(id, record),
             "system": _system(id, record),
             "rel_ins_ids": _id_list(record.get("rel_ins_ids"), "rel_ins_ids of record %r of %s", id, path),
@@ -162,7 +166,7 @@ class _Records:
 
         def batches():
             rows, context_rows, lengths = [], [], []
-            unknown = 0
+            unknown = own = 0
             for id, context in with_progress(contexts, desc=f"Resolving {Path(source).name}", unit=" examples"):
                 found = [self.index.find(other) for other in (id, *context)]
                 if -1 in found:
@@ -176,6 +180,7 @@ class _Records:
                     unknown += found.count(-1)
                     if found[0] == -1:
                         continue
+                own += id in context
                 rows.append(found[0])
                 context_rows.extend(row for row in found[1:] if row != -1)
                 lengths.append(sum(row != -1 for row in found[1:]))
@@ -183,6 +188,8 @@ class _Records:
                     yield from self._example_batches(rows, context_rows, lengths)
                     rows, context_rows, lengths = [], [], []
             yield from self._example_batches(rows, context_rows, lengths)
+            if own:
+                logger.warning(f"{own} examples in {source} have themselves, with their answers, as context.")
             if unknown:
                 logger.warning(f"{unknown} ids in {source} are no records of {self.path}: they were left out.")
 
@@ -231,6 +238,18 @@ def _images_in_text(id: str, record: Mapping[str, Any]) -> bool:
     return value
 
 
+def frames_per_medium(id: str, record: Mapping[str, Any], num_images: int) -> list[int]:
+    """Of how many of its images each medium of a record is made; empty where it does not say. ValueError if wrong."""
+    counts = record.get("frames_per_medium") or []
+    if not isinstance(counts, list) or not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"The frames_per_medium of record {id!r} must be a list of numbers, got {_shown(counts)}.")
+    if counts and sum(counts) != num_images:
+        raise ValueError(
+            f"The frames_per_medium of record {id!r} are {sum(counts)} images, of which it has {num_images}."
+        )
+    return counts
+
+
 def _system(id: str, record: Mapping[str, Any]) -> str | None:
     value = record.get("system")
     if value is not None and not isinstance(value, str):
@@ -268,10 +287,11 @@ def write_mimicit(
     behind the last complete 256 MB of pictures, which it finds in the hidden folder `.<name>.parquet.parts`.
 
     Args:
-        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids", "images_in_text", "system"}`, as a
-            mapping or in pairs. The last four are optional, `image_ids` may also be one string or `None`. With
-            `images_in_text`, the instruction holds an `<image>` for each of the images, where it stands; `system` is
-            a line in front of the prompt.
+        records: `id -> {"instruction", "answer", "image_ids", "rel_ins_ids", "frames_per_medium", "images_in_text",
+            "system"}`, as a mapping or in pairs. All but the texts are optional, `image_ids` may also be one string or
+            `None`. With `frames_per_medium` so many of the images, one behind the other, are a film; with
+            `images_in_text` the instruction holds an `<image>` for each medium, where it stands; `system` is a line in
+            front of the prompt.
         images: `image id -> picture`, as a mapping or in pairs, read one by one. Bytes and files are kept as they
             are, PIL pictures become PNG. More than 256 MB of them make `<name>.parquet` a folder of parts. No parquet
             file is written for an `ImageStore`, which the records then refer to, and for None, text-only data.
@@ -353,10 +373,11 @@ def _write_records(
                 if image_id not in known_images:
                     raise ValueError(f"Record {id!r} needs image {image_id!r}, which is not among the images.")
             marks = record["instruction"].count(IMAGE_TOKEN)
-            if _images_in_text(id, record) and marks != len(image_ids):
+            num_media = len(frames_per_medium(id, record, len(image_ids)) or image_ids)
+            if _images_in_text(id, record) and marks != num_media:
                 raise ValueError(
                     f"The instruction of record {id!r}, which says images_in_text, has {marks} {IMAGE_TOKEN} for "
-                    f"{len(image_ids)} images: write one for each."
+                    f"{num_media} images: write one for each."
                 )
             _system(id, record)
             related.extend((id, other) for other in rel_ins_ids)

@@ -2,11 +2,13 @@
 
 A dataset `X` there has up to three configurations: `X_Images` (`id`, `image`), `X_Instructions` (`id`, `instruction`,
 `answer`, `images` and `related instructions` as ids), and `X`, the same with the pictures themselves in each row. We
-add `X_Train` (`id`, `context`) where there is a train config, and the columns `images_in_text` and `system` where a
-record has them.
+add `X_Train` (`id`, `context`) where there is a train config, and the columns `images_in_text`, `frames_per_medium`
+and `system` where a record has them.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import sha1
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,8 @@ _INSTRUCTIONS = Features(
         "related instructions": List(Value("string")),
     }
 )
+# columns that the published datasets do not have
+_OWN = ("images_in_text", "frames_per_medium", "system")
 _TRAIN = Features({"id": Value("string"), "context": List(Value("string"))})
 
 
@@ -111,39 +115,70 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
 
     Reads `X_Instructions` with `X_Images` if they are there, else `X`, whose pictures get ids `X_IMG_` and a hash of
     their bytes, so that equal ones are stored once. Pictures are kept byte by byte; rows are streamed. `X_Train`
-    becomes the train config.
+    becomes the train config. Rows without an instruction or answer are left out, also as context of others, and
+    counted in a warning.
 
     Raises:
         ValueError: if the repository has no such dataset, or it lacks a column.
     """
     known = get_dataset_config_names(repository, revision=revision)
-
-    def rows(configuration: str) -> Iterable[Mapping[str, Any]]:
-        stream = load_dataset(repository, configuration, split="train", streaming=True, revision=revision)
-        features = stream.features or stream._resolve_features().features
-        for column, feature in features.items():
-            if isinstance(feature, Image):
-                stream = stream.cast_column(column, Image(decode=False))
-            elif isinstance(getattr(feature, "feature", None), Image):
-                stream = stream.cast_column(column, List(Image(decode=False)))
-        return logging.tqdm(stream, desc=f"Reading {configuration}")
-
-    if f"{name}_Instructions" in known:
-        records = (_record(row, row.get("images") or []) for row in rows(f"{name}_Instructions"))
-        images = None
-        if f"{name}_Images" in known:
-            images = ((row["id"], _image(row["image"], row["id"])) for row in rows(f"{name}_Images"))
-    elif name in known:
-        records = (
-            _record(row, [_picture_id(name, _image(image, row["id"])) for image in row.get("images") or []])
-            for row in rows(name)
-        )
-        images = _embedded_images(name, rows(name))
-    else:
+    rows = partial(_read_rows, repository, revision=revision)
+    usable = _UsableRows()
+    train, with_ids = f"{name}_Train", f"{name}_Instructions" in known
+    if not with_ids and name not in known:
         raise ValueError(f"{repository} has no configuration {name} or {name}_Instructions, only {', '.join(known)}.")
-    train = f"{name}_Train"
-    config = {row["id"]: row["context"] for row in rows(train)} if train in known else None
-    return write_mimicit(folder, name, records, images, config)
+    instructions = f"{name}_Instructions" if with_ids else name
+    if with_ids or train in known:
+        for _ in usable.of(rows(instructions)):  # what others have as context is known before they are written
+            pass
+    images = None if with_ids else _embedded_images(name, usable.of(rows(name)))
+    if with_ids and f"{name}_Images" in known:
+        images = ((row["id"], _image(row["image"], row["id"])) for row in rows(f"{name}_Images"))
+    config = None
+    if train in known:
+        config = {row["id"]: usable.ids(row["context"]) for row in rows(train) if usable.ids([row["id"]])}
+
+    def records() -> Iterator[tuple[str, dict[str, Any]]]:
+        for row in usable.of(rows(instructions)):
+            of_row = row.get("images") or []
+            ids = of_row if with_ids else [_picture_id(name, _image(image, row["id"])) for image in of_row]
+            id, record = _record(row, ids)
+            yield id, {**record, "rel_ins_ids": usable.ids(row.get("related instructions"))}
+
+    files = write_mimicit(folder, name, records(), images, config)
+    if usable.left_out:
+        logger.warning(f"Left out of {name}: {dict(Counter(usable.left_out.values()))}.")
+    return files
+
+
+def _read_rows(repository: str, configuration: str, revision: str | None) -> Iterable[Mapping[str, Any]]:
+    """The rows of a configuration, streamed, with pictures as they are stored."""
+    stream = load_dataset(repository, configuration, split="train", streaming=True, revision=revision)
+    features = stream.features or stream._resolve_features().features
+    for column, feature in features.items():
+        if isinstance(feature, Image):
+            stream = stream.cast_column(column, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            stream = stream.cast_column(column, List(Image(decode=False)))
+    return logging.tqdm(stream, desc=f"Reading {configuration}")
+
+
+class _UsableRows:
+    """Rows that have both texts; `left_out` are the ids of the others that were met, with what they lack."""
+
+    def __init__(self):
+        self.left_out: dict[str, str] = {}
+
+    def of(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        for row in rows:
+            missing = [key for key in ("instruction", "answer") if key in row and not isinstance(row[key], str)]
+            if missing:
+                self.left_out[row["id"]] = f"no {missing[0]}"
+            else:
+                yield row
+
+    def ids(self, ids: Iterable[str] | None) -> list[str]:
+        return [id for id in ids or () if id not in self.left_out]
 
 
 def _made_from(entries: Sequence[MixtureEntry]) -> MadeFrom:
@@ -159,8 +194,7 @@ def _configurations(entry: MixtureEntry, cache_dir: str | Path | None) -> Iterat
         yield "Images", PICTURES, images
     columns = {"image_ids": "images", "rel_ins_ids": "related instructions"}
     features = _INSTRUCTIONS
-    # the published datasets do not have these columns
-    own = {name: FEATURES[name] for name in ("images_in_text", "system") if any(records[name])}
+    own = {name: FEATURES[name] for name in _OWN if any(records[name])}
     features = Features({**features, **own})
     yield "Instructions", features, records.rename_columns(columns).select_columns(list(features))
     if entry.train_config_path:
@@ -185,14 +219,11 @@ def _record(row: Mapping[str, Any], image_ids: Sequence[str]) -> tuple[str, dict
     if missing:
         raise ValueError(f"The instructions have no column {', '.join(missing)}, only {', '.join(row)}.")
     record = {"instruction": row["instruction"], "answer": row["answer"], "image_ids": list(image_ids)}
-    if row.get("images_in_text"):
-        record["images_in_text"] = True
-    if row.get("system"):
-        record["system"] = row["system"]
-    return row["id"], {**record, "rel_ins_ids": list(row.get("related instructions") or [])}
+    return row["id"], record | {name: row[name] for name in _OWN if row.get(name)}
 
 
-def _image(value: Mapping[str, Any], id: str) -> bytes:
+def _image(value: Mapping[str, Any] | None, id: str) -> bytes:
+    value = value or {}  # tables have null for what is not there
     data = value.get("bytes")
     if data is None and value.get("path"):
         data = Path(value["path"]).read_bytes()

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -131,7 +131,8 @@ def build_sample(
     The `system` text of the row is the line in front of the prompt, in place of a drawn task description.
 
     If a record says `images_in_text`, every record of the sample brings its own images; those of that record are media
-    of their own and stand where its instruction has an `<image>`.
+    of their own and stand where its instruction has an `<image>`. `frames_per_medium` says of how many images each
+    medium is made: of a film with more than `num_frames` so many are taken.
 
     Args:
         row: a row with the columns of `otter_hf.data.formats.FEATURES`.
@@ -163,6 +164,9 @@ def build_sample(
         ids = record["image_ids"]
         if task_group == TEXT_ONLY:
             return []
+        if counts := record.get("frames_per_medium"):
+            of_medium = iter(ids)
+            return [_medium_of_frames(row["id"], [*islice(of_medium, count)], store, options) for count in counts]
         if not ids:
             return [_load_video(row["id"], ids, store, options.num_frames, {})] if is_video(record) else []
         # of a video one picture tells that the others are its frames
@@ -201,6 +205,38 @@ def build_sample(
         while options.max_context is not None and len(sample["turns"]) > options.max_context + 1:
             sample = drop_oldest_turn(sample)
     return sample
+
+
+def count_frames(row: Mapping[str, Any], store: ImageStore, task_group: str, options: SampleOptions) -> int:
+    """How many pictures and film frames `build_sample` would read of a row; what is missing counts as a picture."""
+    records = [*row["context"], row]
+    if options.max_context is not None:
+        records = records[-1 - options.max_context :]
+    if task_group in (IMAGE_TEXT, VIDEO_TEXT) and not any(record.get("images_in_text") for record in records):
+        records = [row]
+
+    def frames_of(id: str) -> int:
+        try:
+            medium = store.medium(id)
+        except (KeyError, OSError):
+            return 1
+        return options.num_frames if isinstance(medium, Path) or is_film(medium) else 1
+
+    def frames_of_record(record: Mapping[str, Any]) -> int:
+        ids = record["image_ids"]
+        if task_group == TEXT_ONLY or not ids:
+            return 0
+        if counts := record.get("frames_per_medium"):
+            ends = accumulate(counts)
+            return sum(
+                min(options.num_frames, count) if count > 1 else frames_of(ids[end - 1])
+                for count, end in zip(counts, ends, strict=True)
+            )
+        if task_group == VIDEO_TEXT and frames_of(ids[0]) == 1:
+            return options.num_frames
+        return sum(map(frames_of, ids))
+
+    return sum(map(frames_of_record, records))
 
 
 def drop_oldest_turn(sample: Sample) -> Sample:
@@ -280,6 +316,13 @@ def _load_video(
             raise SampleError(message, reason="unreadable image")
         frames[index] = frame
     return [frames[index] for index in indices]
+
+
+def _medium_of_frames(id: str, image_ids: list[str], store: ImageStore, options: SampleOptions) -> list[Image.Image]:
+    """A film of several frames, or what one id stands for."""
+    if len(image_ids) > 1:
+        return _load_video(id, image_ids, store, min(options.num_frames, len(image_ids)), {})
+    return _frames_of(id, image_ids[0], _load_medium(id, image_ids[0], store), options)
 
 
 def _load_medium(id: str, medium_id: str, store: ImageStore, animated: bool = False) -> Image.Image | bytes | Path:

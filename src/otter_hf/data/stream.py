@@ -37,7 +37,8 @@ class StreamedMixture(IterableDataset):
         on_error: `"raise"` the `SampleError` of a sample that cannot be used, or `"skip"` and count it.
         seed: of all random choices.
         shard: `(index, number)`: keep every `number`-th sample, from `index` on: one shard for each rank. Workers of a
-            data loader divide what is left among them.
+            data loader divide what is left among them. transformers' `Trainer` takes it without: accelerate deals out
+            what one process reads, and the other shards would never be trained.
         cache_dir: see `MimicitMixture`.
         transform: see `MimicitMixture`.
 
@@ -71,6 +72,8 @@ class StreamedMixture(IterableDataset):
             raise ValueError(f"shard must be (index, number) with 0 <= index < number, got {shard}.")
         self.entries = entries_of(mixture, cache_dir)
         self.weights = _weights(self.entries, weights or {})
+        if unused := [entry.name for entry in self.entries if entry.num_samples not in (-1, 0)]:
+            logger.warning(f"num_samples of {', '.join(unused)} has no effect on a stream: give weights.")
         self.options = options or SampleOptions()
         self.buffer_size = buffer_size
         self.populate_rel_ins = populate_rel_ins

@@ -24,6 +24,7 @@ from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
 from ..storage import AnyPath, is_one_path, to_path
 from .contamination import Overlap
 from .engine import Engine, read_records, run
+from .formats import frames_per_medium
 from .image_store import ImageStore
 from .images import decode_image
 from .json_stream import iter_json_object
@@ -254,6 +255,9 @@ class _DatasetCheck:
             self._check_texts(id, record)
             self.images[id] = self._id_list(id, record, "image_ids")
             self.related[id] = self._id_list(id, record, "rel_ins_ids")
+            if self.entry.task_group == TEXT_ONLY and self.images[id]:
+                message = f"record {id!r} has image_ids, which {TEXT_ONLY} does not show"
+                self._add("warning", "pictures that are not shown", message, id)
             self._check_places(id, record)
             self._check_marks(id, record)
             self.lengths[id] = self._length_of(record)
@@ -266,10 +270,15 @@ class _DatasetCheck:
         self.counts.fewest_images, self.counts.most_images = min(used, default=0), max(used, default=0)
 
     def _check_places(self, id: str, record: dict[str, Any]):
+        try:
+            images = len(frames_per_medium(id, record, len(self.images[id])) or self.images[id])
+        except ValueError as error:
+            self._add("error", "frames per medium", str(error), id)
+            return
         if not record.get("images_in_text"):
             return
         self.placed.add(id)
-        marks, images = str(record.get("instruction")).count(IMAGE_TOKEN), len(self.images[id])
+        marks = str(record.get("instruction")).count(IMAGE_TOKEN)
         if record["images_in_text"] is not True or marks != images:
             message = f"the instruction of record {id!r} has {marks} {IMAGE_TOKEN} for {images} images"
             self._add("error", "images in text", message, id)
@@ -323,6 +332,8 @@ class _DatasetCheck:
                 self._add("warning", "example twice", f"example {id!r} is in the train config more than once", id)
             examples.add(id)
             self.counts.examples += 1
+            if in_use and id in context:
+                self._add("warning", "its own context", f"example {id!r} has itself, with its answer, as context", id)
             for other in (id, *context):
                 if other not in self.images:
                     message = f"{other!r}, needed by example {id!r}, is no record"

@@ -1,6 +1,7 @@
 """Conversations of any source, and how they become MIMIC-IT records."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,10 @@ from transformers.utils import logging
 
 from ...files import write_text
 from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
-from ...reading import parse_json, refuse_lfs_pointer
 from ..formats import MimicitFiles, write_mimicit
 from ..images import image_bytes
 from ..samples import IMAGE_TEXT, TEXT_ONLY
+from .rows import read_named_rows
 
 
 logger = logging.get_logger(__name__)
@@ -29,12 +30,16 @@ class Conversation:
     Args:
         id: its id in the source; need not be unique.
         turns: `(instruction, answer)` pairs, oldest first.
-        pictures: `(id in the source, file or encoded bytes)` of the pictures that it is about, in their order.
-        pictures_per_turn: how many of them belong to each turn, whose instruction has an `<image>` where each stands.
-            None: one picture or none, in front of the first turn.
+        pictures: `(id in the source, file or encoded bytes)` of the pictures and films that it is about, in their
+            order; of a film that is given as its frames a list of these, which come apart here (see `frames`).
+        pictures_per_turn: how many media belong to each turn, whose instruction has an `<image>` where each stands.
+            None: one medium or none, in front of the first turn.
         system: the text in front of everything, of a system message.
         left_out: why it cannot be used, for a reader that was told to skip such conversations.
         unused: names of what the source has and a record cannot keep, such as unknown keys.
+
+    Attributes:
+        frames: of how many of the pictures each medium is made; None where each is one.
     """
 
     id: str
@@ -44,6 +49,11 @@ class Conversation:
     system: str | None = None
     left_out: str | None = None
     unused: Sequence[str] = ()
+
+    def __post_init__(self):
+        media = [medium if isinstance(medium, list) else [medium] for medium in self.pictures]
+        self.frames = [len(medium) for medium in media] if any(len(medium) > 1 for medium in media) else None
+        self.pictures = [picture for medium in media for picture in medium]
 
 
 class UnusableConversation(ValueError):
@@ -193,15 +203,17 @@ def write_mixture(path: str | Path, files: MimicitFiles) -> None:
 def _records(conversation: Conversation, image_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The records of the turns, without `rel_ins_ids`."""
     system = {"system": conversation.system} if conversation.system else {}
-    if conversation.pictures_per_turn is None:
-        for instruction, answer in conversation.turns:
-            yield {"instruction": instruction, "answer": answer, "image_ids": list(image_ids), **system}
-        return
-    remaining = iter(image_ids)
-    for (instruction, answer), count in zip(conversation.turns, conversation.pictures_per_turn, strict=True):
-        of_turn = [next(remaining) for _ in range(count)]
-        placed = {"images_in_text": True} if of_turn else {}
-        yield {"instruction": instruction, "answer": answer, "image_ids": of_turn, **placed, **system}
+    frames = [1] * len(image_ids) if conversation.frames is None else conversation.frames
+    remaining, media = iter(image_ids), iter(frames)
+    for turn, (instruction, answer) in enumerate(conversation.turns):
+        if conversation.pictures_per_turn is None:
+            of_turn, sizes, placed = list(image_ids), frames, {}
+        else:
+            sizes = [next(media) for _ in range(conversation.pictures_per_turn[turn])]
+            of_turn = [next(remaining) for _ in range(sum(sizes))]
+            placed = {"images_in_text": True} if of_turn else {}
+        films = {"frames_per_medium": sizes} if len(of_turn) > len(sizes) else {}
+        yield {"instruction": instruction, "answer": answer, "image_ids": of_turn, **films, **placed, **system}
 
 
 class _PictureNames:
@@ -266,7 +278,7 @@ def conversations_of(
 
 
 def place_pictures(
-    turns: Sequence[tuple[str, str]], pictures: Sequence[tuple[str, Path | bytes]], where: str, *, marked: bool
+    turns: Sequence[tuple[str, str]], pictures: Sequence, where: str, *, marked: bool
 ) -> tuple[list[tuple[str, str]], list[int] | None]:
     """Turns and `pictures_per_turn` of a [`Conversation`].
 
@@ -276,7 +288,7 @@ def place_pictures(
 
     Args:
         turns: `(instruction, answer)` pairs.
-        pictures: of the conversation.
+        pictures: pictures and films of the conversation.
         where: for messages.
         marked: whether `<image>` in a text marks a place; otherwise it is a word like others.
 
@@ -309,76 +321,6 @@ def place_pictures(
     return list(turns), counts
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON file that holds a list of them, of a file with one per line, or of parquet.
-
-    Args:
-        path: the file, or a folder of parquet files.
-
-    Raises:
-        ValueError: naming the file and the line or the record that is no JSON object.
-    """
-    return (row for _, row in read_named_rows(path))
-
-
-def read_named_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """As `read_rows`, each row with its place for messages, such as `Line 3 of x.jsonl`."""
-    path = Path(path)
-    refuse_lfs_pointer(path)
-    if path.is_dir() or path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            start = file.read(64).lstrip()
-            file.seek(0)
-            if start.startswith("["):
-                for number, row in enumerate(parse_json(file.read())):
-                    where = f"Record {number} of {path}"
-                    yield where, _object(row, where)
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    where = f"Line {number} of {path}"
-                    yield where, _object(_parsed(line, number, path), where)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither a JSON list nor JSON lines: {error}.") from None
-
-
-def _parsed(line: str, number: int, path: Path) -> Any:
-    try:
-        return parse_json(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is neither a JSON list nor JSON lines: line {number}, column {error.colno}: {error.msg}."
-        ) from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"{path} is a folder without parquet files: give a JSON file, JSON lines or parquet.")
-    for file in files:
-        refuse_lfs_pointer(file)
-        try:
-            number = 0
-            for batch in pq.ParquetFile(file).iter_batches(batch_size=64):  # rows may hold pictures
-                for row in batch.to_pylist():
-                    yield f"Row {number} of {file}", row
-                    number += 1
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} cannot be read as parquet: {error}.") from None
-
-
-def _object(row: Any, where: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} must be an object, got {repr(row)[:60]}.")
-    return row
-
-
 def text_of(row: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
     """The text under a key; `ValueError` if there is none or it is no text."""
     value = default if row.get(key) is None else row[key]  # tables have null for what is not there
@@ -395,6 +337,7 @@ def system_text(row: dict[str, Any], of_messages: str | None, where: str) -> str
 
 # refused where a reader does not know them
 _OTHER_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_NAMED_IN_TEXT = re.compile(r"<img>[^<>\n]+</img>")
 _ASKING = ("human", "user")
 _ANSWERING = ("gpt", "assistant", "chatgpt", "bard", "bing")
 
@@ -403,10 +346,10 @@ def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[st
     """The keys of a row that are not used, for `Conversation.unused`; keys without a value do not count.
 
     Raises:
-        UnusableConversation: for a key that changes what the row means: other media, a weight, or that a message is
-            not to be learned.
+        UnusableConversation: for a key that changes what the row means: other media, places in them, a weight, or that
+            a message is not to be learned.
     """
-    given = [key for key, value in row.items() if key not in known and value not in (None, "", [], {})]
+    given = [key for key, value in row.items() if key not in known and not _is_empty(value)]
     for key in given:
         if key in _OTHER_MEDIA:
             raise UnusableConversation(
@@ -414,8 +357,14 @@ def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[st
                 "films as frames of a VIDEO_TEXT dataset, or leave such conversations out (--skip-invalid).",
                 key.removesuffix("s"),
             )
+        if key == "objects":  # of ms-swift, whose texts hold <bbox> and <ref-object> in their place
+            raise UnusableConversation(
+                f"{where} has objects, whose places this conversion does not write into the texts; write them there, "
+                "or leave such conversations out (--skip-invalid).",
+                key,
+            )
         # OpenAI's weight; ms-swift's and Axolotl's names for a message that is not learned
-        if (key == "weight" and row[key] != 1) or (key in ("loss", "train") and row[key] is False):
+        if (key == "weight" and row[key] != 1) or (key in ("loss", "train", "training") and row[key] in (False, 0)):
             raise UnusableConversation(
                 f"{where} has the {key} {row[key]!r}, and of records every answer counts the same; leave it out, or "
                 "leave such conversations out (--skip-invalid).",
@@ -424,8 +373,24 @@ def check_keys(row: dict[str, Any], known: Sequence[str], where: str) -> list[st
     return [f"key {key!r}" for key in given if key != "weight"]
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether nothing is there: tables have null, and structs and lists of it."""
+    if isinstance(value, dict):
+        return all(map(_is_empty, value.values()))
+    return value is None or value == "" or value == []
+
+
 def check_media_marks(turns: Sequence[tuple[str, str]], where: str, marks: Sequence[str] = ("<video>",)) -> None:
-    """Raises `UnusableConversation` for a text with a placeholder of sound, or in an answer, or one of `marks`."""
+    """
+    Raises `UnusableConversation` for a text with a placeholder of sound, in an answer, or one of `marks`, and for the
+    picture that Qwen-VL's data name in a text.
+    """
+    if any(_NAMED_IN_TEXT.search(text) for turn in turns for text in turn):
+        raise UnusableConversation(
+            f"{where}: the texts name a picture in <img></img>, which this conversion does not read; name it under "
+            "image and write <image>, or leave such conversations out (--skip-invalid).",
+            "picture named in the text",
+        )
     for mark in ("<video>", "<audio>"):
         unread = mark in marks or mark == "<audio>"
         if any(mark in text for turn in turns for text in (turn if unread else turn[1:])):

@@ -30,6 +30,10 @@ from .common import (
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # of file systems
 _LONGEST_NAME = 255
+# id, and file or bytes of a picture or film
+_Picture = tuple[str, Path | bytes]
+# a film may be its frames
+Medium = _Picture | list[_Picture]
 
 
 def read_llava(
@@ -65,24 +69,24 @@ def read_llava(
 
 def media_of_row(
     row: dict[str, Any], where: str, folder: str | Path | None, allow_outside: bool, kind: str = "image"
-) -> list[tuple[str, Path | bytes]]:
-    """Id and file or bytes of what a row has under `image` or `images`, likewise of another kind."""
+) -> list[Medium]:
+    """What a row has under `image` or `images`, likewise of another kind."""
     if row.get(kind) and row.get(f"{kind}s"):
         raise ValueError(f"{where} has both {kind} and {kind}s: give its {kind}s under one of them.")
     key = f"{kind}s" if row.get(f"{kind}s") else kind
     media = row.get(key) or []
     media = media if isinstance(media, list) else [media]
-    # tables have null for what is not there, also in each field of it
-    media = [medium for medium in media if medium is not None and medium != {"bytes": None, "path": None}]
-    return [medium_of(medium, key, folder, where, allow_outside) for medium in media]
+    return [medium_of(medium, key, folder, where, allow_outside) for medium in media if is_there(medium)]
+
+
+def is_there(medium: Any) -> bool:
+    """Whether a medium is given: tables have null for what is not there, also in each field of it."""
+    return medium is not None and medium != {"bytes": None, "path": None}
 
 
 def join_media(
-    turns: list[tuple[str, str]],
-    pictures: list[tuple[str, Path | bytes]],
-    films: list[tuple[str, Path | bytes]],
-    where: str,
-) -> tuple[list[tuple[str, str]], list[tuple[str, Path | bytes]]]:
+    turns: list[tuple[str, str]], pictures: list[Medium], films: list[Medium], where: str
+) -> tuple[list[tuple[str, str]], list[Medium]]:
     """
     The turns with `<image>` in place of each `<video>`, and pictures and films in their order there.
 
@@ -109,16 +113,17 @@ def join_media(
 MARKS = re.compile("<image>|<video>")
 
 
-def medium_of(
-    image: Any, key: str, folder: str | Path | None, where: str, allow_outside: bool
-) -> tuple[str, Path | bytes]:
+def medium_of(image: Any, key: str, folder: str | Path | None, where: str, allow_outside: bool) -> Medium:
     """
-    Id and file or bytes of a picture or film: a file name, bytes, or `{"bytes", "path"}`.
+    Id and file or bytes of a picture or film: a file name, bytes, or `{"bytes", "path"}`; of a film that is a list of
+    frames those of each.
 
     Raises:
         ValueError: for anything else, and where `key` is of films, for what is none: an animated picture would be
             trained as its first frame.
     """
+    if isinstance(image, list) and image and key.startswith("video"):
+        return [medium_of(frame, f"a frame of {key}", folder, where, allow_outside) for frame in image]
     image = {"path": image} if isinstance(image, str) else {"bytes": image} if isinstance(image, bytes) else image
     data, file = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (None, None)
     name = str(Path(file).with_suffix("")) if isinstance(file, str) and Path(file).name else None

@@ -2,10 +2,11 @@
 Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a chosen and a rejected answer.
 
 `{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet; also
-`{"conversations": [{"from", "value"}]}`. A content is a text, where `<image>` and `<video>` stand for the next of the
-row's images and videos, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}` likewise for the next one,
-or with one of its own under `image`, `url`, `path`, `base64` or `image_url`, and so for videos. Media are file
-names, `{"bytes", "path"}`, or addresses of the kinds `data:` and `file:`.
+`{"conversations": [{"from", "value"}]}` and `{"query", "response", "history": [[query, response]]}`. A content is a
+text, where `<image>` and `<video>` stand for the next of the row's images and videos, or a list of parts: `{"type":
+"text", "text"}`, `{"type": "image"}` likewise for the next one, for that of an `index`, or with one of its own under
+`image`, `url`, `path`, `base64` or `image_url`, and so for videos. Media are file names, `{"bytes", "path"}`, or
+addresses of the kinds `data:` and `file:`; a film may be a list of these, its frames.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,19 +30,20 @@ from .common import (
     conversations_of,
     place_pictures,
     read_messages,
-    read_named_rows,
     system_text,
     text_of,
     write_conversations,
     write_mixture,
 )
-from .image_text import MARKS, join_media, media_of_row, medium_of
+from .image_text import MARKS, is_there, join_media, media_of_row, medium_of
+from .rows import read_named_rows
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 _MEDIA = ("image", "images", "video", "videos")
 _CONVERSATIONS = ("messages", "conversations")
+_OF_QUERY = ("query", "response", "history")
 # keys of other forms, and what reads them
 _OTHER_FORMS = (
     (("instruction", "output"), "Alpaca's", "otter-hf data from-alpaca"),
@@ -50,6 +52,9 @@ _OTHER_FORMS = (
     (("chosen", "rejected"), "the preferences'", "TRL's DPOTrainer (examples/trl_dpo.py)"),
 )
 _MARK = {"image": IMAGE_TOKEN, "image_url": IMAGE_TOKEN, "video": "<video>", "video_url": "<video>"}
+# what a part of a message may have
+_IN_TEXT = ("type", "text")
+_IN_MEDIUM = ("type", "index", *_MARK, "url", "path", "base64")
 
 
 def read_chats(
@@ -70,7 +75,8 @@ def read_chats(
     folder = _folder(path, image_folder)
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
-        unused = check_keys(row, ("id", *_CONVERSATIONS, "prompt", "completion", "system", *_MEDIA), where)
+        known = ("id", *_CONVERSATIONS, *_OF_QUERY, "prompt", "completion", "system", *_MEDIA)
+        unused = check_keys(row, known, where)
         messages = _conversation_of(row, where)
         if messages is None and row.get("completion"):
             messages = [*_messages(row.get("prompt"), where), *_messages(row["completion"], where)]
@@ -82,7 +88,8 @@ def read_chats(
         turns, per_turn = place_pictures(turns, media, where, marked=True)
         system = system_text(row, system, where)
         id = number if row.get("id") is None else row["id"]
-        yield Conversation(str(id), turns, media, per_turn, system, unused=unused + unused_messages)
+        unused += unused_messages + reader.unused
+        yield Conversation(str(id), turns, media, per_turn, system, unused=unused)
 
     return conversations_of(path, read, on_invalid)
 
@@ -93,8 +100,10 @@ def read_preferences(
     """
     Rows with a chosen and a rejected answer as TRL's `DPOTrainer` takes them.
 
-    `chosen` and `rejected` are messages, one message or a text; with a `prompt` (messages or a text), `messages` or
-    `conversations` in front, or both whole conversations that begin alike. Arguments as for `read_chats`.
+    `chosen` and `rejected` are messages, one message or a text; with a `prompt` (messages or a text), `messages`,
+    `conversations` or a `question` in front, or both whole conversations that begin alike. In place of them ms-swift
+    has `messages` with the chosen answer, and `rejected_response`, another last answer, or `rejected_messages`.
+    Arguments as for `read_chats`.
 
     Yields:
         `images`, a list of `{"bytes", "path"}`, and `prompt`, `chosen` and `rejected`, messages whose contents are
@@ -132,16 +141,20 @@ def _preferences(
     """Place and row as `read_preferences` says; pictures are files or bytes."""
     folder = _folder(path, image_folder)
     for where, row in read_named_rows(path):
+        row = _with_chosen_and_rejected(row, where)
         for key in ("chosen", "rejected"):
             if not row.get(key):
                 raise ValueError(f"{where} has no {key}: a row of preferences needs chosen and rejected.")
-        for key in ("video", "videos"):
+        for key in ("video", "videos", "rejected_images", "rejected_videos"):
             if row.get(key):
                 raise ValueError(f"{where} has {key}, which preferences are not read with; give frames as images.")
+        check_keys(row, ("image", "images"), where)
         chosen, rejected = (_messages(row[key], where, "assistant") for key in ("chosen", "rejected"))
-        prompt = row.get("prompt") or _conversation_of(row, where)
+        prompt = row.get("prompt") or _conversation_of(row, where) or row.get("question")
         if prompt:
             prompt = _messages(prompt, where, "user")
+            if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:  # whole conversations beside it
+                chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
         else:
             shared = 0
             while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -149,8 +162,13 @@ def _preferences(
             prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
         if not prompt:
             raise ValueError(f"{where} has no prompt: chosen and rejected must begin alike, or prompt go with them.")
+        if not chosen or not rejected:
+            raise ValueError(f"{where}: its chosen and rejected hold nothing behind the prompt.")
         reader = _MediaReader(row, where, folder, allow_outside)
         asked = reader.texts(prompt)
+        system = asked.pop(0)["value"] if asked[0]["from"] == "system" else None
+        if system := system_text(row, system, where):
+            asked.insert(0, {"from": "system", "value": system})
         images, _ = reader.media()
         answers = {
             name: _MediaReader({}, where, folder, allow_outside).texts(messages)
@@ -164,9 +182,23 @@ def _preferences(
         yield where, {"images": [image for _, image in images], **parts}
 
 
+def _with_chosen_and_rejected(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row of ms-swift's form under the names of the others."""
+    answer, messages = row.get("rejected_response"), row.get("rejected_messages")
+    if not answer and not messages:
+        return row
+    if row.get("chosen") or row.get("rejected") or (answer and messages):
+        names = [name for name in ("chosen", "rejected", "rejected_response", "rejected_messages") if row.get(name)]
+        raise ValueError(f"{where} has {', '.join(names)}: give its answers under one pair of names.")
+    chosen = _messages(_conversation_of(row, where), where)
+    rejected = messages if messages else [*chosen[:-1], *_messages(answer, where, "assistant")]
+    whole = dict.fromkeys(("messages", "conversations", "query", "prompt"))
+    return {**row, **whole, "chosen": chosen, "rejected": rejected}
+
+
 def _check_preference(asked: list[dict], answers: dict[str, list[dict]], num_images: int, where: str) -> None:
     """Raises ValueError for what a row of preferences cannot have."""
-    if asked[-1]["from"] != "human":
+    if not asked or asked[-1]["from"] != "human":
         raise ValueError(f"{where}: its prompt must end with a message of the user.")
     for name, messages in answers.items():
         if messages[-1]["from"] != "gpt":
@@ -233,8 +265,15 @@ def _folder(path: str | Path, image_folder: str | Path | None) -> Path:
 def _conversation_of(row: dict[str, Any], where: str) -> Any:
     """What a row has under one of the names of its messages; None if nothing."""
     given = [name for name in _CONVERSATIONS if row.get(name)]
+    given += ["query"] if row.get("query") and row.get("response") else []
     if len(given) > 1:
         raise ValueError(f"{where} has both {' and '.join(given)}: give its messages under one of them.")
+    if given == ["query"]:
+        turns = [*(row.get("history") or []), [row["query"], row["response"]]]
+        if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+            raise ValueError(f"{where}: history must be a list of [query, response], got {row['history']!r:.60}.")
+        both = [({"role": "user", "content": asked}, {"role": "assistant", "content": said}) for asked, said in turns]
+        return [message for turn in both for message in turn]
     return row[given[0]] if given else row.get("messages")
 
 
@@ -269,10 +308,12 @@ class _MediaReader:
 
     def __init__(self, row: dict[str, Any], where: str, folder: Path, allow_outside: bool):
         self.where, self.folder, self.allow_outside = where, folder, allow_outside
-        self._waiting = {
+        self.unused: list[str] = []
+        self._of_row = {
             mark: media_of_row(_decoded(row, where), where, folder, allow_outside, kind)
             for kind, mark in (("image", IMAGE_TOKEN), ("video", "<video>"))
         }
+        self._waiting = {mark: [*media] for mark, media in self._of_row.items()}
         self._placed: dict[str, list] = {IMAGE_TOKEN: [], "<video>": []}
 
     def texts(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -308,7 +349,10 @@ class _MediaReader:
 
     def _part(self, part: Any) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None and isinstance(part, dict):  # Qwen's tools need no type
+            kind = next((name for name in ("text", *_MARK) if part.get(name) is not None), None)
         if kind == "text":
+            self._note_unused(part, _IN_TEXT)
             # in parts a mark is a word like others
             return escape_reserved_tokens(text_of(part, "text", self.where), [IMAGE_TOKEN, "<video>"])
         mark = _MARK.get(kind) if isinstance(kind, str) else None
@@ -318,15 +362,32 @@ class _MediaReader:
                 "conversations out (--skip-invalid).",
                 "part",
             )
+        self._note_unused(part, _IN_MEDIUM)
         own = next((part[key] for key in (kind, "image", "video", "url", "path", "base64") if part.get(key)), None)
         own = own.get("url") if isinstance(own, dict) and "url" in own else own
         own = f"data:,{own}" if own is not None and own is part.get("base64") else own
-        if own is not None:
+        if is_there(own):
             own = _decoded({"own": own}, self.where)["own"]
             self._placed[mark].append(medium_of(own, kind, self.folder, self.where, self.allow_outside))
+        elif part.get("index") is not None:
+            self._place_by_index(mark, part["index"])
         elif self._waiting[mark]:
             self._placed[mark].append(self._waiting[mark].pop(0))
         return mark
+
+    def _place_by_index(self, mark: str, index: Any) -> None:
+        media = self._of_row[mark]
+        if type(index) is not int or not 0 <= index < len(media):
+            raise UnusableConversation(
+                f"{self.where}: a part has the index {index!r:.60}, and the row {len(media)} media, which are counted "
+                "from 0; correct it, or leave such conversations out (--skip-invalid).",
+                "index of a part",
+            )
+        self._placed[mark].append(media[index])
+        self._waiting[mark] = [medium for medium in self._waiting[mark] if medium is not media[index]]
+
+    def _note_unused(self, part: dict[str, Any], known: Sequence[str]) -> None:
+        self.unused += [f"{name} of a part" for name in check_keys(part, known, self.where)]
 
 
 def _decoded(row: dict[str, Any], where: str) -> dict[str, Any]:

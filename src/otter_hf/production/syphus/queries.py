@@ -13,7 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...data.json_stream import iter_json_object
-from ...data.sources.common import read_rows
+from ...data.sources.rows import read_rows
 
 
 logger = logging.get_logger(__name__)
