@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerState
 
 from otter_hf.training.arguments import TrainingArguments, parse_arguments
-from otter_hf.training.run import _check_sizes
+from otter_hf.training.run import _check_sizes, _tell
 
 
 FLAGS = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "out"]
@@ -116,6 +116,18 @@ def test_too_few_samples_for_one_batch():
         _check_sizes([0] * 7, None, training_args)
     with pytest.raises(ValueError, match="eval_mixture has no samples"):
         _check_sizes([0] * 8, [], training_args)
+
+
+def test_what_measures_or_trains_something_else_than_it_seems(caplog):
+    config = SimpleNamespace(max_num_frames=8, get_text_config=lambda: SimpleNamespace(max_position_embeddings=8))
+    data_args = SimpleNamespace(max_length=8, eval_fraction=0.0)
+    films = SimpleNamespace(task_groups=["VIDEO_TEXT"], digest=lambda: "films")
+    _tell(config, data_args, films, SimpleNamespace(digest=lambda: "others"))
+    assert not caplog.records
+    config.max_num_frames = None
+    _tell(config, data_args, films, films)
+    assert "sees the frames of a film, but not their order" in caplog.text
+    assert "eval_mixture is what is trained on" in caplog.text
 
 
 @pytest.mark.parametrize(("steps", "every"), [(9, 1), (20, 1), (100, 5), (20_000, 1000)])

@@ -21,9 +21,9 @@ from filelock import FileLock
 from training_files import PROGRAM, command, environment, losses, torchrun, weights, write_training_files
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
-from otter_hf.training import checkpoints
+from otter_hf.training import checkpoints, load_trainable
 from otter_hf.training.arguments import parse_arguments
-from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, CheckpointTrainer, find_checkpoint, load_trainable
+from otter_hf.training.checkpoints import STOPPED_EXIT_CODE, CheckpointTrainer, find_checkpoint
 from otter_hf.training.run import run as main
 from otter_hf.training.run import train
 from otter_hf.training.run_record import RunRecord
@@ -395,11 +395,18 @@ def test_trainable_only(files, unbroken):
     assert not list(out.rglob("model.safetensors"))
     sizes = [path.stat().st_size for path in (out / "trainable.safetensors", files / "whole" / "model.safetensors")]
     assert sizes[0] < 0.6 * sizes[1]
-    assert json.loads((out / "trainable.json").read_text())["base_model_name_or_path"] == str(files / "base")
+    assert json.loads((out / "trainable.json").read_text())["base_model_name_or_path"] == "../base"
     with pytest.raises(OSError, match="model.safetensors"):
         AutoModelForImageTextToText.from_pretrained(out)
 
     expected = weights(files / "whole")
+    # wherever both are moved to, also of a checkpoint
+    shutil.copytree(files / "base", files / "moved" / "base")
+    shutil.copytree(out, files / "moved" / "small")
+    load_trainable(files / "moved" / "small" / "checkpoint-4")
+    shutil.rmtree(files / "moved" / "base")
+    with pytest.raises(ValueError, match="was trained on ../base, which is gone"):
+        load_trainable(files / "moved" / "small")
     loaded = load_trainable(out)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     processor = AutoProcessor.from_pretrained(out / "checkpoint-4")

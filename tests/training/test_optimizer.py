@@ -1,5 +1,6 @@
 """What decays, which rows of the embeddings are trained, and what ends a training."""
 
+import copy
 import re
 
 import pytest
@@ -8,7 +9,32 @@ from safetensors.torch import load_file
 
 from otter_hf.testing.otterhd import tiny_model, tiny_processor
 from otter_hf.training.freezing import train_only_rows
-from otter_hf.training.optimizer import decayed_parameter_names
+from otter_hf.training.optimizer import check_precision, decayed_parameter_names
+from otter_hf.training.vocabulary import check_vocabulary, tell_positions
+
+
+def test_what_trains_worse_than_it_seems_is_told(model, caplog):
+    """Steps smaller than what 16 bits tell apart, and positions that the decoder has not learned."""
+    layer = torch.nn.Linear(2, 2).bfloat16()
+    check_precision(layer, False, "fsdp")
+    check_precision(torch.nn.Linear(2, 2), True, "none")
+    positions = model.config.text_config.max_position_embeddings
+    tell_positions(positions, model.config)
+    assert not caplog.records
+    check_precision(layer, False, "none")
+    tell_positions(positions + 1, model.config)
+    assert "is kept in bfloat16" in caplog.text and f"was made for {positions} positions" in caplog.text
+    with pytest.raises(ValueError, match="fp16 scales gradients of float32 weights"):
+        check_precision(layer, True, "none")
+    check_precision(layer.requires_grad_(False), True, "none")
+
+
+def test_the_image_token_of_another_tokenizer(model, processor):
+    config = copy.deepcopy(model.config)
+    check_vocabulary(processor.tokenizer, config)
+    config.image_token_id += 1
+    with pytest.raises(ValueError, match=f"has <image> at {processor.image_token_id}, and the model looks for it at"):
+        check_vocabulary(processor.tokenizer, config)
 
 
 def test_decay(model):

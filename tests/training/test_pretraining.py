@@ -170,11 +170,21 @@ def test_checkpoint_of_other_processes_is_refused(files):
         (["--lora", "True", "--lora_target_modules", "q_proj"], "lora is for fine-tuning"),
         (["--report_controls", "True"], "report_controls is for fine-tuning"),
         (["--train_mixture", "x.yaml"], "train_mixture"),
+        (["--train_embedding_rows", "<imagee>"], "'<imagee>' is no token"),
+        (["--plan", "--gpus", "2"], "gpus is for the plan of a fine-tuning"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(files, flags, message):
     with pytest.raises(ValueError, match=message):
         main(command(files, *flags))
+    assert not (files / "out").exists()
+
+
+def test_a_plan_trains_nothing(files, caplog):
+    with caplog.at_level("INFO", "otter_hf"):
+        main(command(files, "--plan", "--per_device_train_batch_size", "3"))
+    assert "batches of each set in an epoch" in caplog.text
+    assert "per_device_train_batch_size has no effect" in caplog.text
     assert not (files / "out").exists()
 
 

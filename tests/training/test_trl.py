@@ -172,6 +172,8 @@ def test_the_tokens_of_our_trainer(kind, request):
         ({"image": image, "text": "a"}, "needs messages, or prompt and completion"),
         ({"image": image, "prompt": "a", "completion": "b"}, "texts as prompt and completion"),
         ({"image": image, "messages": first, "chosen": first, "rejected": first}, "needs prompt and chosen"),
+        ({"image": image, "messages": first, "videos": ["a.mp4"]}, "has videos, which is not trained on"),
+        ({"image": image, "messages": first, "tools": [{"name": "search"}]}, "has tools"),
     ):
         with pytest.raises(ValueError, match=message):
             collate([wrong])

@@ -3,4 +3,4 @@
 from ..importing import lazy_names
 
 
-__all__, __getattr__ = lazy_names(__name__, {"checkpoints": ("load_trainable",)})
+__all__, __getattr__ = lazy_names(__name__, {"trainable": ("load_trainable",)})

@@ -9,7 +9,6 @@ transformers' `Trainer`: weights as safetensors, processor, optimizer, schedule,
 
 import contextlib
 import copy
-import json
 import logging
 import re
 import shutil
@@ -22,24 +21,20 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ..errors import config_told
 from ..files import claim, disk_full_told, move, remove, sync
-from ..loading import read_model
 from .arguments import TrainingArguments, refuse_lone_processes
 from .manifest import MANIFEST, damage_of, write_manifest
 from .run_record import RunRecord, read_run
+from .trainable import TRAINABLE_INFO, TRAINABLE_WEIGHTS, read_trainable, save_trainable
 
 
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "_unfinished"
-TRAINABLE_WEIGHTS = "trainable.safetensors"
-TRAINABLE_INFO = "trainable.json"
 # what a shell reports of a process that SIGTERM ended: training stopped early, its checkpoint is complete
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
@@ -151,7 +146,7 @@ class CheckpointTrainer(Trainer):
     """
     A `Trainer` whose checkpoints are complete or absent, and which stops with one on SIGTERM.
 
-    With `trainable_only` in its arguments, frozen weights are not written: see [`load_trainable`].
+    With `trainable_only` in its arguments, frozen weights are not written: see [`~otter_hf.training.load_trainable`].
 
     Args:
         run: what is written as `run.json` into the output folder and each checkpoint; None for none.
@@ -323,7 +318,7 @@ class CheckpointTrainer(Trainer):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             output_dir = Path(output_dir or self.args.output_dir)
-            save_trainable(self.model, output_dir)
+            save_trainable(self.model, output_dir, self.args.output_dir)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
             torch.save(self.args, output_dir / TRAINING_ARGS_NAME)
@@ -367,75 +362,6 @@ def _move_files(source: Path, target: Path) -> None:
                     path.unlink()
     for path in paths:
         move(path, target / path.name)
-
-
-def save_trainable(model: PreTrainedModel, folder: str | Path) -> None:
-    """
-    Writes the configuration of a model and the parameters that are trained, without the frozen ones.
-
-    `trainable.safetensors` holds the weights, `trainable.json` the name of the model they were trained on.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    trained = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters() if p.requires_grad}
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    save_file(trained, folder / TRAINABLE_WEIGHTS, metadata={"format": "pt"})
-    base = model.config.name_or_path
-    info = {
-        "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
-        "parameters": sum(parameter.numel() for parameter in trained.values()),
-        "parameters_of_the_model": model.num_parameters(),
-    }
-    (folder / TRAINABLE_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-
-
-def load_trainable(folder: str | Path, base: str | Path | None = None, **kwargs) -> PreTrainedModel:
-    """
-    The model of a folder that `trainable_only` training wrote: base weights and trained weights put together.
-
-    `load_trainable(folder).save_pretrained(other)` makes a folder that loads like any other.
-
-    Args:
-        folder: a checkpoint or the output folder of the training.
-        base: folder or Hub id of the model that was trained, if it is not where it was then.
-        kwargs: for `from_pretrained` of the base, such as `dtype` or `device_map`.
-
-    Raises:
-        ValueError: if the folder was not written by such a training, or its base is gone or another model.
-    """
-    folder = Path(folder)
-    if not (folder / TRAINABLE_INFO).is_file():
-        raise ValueError(f"{folder} has no {TRAINABLE_INFO}: load it with from_pretrained, it is a whole model.")
-    if base is None:
-        base = json.loads((folder / TRAINABLE_INFO).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if Path(base).is_absolute() and not Path(base).is_dir():
-            raise ValueError(f"{folder} was trained on {base}, which is gone: say where that model is with base=.")
-    with config_told(folder):
-        config = AutoConfig.from_pretrained(folder)
-    model = read_model(str(base), config=config, **kwargs)
-    read_trainable(model, folder)
-    return model
-
-
-def read_trainable(model: PreTrainedModel, folder: str | Path) -> None:
-    """
-    Puts the weights of `trainable.safetensors` into a model, in place.
-
-    Raises:
-        ValueError: for a weight that the model has not, or has in another shape.
-    """
-    trained = load_file(Path(folder) / TRAINABLE_WEIGHTS)
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, tensor in trained.items():
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                raise ValueError(
-                    f"{folder} holds {name} {tuple(tensor.shape)}, which {model.config.name_or_path!r} has not: load "
-                    "it on the model it was trained on."
-                )
-            parameters[name].copy_(tensor)
 
 
 class _StopOnSigterm(TrainerCallback):

@@ -1,4 +1,4 @@
-"""Numbers of the arguments that make no sense: a comparison with NaN is never true, and no limit would be met."""
+"""Arguments that make no sense: numbers (a comparison with NaN is never true), and what needs whole weights."""
 
 import math
 from dataclasses import fields
@@ -33,6 +33,15 @@ _LEAST = {
     "warmup_steps": 0,
     "weight_decay": 0,
 }
+
+
+def check_sharding(model_args, training_args, sharding: str) -> None:
+    """Raises ValueError for arguments that need the whole weights on each device, where these are shared."""
+    given = {"learning_rates": training_args.learning_rates}
+    given |= {name: getattr(model_args, name) for name in ("train_embedding_rows", "media_store", "cache_text_states")}
+    for name, value in given.items():
+        if value and sharding in ("fsdp", "zero3"):
+            raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
 
 
 def check_numbers(*arguments) -> None:

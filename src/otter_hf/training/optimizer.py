@@ -1,5 +1,6 @@
-"""Which parameters decay, and with what rate they learn."""
+"""Which parameters decay, with what rate they learn, and in what precision."""
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -7,6 +8,32 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .freezing import parameter_groups
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_precision(model: nn.Module, fp16: bool, sharding: str) -> None:
+    """
+    Warns where what is trained is kept in 16 bits, unless it is shared: FSDP and DeepSpeed keep float32 weights for
+    the optimizer.
+
+    Raises:
+        ValueError: if it is so with `fp16`, which scales gradients.
+    """
+    half = next((p.dtype for p in model.parameters() if p.requires_grad and p.itemsize < 4), None)
+    if half is None or sharding != "none":
+        return
+    kept = str(half).removeprefix("torch.")
+    if fp16:
+        raise ValueError(
+            f"fp16 scales gradients of float32 weights, and what is trained is kept in {kept}: set dtype to float32, "
+            "or fp16 to false."
+        )
+    logger.warning(
+        f"What is trained is kept in {kept}, where steps far smaller than a weight are lost: set dtype to float32, "
+        "and bf16 to true to compute in bfloat16."
+    )
 
 
 def decayed_parameter_names(model: nn.Module) -> list[str]:

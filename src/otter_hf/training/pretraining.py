@@ -17,17 +17,21 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..data.collator import IGNORE_INDEX
 from ..data.pretraining import PretrainingSet, PretrainingStream, read_pretraining_sets
 from ..errors import ending_in_a_sentence
-from ..loading import read_model, read_processor
+from ..loading import read_config, read_model, read_processor
 from ..models.attention_choice import read_attention
+from ..models.flamingo import FlamingoProcessor
 from ..models.generation import stop_generation_at
 from ..models.host_reads import numbers_on
 from .arguments import ModelArguments, TrainingArguments, call
 from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .fields import PretrainingDataArguments
 from .freezing import freeze, train_only_rows
-from .limits import check_numbers
+from .limits import check_numbers, check_sharding
+from .optimizer import check_precision
+from .plan import sharding_of
 from .run_record import RunRecord
 from .trainer import OtterTrainer
+from .vocabulary import check_vocabulary, ids_of_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -58,16 +62,25 @@ def pretrain(
     Pretrains, and leaves model, processor and `trainer_state.json` in the output folder.
 
     Returns:
-        The trainer, with its `model` and `state`; None where a run that is gone on with is complete.
+        The trainer, with its `model` and `state`; None after a `dry_run`, which ends with the table of the sets, and
+        where a run that is gone on with is complete.
     """
     check_numbers(model_args, data_args, training_args)
+    check_sharding(model_args, training_args, sharding_of(training_args))
     for name in ("lora", "media_store", "cache_text_states"):
         if getattr(model_args, name):
             raise ValueError(f"{name} is for fine-tuning: leave it out, and freeze what is not to be pretrained.")
     if training_args.report_controls:
         raise ValueError("report_controls is for fine-tuning, whose evaluations answer samples: leave it out.")
+    for name in ("plan_device", "nodes", "gpus"):
+        if getattr(training_args, name) is not None:
+            raise ValueError(f"{name} is for the plan of a fine-tuning: leave it out.")
     set_seed(training_args.seed)
     processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
+    if not isinstance(processor, FlamingoProcessor):
+        raise ValueError(f"model_name_or_path has a {type(processor).__name__}: Flamingo and Otter are pretrained.")
+    check_vocabulary(processor.tokenizer, read_config(model_args.model_name_or_path, model_args.tokenizer))
+    rows = ids_of_tokens(model_args.train_embedding_rows, processor.tokenizer)
     stream = PretrainingStream(
         read_pretraining_sets(data_args.train_sets),
         processor,
@@ -77,8 +90,13 @@ def pretrain(
         block_size=data_args.block_size,
     )
     # for the Trainer's messages and counts: its batch is one of each set
-    training_args.per_device_train_batch_size = sum(one.batch_size for one in stream.sets)
+    batch_size = sum(one.batch_size for one in stream.sets)
+    if training_args.per_device_train_batch_size not in (batch_size, TrainingArguments.per_device_train_batch_size):
+        logger.warning("per_device_train_batch_size has no effect: each set has a batch_size.")
+    training_args.per_device_train_batch_size = batch_size
     logger.info(_table(stream))
+    if training_args.dry_run:
+        return None
     record = _run_record(model_args, data_args, training_args, stream)
     with claim_output(training_args):
         record, checkpoint, is_complete = resume(record, training_args)
@@ -92,8 +110,9 @@ def pretrain(
         )
         stop_generation_at(model, processor.end_of_chunk_token_id)
         freeze(model, model_args.freeze)
-        if model_args.train_embedding_rows:
-            train_only_rows(model, processor.tokenizer.convert_tokens_to_ids(model_args.train_embedding_rows))
+        if rows:
+            train_only_rows(model, rows)
+        check_precision(model, training_args.fp16, sharding_of(training_args))
         trainer = PretrainingTrainer(
             model=model, args=training_args, train_dataset=stream, processing_class=processor, run=record
         )

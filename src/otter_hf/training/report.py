@@ -265,7 +265,7 @@ class TrainingReport(TrainerCallback):
             # on all processes: a sharded model can be run by all of them only
             answers = [self._answer(sample) for sample in self.samples]
             entry = {"step": state.global_step, "epoch": state.epoch, ANSWERS: answers}
-            others = {name: [self._answer(sample) for sample in self._controlled(name)] for name in self.controls}
+            others = {name: [*map(self._answer_if_it_fits, self._controlled(name))] for name in self.controls}
             if others:
                 entry[CONTROL_ANSWERS] = others
             state.log_history.append(entry)
@@ -305,6 +305,14 @@ class TrainingReport(TrainerCallback):
         """Whether each answer is the expected one, but for case and a full stop."""
         truths = [sample["turns"][-1][1] for sample in self.samples]
         return [_plain(answer) == _plain(truth) for answer, truth in zip(answers, truths, strict=True)]
+
+    def _answer_if_it_fits(self, sample: Sample) -> str:
+        """The picture of another sample may be too large beside this one's text; training goes on."""
+        try:
+            return self._answer(sample)
+        except SampleError as error:
+            logger.info(f"Not asked with another picture: {error}")
+            return ""
 
     def _answer(self, sample: Sample) -> str:
         """What the model says at the place of the sample's last answer."""

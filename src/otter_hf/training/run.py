@@ -40,9 +40,10 @@ from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .features import store_media
 from .freezing import freeze, train_only_rows
 from .kernels import can_pack, choose_attention, use_liger_kernels
-from .limits import check_numbers
+from .limits import check_numbers, check_sharding
 from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
+from .optimizer import check_precision
 from .outlook import outlook
 from .plan import make_plan, meta_model, sharding_of
 from .publish import given_arguments
@@ -50,6 +51,7 @@ from .report import REPORT_FILE, TrainingReport, plot_history, sample_evenly
 from .run_record import RunRecord
 from .text_states import TextStateCache
 from .trainer import OtterTrainer
+from .vocabulary import check_vocabulary, ids_of_tokens, tell_positions
 
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ def train(
     _check(model_args, data_args, training_args, config)
     attention = choose_attention(config, model_args, data_args, training_args)
     processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
-    _check_vocabulary(processor.tokenizer, config)
+    check_vocabulary(processor.tokenizer, config)
     collator = _make_collator(processor, data_args)
     train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, processor, transform)
     logger.info(train_dataset.summary())
@@ -115,24 +117,15 @@ def train(
     if data_args.eval_mixture is not None or data_args.eval_fraction:
         path = data_args.eval_mixture or data_args.train_mixture
         eval_dataset = _load_mixture(path, data_args, training_args, processor, held_out=True)
+    _tell(config, data_args, train_dataset, eval_dataset)
     shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
-    frames = data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else 1
+    frames = train_dataset.most_frames()
     plan = make_plan(shapes, model_args, data_args, training_args, num_samples=len(train_dataset), frames=frames)
     logger.info(str(plan))
     if training_args.plan_device or plan.world_size != training_args.world_size:
         logger.info(outlook(plan, shapes, model_args, data_args, training_args, frames=frames))
-    # FSDP and DeepSpeed keep float32 weights for the optimizer
-    is_half = any(p.requires_grad and p.itemsize < 4 for p in shapes.parameters()) and not model_args.load_in_4bit
-    if is_half and plan.sharding == "none":
-        if training_args.fp16:
-            raise ValueError(
-                f"fp16 scales gradients of float32 weights, and what is trained is kept in {plan.dtype}: set dtype to "
-                "float32, or fp16 to false."
-            )
-        logger.warning(
-            f"What is trained is kept in {plan.dtype}, where steps far smaller than a weight are lost: set dtype to "
-            "float32, and bf16 to true to compute in bfloat16."
-        )
+    if not model_args.load_in_4bit:
+        check_precision(shapes, training_args.fp16, plan.sharding)
     if training_args.dry_run:
         return None
 
@@ -151,6 +144,8 @@ def train(
             return None
         # last, because it takes longest: a mistake in the data shows before
         model = _load_model(model_args, data_args, training_args, processor, config, attention)
+        if model.dtype != shapes.dtype and not model_args.load_in_4bit:  # a config.json need not say it
+            check_precision(model, training_args.fp16, plan.sharding)
         trainer = OtterTrainer(
             model=model,
             args=training_args,
@@ -173,8 +168,9 @@ def train(
         if training_args.early_stopping_patience is not None:
             trainer.add_callback(_early_stopping(training_args, checkpoint))
         trainer.train(resume_from_checkpoint=checkpoint)
-        if train_dataset.skipped:
-            logger.warning(f"Left out in training: {train_dataset.skipped}.")
+        for name, dataset in (("training", train_dataset), ("evaluation", eval_dataset)):
+            if dataset is not None and dataset.skipped:
+                logger.warning(f"Left out in {name}: {dataset.skipped}.")
         if trainer.stopped:
             raise SystemExit(STOPPED_EXIT_CODE)
         trainer.save_model(_internal_call=True)
@@ -219,17 +215,6 @@ def _fit(data_args: DataArguments, config) -> DataArguments:
     return replace(data_args, instruction_format=format, packing=packing)
 
 
-def _check_vocabulary(tokenizer, config) -> None:
-    """A token without an embedding would end the training in the middle, on CUDA without saying which it was."""
-    rows = config.get_text_config().vocab_size + getattr(config, "additional_vocab_size", 0)  # the latter of Idefics
-    token, token_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if token_id >= rows:
-        raise ValueError(
-            f"The tokenizer's {token!r} has id {token_id}, but the model has embeddings of {rows} tokens only: call "
-            f"model.resize_token_embeddings({token_id + 1}) and save it, or take the tokenizer it was trained with."
-        )
-
-
 def _check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config) -> None:
     """Refuses, before anything is loaded, what does not go together."""
     evaluates = training_args.eval_strategy != "no"
@@ -246,12 +231,7 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
             "report_controls asks the samples that are answered at evaluations, of which there are none: set "
             "eval_strategy to epoch or steps and report_samples above 0, or leave it out."
         )
-    sharding = sharding_of(training_args)
-    if training_args.learning_rates and sharding in ("fsdp", "zero3"):
-        raise ValueError(f"learning_rates needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
-    for name in ("train_embedding_rows", "media_store", "cache_text_states"):
-        if getattr(model_args, name) and sharding in ("fsdp", "zero3"):
-            raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
+    check_sharding(model_args, training_args, sharding_of(training_args))
     for name in ("media_store", "cache_text_states"):
         if getattr(model_args, name) and not hasattr(config, "perceiver_num_latents"):
             raise ValueError(f"{name} is for Otter and Flamingo, not {config.model_type}: leave it out.")
@@ -270,6 +250,17 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
         raise ValueError(
             f"packing needs a model that is told where samples begin, which {name} is not: set it to false."
         )
+
+
+def _tell(config, data_args: DataArguments, train_dataset, eval_dataset) -> None:
+    """Warns of what trains, or measures, something else than it seems."""
+    tell_positions(data_args.max_length, config)
+    if getattr(config, "max_num_frames", 0) is None and VIDEO_TEXT in train_dataset.task_groups:
+        logger.warning(
+            "The model has no frame embeddings (max_num_frames): it sees the frames of a film, but not their order."
+        )
+    if eval_dataset is not None and not data_args.eval_fraction and eval_dataset.digest() == train_dataset.digest():
+        logger.warning("eval_mixture is what is trained on: its loss says nothing about other data.")
 
 
 def _check_sizes(train_dataset, eval_dataset, training_args: TrainingArguments) -> None:
@@ -306,7 +297,7 @@ def _load_model(
     end = "" if data_args.remove_end_of_turn_token else get_format(data_args.instruction_format).end
     end = end or processor.tokenizer.eos_token
     stop_generation_at(model, processor.tokenizer.convert_tokens_to_ids(end))
-    rows = _ids_of_tokens(model_args.train_embedding_rows, processor.tokenizer)
+    rows = ids_of_tokens(model_args.train_embedding_rows, processor.tokenizer)
     if model_args.lora:
         model = add_lora(model, model_args, training_args, rows)
     else:
@@ -320,14 +311,6 @@ def _load_model(
     if model_args.cache_text_states:
         TextStateCache(model)
     return model
-
-
-def _ids_of_tokens(tokens: Sequence[str], tokenizer) -> list[int]:
-    vocabulary = tokenizer.get_vocab()
-    for token in tokens:
-        if token not in vocabulary:
-            raise ValueError(f"train_embedding_rows: {token!r} is no token of the model's tokenizer.")
-    return [vocabulary[token] for token in tokens]
 
 
 @dataclass

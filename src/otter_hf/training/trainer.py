@@ -83,6 +83,11 @@ class OtterTrainer(PublishingTrainer):
         dataset, args = self.train_dataset, self.args
         if dataset is None:
             raise ValueError("Training needs a train_dataset: give one to the trainer.")
+        if not hasattr(dataset, "task_groups"):
+            raise ValueError(
+                f"train_dataset is a {type(dataset).__name__}, which does not say the task_group of each sample: give "
+                "a MimicitMixture, or a stream to transformers' Trainer."
+            )
         self._sampler = GroupedSampler(
             dataset.task_groups,
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,

@@ -41,8 +41,8 @@ class TRLCollator:
         is learned; for preferences with `completion_mask` `(2 B, L)` int64 in place of it, the chosen ones first.
 
     Raises:
-        ValueError: if a row has none of the three forms, or texts in place of messages; if cutting it would take a
-            picture, or all that is learned of it, away.
+        ValueError: if a row has none of the three forms, texts in place of messages, or films, sound or tools; if
+            cutting it would take a picture, or all that is learned of it, away.
     """
 
     processor: ProcessorMixin
@@ -91,6 +91,9 @@ class TRLCollator:
 
 def _conversation(row: Mapping[str, Any], completion: str) -> tuple[list[dict], int]:
     """The messages of a row with its images in them, and how many of its answers, the first ones, are not learned."""
+    for name in ("video", "videos", "audio", "audios", "tools"):
+        if row.get(name) not in (None, [], "", "[]"):
+            raise ValueError(f"A row has {name}, which is not trained on here: take the column out.")
     # beside chosen and rejected, some data sets have messages that are equal to one of them
     if row.get("messages") is not None and completion == "completion":
         messages, before = row["messages"], ()
