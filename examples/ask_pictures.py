@@ -13,6 +13,7 @@ not answered.
 """
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,10 +63,13 @@ def ask_all(
 ) -> Iterator[dict[str, Any]]:
     """For each picture `labels` that reach the threshold and `scores` of all, or a `caption`."""
     asked = list(questions["questions"].values())
+    # of a picture many questions are asked, each of them twice: for what is known, and in its batch
+    read = functools.lru_cache(4 * batch_size)(read_image)
 
     def conversation(item: tuple) -> list[dict[str, Any]]:
         picture, question = item
-        content = [{"type": "image", "image": read_image(picture)}, {"type": "text", "text": question}]
+        picture = read(picture) if isinstance(picture, Path) else picture
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         return [{"role": "user", "content": content}]
 
     def ask(window: list[tuple], wanted: set[int]) -> Iterator[dict[int, Any]]:

@@ -10,6 +10,7 @@ import torch
 from otter_hf import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.cli import main
 from otter_hf.evaluation.model import ConversationModel
+from otter_hf.serving import batch
 
 
 def chat(capsys, folder, *arguments) -> str:
@@ -114,7 +115,10 @@ def test_batch_of_questions(folder, files, tmp_path, capsys, monkeypatch):
         )
     )
     arguments = ["--yaml-file", str(questions), "--output-dir", str(tmp_path / "logs")]
+    read, open_image = [], batch.open_image
+    monkeypatch.setattr(batch, "open_image", lambda *args: read.append(args) or open_image(*args))
     output = chat(capsys, folder, *arguments)
+    assert len(read) == 3  # each picture once
     (log_file,) = (tmp_path / "logs").iterdir()
     assert log_file.match("inference_log_*.json") and f"wrote {log_file}" in output
     log = json.loads(log_file.read_text())

@@ -11,6 +11,8 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
+from ..pictures import is_array, to_numpy
+
 
 class ReplyLog:
     """
@@ -108,4 +110,9 @@ def answer_all(
 def _fingerprint(value) -> str:
     if isinstance(value, Image.Image):
         return f"{value.mode}{value.size}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if (
+        is_array(value) and value.ndim and getattr(value.dtype, "kind", "f") in "buif"
+    ):  # its text leaves most of it out
+        array = to_numpy(value, "an array")
+        return f"{array.dtype}{array.shape}{hashlib.sha256(array.tobytes()).hexdigest()}"
     return str(value)

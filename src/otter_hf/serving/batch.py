@@ -9,6 +9,7 @@ from typing import Any
 from ..evaluation.model import ConversationModel
 from ..evaluation.replies import ReplyLog, answer_all
 from ..files import remove, write_json
+from ..made_from import state
 from ..reading import load_yaml
 from .media import fit_media, image_part, is_url, local_path, local_source, open_image, read_frames, video_part
 from .session import make_message
@@ -41,7 +42,7 @@ def check_entry(entry, place: str, fields: tuple[str, ...]) -> None:
         raise ValueError(f"{place}: give it a question in words.")
     if unknown := set(entry) - set(fields):
         raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(fields)}.")
-    for file in [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]:
+    for file in _files_of(entry):
         if not isinstance(file, str) or not (is_url(file) or local_path(file).is_file()):
             raise ValueError(f"{place}: there is no file {file}.")
 
@@ -81,11 +82,15 @@ def answer_questions(
         media = read_media_of(entry, num_frames)
         return fit_media([make_message("user", entry["question"], media)], model.processor)
 
+    def question(entry: dict) -> Any:
+        """What its answer depends on, told without reading a picture: one would be read again to be asked about."""
+        return [entry, [state(local_path(file)) for file in _files_of(entry) if not is_url(file)]]
+
     def ask(window: list[dict], wanted: set[int]) -> Iterator[dict[int, str]]:
         conversations = ([*examples, *conversation(entry)] for entry in window)
         return model.answers(conversations, until, batch_size=batch_size, wanted=wanted, **generation)
 
-    yield from zip(entries, answer_all(entries, conversation, ask, 4 * batch_size, replies, disable=None), strict=True)
+    yield from zip(entries, answer_all(entries, question, ask, 4 * batch_size, replies, disable=None), strict=True)
 
 
 def write_log(
@@ -128,6 +133,10 @@ def kept_replies(folder: str | Path, context: Any) -> Iterator[ReplyLog]:
     finally:
         replies.close()
     remove(folder)
+
+
+def _files_of(entry: dict) -> list:
+    return [*_image_paths(entry), *([entry["video_path"]] if entry.get("video_path") else [])]
 
 
 def _image_paths(entry: dict) -> list:
