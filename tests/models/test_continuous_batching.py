@@ -250,6 +250,44 @@ def test_a_step_that_fails_ends_its_rows_and_no_others(llama):
     assert isinstance(first.error, ZeroDivisionError) and second.tokens == alone(llama, PROMPTS[1])
 
 
+def test_a_step_that_fails_leaves_alone_who_is_being_read(llama):
+    batch = ContinuousBatch(llama, prefill_tokens=4)
+    first = submit(batch, PROMPTS[4])
+    batch.step()
+    second = submit(batch, PROMPTS[2])
+    batch.step()
+    assert len(first.tokens) == 2 and batch.num_waiting == 1
+    hook = llama.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+    batch.step()
+    hook.remove()
+    assert isinstance(first.error, ZeroDivisionError) and second.finish is None
+    batch.run()
+    assert second.tokens == alone(llama, PROMPTS[2])
+
+
+def test_who_cannot_join_is_told_and_nobody_waits_for_ever(llama, monkeypatch):
+    """Memory for the rows of a batch may be missing: those that have it end, then who still finds none."""
+    batch = ContinuousBatch(llama)
+    first = submit(batch, PROMPTS[0])
+    batch.step()
+    joining = [submit(batch, PROMPTS[1]), submit(batch, PROMPTS[0])]
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("otter_hf.models.batch_cache.BatchCache.add", run_out)
+        batch.step()
+        assert isinstance(first.error, torch.OutOfMemoryError)
+        assert [row.finish for row in joining] == [None, None]
+        batch.run()
+    assert all(isinstance(row.error, torch.OutOfMemoryError) for row in joining) and not batch.has_work
+    # and who finds memory when they have left
+    first, second = submit(batch, PROMPTS[0]), submit(batch, PROMPTS[1])
+    batch.run()
+    assert [first.tokens, second.tokens] == [alone(llama, inputs) for inputs in PROMPTS[:2]]
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 def test_an_error_holds_no_states(llama, steps):
     """Reading a prompt and decoding: where memory ran out, none of it may stay with whoever keeps the answer."""

@@ -20,6 +20,7 @@ import torch
 from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import (
     GenerationMode,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -37,7 +38,7 @@ from .prefix_cache import can_share_prefixes, crop, expand
 # with fewer in a step time goes into reading the weights, and padding costs nothing
 _FEW_TOKENS = 64
 # what these do to scores depends on nothing else
-_SCORES_ONLY = (ExcludeTokens, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_SCORES_ONLY = (ExcludeTokens, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 _INPUTS = {"input_ids", "attention_mask", "pixel_values", "pixel_attention_mask", "image_hidden_states"}
 
 
@@ -285,9 +286,12 @@ class ContinuousBatch:
             if self._running:
                 self._decode()
         except Exception as error:
-            # of those in the batch nobody is to blame more than others
-            rows = self._running + ([] if self._reading is None else self._reading.rows)
-            self._reading, self._running = None, []
+            # of those that are answered nobody is to blame more than others; who is being read has a cache apart
+            rows, self._running = self._running, []
+            if not rows:
+                if self._reading is None:
+                    raise
+                rows, self._reading = self._reading.rows, None
             self._cache = BatchCache(self.token_budget, self.model.device)
             for row in rows:
                 row.end("error", error)
@@ -307,8 +311,8 @@ class ContinuousBatch:
             if row.is_cancelled():
                 self._waiting.remove(row)
                 row.end("cancelled")
-        if self._reading is not None:
-            # which has one row, as others are read at once
+        # several are read at once, and only wait to join
+        if self._reading is not None and len(self._reading.rows) == 1:
             (row,) = self._reading.rows
             if row.is_cancelled():
                 row.end("cancelled")
