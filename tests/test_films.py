@@ -12,8 +12,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from otter_hf import OtterProcessor
-from otter_hf.films import FilmLimits, open_film, read_video
-from otter_hf.pictures import ImageError
+from otter_hf.films import FilmLimits, is_film, open_film, read_video
+from otter_hf.pictures import FORMATS, ImageError
 from otter_hf.production.convert_it.base import LeftOut
 from otter_hf.production.convert_it.frames import frames_by_second
 from otter_hf.serving.media import MediaLimits, read_frames
@@ -195,16 +195,17 @@ def test_how_many_frames(processor):
             seen(processor, data, **options)
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", *{"AVIF"}.intersection(FORMATS)])
 def test_animated_pictures_are_films(format, processor):
     frames = [frame_image(number * 5) for number in range(4)]
     buffer = io.BytesIO()
-    options = {"lossless": True} if format == "WEBP" else {}
+    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(format, {})
     # the second is shown for long
     frames[0].save(
         buffer, format, save_all=True, append_images=frames[1:], duration=[100, 700, 100, 100], loop=0, **options
     )
     data = buffer.getvalue()
+    assert not is_film(data), "by itself it is a picture"
     assert numbers(data) == [0, 5, 10, 15]
     assert numbers(data, num_frames=3) == [0, 5, 5]
     assert numbers(data, fps=3) == [0, 5, 5]

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
-from .pictures import TURNS, ImageError, ImageTooLarge, check_size, open_source, read_image
+from .pictures import FORMATS, TURNS, ImageError, ImageTooLarge, check_size, open_source, read_image
 
 
 logger = logging.get_logger(__name__)
@@ -25,7 +25,6 @@ CODECS = frozenset(
     "vc1 theora prores dnxhd ffv1 huffyuv ffvhuff utvideo rawvideo png dvvideo vp6 vp6f msmpeg4 msmpeg4v2 msmpeg4v1 "
     "svq3 cinepak".split()
 )
-_PICTURES = ("GIF", "WEBP", "PNG", "JPEG", "BMP", "TIFF")
 # of FFmpeg's demuxers, those that know where their keyframes are
 _INDEXED = ("mov", "matroska")
 # milliseconds of a frame that states none, as browsers show it
@@ -84,7 +83,7 @@ def open_film(source: Any, name: str = "video", limits: FilmLimits = DEFAULT_LIM
 
 def _is_picture(file: BinaryIO) -> bool:
     try:
-        with Image.open(file, formats=_PICTURES):
+        with Image.open(file, formats=FORMATS):
             return True
     except UnidentifiedImageError:
         return False
@@ -210,7 +209,7 @@ class _PillowFilm(Film):
 
     def _scan(self):
         self.ticks, self.end = [], 0
-        with Image.open(self.file, formats=_PICTURES) as image:
+        with Image.open(self.file, formats=FORMATS) as image:
             self.width, self.height = image.size
             check_size(*image.size, self.name, self.limits.frame_pixels)
             num_frames = getattr(image, "n_frames", 1)
@@ -218,14 +217,14 @@ class _PillowFilm(Film):
             for number in range(num_frames):
                 image.seek(number)
                 self._check_frame(*image.size)
-                if image.format == "WEBP":  # whose durations come with the pixels
+                if image.format in ("WEBP", "AVIF"):  # whose durations come with the pixels
                     image.load()
                 self.ticks.append(self.end)
                 self.end += round(image.info.get("duration") or _FRAME_DURATION)
 
     def _frames(self):
         self.file.seek(0)
-        with Image.open(self.file, formats=_PICTURES) as image:
+        with Image.open(self.file, formats=FORMATS) as image:
             for number, ticks in enumerate(self.ticks):
                 image.seek(number)
                 self._check_frame(*image.size)

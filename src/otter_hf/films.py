@@ -29,6 +29,8 @@ from .pictures import ImageError, ImageTooLarge, array_range, is_array, read_ima
 DEFAULT_NUM_FRAMES = 16
 # how films begin: MOV and MP4 with a box of these, others with these bytes
 _BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
+# AVIF, and HEIC, which Pillow reads with a plugin
+_PICTURES = tuple(b"ftyp" + brand for brand in (b"avif", b"avis", b"mif1", b"msf1", b"heic", b"heix"))
 _STARTS = (b"\x1aE\xdf\xa3", b"FLV", b"OggS", b"\x00\x00\x01\xba", b"\x00\x00\x01\xb3", b"G@", b"0&\xb2u")
 FILM_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".asf"),
@@ -105,7 +107,9 @@ def _shrunk(image: Image.Image, limits: FilmLimits) -> Image.Image:
 
 def is_film(data: bytes) -> bool:
     """Whether encoded bytes are a film by how they begin; animated pictures are pictures."""
-    return data[4:8] in _BOXES or data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
+    if data[4:8] in _BOXES:
+        return data[4:12] not in _PICTURES
+    return data.startswith(_STARTS) or (data[:4] == b"RIFF" and data[8:12] == b"AVI ")
 
 
 def _given_frames(video: Any, name: str, num_frames: int | None, fps: float | None, image_options: dict) -> list:

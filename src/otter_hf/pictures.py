@@ -16,7 +16,7 @@ pixels wherever it is met (films: `otter_hf.films`). The rules:
   that uses less than a sixteenth of its 16 bits becomes nearly black; that is said once, and by `data check`.
 * **Transparency** is laid on white.
 * **Orientation** of photographs (EXIF) is applied.
-* **Several frames** in one file (GIF, WebP, TIFF): the first is the picture; given as a film, all are.
+* **Several frames** in one file (GIF, WebP, AVIF, TIFF): the first is the picture; given as a film, all are.
 * **CMYK** and other colours are converted by Pillow, without colour profiles.
 * **Size** is limited before anything is decoded, by default as Pillow does: `2 * PIL.Image.MAX_IMAGE_PIXELS`. A
   picture more than 200 times as long as wide is refused: models that resize its short side would make it large.
@@ -35,7 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 from transformers.utils import logging
 
 from .reading import is_lfs_pointer
@@ -43,6 +43,9 @@ from .reading import is_lfs_pointer
 
 logger = logging.get_logger(__name__)
 
+# what chat, server and films read; Pillow has AVIF from 11.3 on, where it is built with it
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS += ("AVIF",) * bool("avif" in features.modules and features.check_module("avif"))
 _DATA_URI = re.compile(r"data:[^,]*,")
 _STANDARD_ALPHABET = str.maketrans("-_", "+/")
 _ORIENTATION = 0x0112

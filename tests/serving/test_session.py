@@ -5,7 +5,8 @@ from PIL import Image
 from serving_files import write_video
 
 from otter_hf.models.skills import Skill
-from otter_hf.serving.media import IMAGE_FORMATS, fit_media, image_part, open_image, read_frames, video_part
+from otter_hf.pictures import FORMATS
+from otter_hf.serving.media import fit_media, image_part, open_image, read_frames, video_part
 from otter_hf.serving.session import ChatSession, make_message
 from otter_hf.testing import otterhd as otterhd_tiny
 
@@ -81,6 +82,22 @@ def test_a_skill_stands_in_front_and_is_not_read_again(chatter, pictures):
     hook.remove()
     beams = {"max_new_tokens": 4, "num_beams": 2}
     assert session.ask("sure?", **beams) == plain.ask("sure?", **beams)
+
+
+def test_a_conversation_ends_where_the_model_reads_no_further(chatter, pictures, monkeypatch):
+    """Behind its last position a model says nonsense, and one with learned positions nothing at all."""
+    model, processor = chatter
+    session = ChatSession(model, processor)
+    session.ask("what?", [image_part(pictures[0])], max_new_tokens=1)
+    prompt_length = session._cached_ids.shape[1]  # the answer's last token is not read
+    monkeypatch.setattr(model.config.get_text_config(), "max_position_embeddings", prompt_length + 3)
+    session.clear()
+    session.ask("what?", [image_part(pictures[0])], max_new_tokens=100)
+    assert session._cached_ids.shape[1] <= prompt_length + 2
+    before = list(session.messages)
+    with pytest.raises(ValueError, match=f"tokens, but the model reads at most {prompt_length + 2}: clear it"):
+        session.ask("and this?", max_new_tokens=1)
+    assert session.messages == before
 
 
 def test_the_last_answer_with_other_pictures(chatter, pictures):
@@ -214,7 +231,7 @@ def test_what_cannot_be_read_is_named(read, data, message, tmp_path):
         read(tmp_path / "a")
 
 
-@pytest.mark.parametrize("format", IMAGE_FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_formats_of_pictures(format, pictures, tmp_path):
     path = tmp_path / "picture"
     pictures[0].save(path, format=format)

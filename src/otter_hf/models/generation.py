@@ -19,6 +19,11 @@ def end_tokens(config) -> list[int]:
     return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
 
+def context_length(model) -> int | None:
+    """The most tokens that a model reads, the answer among them; None where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def stop_generation_at(model, token_id: int) -> None:
     """The token ends generation with this model, and with what is saved of it."""
     for config in (model.config, model.generation_config):

@@ -14,10 +14,9 @@ from PIL import Image
 from ..films import FilmLimits, read_video
 from ..models.chat_processing import map_parts, media_parts_of
 from ..models.flamingo import FlamingoProcessor
-from ..pictures import fetch, read_image
+from ..pictures import FORMATS, fetch, read_image
 
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 # frames are kept in memory together, and no vision tower of a video model reads more
 MAX_FRAME_SIDE = 1080
 
@@ -59,7 +58,7 @@ def open_image(source: bytes | str | Path, name: str, limits: MediaLimits = Medi
         ValueError: naming it, if it cannot be decoded or has too many pixels.
     """
     source = source if isinstance(source, bytes) else Path(source)  # a text is a path here, never an address
-    return read_image(source, name, max_pixels=limits.image_pixels, formats=IMAGE_FORMATS)
+    return read_image(source, name, max_pixels=limits.image_pixels, formats=FORMATS)
 
 
 def read_frames(

@@ -9,6 +9,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from ..data.controls import control_messages, media_of
 from ..models.chat_processing import ChatProcessorMixin, map_parts, media_parts_of
+from ..models.generation import context_length
 from ..models.prefix_cache import can_share_prefixes, common_length
 from ..models.skills import Skill
 from ..prompts import IMAGE_TOKEN
@@ -61,8 +62,9 @@ class ChatSession:
                 before a stop string.
 
         Raises:
-            ValueError: if `<image>` and media differ in number, or the processor or `generate` refuses the input. The
-                conversation is then as it was, as it is after any other interruption.
+            ValueError: if `<image>` and media differ in number, the conversation is longer than the model reads, or
+                the processor or `generate` refuses the input. The conversation is then as it was, as it is after any
+                other interruption.
         """
         messages = [*self.messages, make_message("user", question, media)]
         answer = self._answer(messages, streamer, generation)
@@ -100,6 +102,15 @@ class ChatSession:
             return_dict=True,
             return_tensors="pt",
         ).to(self.model.device, self.model.dtype)
+        length, context = inputs["input_ids"].shape[1], context_length(self.model)
+        if context is not None:
+            if length >= context:
+                raise ValueError(
+                    f"The conversation has {length} tokens, but the model reads at most {context - 1}: clear it, or "
+                    "say less."
+                )
+            if wanted := generation.get("max_new_tokens"):
+                generation["max_new_tokens"] = min(wanted, context - length)
         all_media = media_parts_of(messages)
         num_beams = generation.get("num_beams", 1)
         reuse = self.reuse_cache and num_beams == 1
@@ -115,7 +126,7 @@ class ChatSession:
         if reuse:
             # the last token was not fed to the model
             self._cache, self._cached_ids, self._cached_media = cache, output[:, : cache.get_seq_length()], all_media
-        answer = self.processor.post_process_image_text_to_text(output[:, inputs["input_ids"].shape[1] :])[0]
+        answer = self.processor.post_process_image_text_to_text(output[:, length:])[0]
         stops = generation.get("stop_strings") or ()
         for stop in [stops] if isinstance(stops, str) else stops:
             answer = answer.split(stop)[0].rstrip()
