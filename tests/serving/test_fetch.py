@@ -1,9 +1,12 @@
 """What a server reads for strangers, and what it does not."""
 
 import base64
+import contextlib
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +32,7 @@ class Pages(BaseHTTPRequestHandler):
             self.send_header("Location", "/page/köln".encode().decode("latin-1"))
             self.end_headers()
             return
-        self.send_response(200 if name in ("page", "large", "drip") else 404)
+        self.send_response(200 if name in ("page", "large", "drip", "endless") else 404)
         self.end_headers()
         if name == "page":
             self.wfile.write(b"content")
@@ -40,6 +43,13 @@ class Pages(BaseHTTPRequestHandler):
                 self.wfile.write(b"a")
                 self.wfile.flush()
                 time.sleep(0.1)
+        if name == "endless":
+            Pages.sent = 0
+            with contextlib.suppress(OSError):  # nobody is there any more
+                while Pages.sent < 300:
+                    self.wfile.write(b"a")
+                    Pages.sent += 1
+                    time.sleep(0.05)
 
     def log_message(self, *args):
         pass
@@ -109,6 +119,22 @@ def test_pages_and_redirects(site):
 def test_pages_that_are_refused(path, message, site):
     with pytest.raises(ValueError, match=message):
         read_url(f"{site}/{path}", "it", HERE)
+
+
+def test_a_slow_site_is_left_through_tls_too(site, monkeypatch):
+    class Context:
+        def wrap_socket(self, sock, server_hostname):
+            """As TLS does: the socket of before is none any more."""
+            limit = sock.gettimeout()
+            wrapped = socket.socket(fileno=sock.detach())
+            wrapped.settimeout(limit)
+            return wrapped
+
+    monkeypatch.setattr(fetch, "ssl", SimpleNamespace(create_default_context=Context))
+    policy = FetchPolicy(private_addresses=True, timeout=0.5)
+    with pytest.raises(ValueError, match="it cannot be read"):
+        read_url(f"{site.replace('http:', 'https:')}/endless", "it", policy)
+    assert Pages.sent < 300
 
 
 def test_private_addresses_are_not_reached(site):

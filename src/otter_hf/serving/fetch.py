@@ -125,8 +125,8 @@ def _get(url: str, policy: FetchPolicy, deadline: float) -> tuple[int, str | Non
     connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = connection_class(parts.hostname, port)
     sock = _connect(parts.hostname, port, policy, deadline)
-    # a server that sends a byte now and then keeps every read within its own time limit
-    watchdog = threading.Timer(max(deadline - time.monotonic(), 0), _shut_down, [sock])
+    # a server that sends a byte now and then keeps every read within its own time limit; TLS has another socket
+    watchdog = threading.Timer(max(deadline - time.monotonic(), 0), lambda: _shut_down(sock))
     watchdog.daemon = True
     watchdog.start()
     try:
