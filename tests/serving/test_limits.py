@@ -108,7 +108,19 @@ def test_hosts():
 
     for host in ("127.0.0.1", "localhost:8000", "[::1]:8000", "10.0.0.7:1", "gpu-box", "LOCALHOST"):
         assert is_allowed_host(host, ()), host
-    for host in ("", "otter.example.org", "127.0.0.1.nip.example", "a b", "[::1", "localhost.:x"):
+    # of Docker, Kubernetes and mDNS, which no page of the web can have
+    for host in ("host.docker.internal:8000", "otter.default.svc.cluster.local", "gpu-box.local."):
+        assert is_allowed_host(host, ()), host
+    for host in (
+        "",
+        "otter.example.org",
+        "127.0.0.1.nip.example",
+        "a b",
+        "a b.local",
+        "local.example.org",
+        "[::1",
+        "localhost.:x",
+    ):
         assert not is_allowed_host(host, ()), host
     assert is_allowed_host("Otter.example.org:443", ("otter.example.org",)) and is_allowed_host("a.b", ("*",))
 

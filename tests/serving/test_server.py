@@ -10,6 +10,7 @@ from serving_double import image_url, png, slow_down, video_url, wait_until
 from serving_files import write_video
 
 from otter_hf.loading import load
+from otter_hf.models.generation import end_tokens
 from otter_hf.serving.media import image_part, read_frames, video_part
 from otter_hf.serving.session import ChatSession
 
@@ -94,7 +95,9 @@ def test_sampling_and_generation_settings(folders, serve, pictures):
     sampled = [said(server.ask("what?", image, max_tokens=16, temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     # who says from how many tokens to draw wants one drawn
-    for cut in ({"top_p": 0.999}, {"extra_body": {"generation_config": '{"top_k": 200}'}}):
+    # in words of transformers, or as clients of vLLM say it
+    cuts = [{"generation_config": '{"top_k": 200}'}, {"top_k": 200}, {"min_p": 1e-9, "top_k": -1}]
+    for cut in ({"top_p": 0.999}, *({"extra_body": cut} for cut in cuts)):
         drawn = {said(server.ask("what?", image, max_tokens=16, temperature=None, seed=i, **cut)) for i in (1, 2)}
         assert len(drawn) == 2
     beams = {"generation_config": '{"num_beams": 3, "no_repeat_ngram_size": 2}'}
@@ -121,6 +124,12 @@ def test_biases_and_penalties(shared_server, pictures):
     for name in ("frequency_penalty", "presence_penalty"):
         less = said(shared_server.ask("what?", image, max_tokens=12, logit_bias={str(token): 100}, **{name: 2}))
         assert less == "a" * 12, "a bias of 100 outweighs a penalty of 2"
+    # who measures speed wants answers of a known length
+    end, *_ = end_tokens(shared_server.model_of().generation_config)
+    for least, length in (({}, 1), ({"min_tokens": 3}, 4), ({"min_tokens": 90}, 12), ({"ignore_eos": True}, 12)):
+        ended = shared_server.ask(max_tokens=12, logit_bias={str(end): 100}, extra_body=least)
+        assert ended.usage.completion_tokens == length
+        assert ended.choices[0].finish_reason == ("length" if length == 12 else "stop")
 
 
 def test_penalties_are_openais():
@@ -180,6 +189,9 @@ def test_a_stream_ends_as_openai_ends_it(folders, serve):
     *_, last, usage = server.ask(stream=True, stream_options={"include_usage": True})
     assert last.choices[0].finish_reason and last.usage is None
     assert not usage.choices and usage.usage == chunks[-1].usage
+    counted = server.ask(stream=True, stream_options={"include_usage": True, "continuous_usage_stats": True})
+    so_far = [chunk.usage.total_tokens for chunk in counted if not chunk.choices or chunk.choices[0].delta.content]
+    assert so_far == sorted(so_far) and so_far[-1] == usage.usage.total_tokens > usage.usage.prompt_tokens
     body = {"messages": [{"role": "user", "content": "what?"}], "stream": True, "max_tokens": 2}
     lines = http.post(f"{server.url}/v1/chat/completions", json=body).text.strip().splitlines()
     assert lines[-1] == "data: [DONE]"
@@ -188,6 +200,7 @@ def test_a_stream_ends_as_openai_ends_it(folders, serve):
 def test_api_key(folders, serve):
     server = serve(folders["otter"], api_key="secret")
     assert said(server.ask()) is not None
+    assert http.get(f"{server.url}/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     server.key = "wrong"
     with pytest.raises(openai.AuthenticationError, match="Send the API key"):
         server.ask()
@@ -283,7 +296,11 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
         ({"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400, "chat_template_kwargs may hold"),
         ({"chat_template_kwargs": {"num_frames": -1}}, 400, "num_frames must be"),
         ({"logit_bias": {"5": "x"}}, 400, "logit_bias[5] must be a number"),
-        ({"unknown": 1}, 422, "Unexpected fields"),
+        ({"unknown": 1}, 422, "'unknown', which this server does not know; leave it out. Beside OpenAI's fields"),
+        ({"moderation": {"model": "a"}}, 400, "moderation is {'model': 'a'}, which this server does not support"),
+        ({"min_p": 2}, 400, "min_p must be a number from 0 to 1, not 2"),
+        ({"top_k": 5, "generation_config": '{"top_k": 6}'}, 400, "top_k is 5, and 6 in generation_config"),
+        ({"ignore_eos": 1}, 400, "ignore_eos must be true or false, not 1"),
         ({"model": 5}, 400, "model must be a name"),
     ],
 )
@@ -402,7 +419,7 @@ def test_an_answer_that_takes_too_long(folders, serve):
     server.model_of().generation_config.eos_token_id = -1
     with pytest.raises(openai.InternalServerError, match="not finished in time") as late:
         server.ask(max_tokens=1000)
-    assert late.value.status_code == 504
+    assert late.value.status_code == 504 and late.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(openai.APIError, match="not finished in time"):
         list(server.ask(max_tokens=1000, stream=True))
     wait_until(lambda: server.gate.admitted == 0)

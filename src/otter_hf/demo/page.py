@@ -1,6 +1,5 @@
 """The page: a chat with pictures and videos, two worked examples, and the settings of an answer (Gradio 6)."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,7 +213,7 @@ def answer(client: openai.OpenAI, message: dict | str, history: list[dict], *inp
             temperature=temperature,
             top_p=top_p,
             stream=True,
-            extra_body={"generation_config": json.dumps(generation)},
+            extra_body=generation,  # as servers of others know them, too, as far as they do
         )
         text = ""
         with stream:

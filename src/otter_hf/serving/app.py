@@ -18,6 +18,10 @@ from .models import ServedModels
 from .settings import ServerSettings
 
 
+# reserved by RFC 6761, 6762 and 8375; ICANN keeps the last out of the DNS for networks of one's own
+NOT_OF_THE_WEB = (".localhost", ".local", ".home.arpa", ".internal")
+
+
 def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     """
     The routes `/v1/chat/completions`, `/v1/models`, `/health` and `/metrics`.
@@ -102,7 +106,7 @@ async def check_host(settings: ServerSettings, request: Request) -> None:
 
 async def authorize(settings: ServerSettings, request: Request) -> None:
     """Raise HTTPException 401 for a request without the API key."""
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    given = re.sub("^bearer +", "", request.headers.get("Authorization", ""), flags=re.IGNORECASE)
     if settings.api_key is not None and not hmac.compare_digest(given.encode(), settings.api_key.encode()):
         raise HTTPException(401, "Send the API key of this server as the header Authorization: Bearer KEY.")
 
@@ -118,8 +122,8 @@ def find_model(models: ServedModels, name: str) -> dict:
 def is_allowed_host(host: str, allowed: Sequence[str]) -> bool:
     """
     Whether a request with this `Host` is answered. A page of the web can have its own name lead to this machine (DNS
-    rebinding) and ask with it. Numbers and names without a dot (`localhost`, `gpu-box`) are no names of the web;
-    others must be allowed.
+    rebinding) and ask with it. Numbers, names without a dot (`localhost`, `gpu-box`) and those of private networks
+    (`host.docker.internal`, `otter.default.svc.cluster.local`) are no names of the web; others must be allowed.
 
     Args:
         host: the header, with or without a port.
@@ -134,4 +138,5 @@ def is_allowed_host(host: str, allowed: Sequence[str]) -> bool:
         ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
         return True
     except ValueError:
-        return re.fullmatch(r"[a-z0-9_-]+", name) is not None
+        pattern = r"[a-z0-9_.-]+" if name.endswith(NOT_OF_THE_WEB) else r"[a-z0-9_-]+"
+        return re.fullmatch(pattern, name) is not None

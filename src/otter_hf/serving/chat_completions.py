@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ..models.continuous_batching import ContinuousBatch, can_batch
 from ..models.flamingo import FlamingoForConditionalGeneration
-from ..models.generation import end_tokens
+from ..models.generation import context_length, end_tokens
 from ..models.media_store import MediaStore
 from ..models.prefix_store import PrefixStore
 from ..models.skills import Skill
@@ -41,7 +41,7 @@ from .media import fit_media
 from .messages import Cancelled, MessageReader
 from .metrics import Metrics
 from .models import ServedModels
-from .request import ChatOptions, check_request
+from .request import ChatOptions, check_request, unknown_field
 from .settings import ServerSettings
 
 
@@ -92,7 +92,17 @@ class ChatJob:
         self.waiting = False
         self.task: asyncio.Task | None = None
         self.skill: Skill | None = None
+        self.prompt_tokens = self.new_tokens = 0
         self.known_tokens = 0  # of the prompt, which were not read again
+
+    def usage(self) -> CompletionUsage:
+        """The numbers of tokens so far."""
+        return CompletionUsage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.new_tokens,
+            total_tokens=self.prompt_tokens + self.new_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.known_tokens),
+        )
 
     def leave(self) -> None:
         """Nobody reads on."""
@@ -110,8 +120,6 @@ class ChatCompletions(ChatCompletionHandler):
         settings: its limits.
         metrics: counts requests and tokens.
     """
-
-    _unused_fields = frozenset()  # `check_request` refuses what it does not know
 
     def __init__(self, models: ServedModels, settings: ServerSettings, metrics: Metrics):
         super().__init__(model_manager=models, generation_state=GenerationState())
@@ -161,7 +169,8 @@ class ChatCompletions(ChatCompletionHandler):
         try:
             self.gate.check()  # before the body is read
             body = await self.bodies.read(request)
-            self._validate_request(body)
+            if unknown := unknown_field(body):
+                raise HTTPException(422, unknown)
             options = check_request(body)
             body["model"] = self.model_manager.find(body.get("model"))
             ticket = self.gate.admit()
@@ -216,7 +225,8 @@ class ChatCompletions(ChatCompletionHandler):
                     if apart:
                         yield self._build_usage_sse(request_id, item.usage, model)
                 else:
-                    yield self._build_chunk_sse(request_id, content=item, model=model)
+                    usage = reader.job.usage() if reader.job.options.usage_so_far else None
+                    yield self._build_chunk_sse(request_id, content=item, usage=usage, model=model)
         except HTTPException as error:
             # the status has been sent; the clients of OpenAI read an error from the stream
             yield self.chunk_to_sse(JSONResponse(error_body(error)).body.decode())
@@ -276,11 +286,11 @@ class ChatCompletions(ChatCompletionHandler):
         settings, options = self.settings, job.options
         messages = reader.decode(messages)
         name = self.model_manager.process_model_name(self.model_manager.model_of(job.body["model"]))
-        model, processor = self.model_manager.load_model_and_processor(name)
         try:
+            model, processor = self.model_manager.load_model_and_processor(name)
             job.skill = self.model_manager.skill_of(job.body["model"], model, processor)
-        except (ValueError, OSError) as error:  # a file of the server's, not what the client sent
-            raise RuntimeError(f"The skill {job.body['model']} cannot be read: {error}") from error
+        except (ValueError, OSError) as error:  # files of the server's, not what the client sent
+            raise RuntimeError(f"{job.body['model']} cannot be read: {error}") from error
         inputs = processor.apply_chat_template(
             fit_media([*(job.skill.messages if job.skill else ()), *messages], processor, settings.media),
             add_generation_prompt=True,
@@ -288,8 +298,8 @@ class ChatCompletions(ChatCompletionHandler):
             return_dict=True,
             return_tensors="pt",
         )
-        length = inputs["input_ids"].shape[1]
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        job.prompt_tokens = length = inputs["input_ids"].shape[1]
+        context = context_length(model)
         if context is not None and length >= context:
             raise ValueError(f"The prompt has {length} tokens, but the model reads at most {context - 1}; shorten it.")
         config = self._build_generation_config(job.body, model.generation_config)
@@ -302,14 +312,14 @@ class ChatCompletions(ChatCompletionHandler):
             config.sequence_bias = {(token,): value for token, value in options.logit_bias.items()}
         if job.body.get("temperature") is None:
             # who says how to sample wants it
-            cut = job.body.get("top_p") not in (None, 1) or options.generation.get("top_k")
+            cut = job.body.get("top_p") not in (None, 1) or any(map(options.generation.get, ("top_k", "min_p")))
             config.do_sample = options.generation.get("do_sample", config.do_sample or bool(cut))
         else:
-            config.do_sample = job.body["temperature"] > 0
+            config.do_sample = job.body["temperature"] > 0 and options.generation.get("do_sample", True)
             # as vLLM has it: logits divided by less are infinite in half precision
             config.temperature = max(config.temperature, 0.01)
         if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = None
+            config.temperature = config.top_p = config.top_k = config.min_p = None
         # beams are rows, too
         room = settings.batch_tokens // (config.num_beams or 1) - length
         if room < 1:
@@ -320,6 +330,8 @@ class ChatCompletions(ChatCompletionHandler):
         if context is not None:
             room = min(room, context - length)
         config.max_new_tokens = min(config.max_new_tokens, settings.new_tokens, room)
+        if options.least_tokens:
+            config.min_new_tokens = min(options.least_tokens, config.max_new_tokens)
         return model, processor, inputs, config
 
     def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
@@ -332,7 +344,7 @@ class ChatCompletions(ChatCompletionHandler):
         loop = asyncio.get_running_loop()  # which a thread cannot reach itself
         emit = functools.partial(loop.call_soon_threadsafe, job.items.put_nowait)
         answer = Answer(processor.tokenizer, job.options.stops, bool(job.body.get("stream")), emit)
-        length = inputs["input_ids"].shape[1]
+        length = job.prompt_tokens
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
         penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
         answering = self._answer_in_batch if can_batch(model, config) else self._answer_alone
@@ -342,22 +354,20 @@ class ChatCompletions(ChatCompletionHandler):
             return
         answer.end()
         cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in end_tokens(config)
-        usage = CompletionUsage(
-            prompt_tokens=length,
-            completion_tokens=len(new),
-            total_tokens=length + len(new),
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=job.known_tokens),
-        )
         self.metrics.add("otter_prompt_tokens_total", length)
         self.metrics.add("otter_completion_tokens_total", len(new))
         # behind what the answer's thread has sent
-        emit(Finish("length" if cut_off else "stop", usage))
+        emit(Finish("length" if cut_off else "stop", job.usage()))
 
     async def _answer_in_batch(
         self, job: ChatJob, model, inputs, config, penalties: list, answer: Answer
     ) -> list[int]:
         name = self.model_manager.model_of(job.body["model"])
         batch = self.model_manager.batch_of(name, model, self._make_batch)
+
+        def take(token: int) -> bool:
+            job.new_tokens += 1
+            return answer.add([token])
 
         def submit():
             if job.skill is not None:
@@ -372,7 +382,7 @@ class ChatCompletions(ChatCompletionHandler):
                 # torch's generator is left to those that are answered alone
                 seed=secrets.randbits(63) if job.body.get("seed") is None else job.body["seed"],
                 logits_processor=penalties,
-                on_token=lambda token: answer.add([token]),
+                on_token=take,
                 is_cancelled=job.cancelled.is_set,
             )
 
@@ -411,6 +421,7 @@ class ChatCompletions(ChatCompletionHandler):
         manager = self.generation_state.get_manager(self.model_manager.model_of(job.body["model"]))
         sequences = await manager.async_submit(generate)  # (1, L + L_new)
         new = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        job.new_tokens = len(new)
         answer.add(new)
         return new
 
@@ -436,7 +447,8 @@ class _Reader:
                 return item.result()
             if self._gone.done():
                 raise ClientGone
-            raise HTTPException(504, "The answer was not finished in time.")
+            # OpenAI's client would ask again by itself, and wait as long
+            raise HTTPException(504, "The answer was not finished in time.", headers={"X-Should-Retry": "false"})
         finally:
             item.cancel()
 

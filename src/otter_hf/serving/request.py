@@ -1,6 +1,7 @@
 """What a chat completion request may say, checked before any work is done for it."""
 
 import json
+import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -21,10 +22,16 @@ UNSUPPORTED = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "web_search_options": (),
+    "moderation": (),
     "service_tier": ("auto", "default"),
     "store": (),
     "n": (1,),
 }
+# say who asks or what could be kept for later, neither of which changes an answer; there are no tools to be called
+WITHOUT_EFFECT = (
+    *("user", "safety_identifier", "metadata"),
+    *("prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "parallel_tool_calls"),
+)
 RANGES = {
     "temperature": (0, 2),
     "top_p": (0, 1),
@@ -32,19 +39,27 @@ RANGES = {
     "presence_penalty": (-2, 2),
     "max_tokens": (1, None),
     "max_completion_tokens": (1, None),
+    "min_tokens": (0, None),
     "seed": (-(2**63), 2**63 - 1),
 }
-WHOLE = ("max_tokens", "max_completion_tokens", "seed")
-# of transformers' generation_config, which a request may carry as JSON: name -> type, smallest, largest
+WHOLE = ("max_tokens", "max_completion_tokens", "min_tokens", "seed")
+SWITCHES = ("stream", "ignore_eos")
+# of transformers' generation_config, which a request may carry as JSON, or by themselves, as clients of vLLM do:
+# name -> type, smallest, largest
 GENERATION = {
     "num_beams": (int, 1, 8),
     "no_repeat_ngram_size": (int, 0, 64),
-    "top_k": (int, 0, 100_000),
+    "top_k": (int, -1, 100_000),  # -1 and 0 are all
+    "min_p": (float, 0, 1),
     "length_penalty": (float, -10, 10),
     "repetition_penalty": (float, 0.01, 10),
     "early_stopping": (bool, False, True),
     "do_sample": (bool, False, True),
 }
+# fields of the request that are not OpenAI's
+OWN = (*GENERATION, "min_tokens", "ignore_eos", "generation_config", "chat_template_kwargs")
+KNOWN = {*UNSUPPORTED, *WITHOUT_EFFECT, *RANGES, *SWITCHES, *OWN}
+KNOWN |= {"model", "messages", "stop", "stream_options", "logit_bias"}
 MAX_STOPS = 16
 
 
@@ -56,7 +71,20 @@ class ChatOptions:
     num_frames: int | None
     generation: dict
     logit_bias: dict[int, float]
+    least_tokens: float  # before the answer may end by itself
     usage_apart: bool  # the numbers of tokens come in a piece of their own, behind the last
+    usage_so_far: bool  # and with each piece
+
+
+def unknown_field(body: dict) -> str | None:
+    """The sentence about a field that this server does not know; None if it knows all."""
+    name = next((name for name in body if name not in KNOWN), None)
+    if name is None:
+        return None
+    return (
+        f"The request has {name!r:.80}, which this server does not know; leave it out. Beside OpenAI's fields it "
+        f"takes {', '.join(OWN)}."
+    )
 
 
 def check_request(body) -> ChatOptions:
@@ -76,22 +104,27 @@ def check_request(body) -> ChatOptions:
     for name, (low, high) in RANGES.items():
         if body.get(name) is not None:
             _check_number(name, body[name], int if name in WHOLE else float, low, high)
-    if not isinstance(body.get("stream") or False, bool):
-        raise ValueError(f"stream must be true or false, not {body['stream']!r:.80}.")
+    for name in SWITCHES:
+        if not isinstance(body.get(name) or False, bool):
+            raise ValueError(f"{name} must be true or false, not {body[name]!r:.80}.")
+    usage = _stream_options(body.get("stream_options"))
     return ChatOptions(
         _stops(body.get("stop")),
         _num_frames(body.get("chat_template_kwargs")),
         _generation(body),
         _logit_bias(body.get("logit_bias")),
-        _usage_apart(body.get("stream_options")),
+        least_tokens=math.inf if body.get("ignore_eos") else body.get("min_tokens") or 0,
+        usage_apart=usage.get("include_usage") is True,
+        # of vLLM, which bench clients send
+        usage_so_far=usage.get("continuous_usage_stats") is True,
     )
 
 
-def _usage_apart(options) -> bool:
-    known = ("include_usage", "include_obfuscation")
+def _stream_options(options) -> dict:
+    known = ("include_usage", "include_obfuscation", "continuous_usage_stats")
     if options and (not isinstance(options, dict) or not set(options) <= set(known)):
-        raise ValueError(f"stream_options must be an object with {' and '.join(known)}, not {options!r:.80}.")
-    return bool(options) and options.get("include_usage") is True
+        raise ValueError(f"stream_options must be an object with {', '.join(known)}, not {options!r:.80}.")
+    return options or {}
 
 
 def _logit_bias(bias) -> dict[int, float]:
@@ -126,8 +159,7 @@ def _num_frames(template_kwargs) -> int | None:
 
 def _generation(body: dict) -> dict:
     settings = body.get("generation_config")
-    if settings is None:
-        return {}
+    settings = {} if settings is None else settings
     try:
         settings = json.loads(settings) if isinstance(settings, str) else settings
     except ValueError as error:
@@ -136,8 +168,15 @@ def _generation(body: dict) -> dict:
         raise ValueError(f"generation_config must be a JSON object with {', '.join(GENERATION)} and nothing else.")
     for name, value in settings.items():
         _check_number(f"generation_config.{name}", value, *GENERATION[name])
+    for name in GENERATION:
+        if body.get(name) is not None:
+            _check_number(name, body[name], *GENERATION[name])
+            if settings.setdefault(name, body[name]) != body[name]:
+                of_both = f"{body[name]!r}, and {settings[name]!r} in generation_config"
+                raise ValueError(f"{name} is {of_both}; say it once.")
     # transformers refuses a whole number where it asks for a float
-    return {name: GENERATION[name][0](value) for name, value in settings.items()}
+    settings = {name: GENERATION[name][0](value) for name, value in settings.items()}
+    return settings | ({"top_k": 0} if settings.get("top_k") == -1 else {})
 
 
 def _check_number(name: str, value, kind: type, low, high) -> None:

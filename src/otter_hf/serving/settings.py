@@ -27,8 +27,8 @@ class ServerSettings:
         prefix_bytes: of the keys and values of what prompts begin with alike, kept for each model; 0 keeps none.
         queue: requests that may wait; one more is answered with status 429.
         allow_origins: web pages of these origins (`http://localhost:3000`, or `*` for all) may ask from a browser.
-        allow_hosts: names of this server, as in the `Host` of a request, beside numbers and names without a dot; `*`
-            for all.
+        allow_hosts: names of this server, as in the `Host` of a request, beside those that are none of the web, see
+            `is_allowed_host`; `*` for all.
         num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`).
 
     Raises:
