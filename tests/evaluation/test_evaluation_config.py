@@ -74,14 +74,16 @@ def test_the_plain_form(load):
         """
         models:
           - some/model
-          - {path: out/model, name: mine, batch_size: 4, generation: {num_beams: 2}}
+          - {path: out/model, name: mine, batch_size: 4, generation: {num_beams: 2}, dtype: null}
+          - {path: of/2023, tokenizer_reference: 4.28}
           - {endpoint: "http://localhost:8000/v1", model: served}
         datasets: [mme, {name: coco, train: a.parquet, test: b.parquet, shots: [0, 4]}, textvqa_val]
         limit: 100
         judge: {model: gpt-5, max_retries: 1, options: {reasoning_effort: low}}
         """
     )
-    first, mine, served = config.models
+    first, mine, of_2023, served = config.models
+    assert of_2023.options == {"tokenizer_reference": "4.28"}, "a number to YAML"
     assert (first.name, first.path, first.options) == ("model", "some/model", {})
     assert mine.batch_size == 4 and mine.options == {"generation": {"num_beams": 2}}
     assert served.name == "served" and served.endpoint == "http://localhost:8000/v1"
@@ -124,6 +126,25 @@ MODELS = {"models": ["a/b"]}
             {**MODELS, "datasets": [{"name": "vqav2", "train": "a", "test": "b", "normaliser": "x"}]},
             "official or evalai",
         ),
+        # of other types than they should be
+        ({"models": [5], "datasets": ["mme"]}, "a model is 5; write a name, or a mapping of"),
+        ({**MODELS, "datasets": [["mme"]]}, "A dataset needs a `name`, e.g. mme; got ['mme']"),
+        ({**MODELS, "datasets": ["mme"], "judge": 5}, "`judge` is 5; write a name, or a mapping of max_retries"),
+        ({**MODELS, "datasets": ["mme"], "judge": {"max_retries": "x"}}, "`max_retries` is 'x'; it must be a whole"),
+        ({**MODELS, "datasets": ["mme"], "limit": 1.5}, "`limit` is 1.5; it must be a whole number from 1 on"),
+        ({**MODELS, "datasets": ["mme"], "controls": "no"}, "the configuration has controls 'no'; it must be true or"),
+        ({**MODELS, "datasets": [{"name": "mme", "data_path": 5}]}, "the dataset 'mme' has data_path 5; it must be a"),
+        ({**MODELS, "datasets": [{"name": "mmvet", "num_run": 0}]}, "`num_run` is 0; it must be a whole number"),
+        (
+            {**MODELS, "datasets": [{"name": "coco", "train": "a", "test": "b", "shots": 4}]},
+            "`shots` is 4; it must be",
+        ),
+        ({**MODELS, "datasets": [{"name": "coco", "train": "a", "test": "b", "seeds": []}]}, "`seeds` is []; it must"),
+        (
+            {"models": [{"path": "a", "generation": 5}], "datasets": ["mme"]},
+            "a model has generation 5; it must be a ma",
+        ),
+        ({"models": [{"path": "a", "resolution": "big"}], "datasets": ["mme"]}, "`resolution` is 'big'; it must be"),
         ({"models": [{"name": "unheard_of"}], "datasets": ["mme"]}, "needs a `path`"),
         ({"models": [{"name": "video_chat"}], "datasets": ["mme"]}, "not part of this package"),
         ({"models": [{"endpoint": "http://x"}], "datasets": ["mme"]}, "needs `model`"),

@@ -113,6 +113,11 @@ def test_rows_under_our_names(tmp_path):
     memes.write_text(json.dumps({"id": 1, "img": "1.png", "ocr_text": "hm", "label": 1}) + "\n")
     rows = Rows(str(memes), "test", "hateful_memes", image_dir=str(tmp_path / "img"), columns={"text": "ocr_text"})
     assert rows[0]["text"] == "hm" and rows[0]["image"].getpixel((0, 0)) == (0, 0, 255)
+    # as the set is published: paths from the folder of the file
+    published = {"id": 1, "img": "img/1.png", "text": "hm", "label": 1}
+    memes.write_text(json.dumps(published) + "\n")
+    assert Rows(str(memes), "test", "hateful_memes")[0]["image"].getpixel((0, 0)) == (0, 0, 255)
+    memes.write_text(json.dumps({"id": 1, "img": "1.png", "ocr_text": "hm", "label": 1}) + "\n")
     with pytest.raises(ValueError, match="no column for 'text'; it has id, img, ocr_text, label"):
         Rows(str(memes), "test", "hateful_memes", image_dir=str(tmp_path / "img"))
 

@@ -204,6 +204,8 @@ def test_rankings(family, request, evaluate, tables, tmp_path):
     ("change", "message"),
     [
         ({"name": "imagenet"}, "needs `class_names`"),
+        ({"name": "imagenet", "class_names": ["n01440764", "n01443537"]}, "are called n01440764 and so on, no words"),
+        ({"test_split": 7}, "test_split 7; it must be a text"),
         ({"shots": [9]}, "9 shots need as many training rows, there are 8"),
         ({"demonstrations": "rices"}, "rices with an `encoder`"),
         ({"columns": {"answers": "nothing"}}, "no column for 'answers'"),

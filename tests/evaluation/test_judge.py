@@ -64,6 +64,12 @@ def test_an_option_of_none_is_not_sent_and_other_refusals_are_failures(judge):
     assert one.ask(QUESTION) is None and len(requests) == 1
 
 
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_judge_that_refuses_all_is_asked_once(judge, status):
+    one, requests = judge(lambda text, body: (status, {"error": {"message": "no such key"}}))
+    assert one.ask(QUESTION) is None and one.ask(QUESTION, run=1) is None and len(requests) == 1
+
+
 def test_an_empty_reply_of_a_judge_is_none_and_is_asked_again(judge):
     one, requests = judge(lambda text, body: (200, "<think>hm"))
     assert one.ask(QUESTION) is None and one.ask(QUESTION) is None and len(requests) == 2

@@ -189,12 +189,15 @@ def test_mathvista_extracts_by_a_judge_and_counts_what_it_could_not(evaluate, an
 
 def test_a_request_that_fails_is_counted_and_asked_again(evaluate, answering, data):
     failing = [True]
-    address, _ = answering(lambda text: 400 if failing[0] and "a Yes?" in text else "Yes")
-    config = {"models": [at(address)], "datasets": [{"name": "mme", "data_path": data("mme")}]}
+    address, requests = answering(lambda text: 400 if failing[0] and "a Yes?" in text else "Yes")
+    models = [{**at(address), "batch_size": 6}]
+    config = {"models": models, "datasets": [{"name": "mme", "data_path": data("mme")}]}
     assert evaluate(config)["stub"]["mme"]["failed_requests"] == 1
     failing[0] = False
+    del requests[:]
     figures = evaluate(config)["stub"]["mme"]
     assert "failed_requests" not in figures and figures["perception"] == 50.0
+    assert len(requests) == 1, "what was asked with it has its replies"
 
 
 def is_red(text: str, body: dict) -> tuple[int, str]:

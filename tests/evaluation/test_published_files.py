@@ -7,10 +7,15 @@ from io import BytesIO
 import pytest
 import yaml
 from benchmark_rows import BLUE, RED, endpoint
+from datasets import Dataset
 
 from otter_hf.cli import main
+from otter_hf.evaluation.benchmarks import Options, mme_record
+from otter_hf.evaluation.config import DatasetSpec
 from otter_hf.evaluation.fewshot.rows import Rows
+from otter_hf.evaluation.fewshot.run import run_fewshot
 from otter_hf.evaluation.published import read_published, write_table
+from otter_hf.evaluation.scoring import mme
 
 
 def save(folder, *names, picture=RED):
@@ -43,6 +48,32 @@ def test_pope(tmp_path):
         outside = dump(tmp_path / "coco_pope_outside.json", [{**rows[0], "image": name, "text": "?", "label": "no"}])
         with pytest.raises(ValueError, match="The picture of row .* leads out of the folder of the pictures"):
             read_published("pope", outside, "test", tmp_path / "val2014")
+
+
+def test_mme_is_a_folder_of_categories(tmp_path):
+    """Pictures lie beside their questions, or both in folders of their own."""
+    save(tmp_path, "OCR/0001.jpg", "artwork/images/7.png")
+    asked = "Is it {}? Please answer yes or no.\t{}"
+    words = "\r\n".join([asked.format("red", "Yes"), asked.format("blue", "No")])
+    (tmp_path / "artwork" / "questions_answers_YN").mkdir()
+    for name in ("OCR/0001.txt", "artwork/questions_answers_YN/7.txt"):
+        (tmp_path / name).write_text(words + "\n")
+    (tmp_path / "eval_tool").mkdir()
+    (tmp_path / "eval_tool" / "readme.txt").write_text("no question")
+    rows = read_published("mme", tmp_path, "test")
+    assert [(row["category"], row["answer"]) for row in rows] == [
+        *(("OCR", "Yes"), ("OCR", "No"), ("artwork", "Yes"), ("artwork", "No")),
+    ]
+    assert rows[0]["question"] == "Is it red? Please answer yes or no." and rows[2]["image"].endswith("7.png")
+    write_table(tmp_path / "mme.parquet", rows)
+    records = [mme_record(row, ["Yes"], Options()) for row in Dataset.from_parquet(str(tmp_path / "mme.parquet"))]
+    assert mme.score(records)["category/ocr"] == 50 and mme.score(records)["incomplete_images"] == 0
+    (tmp_path / "OCR" / "0001.txt").write_text("Is it red? Yes")
+    with pytest.raises(ValueError, match="Line 1 of .*0001.txt is no question, tab and Yes or No: 'Is it red"):
+        read_published("mme", tmp_path, "test")
+    (tmp_path / "OCR" / "0001.jpg").unlink()
+    with pytest.raises(ValueError, match="The picture of .*0001.txt, 0001.jpg or 0001.png, is not in"):
+        read_published("mme", tmp_path, "test")
 
 
 @pytest.mark.parametrize("separator", ["\t", ","], ids=["tsv", "csv"])
@@ -132,6 +163,9 @@ def test_karpathys_split_and_coco_captions(tmp_path):
         "caption a.jpg"
     ]
     assert len(Rows(str(path), "train", "caption", image_dir=str(tmp_path))) == 2
+    of_restval = {"train": str(path), "test": str(path), "test_split": "val"}
+    with pytest.raises(ValueError, match="has no rows of the split 'val'"):
+        run_fewshot(None, DatasetSpec("coco", fewshot=of_restval), tmp_path)
 
     content = {
         "images": [{"id": 9, "file_name": "a.jpg"}],

@@ -301,7 +301,8 @@ def test_refusals_and_what_looks_like_one():
 
 def test_mmbench_counts_a_question_only_if_every_turn_is_right():
     def record(index, prediction, answer="A", category="animals"):
-        return {"index": index, "prediction": prediction, "answer": answer, "category": category}
+        common = {"answer": answer, "category": category, "num_options": 2}
+        return {"index": index, "prediction": prediction, **common}
 
     records = [
         record(7, "A"),
@@ -312,7 +313,7 @@ def test_mmbench_counts_a_question_only_if_every_turn_is_right():
     ]
     score = mmbench.score(records)
     assert score["circular_accuracy"] == pytest.approx(100 / 3) and score["questions"] == 3
-    assert score["vanilla_accuracy"] == pytest.approx(200 / 3)
+    assert score["vanilla_accuracy"] == pytest.approx(200 / 3) and score["incomplete_questions"] == 1
     assert mmbench.score([record(7, "A", None)]) == {"questions": 1}
 
 
@@ -353,13 +354,14 @@ def test_seedbench_takes_the_smallest_loss():
     assert seedbench.rank([2.0, 1.0, 3.0, 1.0]) == "B"
     records = [
         {"prediction": "B", "answer": "B", "question_type": 1},
-        {"prediction": "C", "answer": "B", "question_type": 2},
+        {"prediction": "C", "answer": "B", "question_type": 2, "data_type": "video"},
     ]
     assert seedbench.score(records) == {
         "accuracy": 50.0,
         "questions": 2,
         "question_type/1": 100.0,
         "question_type/2": 0.0,
+        "data_type/video": 0.0,
     }
 
 

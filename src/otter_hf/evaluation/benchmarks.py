@@ -159,6 +159,7 @@ def mmbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     return {
         "index": row["index"],
         "category": row.get("category"),
+        "num_options": len(mmbench.options_of(row)),
         "prediction": parse_choice(replies[0], mmbench.options_of(row)),
         "answer": row.get("answer"),
         "row": {**table_row, "prediction": "" if fate(replies[0]) == "failed" else read_reply(replies[0])},
@@ -233,6 +234,7 @@ def seedbench_record(row: Mapping, replies: list, options: Options, likelihood: 
         "prediction": seedbench.rank(losses),
         "answer": row["answer"],
         "question_type": row.get("question_type_id"),
+        "data_type": row.get("data_type"),
     }
 
 

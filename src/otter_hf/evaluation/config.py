@@ -74,6 +74,21 @@ _READING_KEYS = ("num_run", "quick_extract", "legacy_parse", "shot_type", "likel
 _DATASET_KEYS = {"name", "data_path", "image_dir", "split", "limit", "gpt_model", *_PROMPT_KEYS, *_READING_KEYS}
 _FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
 _FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit", "likelihood", "normaliser"}
+_FEWSHOT_KEYS |= {"train_split", "test_split"}
+_JUDGE_KEYS = {"model", "max_retries", "options"}
+# what keys hold, in types and in words; those of numbers are looked at where they are read
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("name", "path", "model_path", "endpoint", "model", "dtype", "load_bit"), ((str,), "a text")),
+    **dict.fromkeys(("processor", "tokenizer", "chat_template", "media_store", "output"), ((str,), "a text")),
+    **dict.fromkeys(("data_path", "image_dir", "split", "train_split", "test_split"), ((str,), "a text")),
+    **dict.fromkeys(("gpt_model", "demonstrations", "encoder", *_PROMPT_KEYS), ((str,), "a text")),
+    **dict.fromkeys(("load_in_4bit", "legacy_parse", "quick_extract", "controls"), ((bool,), "true or false")),
+    **dict.fromkeys(("processor_kwargs", "generation", "columns", "options"), ((Mapping,), "a mapping")),
+    **dict.fromkeys(("train", "test"), ((str, Mapping), "a text, or a mapping of two files")),
+    "class_names": ((str, list), "a list, or a file"),
+    "tokenizer_reference": ((str, float), "4.28 or 4.35"),
+    "device": ((str, int), "a text"),
+}
 _TOP_KEYS = {"models", "datasets", "output", "limit", "judge", "training_data", "controls"}
 
 
@@ -138,19 +153,15 @@ def load_config(path: str | Path) -> EvalConfig:
         if not isinstance(raw.get(name), list) or not raw[name]:
             raise ValueError(f"{path}: `{name}` must be a list of at least one, got {raw.get(name)!r:.80}.")
     judge = raw.get("judge") or {}
-    judge = {"model": judge} if isinstance(judge, str) else judge
-    _check_keys(judge, {"model", "max_retries", "options"}, "`judge`")
-    controls = raw.get("controls", False)
-    if not isinstance(controls, bool):
-        raise ValueError(f"`controls` is {controls!r:.80}; it must be true or false.")
-    output = Path(raw.get("output", "logs/evaluation"))
+    judge = _check_keys({"model": judge} if isinstance(judge, str) else judge, _JUDGE_KEYS, "`judge`")
+    output = Path(raw.get("output") or "logs/evaluation")
     config = EvalConfig(
         models=[_read_model(entry) for entry in raw["models"]],
         datasets=[_read_dataset(entry, raw.get("limit"), judge.get("model")) for entry in raw["datasets"]],
         # 2023 wrote a text file
         output=output.with_suffix("") if output.suffix == ".txt" else output,
-        controls=controls,
-        judge_retries=int(judge.get("max_retries", 5)),
+        controls=bool(raw.get("controls")),
+        judge_retries=_whole(judge.get("max_retries", 5), "max_retries", least=0),
         judge_options=dict(judge.get("options") or {}),
         training_data=raw.get("training_data"),
     )
@@ -165,8 +176,7 @@ def load_config(path: str | Path) -> EvalConfig:
 
 
 def _read_model(entry) -> ModelSpec:
-    entry = {"path": entry} if isinstance(entry, str) else dict(entry)
-    _check_keys(entry, _MODEL_KEYS, "a model")
+    entry = _check_keys({"path": entry} if isinstance(entry, str) else entry, _MODEL_KEYS, "a model")
     name = entry.get("name")
     if name in _DROPPED_MODELS:
         raise ValueError(
@@ -201,8 +211,9 @@ def _read_model(entry) -> ModelSpec:
         generation = {**generation, "max_new_tokens": _whole(entry["max_new_tokens"], "max_new_tokens")}
     if generation or "generation" in options:
         options["generation"] = check_generation({**generation, **options.get("generation", {})})
-    if entry.get("resolution", -1) != -1:
-        options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": int(entry["resolution"])}
+    if entry.get("resolution", -1) not in (None, -1):
+        resolution = _whole(entry["resolution"], "resolution")
+        options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": resolution}
     if "load_bit" in entry:
         options["dtype"] = _DTYPES_OF_2023.get(entry["load_bit"], entry["load_bit"])
     if "cuda_id" in entry:
@@ -246,29 +257,16 @@ def _check_media_store(options: Mapping) -> None:
 
 
 def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
-    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
-    name = entry.get("name")
-    if not name:
-        raise ValueError(f"A dataset needs a `name`, e.g. mme; got {entry!r}.")
+    entry = {"name": entry} if isinstance(entry, str) else entry
+    name = entry.get("name") if isinstance(entry, Mapping) else None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"A dataset needs a `name`, e.g. mme; got {entry!r:.80}.")
     if name in FEWSHOT:
-        _check_keys(entry, _FEWSHOT_KEYS, f"the few-shot dataset {name!r}")
-        for key in ("train", "test"):
-            if key not in entry:
-                raise ValueError(f"The few-shot dataset {name!r} needs `{key}`: a file or Hub id.")
-        for key, known in (("likelihood", LIKELIHOODS), ("normaliser", NORMALISERS)):
-            if entry.get(key, known[0]) not in known:
-                raise ValueError(f"The dataset {name!r} has {key} {entry[key]!r}; use {' or '.join(known)}.")
-        settings = {key: value for key, value in entry.items() if key not in ("name", "limit")}
-        settings.setdefault("num_samples", entry.get("limit", limit))
-        for key in ("num_samples", "query_set_size", "batch_size"):
-            if settings.get(key) is not None:
-                settings[key] = _whole(settings[key], key)
-        return DatasetSpec(name, fewshot=settings)
-    _check_keys(entry, _DATASET_KEYS | _UNUSED_DATASET_KEYS, f"the dataset {name!r}")
-    if unused := sorted(_UNUSED_DATASET_KEYS & entry.keys()):
-        logger.warning(
-            f"Dataset {name!r}: {', '.join(unused)} has no effect any more; all results and replies go to `output`."
-        )
+        return _read_fewshot(name, entry, limit)
+    entry = _check_keys(entry, _DATASET_KEYS | _UNUSED_DATASET_KEYS, f"the dataset {name!r}")
+    if "num_run" in entry:
+        entry["num_run"] = _whole(entry["num_run"], "num_run")
+    _say_unused(name, entry, _UNUSED_DATASET_KEYS)
     if name not in TASKS and (fixed := sorted(entry.keys() - {"name", "limit"} - _UNUSED_DATASET_KEYS)):
         raise ValueError(
             f"The dataset {name!r} is a task of lmms-eval, whose `{fixed[0]}` is fixed; for other data write a task "
@@ -292,17 +290,52 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
     )
 
 
-def _whole(value, name: str) -> int:
+def _read_fewshot(name: str, entry, limit) -> DatasetSpec:
+    entry = _check_keys(entry, _FEWSHOT_KEYS, f"the few-shot dataset {name!r}")
+    for key in ("train", "test"):
+        if key not in entry:
+            raise ValueError(f"The few-shot dataset {name!r} needs `{key}`: a file or Hub id.")
+    for key, known in (("likelihood", LIKELIHOODS), ("normaliser", NORMALISERS)):
+        if entry.get(key, known[0]) not in known:
+            raise ValueError(f"The dataset {name!r} has {key} {entry[key]!r}; use {' or '.join(known)}.")
+    for key, least in (("shots", 0), ("seeds", None)):
+        if not isinstance(entry.get(key, [0]), list) or entry.get(key) == []:
+            raise ValueError(f"`{key}` is {entry[key]!r:.80}; it must be a list of whole numbers, e.g. [0, 4, 8].")
+        if key in entry:
+            entry[key] = [_whole(number, key, least) for number in entry[key]]
+    _say_unused(name, entry, {"batch_size"})
+    settings = {key: value for key, value in entry.items() if key not in ("name", "limit", "batch_size")}
+    settings.setdefault("num_samples", entry.get("limit", limit))
+    for key in ("num_samples", "query_set_size"):
+        if settings.get(key) is not None:
+            settings[key] = _whole(settings[key], key)
+    return DatasetSpec(name, fewshot=settings)
+
+
+def _say_unused(name: str, entry: Mapping, unused: set[str]) -> None:
+    if found := sorted(unused & entry.keys()):
+        logger.warning(
+            f"Dataset {name!r}: {', '.join(found)} has no effect any more; models have a `batch_size`, and all "
+            "results and replies go to `output`."
+        )
+
+
+def _whole(value, name: str, least: int | None = 1) -> int:
     try:
-        number = int(value)
+        number = None if isinstance(value, bool) else int(value)
+        number = None if isinstance(value, float) and value != number else number
     except (TypeError, ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise ValueError(f"`{name}` is {value!r}; it must be a whole number from 1 on.")
+        number = None
+    if number is None or (least is not None and number < least):
+        limit = "" if least is None else f" from {least} on"
+        raise ValueError(f"`{name}` is {value!r:.80}; it must be a whole number{limit}.")
     return number
 
 
-def _check_keys(entry: Mapping, known: set[str], what: str) -> None:
+def _check_keys(entry, known: set[str], what: str) -> dict[str, Any]:
+    """The mapping, with keys that are known and values of their kinds; None stands for a key that is not there."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{what} is {entry!r:.80}; write a name, or a mapping of {', '.join(sorted(known))}.")
     secrets = sorted(key for key in entry if "api_key" in str(key) or "token" == str(key))
     if secrets:
         raise ValueError(
@@ -311,6 +344,12 @@ def _check_keys(entry: Mapping, known: set[str], what: str) -> None:
         )
     if unknown := sorted(set(map(str, entry)) - known):
         raise ValueError(f"{what} has the unknown key `{unknown[0]}`; known are {', '.join(sorted(known))}.")
+    for key in entry.keys() & _KINDS.keys():
+        value, (kinds, words) = entry[key], _KINDS[key]
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise ValueError(f"{what} has {key} {value!r:.80}; it must be {words}.")
+    as_text = ("tokenizer_reference",)  # which YAML takes for a number
+    return {key: str(value) if key in as_text else value for key, value in entry.items() if value is not None}
 
 
 def _short(path: str) -> str:

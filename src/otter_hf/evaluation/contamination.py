@@ -76,7 +76,8 @@ def inputs_of(config: EvalConfig) -> MadeFrom:
         sources = [dataset.data_path, dataset.image_dir]
         if (settings := dataset.fewshot) is not None:
             test = settings["test"]
-            place |= {name: settings[name] for name in ("test", "columns", "image_dir") if name in settings}
+            of_rows = ("test", "test_split", "columns", "image_dir")
+            place |= {name: settings[name] for name in of_rows if name in settings}
             sources = [*(test.values() if isinstance(test, Mapping) else [test]), settings.get("image_dir")]
         paths += [path for path in sources if path and Path(path).expanduser().exists()]
         asked.append({**place, "sources": list(map(str, sources))})
@@ -90,7 +91,7 @@ def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Ta
     if dataset.fewshot is not None:
         settings = dataset.fewshot
         options = {"image_dir": settings.get("image_dir"), "columns": settings.get("columns")}
-        test = Rows(settings["test"], "test", KINDS[dataset.name], **options)
+        test = Rows(settings["test"], settings.get("test_split", "test"), KINDS[dataset.name], **options)
 
         def look_fewshot(number: int) -> tuple[str, str, list[Image.Image | None]]:
             row = test[number]

@@ -58,12 +58,13 @@ class Judge:
         self._log = log
         self._options = dict(options or {})
         self._unsupported: set[str] = set()
+        self._refuses_all = False
         self._client = OpenAI(timeout=timeout, max_retries=max_retries)
 
     def ask(self, messages: list[dict], temperature: float = 0.0, max_tokens: int = 256, run: int = 0) -> str | None:
         """
         The judge's reply to `messages` without its thoughts, or None if there is none after all retries, or an empty
-        one; the reason is logged.
+        one; the reason is logged. A judge that refuses the key, or does not know the model, is asked no more.
 
         Args:
             messages: in OpenAI's form.
@@ -76,10 +77,16 @@ class Judge:
         key = self._log and self._log.key({"judge": request, "run": run})
         if key and (known := self._log.get(key)) is not None:
             return strip_thinking(known)
-        from openai import OpenAIError
+        if self._refuses_all:
+            return None
+        from openai import AuthenticationError, NotFoundError, OpenAIError
 
         try:
             reply = self._complete(request)
+        except (AuthenticationError, NotFoundError) as error:
+            self._refuses_all = True
+            logger.warning(f"The judge {self.model!r} refuses all questions and is asked no more: {error}")
+            return None
         except OpenAIError as error:
             logger.warning(f"The judge {self.model!r} did not reply: {error}")
             return None

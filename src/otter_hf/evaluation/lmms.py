@@ -248,7 +248,9 @@ class Endpoint(ResumableModel, OpenAICompatible):
         return self.answer(requests, lambda request: [self.messages(request), options], self._ask)
 
     def _ask(self, window: list[Instance], wanted: set[int]) -> Iterator[dict[int, str]]:
-        yield {number: reply.text for number, reply in enumerate(OpenAICompatible.generate_until(self, window))}
+        numbers = sorted(wanted)  # a reply of an endpoint does not depend on who is asked with it
+        replies = OpenAICompatible.generate_until(self, [window[number] for number in numbers])
+        yield {number: reply.text for number, reply in zip(numbers, replies, strict=True)}
 
 
 def _as_lmms_eval_has_them(conversation: Callable[[], list[dict]]) -> list[dict]:

@@ -3,6 +3,7 @@ The benchmarks' own files, as their authors publish them, in the columns that ou
 
 | benchmark | file | pictures, looked for below `image_dir`, or else below the folder of the file |
 |---|---|---|
+| MME | the folder, in it one of each category with `NAME.txt`, lines of question, tab, answer | `NAME.jpg` or `.png` |
 | POPE | `coco_pope_random.json` (JSON lines of text, label, image), or the folder of several | by name |
 | MMBench | `.tsv` or `.csv` | base64 in the row, or in the row whose index stands there |
 | MathVista | `testmini.json`, {pid: row} | `images/PID.jpg` |
@@ -25,6 +26,7 @@ from transformers.utils import logging
 from ..files import replacing
 from ..pictures import decode_base64
 from ..reading import leads_out
+from .scoring.mme import COGNITION, PERCEPTION, category_name
 
 
 logger = logging.get_logger(__name__)
@@ -74,8 +76,8 @@ def read_published(
     The rows of a benchmark's own file in our columns; None for what is not in such a form, to be read as a table.
 
     Args:
-        benchmark: pope, mmbench, mathvista, scienceqa, seedbench, seedbench_official or mmvet.
-        path: the file, for POPE also the folder of several.
+        benchmark: mme, pope, mmbench, mathvista, scienceqa, seedbench, seedbench_official or mmvet.
+        path: the file, for POPE also the folder of several, for MME the folder.
         split: which rows of ScienceQA.
         image_dir: folder of the pictures, by default that of the file.
 
@@ -83,17 +85,48 @@ def read_published(
         ValueError: for pictures that are not there, and for rows without a column that the form has.
     """
     path = Path(path).expanduser()
-    reader = _READERS.get(benchmark)
-    if reader is None or not path.exists():
+    if not path.exists():
         return None
     if path.is_dir():
+        if benchmark == "mme":
+            return list(_mme(path)) or None
         files = sorted(path.glob("*_pope_*.json")) if benchmark == "pope" else []
         rows = [row for file in files for row in read_published(benchmark, file, split, image_dir) or []]
         return rows or None
+    if (reader := _READERS.get(benchmark)) is None:
+        return None
     try:
         return reader(path, split, Pictures(image_dir, path))
     except KeyError as error:
         raise ValueError(f"A row of {path} has no {error}, which the files of {benchmark} have.") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not in the form of the files of {benchmark}: {error}.") from error
+
+
+def _mme(folder: Path) -> Iterator[dict]:
+    """The rows of MME's folder; its other folders, such as that of the authors' scoring, are passed over."""
+    for category in sorted(path for path in folder.iterdir() if category_name(path.name) in PERCEPTION + COGNITION):
+        texts = category / "questions_answers_YN"
+        texts, place = (texts, category / "images") if texts.is_dir() else (category, category)
+        for path in sorted(texts.glob("*.txt")):
+            pictures = [place / f"{path.stem}{suffix}" for suffix in (".jpg", ".png", ".jpeg", ".JPG", ".PNG")]
+            picture = next(filter(Path.is_file, pictures), None)
+            if picture is None:
+                names = " or ".join(picture.name for picture in pictures[:2])
+                raise ValueError(f"The picture of {path}, {names}, is not in {place}.")
+            for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
+                if not line.strip():
+                    continue
+                question, tab, answer = line.strip().rpartition("\t")
+                if not tab or answer.strip().lower() not in ("yes", "no"):
+                    raise ValueError(f"Line {number} of {path} is no question, tab and Yes or No: {line!r:.80}.")
+                yield {
+                    "question_id": f"{category.name}/{picture.name}",
+                    "category": category.name,
+                    "question": question.strip(),
+                    "answer": answer.strip(),
+                    "image": str(picture.resolve()),
+                }
 
 
 def _json(path: Path) -> Any:
@@ -296,6 +329,8 @@ def read_published_fewshot(
         rows = list(read(content, pictures=Pictures(image_dir, path)))
     except KeyError as error:
         raise ValueError(f"A row of {path} has no {error}.") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path} has a row of another form than its first ones: {error}.") from error
     if not rows:
         raise ValueError(f"{path} has no rows of the split {split!r}.")
     return rows

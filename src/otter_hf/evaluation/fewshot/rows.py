@@ -1,5 +1,6 @@
 """Training and test rows of the few-shot data sets, whatever their columns are called."""
 
+import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -39,7 +40,7 @@ class Rows:
         source: a file, a folder or a Hub id; also what [`~otter_hf.evaluation.published`] reads.
         split: of the data set.
         kind: of `NEEDED`.
-        image_dir: folder of the pictures, where the rows hold file names.
+        image_dir: folder of the pictures, where the rows hold file names; by default that of the data.
         columns: our name -> the name in the data, over the common ones.
 
     Raises:
@@ -57,6 +58,9 @@ class Rows:
     ):
         self._table = _table(source, split, image_dir)
         self._image_dir = image_dir
+        file = None if isinstance(source, Mapping) else Path(str(source)).expanduser()
+        # what is on the Hub is no path
+        self._data_dir = file and (file if file.is_dir() else file.parent if file.is_file() else None)
         there = self._table.column_names
         chosen = {name: next((c for c in names if c in there), None) for name, names in _COLUMNS.items()}
         self._columns = {name: column for name, column in {**chosen, **(columns or {})}.items() if column in there}
@@ -89,7 +93,7 @@ class Rows:
         if pictures.features[self._columns["image"]] != Value("string"):
             return [self._table._fingerprint]
         names = pictures[self._columns["image"]]
-        return [self._table._fingerprint, state_of_all(Path(self._image_dir or ".", name) for name in names if name)]
+        return [self._table._fingerprint, state_of_all(Path(self._place(name)) for name in names if name)]
 
     def is_row_of(self, number: int, other: "Rows", other_number: int) -> bool:
         """
@@ -132,11 +136,20 @@ class Rows:
             number = pc.index(empty, True).as_py()
             raise ValueError(f"Row {number} of {self._source} has no {name}: take a split in which they are told.")
 
+    def _place(self, text: str) -> str:
+        """The path of a picture that a row names; what names none, such as base64, as it is."""
+        if self._image_dir is not None:
+            return str(Path(self._image_dir, text))
+        with contextlib.suppress(OSError):  # longer than a name can be
+            if self._data_dir is not None and (path := self._data_dir / text).is_file():
+                return str(path)
+        return text
+
     def _read_row(self, number: int) -> dict[str, Any]:
         raw = self._table[number]
         row = {name: raw[column] for name, column in self._columns.items()}
-        if isinstance(row["image"], str) and self._image_dir is not None and not Path(row["image"]).is_absolute():
-            row["image"] = str(Path(self._image_dir) / row["image"])
+        if isinstance(row["image"], str):
+            row["image"] = self._place(row["image"])
         row["image"] = images({"image": row["image"], "id": row.get("id", number)})[0]
         for name in ("answers", "captions"):
             if name in row:

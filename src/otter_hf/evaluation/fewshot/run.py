@@ -1,6 +1,7 @@
 """The few-shot harness: shots x seeds of a data set, with the demonstrations in the conversation."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -75,8 +76,8 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
     settings = dataset.fewshot
     kind = KINDS[dataset.name]
     common = {"kind": kind, "image_dir": settings.get("image_dir"), "columns": settings.get("columns")}
-    train = Rows(settings["train"], "train", **common)
-    test = Rows(settings["test"], "test", **common)
+    train = Rows(settings["train"], settings.get("train_split", "train"), **common)
+    test = Rows(settings["test"], settings.get("test_split", "test"), **common)
     names = _class_names(settings, kind, train)
     for rows in (train, test) if names else ():
         rows.check_labels(len(names))
@@ -141,8 +142,12 @@ def _class_names(settings: dict, kind: str, train: Rows) -> list[str] | None:
     names = settings.get("class_names") or train.class_names()
     if isinstance(names, str):
         names = [line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip()]
+    wanted = "a list, or a file with one name per line, in label order"
     if not names:
-        raise ValueError("imagenet needs `class_names`: a list, or a file with one name per line, in label order.")
+        raise ValueError(f"imagenet needs `class_names`: {wanted}.")
+    if all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
+        called = f"The classes are called {names[0]} and so on, no words to rank"
+        raise ValueError(f"{called}; give `class_names`: {wanted}.")
     return list(names)
 
 

@@ -36,12 +36,13 @@ def score(records: list[Mapping]) -> dict[str, float]:
     CircularEval: a question is right only if all its shifted copies are.
 
     Args:
-        records: with `index`, `category`, `prediction` and `answer` (None on the test split, which only the server can
-            score).
+        records: with `index`, `category`, `num_options`, `prediction` and `answer` (None on the test split, which only
+            the server can score).
 
     Returns:
-        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `category/NAME`; of unanswered
-        data only `questions`.
+        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `incomplete_questions`, those
+        without a copy for each option (a limit cut them off, or the data have none), which makes them easier, and
+        `category/NAME`; of unanswered data only `questions`.
     """
     questions: dict[int, list[Mapping]] = {}
     for record in records:
@@ -49,6 +50,7 @@ def score(records: list[Mapping]) -> dict[str, float]:
     if not all(present(record["answer"]) for record in records):
         return {"questions": len(questions)}
     right = {index: all(r["prediction"] == r["answer"] for r in rows) for index, rows in questions.items()}
+    incomplete = sum(len(rows) < rows[0].get("num_options", 0) for rows in questions.values())
     unshifted = [record for record in records if int(record["index"]) < _COPY_OFFSET]
     categories: dict[str, list[bool]] = {}
     for index, rows in questions.items():
@@ -57,6 +59,7 @@ def score(records: list[Mapping]) -> dict[str, float]:
         "circular_accuracy": percent(sum(right.values()), len(right)),
         "vanilla_accuracy": percent(sum(r["prediction"] == r["answer"] for r in unshifted), len(unshifted)),
         "questions": len(questions),
+        "incomplete_questions": incomplete,
         **{f"category/{name}": percent(sum(values), len(values)) for name, values in sorted(categories.items())},
     }
 

@@ -14,10 +14,19 @@ def rank(losses: Sequence[float]) -> str:
 
 
 def score(records: list[Mapping]) -> dict[str, float]:
-    """Accuracy over all questions and by question type; `records` have `prediction`, `answer`, `question_type`."""
+    """
+    Accuracy over all questions, by question type, and of pictures and films.
+
+    Args:
+        records: with `prediction`, `answer`, and where the data tell them `question_type` and `data_type`.
+    """
     records = [{**record, "correct": record["prediction"] == record["answer"]} for record in records]
     return {
         "accuracy": percent(sum(record["correct"] for record in records), len(records)),
         "questions": len(records),
-        **mean_by([record for record in records if record.get("question_type") is not None], "question_type"),
+        **{
+            name: value
+            for kind in ("question_type", "data_type")
+            for name, value in mean_by([record for record in records if record.get(kind) is not None], kind).items()
+        },
     }
