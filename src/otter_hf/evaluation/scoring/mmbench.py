@@ -40,9 +40,9 @@ def score(records: list[Mapping]) -> dict[str, float]:
             the server can score).
 
     Returns:
-        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `incomplete_questions`, those
-        without a copy for each option (a limit cut them off, or the data have none), which makes them easier, and
-        `category/NAME`; of unanswered data only `questions`.
+        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `category/NAME`, and where there
+        are any `incomplete_questions`, those without a copy for each option (a limit cut them off, or the data have
+        none), which makes them easier; of unanswered data only `questions`.
     """
     questions: dict[int, list[Mapping]] = {}
     for record in records:
@@ -59,7 +59,7 @@ def score(records: list[Mapping]) -> dict[str, float]:
         "circular_accuracy": percent(sum(right.values()), len(right)),
         "vanilla_accuracy": percent(sum(r["prediction"] == r["answer"] for r in unshifted), len(unshifted)),
         "questions": len(questions),
-        "incomplete_questions": incomplete,
+        **({"incomplete_questions": incomplete} if incomplete else {}),
         **{f"category/{name}": percent(sum(values), len(values)) for name, values in sorted(categories.items())},
     }
 
