@@ -44,7 +44,7 @@ from .reading import is_lfs_pointer
 logger = logging.get_logger(__name__)
 
 # what chat, server and films read; Pillow has AVIF from 11.3 on, where it is built with it
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += ("AVIF",) * bool("avif" in features.modules and features.check_module("avif"))
 _DATA_URI = re.compile(r"data:[^,]*,")
 _STANDARD_ALPHABET = str.maketrans("-_", "+/")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...made_from import state_of_all
+from ...reading import leads_out
 from ..benchmarks import images
 from ..data_sources import read_split
 from ..published import read_published_fewshot
@@ -140,9 +141,10 @@ class Rows:
         """The path of a picture that a row names; what names none, such as base64, as it is."""
         if self._image_dir is not None:
             return str(Path(self._image_dir, text))
-        with contextlib.suppress(OSError):  # longer than a name can be
-            if self._data_dir is not None and (path := self._data_dir / text).is_file():
-                return str(path)
+        if self._data_dir is not None and not leads_out(text):
+            with contextlib.suppress(OSError):  # longer than a name can be
+                if (path := self._data_dir / text).is_file():
+                    return str(path)
         return text
 
     def _read_row(self, number: int) -> dict[str, Any]:
