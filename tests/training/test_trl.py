@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationMixin
 
-from otter_hf import OtterProcessor
+from otter_hf import FlamingoProcessor, OtterProcessor
 from otter_hf.data import OtterCollator, OtterHDCollator
+from otter_hf.data.collator_flamingo import FlamingoCollator
 from otter_hf.prompts import chat_template
 from otter_hf.testing import otter as otter_tiny
 from otter_hf.testing import otterhd as otterhd_tiny
@@ -180,6 +181,23 @@ def test_the_tokens_of_our_trainer(kind, request):
     # cut in front of the completion, the answers of the prompt are not learned in its place
     with pytest.raises(ValueError, match="cut before"):
         TRLCollator(processor, int(learned[0]))([row])
+
+
+def test_a_processor_without_a_chat_template():
+    """Of OpenFlamingo: the rows were all the word None."""
+    tiny = otter_tiny.tiny_processor()
+    processor = FlamingoProcessor(tiny.image_processor, tiny.tokenizer)
+    sample = {
+        "id": "a",
+        "turns": [("what color?", "red")],
+        "media_per_turn": [1],
+        "media": [[Image.new("RGB", (9, 9))]],
+    }
+    expected = FlamingoCollator(processor, format="simple")([sample])
+    row = {"image": Image.new("RGB", (9, 9)), "messages": [*user("what color?"), *assistant("red")]}
+    batch = TRLCollator(processor)([row])
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["labels"], expected["labels"]) and processor.chat_template
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -226,6 +226,7 @@ class AnswerTokenCollator(Collator):
     format: str
     remove_answer_token: bool
     remove_end_of_turn_token: bool
+    has_films = True  # whether a medium may have several frames
 
     def _set_up(self, tokenizer: Any, image_token: str, answer_token: str) -> None:
         """Checks the options; `tokenizer` is the one to write samples with, which has these tokens."""
@@ -260,7 +261,7 @@ class AnswerTokenCollator(Collator):
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
         for sample in samples:
-            _tell_of_hidden_media(sample)
+            self._tell_of_hidden_media(sample)
         texts = [
             render(
                 sample["turns"],
@@ -274,6 +275,18 @@ class AnswerTokenCollator(Collator):
         ]
         # `verbose` would warn of rows longer than the model's limit, which are cut later
         return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _tell_of_hidden_media(self, sample: Sample) -> None:
+        """A token sees the last medium in front of it alone (Alayrac et al. 2022, section 3.1.3)."""
+        places = sample.get("media_places") or [[0] * count for count in sample["media_per_turn"]]
+        if any(len({*of_turn}) < len(of_turn) for of_turn in places):
+            frames = (
+                "Make them frames of one medium (images_as: frames; in messages a list of pictures as a video), or p"
+            )
+            logger.warning_once(
+                "Some samples show several pictures with no words between them: the words behind see the last one "
+                f"alone. {frames if self.has_films else 'P'}ut words between them."
+            )
 
     def _row(self, sample: Sample, tokens: list[int]) -> Row:
         ids = torch.tensor(self._prefix + tokens + self._suffix, dtype=torch.int64)
@@ -373,17 +386,6 @@ def read_media(sample: Sample) -> list[list[Image.Image]]:
         return [[read_image(frame, "an image") for frame in medium] for medium in sample["media"]]
     except ImageError as error:
         raise SampleError(f"Sample {sample['id']!r}: {error}", reason="bad image") from error
-
-
-def _tell_of_hidden_media(sample: Sample) -> None:
-    """A token sees the last medium in front of it alone (Alayrac et al. 2022, section 3.1.3)."""
-    places = sample.get("media_places") or [[0] * count for count in sample["media_per_turn"]]
-    if any(len({*of_turn}) < len(of_turn) for of_turn in places):
-        logger.warning_once(
-            "Some samples show several pictures with no words between them: the words behind see the last one alone. "
-            "Make them frames of one medium (images_as: frames; in messages a list of pictures as a video), or put "
-            "words between them."
-        )
 
 
 def _check_media(sample: Sample) -> None:

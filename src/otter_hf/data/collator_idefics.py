@@ -63,6 +63,7 @@ class IdeficsCollator(AnswerTokenCollator):
 
     format = "idefics"
     packing = False
+    has_films = False
 
     def __post_init__(self) -> None:
         missing = [token for token in (IMAGE_TOKEN, ANSWER_TOKEN) if token not in self.tokenizer.get_vocab()]

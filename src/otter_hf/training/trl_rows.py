@@ -14,6 +14,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from ..data.collator import IGNORE_INDEX
 from ..models.otterhd import OtterHDProcessor
+from ..prompts import ANSWER_TOKEN, chat_template
 
 
 # the template leaves these to the tokenizer, and TRL asks that for none; OtterHD's processor and template have theirs
@@ -34,7 +35,8 @@ class TRLCollator:
     completion alone count.
 
     Args:
-        processor: of an Otter, Flamingo or OtterHD.
+        processor: of an Otter, Flamingo or OtterHD. One without a chat template, as of OpenFlamingo, gets that of
+            `simple`, in which `otter-hf train` writes, and is saved with it.
         max_length: rows are cut at so many tokens; None for no limit.
 
     Returns, when called, the processor's output, padded on the right, with `labels` `(B, L)` int64, -100 where nothing
@@ -47,6 +49,10 @@ class TRLCollator:
 
     processor: ProcessorMixin
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.processor.chat_template is None:
+            self.processor.chat_template = chat_template("simple", removed_tokens=[ANSWER_TOKEN])
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if "chosen" not in rows[0]:
