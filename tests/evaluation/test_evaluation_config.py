@@ -94,6 +94,11 @@ def test_the_plain_form(load):
     assert config.judge_retries == 1 and config.judge_options == {"reasoning_effort": "low"}
 
 
+def test_results_of_a_folder_have_its_name(load):
+    (model,) = load({"models": [".."], "datasets": ["mme"]}).models
+    assert model.name == Path("..").resolve().name and model.path == ".."
+
+
 MODELS = {"models": ["a/b"]}
 
 
@@ -113,6 +118,11 @@ MODELS = {"models": ["a/b"]}
             {"models": [{"path": "a", "generation": {"top_p": 0.9}}], "datasets": ["mme"]},
             "top_p 0.9, which is",
         ),
+        (
+            {"models": [{"path": "a", "generation": {"temperature": 0.7, "do_sample": False}}], "datasets": ["mme"]},
+            "has temperature 0.7, which samples, and `do_sample: false`",
+        ),
+        ({"models": ["a/m:1", {"path": "b", "name": "m_1"}], "datasets": ["mme"]}, "Two models are called 'm:1'"),
         ({"models": [{"path": "a", "media_store_gb": 3}], "datasets": ["mme"]}, "`media_store_gb` bounds a"),
         (
             {"models": [{"path": "a", "media_store": "b", "media_store_gb": -1}], "datasets": ["mme"]},

@@ -168,9 +168,10 @@ def load_config(path: str | Path) -> EvalConfig:
     if config.training_data is not None and not isinstance(config.training_data, str):
         raise ValueError(f"{path}: `training_data` must be a training YAML, got {config.training_data!r:.80}.")
     for kind, specs in (("model", config.models), ("dataset", config.datasets)):
-        names = [spec.name for spec in specs]
+        # as their results are called
+        names = [file_name(spec.name) for spec in specs]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = next(spec.name for spec, name in zip(specs, names, strict=True) if names.count(name) > 1)
             raise ValueError(f"Two {kind}s are called {twice!r}: give one of them another `name`.")
     return config
 
@@ -228,11 +229,17 @@ def check_generation(options: Mapping[str, Any]) -> dict[str, Any]:
     Options of every answer, as they are.
 
     Raises:
-        ValueError: for others than `GENERATION` and `SAMPLING`, and for those of sampling where it is greedy.
+        ValueError: for others than `GENERATION` and `SAMPLING`, for those of sampling where it is greedy, and for what
+            says both.
     """
     known = ("do_sample", *GENERATION, *SAMPLING)
     if unknown := [name for name in options if name not in known]:
         raise ValueError(f"`generation` has the unknown key `{unknown[0]}`; known are {', '.join(known)}.")
+    if options.get("do_sample") is False and samples(options):
+        raise ValueError(
+            f"`generation` has temperature {options['temperature']!r}, which samples, and `do_sample: false`: take "
+            "one of them out."
+        )
     for name, all_tokens in (("top_p", 1), ("top_k", 0)):
         value = options.get(name)
         if value not in (None, all_tokens) and not samples(options):
@@ -352,5 +359,11 @@ def _check_keys(entry, known: set[str], what: str) -> dict[str, Any]:
     return {key: str(value) if key in as_text else value for key, value in entry.items() if value is not None}
 
 
+def file_name(name: str) -> str:
+    """A name of a model or data set as that of its folder."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
+
+
 def _short(path: str) -> str:
-    return Path(path).name or str(path)
+    name = Path(path).name
+    return name if name.strip(".") else Path(path).resolve().name  # of `.` and `..`

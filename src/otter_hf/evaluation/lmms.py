@@ -234,7 +234,12 @@ class Endpoint(ResumableModel, OpenAICompatible):
     def answer_questions(
         self, questions: Sequence[Callable[[], list[dict]]], options: Mapping, chat_template: str | None = None
     ) -> list[str]:
-        """As those to a [`TransformersModel`]; the template is the server's."""
+        """As those to a [`TransformersModel`]; the template is the server's, and answers are greedy, without beams."""
+        if left_out := {name: options[name] for name in ("num_beams", "length_penalty") if name in options}:
+            logger.warning_once(
+                f"OpenAI's protocol has no {', '.join(f'{name} ({value})' for name, value in left_out.items())}: "
+                f"{self.model_version} is asked without, and its answers are greedy."
+            )
         self.task_dict["questions"] = {"test": questions}
         requests = [
             Instance(

@@ -23,7 +23,7 @@ from ..extras import pip_install, requirements
 from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
-from .config import DatasetSpec, EvalConfig, ModelSpec
+from .config import DatasetSpec, EvalConfig, ModelSpec, file_name
 from .data_sources import READERS, data_source, read_split
 from .judge import Judge
 from .published import read_published, write_table
@@ -83,7 +83,7 @@ def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
         _look_for_contamination(config)
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for spec in config.models:
-        folder = config.output / _file_name(spec.name)
+        folder = config.output / file_name(spec.name)
         lm = build_model(spec, folder / "replies")
         results[spec.name] = {}
         for dataset in config.datasets:
@@ -331,10 +331,6 @@ def _write_submission(path: Path, records: list[Mapping]) -> None:
 
     with replacing(path) as written, written.open("wb") as file:
         pd.DataFrame(mmbench.submission_rows(records)).to_excel(file, index=False)
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)
 
 
 def _require_lmms_eval() -> None:
