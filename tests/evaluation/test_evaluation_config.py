@@ -32,6 +32,8 @@ def test_the_form_of_2023(load):
             "datasets": [
                 {"name": "magnifierbench", "prompt": "Answer.", "default_output_path": "./logs", "debug": True},
                 {"name": "mmvet", "gpt_model": "gpt-4-0613", "num_run": 5},
+                {"name": "mmbench", "data_path": "Otter-AI/MMBench", "split": "dev"},
+                {"name": "mathvista", "data_path": "Otter-AI/MathVista"},
             ],
             "output": "./logs/evaluation.txt",
         }
@@ -44,7 +46,8 @@ def test_the_form_of_2023(load):
     assert fuyu.path == "adept/fuyu-8b" and "User:" not in fuyu.options["chat_template"]
     assert idefics.batch_size == 8
     assert gpt4v.path is None and gpt4v.model == "gpt-4-vision-preview"
-    magnifierbench, mmvet = config.datasets
+    magnifierbench, mmvet, mmbench, mathvista = config.datasets
+    assert (magnifierbench.split, mmbench.split, mathvista.split) == (None, "validation", "test")
     # debug meant to save the replies, which are saved anyway
     assert magnifierbench.prompts == {"prompt": "Answer."} and magnifierbench.limit is None
     assert mmvet.judge == "gpt-4-0613" and mmvet.options == {"num_run": 5}

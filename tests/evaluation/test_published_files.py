@@ -52,6 +52,7 @@ def test_pope(tmp_path):
 
 def test_mme_is_a_folder_of_categories(tmp_path):
     """Pictures lie beside their questions, or both in folders of their own."""
+    tmp_path = tmp_path / "MME_Benchmark_release_version"
     save(tmp_path, "OCR/0001.jpg", "artwork/images/7.png")
     asked = "Is it {}? Please answer yes or no.\t{}"
     words = "\r\n".join([asked.format("red", "Yes"), asked.format("blue", "No")])
@@ -61,6 +62,7 @@ def test_mme_is_a_folder_of_categories(tmp_path):
     (tmp_path / "eval_tool").mkdir()
     (tmp_path / "eval_tool" / "readme.txt").write_text("no question")
     rows = read_published("mme", tmp_path, "test")
+    assert rows == read_published("mme", tmp_path.parent, "test")
     assert [(row["category"], row["answer"]) for row in rows] == [
         *(("OCR", "Yes"), ("OCR", "No"), ("artwork", "Yes"), ("artwork", "No")),
     ]

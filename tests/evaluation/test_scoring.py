@@ -335,6 +335,7 @@ def test_scienceqa_by_image_subject_and_grade():
             "has_image": has_image,
             "subject": subject,
             "grade": grade,
+            "has_text": {"grade2": True, "grade12": False}.get(grade),
         }
 
     score = scienceqa.score(
@@ -346,6 +347,7 @@ def test_scienceqa_by_image_subject_and_grade():
         ]
     )
     assert (score["accuracy"], score["image_accuracy"], score["unparsed"]) == (50.0, 50.0, 1)
+    assert score["context/text"] == 100.0 and score["context/none"] == 0.0
     assert score["subject/language science"] == 50.0 and score["grade/1-6"] == 100.0 and score["grade/7-12"] == 0.0
     assert scienceqa.parse_answer("The answer is E", ["a1", "a2", "a3", "a4", "a5"]) == "E"
 

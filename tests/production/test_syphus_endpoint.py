@@ -58,6 +58,9 @@ class Endpoint:
             return temper, headers, json.dumps({"error": {"message": f"this is {temper}"}})
         if temper == "no credit":
             return 429, {}, json.dumps({"error": {"message": "pay first", "code": "insufficient_quota"}})
+        if temper == "other options":
+            told = {"message": "Unsupported parameter: 'max_tokens'.", "code": "unsupported_parameter"}
+            return 400, {}, json.dumps({"error": told})
         message = {"role": "assistant", "content": f"Question: Q of {id}?\nAnswer: A of {id}."}
         if temper == "nonsense":
             message["content"] = "I would rather talk about the weather."
@@ -146,6 +149,7 @@ def test_what_is_sent(serve, annotations, monkeypatch):
         (402, EndpointError, "refuses all requests: HTTP 402"),
         (404, EndpointError, "refuses all requests: HTTP 404"),
         ("no credit", EndpointError, "refuses all requests: HTTP 429: pay first"),
+        ("other options", EndpointError, "Unsupported parameter: 'max_tokens'; an option of null is not sent"),
     ],
 )
 def test_failures_of_an_endpoint(serve, temper, error, message):

@@ -10,6 +10,7 @@ from fuzz.server_requests import PICTURE, VALID, acall, body, call, encode, vali
 from PIL import Image
 
 from otter_hf.films import FilmLimits, open_film
+from otter_hf.pictures import encode_base64, encode_image
 from otter_hf.serving.fetch import FetchPolicy
 from otter_hf.serving.media import MediaLimits, fit_media, image_part, video_part
 from otter_hf.serving.messages import Cancelled, MessageReader
@@ -242,6 +243,27 @@ def test_work_ends_when_nobody_waits(tmp_path):
     messages = reader.fetch(asking(PICTURE, PICTURE))
     with pytest.raises(Cancelled):
         reader.decode(messages)
+
+
+def test_frames_of_a_film_may_come_by_themselves():
+    """As clients of vLLM send them."""
+
+    def read(num_frames=3, end="", **limits):
+        pictures = [Image.new("RGB", (8, 8), (40 * number, 0, 0)) for number in range(6)]
+        encoded = ",".join(encode_base64(encode_image(picture, "JPEG")) for picture in pictures)
+        film = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{encoded}{end}"}}
+        (message,) = MessageReader(MediaLimits(**limits), FetchPolicy(), num_frames).read(asking(film))
+        return message["content"][0]["video"]
+
+    assert [round(frame.getpixel((4, 4))[0] / 40) for frame in read()] == [0, 2, 4]
+    assert len(read(num_frames=16)) == 6
+    for asked, message in (
+        ({"num_frames": 1, "pictures": 1}, "has more than 4 frames; send fewer of them"),
+        ({"image_pixels": 150}, "frame 0 is too large .8 x 8 pixels are more than the limit of 50"),
+        ({"end": ",!"}, "video_url, frame 6 cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(**asked)
 
 
 def test_a_film_is_left_between_frames(tmp_path):

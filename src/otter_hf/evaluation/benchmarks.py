@@ -192,6 +192,7 @@ def scienceqa_record(row: Mapping, replies: list[str], options: Options) -> dict
         "prediction": scienceqa.parse_answer(replies[0], row["choices"]),
         "answer": scienceqa_answer(row),
         "has_image": row["has_image"],
+        "has_text": None if row.get("hint") is None else bool(row["hint"].strip()),
         "subject": row.get("subject"),
         "grade": row.get("grade"),
     }

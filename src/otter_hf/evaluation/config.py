@@ -289,12 +289,21 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
         tasks=TASKS.get(name, (name,)),
         data_path=entry.get("data_path"),
         image_dir=entry.get("image_dir"),
-        split=entry.get("split"),
+        split=_split_of(entry),
         limit=None if limit is None else _whole(limit, "limit"),
         prompts={key: entry[key] for key in _PROMPT_KEYS if key in entry},
         judge=entry.get("gpt_model") or judge or DEFAULT_JUDGE,
         options={key: entry[key] for key in _READING_KEYS if key in entry},
     )
+
+
+def _split_of(entry: Mapping) -> str | None:
+    split = entry.get("split")
+    if entry.get("data_path", "").startswith("Otter-AI/"):
+        # the copies of 2023, whose code took test unless told otherwise, and called validation dev
+        split = split or "test"
+        return "validation" if split == "dev" else split
+    return split
 
 
 def _read_fewshot(name: str, entry, limit) -> DatasetSpec:

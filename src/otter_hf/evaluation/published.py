@@ -89,7 +89,9 @@ def read_published(
         return None
     if path.is_dir():
         if benchmark == "mme":
-            return list(_mme(path)) or None
+            # as it is unpacked it lies in one more
+            folders = [path, *sorted(inner for inner in path.iterdir() if inner.is_dir())]
+            return next(filter(None, (list(_mme(folder)) for folder in folders)), None)
         files = sorted(path.glob("*_pope_*.json")) if benchmark == "pope" else []
         rows = [row for file in files for row in read_published(benchmark, file, split, image_dir) or []]
         return rows or None

@@ -12,7 +12,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from .chat_completions import ChatCompletions, ClientGone, error_body
+from .chat_completions import ChatCompletions, ClientGone
+from .errors import error_body
 from .metrics import Metrics
 from .models import ServedModels
 from .settings import ServerSettings

@@ -35,6 +35,7 @@ from ..models.skills import Skill
 from .answer import Answer
 from .batch_thread import BatchThread
 from .body import BodyReader
+from .errors import ContextLengthExceeded, Refused, error_body, has_lost_device
 from .gate import Gate, QueueFull, Ticket
 from .generation import RepeatPenalty, StopWhenCancelled
 from .media import fit_media
@@ -51,16 +52,6 @@ logger = logging.get_logger(__name__)
 _PREPARERS = 2
 # of encoded pictures that are kept for requests to come
 _MEDIA_BYTES = 2**27
-
-
-def has_lost_device(error: Exception) -> bool:
-    """
-    Whether an error leaves the process without its device, as a device-side assertion does on CUDA: all that is asked
-    of the device later fails, too. Memory that was not to be had is no such error.
-    """
-    told = str(error)
-    lost = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in told
-    return lost and "out of memory" not in told and "ALLOC_FAILED" not in told
 
 
 class ClientGone(Exception):
@@ -183,7 +174,7 @@ class ChatCompletions(ChatCompletionHandler):
         except KeyError as error:
             raise HTTPException(404, self.model_manager.refusal_of(error.args[0])) from error
         except ValueError as error:
-            raise HTTPException(400, str(error)) from error
+            raise Refused(error) from error
         job = ChatJob(body, options, ticket)
         job.task = asyncio.create_task(self._work(job))
         self._tasks.add(job.task)
@@ -268,7 +259,7 @@ class ChatCompletions(ChatCompletionHandler):
         except Cancelled:
             pass  # nobody reads what it would say
         except (ValueError, TemplateError) as error:
-            job.items.put_nowait(HTTPException(400, str(error)))
+            job.items.put_nowait(Refused(error))
         except torch.OutOfMemoryError:
             logger.exception("A request found no memory.")
             said = "The memory of this server's device is full: send less, or try again when fewer ask."
@@ -301,7 +292,9 @@ class ChatCompletions(ChatCompletionHandler):
         job.prompt_tokens = length = inputs["input_ids"].shape[1]
         context = context_length(model)
         if context is not None and length >= context:
-            raise ValueError(f"The prompt has {length} tokens, but the model reads at most {context - 1}; shorten it.")
+            raise ContextLengthExceeded(
+                f"The prompt has {length} tokens, but the model reads at most {context - 1}; shorten it."
+            )
         config = self._build_generation_config(job.body, model.generation_config)
         for setting, value in options.generation.items():
             setattr(config, setting, value)
@@ -323,7 +316,7 @@ class ChatCompletions(ChatCompletionHandler):
         # beams are rows, too
         room = settings.batch_tokens // (config.num_beams or 1) - length
         if room < 1:
-            raise ValueError(
+            raise ContextLengthExceeded(
                 f"The prompt has {length} tokens, but this server has room for {room + length}, the answer included; "
                 "shorten it."
             )
@@ -490,10 +483,3 @@ class _EventStream(StreamingResponse):
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def error_body(error: HTTPException) -> dict:
-    """An error as the OpenAI API writes it."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(error.status_code, "server_error" if error.status_code >= 500 else "invalid_request_error")
-    return {"error": {"message": error.detail, "type": kind, "param": None, "code": error.status_code}}

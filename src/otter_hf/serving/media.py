@@ -62,7 +62,7 @@ def open_image(source: bytes | str | Path, name: str, limits: MediaLimits = Medi
 
 
 def read_frames(
-    source: bytes | str | Path,
+    source: bytes | str | Path | list[bytes],
     name: str,
     num_frames: int,
     limits: MediaLimits = MediaLimits(),
@@ -72,7 +72,8 @@ def read_frames(
     Frames of a video in RGB, evenly spaced in time, by the rules of `otter_hf.films`, within the limits.
 
     Args:
-        source: an encoded video, or the path of one.
+        source: an encoded video, or the path of one; or its frames, as encoded pictures, of which those that are read
+            may have as many pixels as one picture.
         name: what to call it in an error.
         check: called for each frame that is decoded; what it raises ends the work.
 
@@ -81,6 +82,9 @@ def read_frames(
     """
     if not 1 <= num_frames <= limits.pictures:
         raise ValueError(f"{num_frames} frames are wanted of {name}; ask for 1 to {limits.pictures}.")
+    if isinstance(source, list):
+        pixels = limits.image_pixels // max(1, min(num_frames, len(source)))
+        return read_video(source, name, num_frames=num_frames, max_pixels=pixels, formats=FORMATS)
     source = source if isinstance(source, bytes) else Path(source)
     film_limits = FilmLimits(
         frame_pixels=limits.image_pixels, film_pixels=limits.video_pixels, max_side=MAX_FRAME_SIDE, check=check

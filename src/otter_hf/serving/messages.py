@@ -10,6 +10,8 @@ from .fetch import FetchPolicy, is_fetched, read_url
 from .media import MediaLimits, image_part, open_image, read_frames, video_part
 
 
+# how clients of vLLM send the frames of a film: JPEGs, with commas between them
+_FRAMES = "data:video/jpeg;base64,"
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -56,7 +58,7 @@ class MessageReader:
 
         Args:
             messages: `{"role", "content"}` with content a text or a list of parts of the types `text`, `image_url`
-                and `video_url` (as vLLM and transformers have it).
+                and `video_url` (as vLLM and transformers have it; frames of a film as vLLM has them, too).
 
         Raises:
             ValueError: naming the message, for anything else, for what cannot be read, and for more than the limits.
@@ -71,7 +73,11 @@ class MessageReader:
                 "of the role user, which is answered."
             )
         for part in media_parts_of(checked):
-            part["data"] = self._read(part.pop("url"), part["name"])
+            url = part.pop("url")
+            if part["type"] == "video_url" and url[: len(_FRAMES)].lower() == _FRAMES:
+                part["data"] = self._frames(url[len(_FRAMES) :], part["name"])
+            else:
+                part["data"] = self._read(url, part["name"])
         return checked
 
     def decode(self, messages: list[dict]) -> list[dict]:
@@ -123,6 +129,12 @@ class MessageReader:
         data = read_url(url, name, replace(self.policy, max_bytes=self._bytes, timeout=left))
         self._bytes -= len(data)
         return data
+
+    def _frames(self, encoded: str, name: str) -> list[bytes]:
+        if encoded.count(",") >= self.limits.padded_frames:
+            raise ValueError(f"{name} has more than {self.limits.padded_frames} frames; send fewer of them.")
+        frames = enumerate(encoded.split(","))
+        return [self._read(f"data:;base64,{frame}", f"{name}, frame {number}") for number, frame in frames]
 
     def _check_message(self, message, name: str) -> dict:
         role = message.get("role") if isinstance(message, dict) else None

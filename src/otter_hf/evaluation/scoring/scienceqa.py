@@ -14,13 +14,17 @@ def parse_answer(reply: str, choices: Sequence[str]) -> str:
 
 def score(records: list[Mapping]) -> dict[str, float]:
     """
-    Accuracy over all questions, over those with an image, and by subject and grades where the data tell them.
+    Accuracy over all questions, over those with an image, and where the data tell them by subject, grades, and
+    context: those with a text (`hint`) and those with neither text nor image.
 
     Args:
-        records: with `prediction`, `answer` (letters), `has_image`, and optionally `subject` and `grade`.
+        records: with `prediction`, `answer` (letters), `has_image`, and optionally `has_text`, `subject` and `grade`.
     """
     records = [{**record, "correct": record["prediction"] == record["answer"]} for record in records]
     with_image = [record for record in records if record["has_image"]]
+    told = [record for record in records if record.get("has_text") is not None]
+    of_context = [{**record, "context": "text"} for record in told if record["has_text"]]
+    of_context += [{**record, "context": "none"} for record in told if not (record["has_text"] or record["has_image"])]
     graded = [
         {**record, "grade": "1-6" if int(record["grade"].removeprefix("grade")) <= 6 else "7-12"}
         for record in records
@@ -33,4 +37,5 @@ def score(records: list[Mapping]) -> dict[str, float]:
         "questions": len(records),
         **mean_by([record for record in records if record.get("subject")], "subject"),
         **mean_by(graded, "grade"),
+        **mean_by(of_context, "context"),
     }

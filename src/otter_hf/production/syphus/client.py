@@ -88,7 +88,7 @@ class ChatClient:
             TransientError: at 408, 409, 429, 5xx, timeouts, broken connections, and bodies that are no completion.
             RejectedError: at other 4xx, which concern this request (moderation is 403 or 400), and for replies that
                 hold no answer: empty, cut off within a thought, or taken by a content filter.
-            EndpointError: at 401, 402, 404 and exhausted credit, which concern all.
+            EndpointError: at 401, 402, 404, exhausted credit and options that it does not support, which concern all.
         """
         openai = self._openai
         try:
@@ -156,6 +156,10 @@ def _content(content: Any) -> Any:
 def _status_error(error) -> Exception:
     told = error.body.get("message") if isinstance(error.body, dict) else None
     status, reason = error.status_code, f"HTTP {error.status_code}: {_first_line(str(told or error.message))}"
+    if error.code in ("unsupported_parameter", "unsupported_value"):
+        return EndpointError(
+            f"The endpoint refuses all requests: {reason.rstrip('.')}; an option of null is not sent."
+        )
     if status in (401, 402, 404) or error.code == "insufficient_quota":
         return EndpointError(f"The endpoint refuses all requests: {reason}.")
     if status in (408, 409, 429) or status >= 500:
