@@ -1,6 +1,7 @@
 import itertools
 import json
 import pickle
+import shutil
 from collections import Counter
 
 import pytest
@@ -342,6 +343,18 @@ def test_yaml_is_read_in_group_order(tmp_path, files, caplog):
     assert rows[0] == ["group", "dataset", "records", "samples", "share", "images"]
     assert rows[3] == ["IMAGE_TEXT_IN_CONTEXT", "C", "6", "3", "20.0%", "4"]
     assert rows[4] == ["total", "18", "15"]
+
+
+def test_files_of_one_name_here_and_beside_the_yaml(tmp_path, files, monkeypatch, caplog):
+    (tmp_path / "here").mkdir()
+    shutil.copy(files.instructions_path, tmp_path / "here")
+    path = write_yaml(tmp_path, "TEXT_ONLY: {A: {mimicit_path: X_instructions.json}}")
+    monkeypatch.chdir(tmp_path)
+    read_mixture(path)
+    assert not caplog.records
+    monkeypatch.chdir(tmp_path / "here")
+    read_mixture(path)
+    assert "X_instructions.json is in the working directory, from where it is taken" in caplog.text
 
 
 def test_yaml_warns_of_unknown_keys_and_empty_groups(tmp_path, files, monkeypatch):

@@ -120,12 +120,15 @@ def test_too_few_samples_for_one_batch():
 
 def test_what_measures_or_trains_something_else_than_it_seems(caplog):
     config = SimpleNamespace(max_num_frames=8, get_text_config=lambda: SimpleNamespace(max_position_embeddings=8))
-    data_args = SimpleNamespace(max_length=8, eval_fraction=0.0)
-    films = SimpleNamespace(task_groups=["VIDEO_TEXT"], digest=lambda: "films")
+    data_args = SimpleNamespace(max_length=8, eval_fraction=0.0, use_task_description=False)
+    entry = SimpleNamespace(task_description=[])
+    films = SimpleNamespace(task_groups=["VIDEO_TEXT"], entries=[entry], digest=lambda: "films")
     _tell(config, data_args, films, SimpleNamespace(digest=lambda: "others"))
     assert not caplog.records
     config.max_num_frames = None
+    entry.task_description = ["Look."]
     _tell(config, data_args, films, films)
+    assert "has task_description, which nothing reads" in caplog.text
     assert "sees the frames of a film, but not their order" in caplog.text
     assert "eval_mixture is what is trained on" in caplog.text
 

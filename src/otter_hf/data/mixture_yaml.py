@@ -178,11 +178,15 @@ def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callab
     return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
 
 
-def _find(value: str, folder: Path) -> str:
-    if not value or is_remote(value) or Path(value).exists():
+def _find(value: str, folder: AnyPath) -> str:
+    if not value or is_remote(value):
         return value
     beside = folder / value
-    return str(beside) if beside.exists() else value
+    if not Path(value).exists():
+        return str(beside) if beside.exists() else value
+    if not is_remote(beside) and beside.exists() and not beside.samefile(value):
+        logger.warning(f"{value} is in the working directory, from where it is taken, and beside the YAML: {beside}.")
+    return value
 
 
 class _NoDuplicatesLoader(yaml.SafeLoader):

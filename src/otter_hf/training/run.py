@@ -259,6 +259,8 @@ def _tell(config, data_args: DataArguments, train_dataset, eval_dataset) -> None
         logger.warning(
             "The model has no frame embeddings (max_num_frames): it sees the frames of a film, but not their order."
         )
+    if not data_args.use_task_description and any(entry.task_description for entry in train_dataset.entries):
+        logger.warning("The mixture has task_description, which nothing reads without use_task_description.")
     if eval_dataset is not None and not data_args.eval_fraction and eval_dataset.digest() == train_dataset.digest():
         logger.warning("eval_mixture is what is trained on: its loss says nothing about other data.")
 
