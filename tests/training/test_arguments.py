@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerState
 
 from otter_hf.training.arguments import TrainingArguments, parse_arguments
-from otter_hf.training.run import _check_sizes, _tell
+from otter_hf.training.run import _check_sizes, _farewell, _tell
 
 
 FLAGS = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "out"]
@@ -116,6 +116,11 @@ def test_too_few_samples_for_one_batch():
         _check_sizes([0] * 7, None, training_args)
     with pytest.raises(ValueError, match="eval_mixture has no samples"):
         _check_sizes([0] * 8, [], training_args)
+
+
+def test_films_are_asked_about_with_the_frames_of_training():
+    told = _farewell(SimpleNamespace(lora=False), SimpleNamespace(output_dir="out", trainable_only=False), 8)
+    assert told.endswith("next: otter-hf chat out --video FILM --num-frames 8")
 
 
 def test_what_measures_or_trains_something_else_than_it_seems(caplog):

@@ -180,7 +180,8 @@ def train(
         if training_args.push_to_hub:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
-            logger.info(_farewell(model_args, training_args))
+            films = data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else None
+            logger.info(_farewell(model_args, training_args, films))
         return trainer
 
 
@@ -194,10 +195,11 @@ def _early_stopping(training_args: TrainingArguments, checkpoint: str | None) ->
     return callback
 
 
-def _farewell(model_args: ModelArguments, training_args: TrainingArguments) -> str:
-    """Where everything is, and what to type next."""
+def _farewell(model_args: ModelArguments, training_args: TrainingArguments, frames: int | None = None) -> str:
+    """Where everything is, and what to type next; films are asked about with the `frames` they were trained with."""
     folder = Path(training_args.output_dir)
-    chat = f"otter-hf chat {shlex.quote(str(folder))} --image PICTURE"
+    medium = "--image PICTURE" if frames is None else f"--video FILM --num-frames {frames}"
+    chat = f"otter-hf chat {shlex.quote(str(folder))} {medium}"
     if model_args.lora:
         saved, following = "adapter and processor", chat
     elif training_args.trainable_only:
