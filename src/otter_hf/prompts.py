@@ -8,7 +8,7 @@ https://huggingface.co/papers/2305.03726.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -323,7 +323,10 @@ _CHAT_TEMPLATE = """\
 
 
 def chat_template(
-    format: str = "spaced", reserved_tokens: Sequence[str] = RESERVED_TOKENS, removed_tokens: Sequence[str] = ()
+    format: str = "spaced",
+    reserved_tokens: Sequence[str] = RESERVED_TOKENS,
+    removed_tokens: Sequence[str] = (),
+    answer_lead: str | None = None,
 ) -> str:
     """The Jinja template of a format for `apply_chat_template` of tokenizers and processors.
 
@@ -333,8 +336,12 @@ def chat_template(
     `removed_tokens`. Reserved tokens inside the texts are escaped. Answers are marked with `{% generation %}`, from
     where the model goes on to the token that ends the turn, for `return_assistant_tokens_mask`. Messages that do not
     alternate, parts of other types, tools and documents raise an error.
+
+    `answer_lead` takes the place of the format's own, see `FlamingoCollator`.
     """
     pieces = get_format(format)
+    if answer_lead is not None:
+        pieces = replace(pieces, answer_lead=answer_lead)
     template = _CHAT_TEMPLATE
     for field in fields(pieces):
         piece = getattr(pieces, field.name)

@@ -3,9 +3,14 @@ import pickle
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers
+from transformers import PreTrainedTokenizerFast
 
+from otter_hf import FlamingoProcessor
 from otter_hf.data.collator import OtterCollator, make_labels
+from otter_hf.data.collator_flamingo import FlamingoCollator
 from otter_hf.data.samples import SampleError
+from otter_hf.prompts import chat_template
 
 
 # ids and labels of the original code where it was right, and the corrected ones where it was not;
@@ -341,3 +346,36 @@ def test_something_must_end_an_answer(tiny_processor):
     processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="remove_end_of_turn_token: the tokenizer has no end-of-sequence token"):
         OtterCollator(processor, remove_end_of_turn_token=True)
+
+
+@pytest.mark.parametrize("kind", ["LLaMA", "bytes"])
+@pytest.mark.parametrize("format", ["simple", "spaced"])
+def test_a_flamingo_reads_earlier_answers_as_it_was_trained_on_them(tiny_processor, by_colour, kind, format):
+    """LLaMA's tokenizer puts a blank in front of the text behind a token, and `<answer>` is none for a Flamingo."""
+    tokenizer = copy.deepcopy(tiny_processor.tokenizer)
+    if kind == "LLaMA":
+        letters = sorted({*"User:GPTACatWhisone?"})
+        vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", *letters, "▁A"])}
+        backend = Tokenizer(models.BPE(vocabulary, [("▁", "A")], unk_token="<unk>", fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    processor = FlamingoProcessor(tiny_processor.image_processor, FlamingoProcessor.prepare_tokenizer(tokenizer))
+    collate = FlamingoCollator(processor, format=format)
+    batch = collate([sample([("What?", "A Cat"), ("Is it one?", "A Cat")], [[by_colour["red"]]])])
+    learned = (batch["labels"][0] != -100).nonzero()[:, 0].tolist()
+    last = max(place for place in learned if place - 1 not in learned)
+    processor.chat_template = chat_template(
+        format, removed_tokens=collate.removed_tokens, answer_lead=collate.answer_lead
+    )
+    content = [{"type": "image", "image": by_colour["red"]}, {"type": "text", "text": "What?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "A Cat"},
+        {"role": "user", "content": "Is it one?"},
+    ]
+    options = {"add_special_tokens": False}
+    asked = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, processor_kwargs=options
+    )
+    assert list(asked["input_ids"][0]) == batch["input_ids"][0, 1:last].tolist()

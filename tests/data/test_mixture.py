@@ -134,6 +134,18 @@ def test_several_images_are_frames_or_media(files):
     assert sample["media_per_turn"] == [3] and list(map(colours, sample["media"])) == [["red"], ["green"], ["blue"]]
 
 
+def test_the_longest_medium_and_the_most_frames(files):
+    options = SampleOptions(num_frames=7)
+    for group, settings, longest, most in (
+        ("IMAGE_TEXT", {}, 3, 3),
+        ("IMAGE_TEXT", {"images_as": "media"}, 1, 3),
+        ("VIDEO_TEXT", {}, 7, 7),
+        ("TEXT_ONLY", {}, 1, 1),
+    ):
+        data = mixture(files, group, {"clip": []}, options, **settings)
+        assert (data.longest_medium(), data.most_frames()) == (longest, most)
+
+
 def placed_files(tmp_path, by_colour):
     """A conversation whose later turns bring pictures of their own, between words."""
     records = {

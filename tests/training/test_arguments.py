@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerState
 
 from otter_hf.training.arguments import TrainingArguments, parse_arguments
-from otter_hf.training.run import _check_sizes, _farewell, _tell
+from otter_hf.training.run import _check_frames, _check_sizes, _farewell, _tell
 
 
 FLAGS = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "out"]
@@ -116,6 +116,14 @@ def test_too_few_samples_for_one_batch():
         _check_sizes([0] * 7, None, training_args)
     with pytest.raises(ValueError, match="eval_mixture has no samples"):
         _check_sizes([0] * 8, [], training_args)
+
+
+def test_more_frames_than_the_model_has_embeddings():
+    data = SimpleNamespace(longest_medium=lambda: 32)
+    for fine in (32, None):
+        _check_frames(SimpleNamespace(max_num_frames=fine), data)
+    with pytest.raises(ValueError, match="32 frames in a medium, and the model embeddings for 16"):
+        _check_frames(SimpleNamespace(max_num_frames=16), data)
 
 
 def test_films_are_asked_about_with_the_frames_of_training():

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 
-from ..prompts import ANSWER_TOKEN
+from ..prompts import ANSWER_TOKEN, get_format
 from .collator import OtterCollator
 
 
@@ -30,3 +30,20 @@ class FlamingoCollator(OtterCollator):
         tokenizer = copy.deepcopy(self.processor.tokenizer)
         tokenizer.add_special_tokens({"additional_special_tokens": [ANSWER_TOKEN]}, replace_extra_special_tokens=False)
         self._set_up(tokenizer, self.processor.image_token, ANSWER_TOKEN)
+
+    @property
+    def answer_lead(self) -> str:
+        """
+        What has to stand in front of an answer in the text of a chat, for earlier answers to have the tokens of
+        training: LLaMA's tokenizer puts a blank in front of what follows `<answer>`, which a chat does not have.
+        """
+        pieces = get_format(self.format)
+
+        def ids(text: str) -> list[int]:
+            tokens = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            return [token for token in tokens if token != self._answer_id]
+
+        trained = ids(f"{pieces.reply}{pieces.answer_lead}A")
+        asked = pieces.reply.replace(ANSWER_TOKEN, "")
+        leads = (pieces.answer_lead, f"{pieces.answer_lead} ")
+        return next((lead for lead in leads if ids(f"{asked}{lead}A") == trained), pieces.answer_lead)

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .formats import load_mimicit
 from .image_store import ImageStore
 from .mixture_yaml import MixtureEntry, entries_of, read_mixture  # noqa: F401  here callers find it, too
-from .samples import Sample, SampleError, SampleOptions, build_sample, count_frames
+from .samples import TEXT_ONLY, VIDEO_TEXT, Sample, SampleError, SampleOptions, build_sample, count_frames
 from .tables import aligned
 
 
@@ -157,6 +157,16 @@ class MimicitMixture(Dataset):
         )
         return max(1, *counts)
 
+    def longest_medium(self) -> int:
+        """The most frames of a medium, as far as records tell: films are taken to be in VIDEO_TEXT alone."""
+        longest = 1
+        for entry, table in zip(self.entries, self._tables, strict=True):
+            if entry.task_group == VIDEO_TEXT:
+                longest = max(longest, self.options.num_frames)
+            elif entry.task_group != TEXT_ONLY and entry.images_as == "frames":
+                longest = max(longest, _most_images(table))
+        return longest
+
     def digest(self) -> list[list]:
         """
         What the data are, wherever they lie: of each dataset its group, name, number of samples and images, and a
@@ -229,6 +239,17 @@ def sample_of_entry(
         generator=generator,
     )
     return {**sample, "task_group": entry.task_group, "dataset": entry.name}
+
+
+def _most_images(table: Table) -> int:
+    """The most images of a record that are frames of one medium."""
+    names = ["image_ids", "frames_per_medium", "images_in_text"]
+    most = 0
+    for part in table.select_columns(names).with_format("arrow").iter(10_000):
+        images, films = (pc.list_value_length(part[name]).fill_null(0).to_numpy() for name in names[:2])
+        apart = part["images_in_text"].fill_null(False).to_numpy() | (films > 0)
+        most = max(most, int(np.where(apart, 1, images).max(initial=0)))
+    return most
 
 
 def _text_lengths(table: Table) -> np.ndarray:

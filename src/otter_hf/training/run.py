@@ -117,6 +117,8 @@ def train(
     if data_args.eval_mixture is not None or data_args.eval_fraction:
         path = data_args.eval_mixture or data_args.train_mixture
         eval_dataset = _load_mixture(path, data_args, training_args, processor, held_out=True)
+    for dataset in (train_dataset, eval_dataset):
+        _check_frames(config, dataset)
     _tell(config, data_args, train_dataset, eval_dataset)
     shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
     frames = train_dataset.most_frames()
@@ -254,6 +256,16 @@ def _check(model_args: ModelArguments, data_args: DataArguments, training_args: 
         )
 
 
+def _check_frames(config, dataset: MimicitMixture | None) -> None:
+    """More frames than the model has embeddings would end the training at the first sample that has them."""
+    limit = getattr(config, "max_num_frames", None)
+    if dataset is not None and limit is not None and (most := dataset.longest_medium()) > limit:
+        raise ValueError(
+            f"The mixture has {most} frames in a medium, and the model embeddings for {limit} (max_num_frames): set "
+            "num_frames lower, and put records of many images into VIDEO_TEXT, or give them images_as: media."
+        )
+
+
 def _tell(config, data_args: DataArguments, train_dataset, eval_dataset) -> None:
     """Warns of what trains, or measures, something else than it seems."""
     tell_positions(data_args.max_length, config)
@@ -375,7 +387,11 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
     else:
         collator = FlamingoCollator(processor, **options)
     # the saved model shall be asked in the form it was trained on
-    processor.chat_template = chat_template(data_args.instruction_format, removed_tokens=collator.removed_tokens)
+    processor.chat_template = chat_template(
+        data_args.instruction_format,
+        removed_tokens=collator.removed_tokens,
+        answer_lead=collator.answer_lead if isinstance(collator, FlamingoCollator) else None,
+    )
     return collator
 
 
