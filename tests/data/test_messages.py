@@ -109,6 +109,16 @@ def test_query_and_response(folder):
         list(read_chats(lines(folder, {**row, "history": ["a?"]})))
 
 
+def test_turns_of_the_cauldron(folder):
+    """FineVision has them, too, with what was measured of each row beside them."""
+    texts = [{"user": "a?", "assistant": "no", "source": "x"}, {"user": "b?", "assistant": "yes", "source": "x"}]
+    row = {"texts": texts, "images": [{"bytes": RED, "path": None}], "relevance_min": 3}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "rows.parquet")
+    (read,) = read_chats(folder / "rows.parquet")
+    assert read.turns == [("a?", "no"), ("b?", "yes")] and colours(read) == ["red"]
+    assert set(read.unused) == {"key 'relevance_min'", "key 'source' of a message"}
+
+
 def test_parts_may_say_which_picture(folder):
     """The index of a part counts, and what a part has besides is named."""
     parts = [{"type": "image", "index": 1, "text": None}, {"type": "image", "index": 0, "min_pixels": 4}, text("?")]

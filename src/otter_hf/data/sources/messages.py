@@ -2,11 +2,12 @@
 Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a chosen and a rejected answer.
 
 `{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet; also
-`{"conversations": [{"from", "value"}]}` and `{"query", "response", "history": [[query, response]]}`. A content is a
-text, where `<image>` and `<video>` stand for the next of the row's images and videos, or a list of parts: `{"type":
-"text", "text"}`, `{"type": "image"}` likewise for the next one, for that of an `index`, or with one of its own under
-`image`, `url`, `path`, `base64` or `image_url`, and so for videos. Media are file names, `{"bytes", "path"}`, or
-addresses of the kinds `data:` and `file:`; a film may be a list of these, its frames.
+`{"conversations": [{"from", "value"}]}`, `{"query", "response", "history": [[query, response]]}` and the `{"texts":
+[{"user", "assistant"}]}` of The Cauldron and FineVision. A content is a text, where `<image>` and `<video>` stand
+for the next of the row's images and videos, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}`
+likewise for the next one, for that of an `index`, or with one of its own under `image`, `url`, `path`, `base64` or
+`image_url`, and so for videos. Media are file names, `{"bytes", "path"}`, or addresses of the kinds `data:` and
+`file:`; a film may be a list of these, its frames.
 """
 
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def read_chats(
     folder = _folder(path, image_folder)
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
-        known = ("id", *_CONVERSATIONS, *_OF_QUERY, "prompt", "completion", "system", *_MEDIA)
+        known = ("id", *_CONVERSATIONS, *_OF_QUERY, "texts", "prompt", "completion", "system", *_MEDIA)
         unused = check_keys(row, known, where)
         messages = _conversation_of(row, where)
         if messages is None and row.get("completion"):
@@ -266,15 +267,33 @@ def _conversation_of(row: dict[str, Any], where: str) -> Any:
     """What a row has under one of the names of its messages; None if nothing."""
     given = [name for name in _CONVERSATIONS if row.get(name)]
     given += ["query"] if row.get("query") and row.get("response") else []
+    given += ["texts"] if _are_turns(row.get("texts")) else []
     if len(given) > 1:
         raise ValueError(f"{where} has both {' and '.join(given)}: give its messages under one of them.")
     if given == ["query"]:
         turns = [*(row.get("history") or []), [row["query"], row["response"]]]
         if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
             raise ValueError(f"{where}: history must be a list of [query, response], got {row['history']!r:.60}.")
-        both = [({"role": "user", "content": asked}, {"role": "assistant", "content": said}) for asked, said in turns]
-        return [message for turn in both for message in turn]
-    return row[given[0]] if given else row.get("messages")
+        turns = [{"user": asked, "assistant": said} for asked, said in turns]
+    elif given == ["texts"]:
+        turns = row["texts"]
+    else:
+        return row[given[0]] if given else row.get("messages")
+    return [message for turn in turns for message in _messages_of_turn(**turn)]
+
+
+def _messages_of_turn(user: Any, assistant: Any, **others: Any) -> list[dict[str, Any]]:
+    """What else a turn has stays with its question, for `Conversation.unused`."""
+    return [{**others, "role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _are_turns(texts: Any) -> bool:
+    """Whether they are the turns of The Cauldron; OBELICS has texts under that name."""
+    return (
+        isinstance(texts, list)
+        and bool(texts)
+        and all(isinstance(text, dict) and {"user", "assistant"} <= text.keys() for text in texts)
+    )
 
 
 def _refuse_other_form(row: dict[str, Any], where: str) -> None:
