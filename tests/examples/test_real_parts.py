@@ -99,9 +99,12 @@ def test_what_is_new_begins_at_the_size_of_what_is_there(script, model):
         torch.testing.assert_close(states.mean(0), torch.zeros(width), atol=1e-4, rtol=0)
         torch.testing.assert_close(states.std(0), torch.ones(width), atol=1e-3, rtol=0)
     size = float(seen["states"].flatten(0, -2).pow(2).mean(-1).sqrt().median())
-    for name, gate in (("attention", block.attn_gate), ("feed-forward", block.ff_gate)):
+    for name, gate, share in (
+        ("attention", block.attn_gate, begin.ATTENTION_SHARE),
+        ("feed-forward", block.ff_gate, begin.FEED_FORWARD_SHARE),
+    ):
         added = float(gate.tanh() * seen[name].pow(2).mean().sqrt())
-        assert added == pytest.approx(begin.SHARE * size, rel=1e-3)
+        assert added == pytest.approx(share * size, rel=1e-3)
 
 
 def test_digits(script):
