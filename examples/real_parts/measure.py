@@ -42,7 +42,7 @@ accuracy, draw_answers = _OF_EASY_VQA["accuracy"], _OF_EASY_VQA["draw_answers"]
 
 BATCH_SIZE = 50
 NUM_FRAMES = 4
-NUM_WITH_SHOTS = 24
+NUM_WITH_SHOTS = 16
 
 
 def main(model_folder: Path, untrained: Path | None, data: Path, output: Path, limit: int | None = None) -> None:

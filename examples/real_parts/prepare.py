@@ -29,7 +29,7 @@ TRAIN_PHOTOGRAPHS = ("astronaut.png", "rocket.jpg", "motorcycle_left.png", "ihc.
 TEST_PHOTOGRAPHS = ("chelsea.png", "coffee.png", "flower.jpg")
 # of training and test: pictures of shapes, digits, pairs of digits to compare and to add, words, crops of photographs,
 # clips
-SIZES = {"train": (2000, 1400, 1200, 200, 1200, 50, 180), "test": (75, 150, 100, 100, 125, 12, 60)}
+SIZES = {"train": (1600, 1200, 1000, 200, 800, 30, 150), "test": (75, 150, 100, 100, 120, 12, 60)}
 NUM_TRAIN_DIGITS = 1400
 
 
