@@ -35,7 +35,7 @@ $(VENV)/.demo-real: $(VENV)/.demo
 	@touch $@
 
 demo-real: export DEMO_STARTED := $(shell date +%s)
-demo-real: $(VENV)/.demo-real ## an Otter of pretrained parts learns to see, in half an hour (docs/experiments.md)
+demo-real: $(VENV)/.demo-real ## an Otter of pretrained parts learns to see, in 23 minutes (docs/experiments.md)
 	$(BIN)/python examples/real_parts/demo.py --output $(OUT)-real --started $(DEMO_STARTED)
 
 # of one thread each: models this small spend longer agreeing among threads than computing
