@@ -178,7 +178,7 @@ def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callab
     return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
 
 
-def _find(value: str, folder: AnyPath) -> str:
+def _find(value: str, folder: Path) -> str:
     if not value or is_remote(value):
         return value
     beside = folder / value
