@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 
-# what torch says of a tensor with a negative size, or with more numbers than 64 bits can count
-_SIZES_THAT_ARE_NONE = ("negative dimension", "overflow")
+# what torch says of a tensor with a negative size, with more numbers than 64 bits can count, or counted downwards
+_SIZES_THAT_ARE_NONE = ("negative dimension", "overflow", "inconsistent with step")
+# what is raised by who believes what is written there
+_OF_VALUES = (LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
 
 
 def sentence_of(error: Exception) -> str:
@@ -33,7 +35,7 @@ def config_told(name: Any, file: str = "config.json") -> Iterator[None]:
 
     try:
         yield
-    except (StrictDataclassError, KeyError, TypeError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+    except (StrictDataclassError, *_OF_VALUES, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error).lower() for words in _SIZES_THAT_ARE_NONE):
             raise
         reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else repr(error)

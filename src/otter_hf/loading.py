@@ -43,6 +43,7 @@ from .prompts import read_chat_template
 
 # with these Idefics was trained: its fast tokenizer dropped no blank
 IDEFICS_REFERENCE = "4.35"
+_PROCESSOR_FILES = "processor_config.json, tokenizer_config.json or config.json"
 
 
 def load(
@@ -270,11 +271,12 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if config.get("model_type") != "idefics":
         options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
-        with config_told(name, "processor_config.json or config.json"):
+        with config_told(name, _PROCESSOR_FILES):
             return AutoProcessor.from_pretrained(path, revision=revision, **options)
     _tokenizer_options(path, revision, tokenizer=tokenizer)
     # Idefics' image processor cannot do without torchvision unless told to
-    processor = AutoProcessor.from_pretrained(path, revision=revision, backend="pil")
+    with config_told(name, _PROCESSOR_FILES):
+        processor = AutoProcessor.from_pretrained(path, revision=revision, backend="pil")
     of_2023 = config.get("transformers_version", "4.").startswith("4.")
     if of_2023 or tokenizer_reference is not None:
         reference = tokenizer_reference or IDEFICS_REFERENCE

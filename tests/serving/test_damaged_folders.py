@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
-from otter_hf.loading import load_model, read_model
+from otter_hf.loading import load_model, read_model, read_processor
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -68,6 +68,9 @@ def escape(folder):
         ),
         (lambda folder: set_text(folder, initializer_range=3.0), "config.json is wrong: .*'initializer_range'"),
         (lambda folder: set_text(folder, hidden_act="gelo"), "config.json is wrong: KeyError.*gelo"),
+        (lambda folder: set_field(folder, "dtype", 64), "config.json is wrong: AttributeError.*is_floating_point"),
+        (lambda folder: set_field(folder, "dtype", 1e30), "config.json is wrong: IndexError"),
+        (lambda folder: set_field(folder, "perceiver_num_latents", -1), "config.json is wrong: .*negative dimension"),
         (escape, "index.json names '../other.safetensors', which is no file beside it"),
         (
             lambda folder: (folder / "model.safetensors.index.json").write_text("[]"),
@@ -125,11 +128,12 @@ def set_field(folder, field, value, file="config.json"):
             "otter",
             "max_num_frames",
             2**28,
-            r"the weights lack 1 tensors \(.* GB\) such as model.perceiver.frame_embs",
+            r"that is .* GB which the weights do not hold, such as model.perceiver.frame_embs of \[",
         ),
         ("flamingo", "cross_attn_num_heads", 10**8, "the weights hold .*gated_cross_attn_layer.*weight as "),
         ("flamingo", "vision_config.image_size", 10**6, "the weights hold .*position_embedding.weight as "),
         ("flamingo", "perceiver_depth", 10**10, r"its weights are \d+ tensors in all"),
+        ("otterhd", "text_config.rope_parameters.partial_rotary_factor", 2**40, "such as .*inv_freq of "),
         ("otterhd", "text_config.hidden_size", 2**28, "the weights hold .* as "),
         (
             "otterhd",
@@ -157,9 +161,7 @@ def test_layers_that_the_weights_lack(whole, folder, monkeypatch):
     monkeypatch.setattr("otter_hf.models.stored_sizes._SLACK_BYTES", 0)
     AutoModelForImageTextToText.from_pretrained(folder)
     set_field(folder, "text_config.num_hidden_layers", 40)
-    told = (
-        r"text_config.num_hidden_layers is 40 in its config.json, but the weights lack \d+ tensors \(.* GB\) such as"
-    )
+    told = r"text_config.num_hidden_layers is 40 in its config.json, but that is .* GB which the weights do not"
     with pytest.raises(ValueError, match=told):
         AutoModelForImageTextToText.from_pretrained(folder)
 
@@ -182,6 +184,18 @@ def test_sizes_are_compared_with_weights_of_every_form(whole, tmp_path):
             with pytest.raises(ValueError, match=f"text_config.{field} is {2**28}.*{held}"):
                 AutoModelForImageTextToText.from_pretrained(folder)
             (folder / "config.json").write_text(config)
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [("processor_config.json", "image_processor.image_processor_type"), ("tokenizer_config.json", "tokenizer_class")],
+)
+def test_a_damaged_processor_is_refused(folder, file, field):
+    set_field(folder, field, 3, file)
+    with pytest.raises(
+        ValueError, match="damaged cannot be used, a value in its .*tokenizer_config.json.* is wrong: Attr"
+    ):
+        read_processor(str(folder))
 
 
 @pytest.fixture(scope="module")

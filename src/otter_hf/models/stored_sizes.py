@@ -79,25 +79,24 @@ def refuse_other_sizes(
     tensors = model.state_dict()
     wanted = {key: tensors[key] for key in expected_keys or tensors if key in tensors and tensors[key].is_meta}
     other, missing = _differences(model, wanted, stored, loading)
-    made_up = {key: _bytes(wanted[key]) for key in (*other, *missing)}
+    # angles of positions and their like are in no file
+    wanted |= {key: table for key, table in model.named_non_persistent_buffers() if table.is_meta}
+    made_up = {key: _bytes(wanted[key]) for key in wanted if key in other or key in missing or key not in tensors}
     total = sum(made_up.values())
     if total <= max(sum(map(_bytes, stored.values())), _SLACK_BYTES):
         return
     worst = max(made_up, key=lambda key: (key in other, made_up[key]))
     shape, config = list(wanted[worst].shape), model.config.to_dict()
+    # of a layer that is one too many, or by itself
+    alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(worst)))
+    if worst in missing and any(alike.fullmatch(key) for key in wanted.keys() - missing):
+        field = "{} is {}".format(*_largest(config, _DEPTH.fullmatch))
+    else:
+        field = _field_of(config, shape, other.get(worst, [1] * len(shape)))
     if worst in other:
-        field = _field_of(config, shape, other[worst])
         holds = f"the weights hold {worst} as {other[worst]} and not as {shape}"
     else:
-        # of a layer that is one too many, or by itself
-        alike = re.compile(re.sub(r"\d+", r"\\d+", re.escape(worst)))
-        is_of_layer = any(alike.fullmatch(key) for key in wanted.keys() - missing)
-        field = (
-            "{} is {}".format(*_largest(config, _DEPTH.fullmatch))
-            if is_of_layer
-            else _field_of(config, shape, [1] * len(shape))
-        )
-        holds = f"the weights lack {len(missing)} tensors ({total / 1e9:.1f} GB) such as {worst}"
+        holds = f"that is {total / 1e9:.1f} GB which the weights do not hold, such as {worst} of {shape}"
     name = loading.pretrained_model_name_or_path
     raise ValueError(f"{name} cannot be used: {field} in its config.json, but {holds}: {_FIX}.")
 
