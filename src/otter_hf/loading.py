@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.image_utils import SizeDict
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.modeling_utils import LoadStateDictConfig, set_zero3_state
 from transformers.processing_utils import ProcessorMixin
@@ -34,15 +36,17 @@ from .models.generation import end_tokens
 from .models.legacy_tokens import load_tokenizer
 from .models.offloading import default_device
 from .models.otter import OtterConfig
-from .models.otterhd import OtterHDConfig
+from .models.otterhd import OtterHDConfig, OtterHDProcessor
 from .models.quantization import quantization_config
-from .models.stored_sizes import refuse_depth, refuse_other_sizes
+from .models.stored_sizes import refuse_impossible, refuse_other_sizes
 from .prompts import chat_template as format_chat_template
 from .prompts import read_chat_template
 
 
 # with these Idefics was trained: its fast tokenizer dropped no blank
 IDEFICS_REFERENCE = "4.35"
+_MOST_SIDE = 1 << 14
+_SIDES = (dict, SizeDict)
 _PROCESSOR_FILES = "processor_config.json, tokenizer_config.json or config.json"
 
 
@@ -175,12 +179,18 @@ def _load_adapter(model: PreTrainedModel, path: str, loading: LoadStateDictConfi
 
 
 def _refuse_rank(folder: Path) -> None:
-    """ValueError for a rank beyond all that an adapter's weights hold: PEFT would make factors of that size first."""
+    """
+    ValueError for a rank beyond all that an adapter's weights hold, as PEFT would make factors of that size first, and
+    for a scale that is no number.
+    """
     if not (folder / "adapter_model.safetensors").is_file():
         return
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     rank = max((rank for rank in ranks if type(rank) is int), default=0)
+    for alpha in (config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()):
+        if isinstance(alpha, float) and not math.isfinite(alpha):
+            raise ValueError(f"{folder} has the lora_alpha {alpha} in its adapter_config.json: copy it again.")
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
         largest = max((size for name in tensors.keys() for size in tensors.get_slice(name).get_shape()), default=0)
     if rank > largest:
@@ -272,7 +282,9 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     if config.get("model_type") != "idefics":
         options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
         with config_told(name, _PROCESSOR_FILES):
-            return AutoProcessor.from_pretrained(path, revision=revision, **options)
+            processor = AutoProcessor.from_pretrained(path, revision=revision, **options)
+        _refuse_large_pictures(name, processor)
+        return processor
     _tokenizer_options(path, revision, tokenizer=tokenizer)
     # Idefics' image processor cannot do without torchvision unless told to
     with config_told(name, _PROCESSOR_FILES):
@@ -283,7 +295,23 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
         processor.tokenizer = load_tokenizer(path, legacy=of_2023, reference=reference, revision=revision)
     else:  # the tokenizer keeps that word as its own backend, and passes for a slow one
         processor.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    _refuse_large_pictures(name, processor)
     return processor
+
+
+def _refuse_large_pictures(name: str, processor: ProcessorMixin) -> None:
+    """ValueError for a processor that would enlarge pictures beyond what memory holds, each of them."""
+    images = getattr(processor, "image_processor", None)
+    # OtterHD's `size` is a limit: it never enlarges
+    limits = () if isinstance(processor, OtterHDProcessor) else ("size",)
+    for field in (*limits, "crop_size", "image_size", "resolution"):
+        value = getattr(images, field, None)
+        sides = [value] if isinstance(value, int) else dict(value).values() if isinstance(value, _SIDES) else ()
+        if largest := max((side for side in sides if isinstance(side, int) and side > _MOST_SIDE), default=0):
+            raise ValueError(
+                f"{name} cannot be used: {field} is {largest} in its processor_config.json, and pictures are made of "
+                f"at most {_MOST_SIDE} pixels a side: write what its config.json has."
+            )
 
 
 def load_processor(
@@ -335,5 +363,5 @@ def _locate(name: str, weights: bool = False) -> tuple[str, str]:
     if Path(path).is_dir():
         check_weights(path) if weights else refuse_lfs_pointers(path)
         if Path(path, "config.json").is_file():
-            refuse_depth(PreTrainedConfig.get_config_dict(path)[0], path)
+            refuse_impossible(PreTrainedConfig.get_config_dict(path)[0], path)
     return path, revision

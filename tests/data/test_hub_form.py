@@ -12,6 +12,7 @@ from otter_hf.cli import main
 from otter_hf.data.formats import load_mimicit, write_mimicit
 from otter_hf.data.hub import push_mixture, read_hub_form, write_hub_form
 from otter_hf.data.images import image_bytes
+from otter_hf.data.parquet_writer import write_rows
 from otter_hf.data.validate import check_mixture
 
 
@@ -122,7 +123,8 @@ def test_pictures_in_the_rows(tmp_path, by_colour):
     ]
     rows.append({**rows[0], "id": "CGD_none", "answer": None, "images": [by_colour["green"]]})
     (tmp_path / "repo" / "CGD").mkdir(parents=True)
-    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "repo" / "CGD" / "train.parquet")
+    shard = tmp_path / "repo" / "CGD" / "train.parquet"
+    Dataset.from_list(rows, features=features).to_parquet(shard)
     (tmp_path / "repo" / "README.md").write_text(
         "---\nconfigs:\n- config_name: CGD\n  data_files:\n  - split: train\n    path: CGD/*\n---\n"
     )
@@ -131,6 +133,16 @@ def test_pictures_in_the_rows(tmp_path, by_colour):
     assert len(store) == 2
     colours = [[store[id].getpixel((0, 0)) for id in ids] for ids in table["image_ids"]]
     assert colours == [[(255, 0, 0), (0, 0, 255)], [(0, 0, 255), (255, 0, 0)]]
+    # a row that names a file in the place of its picture, of the repository and of whoever reads it
+    for place, is_taken in ((tmp_path / "repo" / "red.png", True), (tmp_path / "red.png", False)):
+        place.write_bytes(image_bytes(by_colour["red"]))
+        write_rows(shard, features.arrow_schema, [{**rows[0], "images": [{"bytes": None, "path": str(place)}]}])
+        if is_taken:
+            assert len(load_mimicit(*read_hub_form(str(tmp_path / "repo"), "CGD", tmp_path / "taken")[:2])[1]) == 1
+        else:
+            with pytest.raises(ValueError, match="Row 'CGD_0' has no picture but the name .*, which is no file in"):
+                read_hub_form(str(tmp_path / "repo"), "CGD", tmp_path / "refused")
+            assert not (tmp_path / "refused" / "CGD.parquet").exists()
     settings = {"mimicit_path": str(files.instructions_path), "images_path": str(files.images_path)}
     (tmp_path / "mix.yaml").write_text(json.dumps({"IMAGE_TEXT": {"CGD": settings}}))
     assert check_mixture(tmp_path / "mix.yaml").ok()

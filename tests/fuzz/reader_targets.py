@@ -28,8 +28,9 @@ from otter_hf.data.pretraining.sets import read_pretraining_sets
 from otter_hf.data.pretraining.shards import ShardReader, ShardWriter, index_shard, shard_sizes
 from otter_hf.data.sources import read_alpaca, read_llava, read_m3it, read_svit
 from otter_hf.films import read_video
-from otter_hf.loading import read_config
+from otter_hf.loading import read_config, read_model
 from otter_hf.serving.batch import read_questions
+from otter_hf.testing import write_tiny
 
 
 # what a reader may raise
@@ -301,6 +302,10 @@ def _config(folder: Path) -> Path:
     return folder / "config.json"
 
 
+def _model(folder: Path) -> Path:
+    return write_tiny("otter", folder / "model") / "config.json"
+
+
 # name -> (writes a valid file into a folder and names it, reads it)
 TARGETS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "instructions": (_instructions, lambda path: load_mimicit(path, cache_dir=path.parent / "cache")),
@@ -326,6 +331,7 @@ TARGETS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], None]]] = {
     "torch file": (_torch_file, _read_weights),
     "index": (_index, _read_weights),
     "config": (_config, lambda path: read_config(str(path.parent))),
+    "model": (_model, lambda path: read_model(str(path.parent), device_map="cpu")),
     "png": (_bytes("png", picture), _read_picture),
     "jpeg": (_bytes("jpg", lambda: picture("JPEG")), _read_picture),
     "webp": (_bytes("webp", lambda: picture("WEBP")), _read_picture),

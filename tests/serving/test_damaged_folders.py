@@ -69,6 +69,10 @@ def escape(folder):
         (lambda folder: set_text(folder, initializer_range=3.0), "config.json is wrong: .*'initializer_range'"),
         (lambda folder: set_text(folder, hidden_act="gelo"), "config.json is wrong: KeyError.*gelo"),
         (lambda folder: set_field(folder, "dtype", 64), "config.json is wrong: AttributeError.*is_floating_point"),
+        (
+            lambda folder: set_field(folder, "text_config.rms_norm_eps", float("nan")),
+            "text_config.rms_norm_eps is nan in",
+        ),
         (lambda folder: set_field(folder, "dtype", 1e30), "config.json is wrong: IndexError"),
         (lambda folder: set_field(folder, "perceiver_num_latents", -1), "config.json is wrong: .*negative dimension"),
         (escape, "index.json names '../other.safetensors', which is no file beside it"),
@@ -157,7 +161,7 @@ def test_sizes_beyond_the_weights_are_refused_before_they_take_memory(folders, t
 
 
 def test_layers_that_the_weights_lack(whole, folder, monkeypatch):
-    """Up to a gigabyte they are told of by `refuse_incomplete`."""
+    """Up to 256 MB they are told of by `refuse_incomplete`."""
     monkeypatch.setattr("otter_hf.models.stored_sizes._SLACK_BYTES", 0)
     AutoModelForImageTextToText.from_pretrained(folder)
     set_field(folder, "text_config.num_hidden_layers", 40)
@@ -195,6 +199,15 @@ def test_a_damaged_processor_is_refused(folder, file, field):
     with pytest.raises(
         ValueError, match="damaged cannot be used, a value in its .*tokenizer_config.json.* is wrong: Attr"
     ):
+        read_processor(str(folder))
+
+
+def test_a_processor_of_huge_pictures_is_refused(folder):
+    path = folder / "processor_config.json"
+    changed = json.loads(path.read_text())
+    changed["image_processor"]["size"] = {"height": 10**6, "width": 10**6}
+    path.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="damaged cannot be used: size is 1000000 in its processor_config.json"):
         read_processor(str(folder))
 
 
@@ -264,6 +277,7 @@ def test_a_damaged_adapter_is_refused(adapter, tmp_path, make, told):
         ({"base_model_name_or_path": "./gone"}, "'./gone' is neither a folder here nor a Hub id"),
         ({"peft_type": "OTHER"}, r"its adapter_config.json is damaged \(KeyError\('OTHER'\)\)"),
         ({"r": "two"}, "its adapter_config.json is damaged"),
+        ({"lora_alpha": float("nan")}, "has the lora_alpha nan in its adapter_config.json: copy it again"),
         ({"r": 10**10}, r"has the rank \(r\) 10000000000 in its adapter_config.json, but no size above \d+ in its"),
     ],
 )

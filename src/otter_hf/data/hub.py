@@ -7,7 +7,7 @@ and `system` where a record has them.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha1
 from pathlib import Path
@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..files import claim, replacing
 from ..made_from import MadeFrom, keep, kept
+from ..reading import path_inside
 from .formats import FEATURES, MimicitFiles, load_mimicit, write_mimicit
 from .json_stream import iter_json_object
 from .mixture_yaml import MixtureEntry, entries_of
@@ -119,9 +120,11 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
     counted in a warning.
 
     Raises:
-        ValueError: if the repository has no such dataset, or it lacks a column.
+        ValueError: if the repository has no such dataset, it lacks a column, or a row names a file in the place of its
+            picture that is not in the folder.
     """
     known = get_dataset_config_names(repository, revision=revision)
+    picture = partial(_image, repository=repository)
     rows = partial(_read_rows, repository, revision=revision)
     usable = _UsableRows()
     train, with_ids = f"{name}_Train", f"{name}_Instructions" in known
@@ -131,9 +134,9 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
     if with_ids or train in known:
         for _ in usable.of(rows(instructions)):  # what others have as context is known before they are written
             pass
-    images = None if with_ids else _embedded_images(name, usable.of(rows(name)))
+    images = None if with_ids else _embedded_images(name, usable.of(rows(name)), picture)
     if with_ids and f"{name}_Images" in known:
-        images = ((row["id"], _image(row["image"], row["id"])) for row in rows(f"{name}_Images"))
+        images = ((row["id"], picture(row["image"], row["id"])) for row in rows(f"{name}_Images"))
     config = None
     if train in known:
         config = {row["id"]: usable.ids(row["context"]) for row in rows(train) if usable.ids([row["id"]])}
@@ -141,7 +144,7 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
     def records() -> Iterator[tuple[str, dict[str, Any]]]:
         for row in usable.of(rows(instructions)):
             of_row = row.get("images") or []
-            ids = of_row if with_ids else [_picture_id(name, _image(image, row["id"])) for image in of_row]
+            ids = of_row if with_ids else [_picture_id(name, picture(image, row["id"])) for image in of_row]
             id, record = _record(row, ids)
             yield id, {**record, "rel_ins_ids": usable.ids(row.get("related instructions"))}
 
@@ -222,11 +225,17 @@ def _record(row: Mapping[str, Any], image_ids: Sequence[str]) -> tuple[str, dict
     return row["id"], record | {name: row[name] for name in _OWN if row.get(name)}
 
 
-def _image(value: Mapping[str, Any] | None, id: str) -> bytes:
+def _image(value: Mapping[str, Any] | None, id: str, repository: str) -> bytes:
     value = value or {}  # tables have null for what is not there
     data = value.get("bytes")
     if data is None and value.get("path"):
-        data = Path(value["path"]).read_bytes()
+        # of a folder of pictures; anything else that a row names would be a file of whoever reads it
+        try:
+            data = path_inside(repository, value["path"]).read_bytes()
+        except (ValueError, OSError):
+            raise ValueError(
+                f"Row {id!r} has no picture but the name {value['path']!r:.80}, which is no file in {repository}."
+            ) from None
     if data is None:
         raise ValueError(f"Row {id!r} has an image without bytes.")
     return data
@@ -236,11 +245,13 @@ def _picture_id(name: str, data: bytes) -> str:
     return f"{name}_IMG_{sha1(data).hexdigest()[:16]}"
 
 
-def _embedded_images(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
+def _embedded_images(
+    name: str, rows: Iterable[Mapping[str, Any]], picture: Callable[[Mapping[str, Any], str], bytes]
+) -> Iterator[tuple[str, bytes]]:
     seen = set()
     for row in rows:
         for image in row.get("images") or []:
-            data = _image(image, row["id"])
+            data = picture(image, row["id"])
             id = _picture_id(name, data)
             if id not in seen:
                 seen.add(id)

@@ -7,6 +7,7 @@ do not hold, and tells of it then.
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,19 +30,23 @@ _MOST_LAYERS = 10_000
 _SIDE = re.compile(r"size|dim|heads|latents|frames|channels|width|d_model|embd|ffn|mult|vocab")
 _MOST_SIDE = 2**28
 # that may be filled with random numbers before it is told: not more than the weights take, or this
-_SLACK_BYTES = 2**30
+_SLACK_BYTES = 2**28
 _FIX = "write what the weights have there, or fetch config.json and weights again, together"
 
 
-def refuse_depth(config_dict: Mapping[str, Any], name_or_path: str | Path | None) -> None:
+def refuse_impossible(config_dict: Mapping[str, Any], name_or_path: str | Path | None) -> None:
     """
     Raises ValueError for more layers than there are tensors in the weights: not only do models make them one by one,
-    many configurations make a list of that length; and for sizes that no model has.
+    many configurations make a list of that length; for sizes that no model has, and for numbers that are none.
 
     Args:
         config_dict: a parsed `config.json`.
         name_or_path: its folder; of anything else, and without weights, a large number of layers is the limit.
     """
+    name = name_or_path or "The config.json"
+    for field, value in _numbers(config_dict, float):
+        if math.isnan(value):
+            raise ValueError(f"{name} cannot be used: {field} is {value} in its config.json: write a number there.")
     stored = _count_tensors(Path(name_or_path)) if name_or_path else None
     held = "" if stored is None else f"; its weights are {stored} tensors in all"
     for (field, value), most in (
@@ -49,7 +54,6 @@ def refuse_depth(config_dict: Mapping[str, Any], name_or_path: str | Path | None
         (_largest(config_dict, _SIDE.search), _MOST_SIDE),
     ):
         if value > most:
-            name = name_or_path or "The config.json"
             raise ValueError(
                 f"{name} cannot be used: {field} is {value}, where {most} is the most that can be{held}: {_FIX}."
             )
@@ -65,7 +69,7 @@ def refuse_other_sizes(
     """
     Raises ValueError for a model that asks for far more memory than its weights fill.
 
-    Differences within what the weights take, or a gigabyte, are left to be told in full behind the loading.
+    Differences within what the weights take, or 256 MB, are left to be told in full behind the loading.
 
     Args:
         model: on the meta device; what has memory already is not looked at.
@@ -147,15 +151,15 @@ def _largest(config: Mapping[str, Any], is_meant: Callable[[str], Any]) -> tuple
     return max(meant, key=lambda one: one[1], default=("", 0))
 
 
-def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers in a parsed `config.json`, each with its place, such as `text_config.vocab_size`."""
+def _numbers(value: Any, kind: type = int, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers of a kind in a parsed `config.json`, each with its place, such as `text_config.vocab_size`."""
     if isinstance(value, Mapping):
         for key, one in value.items():
-            yield from _numbers(one, f"{path}.{key}" if path else str(key))
+            yield from _numbers(one, kind, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
         for place, one in enumerate(value):
-            yield from _numbers(one, f"{path}[{place}]")
-    elif type(value) is int:
+            yield from _numbers(one, kind, f"{path}[{place}]")
+    elif type(value) is kind:
         yield path, value
 
 

@@ -7,7 +7,7 @@ from transformers.configuration_utils import SubConfigSpec
 from ..attention_choice import AttentionByPart
 from ..legacy import upgrade_config_dict
 from ..legacy_tokens import HUB_ARGUMENTS
-from ..stored_sizes import refuse_depth
+from ..stored_sizes import refuse_impossible
 
 
 @strict
@@ -143,7 +143,7 @@ class FlamingoConfig(AttentionByPart, PreTrainedConfig):
         Args:
             tokenizer (*optional*): for a 2023 repository without tokenizer files, a tokenizer or the folder of one.
         """
-        refuse_depth(config_dict, kwargs.get("name_or_path"))
+        refuse_impossible(config_dict, kwargs.get("name_or_path"))
         tokenizer, hub_kwargs = kwargs.pop("tokenizer", None), kwargs.pop("hub_kwargs", {})
         config_dict = upgrade_config_dict(config_dict, kwargs.get("name_or_path"), tokenizer, **hub_kwargs)
         return super().from_dict(config_dict, **kwargs)

@@ -9,7 +9,7 @@ from transformers import FuyuConfig
 from transformers.utils import logging
 
 from ..attention_choice import AttentionByPart
-from ..stored_sizes import refuse_depth
+from ..stored_sizes import refuse_impossible
 
 
 logger = logging.get_logger(__name__)
@@ -76,7 +76,7 @@ class OtterHDConfig(AttentionByPart, FuyuConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As in the parent class; ValueError for more layers than the weights can be of."""
-        refuse_depth(config_dict, kwargs.get("name_or_path"))
+        refuse_impossible(config_dict, kwargs.get("name_or_path"))
         return super().from_dict(config_dict, **kwargs)
 
     def _complete_text_config(self, text_config: dict, top_level: dict) -> dict:
