@@ -61,6 +61,10 @@ def test_one_worker_needs_no_engine(tmp_path, threads):
     assert "bb" not in before and before["a"] == {"length": 1}
     assert run(Mark(tmp_path / "seen"), items, tmp_path / "records", Engine(threads=threads), name="marks")
     assert read_records(tmp_path / "records") == {name: {"length": len(name)} for name in items}
+    record = tmp_path / "records" / "a.json"
+    record.write_text("")
+    with pytest.raises(ValueError, match=r"a\.json is damaged: remove it, and what it is of is done again"):
+        read_records(tmp_path / "records")
     assert times_worked(tmp_path / "seen", "a") == 1
 
 

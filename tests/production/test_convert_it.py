@@ -301,6 +301,22 @@ def test_what_is_missing_or_damaged_is_reported(tmp_path):
     assert report.images == 0 and report.kinds() == {"missing": 3}
 
 
+def test_what_a_conversion_keeps_may_be_damaged(tmp_path):
+    save_picture(tmp_path / "cgd" / "1.png")
+    converter, output = find_converter("CGD")(tmp_path / "cgd"), tmp_path / "out"
+    (output / ".CGD.progress").mkdir(parents=True)
+    (output / ".CGD.progress" / "conversion.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"conversion\.json is damaged: remove .*CGD.progress and CGD.parquet to begin"
+    ):
+        convert(converter, output)
+    (output / ".CGD.progress" / "conversion.json").unlink()
+    assert convert(converter, output).images == 1
+    (report,) = (path for path in (output / ".CGD.progress").glob("*.json") if path.name != "conversion.json")
+    report.write_text("")
+    assert convert(converter, output).images == 1 and report.stat().st_size
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -199,10 +199,15 @@ class Work:
 
 
 def read_records(folder: AnyPath) -> dict[str, Any]:
-    """The records in a folder, by name."""
+    """The records in a folder, by name; ValueError for one that is damaged."""
     folder = to_path(folder)
-    paths = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    return {path.name.removesuffix(".json"): json.loads(path.read_text(encoding="utf-8")) for path in paths}
+    records = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            records[path.name.removesuffix(".json")] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise ValueError(f"{path} is damaged: remove it, and what it is of is done again.") from None
+    return records
 
 
 __all__ = ["EXECUTORS", "Engine", "Work", "read_records", "run"]

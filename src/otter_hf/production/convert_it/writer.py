@@ -143,8 +143,12 @@ def _settings(
         now["sources_per_shard"] = now["sources_per_shard"] or default_per_shard
         write_json(path, now)
         return now
-    begun = json.loads(path.read_text(encoding="utf-8"))
-    now["sources_per_shard"] = now["sources_per_shard"] or begun["sources_per_shard"]
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        now["sources_per_shard"] = now["sources_per_shard"] or begun["sources_per_shard"]
+        begun = {key: begun[key] for key in now}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: remove {path.parent} and {name}.parquet to begin again.") from None
     for key, value in now.items():
         if begun[key] != value:
             raise ValueError(
@@ -199,7 +203,10 @@ class _Shards:
         shards = (folder / self._shard_name(number) for folder in (self.incomplete_store, self.store))
         if not (self._report_path(number).exists() and any(shard.exists() for shard in shards)):
             return True
-        report = json.loads(self._report_path(number).read_text(encoding="utf-8"))
+        try:
+            report = json.loads(self._report_path(number).read_text(encoding="utf-8"))
+        except ValueError:  # damaged
+            return True
         before = report.get("made_from", {})
         # of a file that is gone, what was made of it stays
         changed = [file for file, now in self._made_from(number).items() if now and now != before.get(file)]
