@@ -251,6 +251,13 @@ def test_the_end_of_a_journal_may_be_cut_off(make_run):
     path.write_bytes(b"x\n" + content)
     with pytest.raises(ValueError, match="Line 1 of .* is no event: restore the file"):
         run.summary()
+    (run.folder / "queries.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="Line 1 of .*queries.jsonl is no query: restore the file"):
+        list(run.queries())
+    for damaged in ("", "[]", "{}"):
+        (run.folder / "run.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"run\.json is damaged: restore it, or begin another run"):
+            SyphusRun(run.folder)
 
 
 def test_journal_replies_are_read_from_their_places(tmp_path):

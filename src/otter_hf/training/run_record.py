@@ -148,7 +148,7 @@ class RunRecord:
         try:
             states = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
             # written behind the model, and only then
-            last = states[0]["global_step"] if states[0]["max_steps"] == self.steps else self.steps
+            last = states[0]["global_step"] if states[0].get("max_steps") == self.steps else self.steps
             return all(state["global_step"] >= last for state in states)
         except (OSError, ValueError, KeyError, TypeError):
             return False

@@ -51,6 +51,7 @@ class SyphusRun:
 
     Raises:
         FileNotFoundError: if there is no run in the folder.
+        ValueError: if its files are damaged.
     """
 
     def __init__(self, folder: str | Path):
@@ -58,9 +59,13 @@ class SyphusRun:
         path = self.folder / "run.json"
         if not path.exists():
             raise FileNotFoundError(f"There is no run in {folder}: `otter-hf syphus run` makes one.")
-        self.settings = json.loads(path.read_text(encoding="utf-8"))
-        self.dataset: SyphusDataset = find_dataset(self.settings["dataset"])
-        self.prompt: Prompt = parse_prompt(self.settings["prompt"], str(path))
+        try:
+            self.settings = json.loads(path.read_text(encoding="utf-8"))
+            dataset, prompt = self.settings["dataset"], self.settings["prompt"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} is damaged: restore it, or begin another run.") from None
+        self.dataset: SyphusDataset = find_dataset(dataset)
+        self.prompt: Prompt = parse_prompt(prompt, str(path))
         shown = self.settings.get("pictures")
         self.pictures = None if shown is None else QueryPictures(PictureOptions(**shown), self.dataset)
 
@@ -153,11 +158,15 @@ class SyphusRun:
     def queries(self) -> Iterator[Query]:
         """The queries in their order."""
         with open(self.folder / "queries.jsonl", encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                for key in ("pictures", "seconds"):
-                    row[key] = None if row[key] is None else tuple(row[key])
-                yield Query(**row)
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                    for key in ("pictures", "seconds"):
+                        row[key] = None if row[key] is None else tuple(row[key])
+                    query = Query(**row)
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"Line {number} of {file.name} is no query: restore the file.") from None
+                yield query
 
     def messages(self, query: Query) -> list[dict[str, Any]]:
         """The chat that asks a query, its pictures in front of its text.
