@@ -10,6 +10,7 @@ import pytest
 
 from otter_hf.cli import main
 from otter_hf.data.engine import Engine
+from otter_hf.files import claim
 from otter_hf.production.syphus import Budget, ChatReply, SyphusRun
 from otter_hf.production.syphus.batch import custom_id, read_batch_results, write_batch_files
 from otter_hf.production.syphus.client import EndpointError, RejectedError, TransientError
@@ -71,6 +72,14 @@ def test_annotations_at_an_address(make_run, tmp_path):
     assert list(there.queries()) == list(here.queries()) and not there.changes()
     memory.pipe_file(f"{tmp_path}/sd.json", b"[]")
     assert f"memory:/{tmp_path}/sd.json has changed since" in there.changes()
+
+
+def test_two_that_make_one_run(make_run, tmp_path):
+    """The queries of one would stand beside the settings of the other."""
+    with claim(tmp_path / "run" / ".lock", "it"), pytest.raises(OSError, match="The run in .* is in use by process"):
+        make_run(3)
+    assert not (tmp_path / "run").exists()
+    assert len(list(make_run(3).queries())) == 3
 
 
 def test_all_are_asked_once_with_bounded_concurrency(make_run):

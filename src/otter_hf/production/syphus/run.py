@@ -102,6 +102,7 @@ class SyphusRun:
 
         Raises:
             FileExistsError: if there is a run in the folder.
+            OSError: if another process is making one there.
             ValueError: if the annotations, the prompt or the address are not what they should be, or no query remains.
         """
         folder, kind = Path(folder), find_dataset(dataset)
@@ -137,13 +138,15 @@ class SyphusRun:
             QueryPictures(pictures, kind)  # what cannot be opened is an error now
         with fetched(annotations) as file:
             queries = _select(kind.read(file), start, end, shard, shuffle_seed)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not _write_queries(folder / "queries.jsonl", queries):
-            raise ValueError(f"No query of {annotations} is selected: check start, end and shard.")
-        settings["made_from"] = MadeFrom(files).to_json()
-        (folder / "journal.jsonl").touch()
-        # the run is there when this file is
-        write_text(folder / "run.json", json.dumps(settings, ensure_ascii=False, indent=1))
+        with claim(folder / ".lock", f"The run in {folder}"):
+            if (folder / "run.json").exists():
+                raise FileExistsError(f"There is a run in {folder}, made by now: resume it, or choose another folder.")
+            if not _write_queries(folder / "queries.jsonl", queries):
+                raise ValueError(f"No query of {annotations} is selected: check start, end and shard.")
+            settings["made_from"] = MadeFrom(files).to_json()
+            (folder / "journal.jsonl").touch()
+            # the run is there when this file is
+            write_text(folder / "run.json", json.dumps(settings, ensure_ascii=False, indent=1))
         return cls(folder)
 
     def changes(self) -> str:
