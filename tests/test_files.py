@@ -230,6 +230,18 @@ def write_model_to(path):
         pass
 
 
+def test_two_that_answer_into_one_folder(tmp_path):
+    """The first to end would delete what the other keeps."""
+    from otter_hf.serving.batch import kept_replies
+
+    with kept_replies(tmp_path, "a") as replies:
+        with pytest.raises(OSError, match="is in use by process .*: wait"), kept_replies(tmp_path, "b"):
+            pass
+        replies.add({"key": "reply"})
+        assert "reply" in (tmp_path / "replies" / "replies-0.jsonl").read_text()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("write", [write_train_config_to, write_hub_form_to, write_invalid_to, write_model_to])
 def test_what_another_is_writing_is_left_to_it(tmp_path, write):
     """The second would delete what the first has begun."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..evaluation.model import ConversationModel
 from ..evaluation.replies import ReplyLog, answer_all
-from ..files import remove, write_json
+from ..files import claim, remove, write_json
 from ..made_from import state
 from ..reading import load_yaml
 from .media import fit_media, image_part, is_url, local_path, local_source, open_image, read_frames, video_part
@@ -125,14 +125,17 @@ def kept_replies(folder: str | Path, context: Any) -> Iterator[ReplyLog]:
 
     Args:
         context: what all answers depend on, see [`ReplyLog`].
+
+    Raises:
+        OSError: if another process answers into the folder.
     """
-    folder = Path(folder) / "replies"
-    replies = ReplyLog(folder, context=context)
-    try:
-        yield replies
-    finally:
-        replies.close()
-    remove(folder)
+    with claim(Path(folder, ".lock"), folder):
+        replies = ReplyLog(Path(folder, "replies"), context=context)
+        try:
+            yield replies
+        finally:
+            replies.close()
+        remove(Path(folder, "replies"))
 
 
 def _files_of(entry: dict) -> list:
