@@ -136,7 +136,11 @@ def test_pictures_in_the_rows(tmp_path, by_colour):
     # a row that names a file in the place of its picture, of the repository and of whoever reads it
     for place, is_taken in ((tmp_path / "repo" / "red.png", True), (tmp_path / "red.png", False)):
         place.write_bytes(image_bytes(by_colour["red"]))
-        write_rows(shard, features.arrow_schema, [{**rows[0], "images": [{"bytes": None, "path": str(place)}]}])
+        write_rows(
+            shard,
+            features.arrow_schema,
+            [{**rows[0], "images": [{"bytes": None, "path": str(place)}], "related instructions": []}],
+        )
         if is_taken:
             assert len(load_mimicit(*read_hub_form(str(tmp_path / "repo"), "CGD", tmp_path / "taken")[:2])[1]) == 1
         else:
