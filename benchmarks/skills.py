@@ -1,11 +1,12 @@
 """Time to the first token of a question behind eight worked examples: with a skill, and reading them again.
 
-    OMP_NUM_THREADS=2 python benchmarks/skills.py      # about a minute on two cores
+    OMP_NUM_THREADS=2 python benchmarks/skills.py      # about two minutes on two cores
 
 Random weights, float32: the model of `decoding.py` (decoder of width 512 and 8 layers, a small tower at 56 pixels) as
 an Otter; the same decoder behind CLIP ViT-B/32 at 224 pixels and a resampler of 6 layers with 64 latents; and an
 OtterHD of the same decoder widths, whose pictures of 300 x 300 pixels are 100 tokens each. Eight examples with a
 picture each (for the Otters of 640 x 480 pixels) stand in front of a question with a ninth; one token is generated.
+The examples' answers are of one token, or sentences of 80 bytes (a token is a byte).
 First the processor has done its work, with the pixels of all nine pictures on both sides; then it is part of the time:
 from messages to the token, the examples' pictures being prepared with a skill. The peer is the same model given the
 whole prompt; the tokens are compared.
@@ -96,11 +97,14 @@ def read(processor, messages: list[dict]):
     )
 
 
-def measure(name: str, model, processor, size: tuple[int, int], repeats: int) -> list[dict]:
+def measure(name: str, model, processor, size: tuple[int, int], answer_length: int, repeats: int) -> list[dict]:
+    """Rows of one model, whose examples have answers of `answer_length` tokens."""
+    name += ", short answers" if answer_length == 1 else ", sentences"
     pictures = [picture(number, size) for number in range(SHOTS + 1)]
     examples = []
     for number in range(SHOTS):
-        examples += [message("user", "what?", pictures[number]), message("assistant", string.ascii_letters[number])]
+        said = string.ascii_letters[number] * answer_length
+        examples += [message("user", "what?", pictures[number]), message("assistant", said)]
     question = [message("user", "what?", pictures[SHOTS])]
     skill = Skill.compile(model, processor, examples)
     inputs = read(processor, examples + question)
@@ -136,10 +140,15 @@ def main():
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     with torch.inference_mode():
-        small = make_otter(56, {"patch_size": 14, **VISION}, {"perceiver_depth": 2})
-        rows = measure("Otter", *small, (640, 480), args.repeats)
-        rows += measure("Otter, CLIP ViT-B/32", *make_otter(224, VIT_B, {}), (640, 480), args.repeats)
-        rows += measure("OtterHD", *make_otterhd(), (300, 300), args.repeats)
+        models = {
+            "Otter": (*make_otter(56, {"patch_size": 14, **VISION}, {"perceiver_depth": 2}), (640, 480)),
+            "Otter, CLIP ViT-B/32": (*make_otter(224, VIT_B, {}), (640, 480)),
+            "OtterHD": (*make_otterhd(), (300, 300)),
+        }
+        rows = []
+        for name, parts in models.items():
+            for answer_length in (1, 80):
+                rows += measure(name, *parts, answer_length, args.repeats)
     report("skills", "the same model given the whole prompt", rows)
 
 
