@@ -1,6 +1,6 @@
 """A training step beside the code of 2023: the same weights, rows and labels, every position supervised.
 
-    PARITY_CACHE=FOLDER OMP_NUM_THREADS=2 python benchmarks/upstream.py      # about five minutes on two cores
+    PARITY_CACHE=FOLDER OMP_NUM_THREADS=2 python benchmarks/upstream.py      # about a quarter of an hour on two cores
 
 The peer is otter-ai 0.0.0a8 with transformers 4.35.2 and our version of torch, in the environment that
 `tests/parity_2023/run.sh` makes (`FOLDER/venv`). It writes its random weights to a folder, and our model loads them:
