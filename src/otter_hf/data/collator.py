@@ -280,12 +280,10 @@ class AnswerTokenCollator(Collator):
         """A token sees the last medium in front of it alone (Alayrac et al. 2022, section 3.1.3)."""
         places = sample.get("media_places") or [[0] * count for count in sample["media_per_turn"]]
         if any(len({*of_turn}) < len(of_turn) for of_turn in places):
-            frames = (
-                "Make them frames of one medium (images_as: frames; in messages a list of pictures as a video), or p"
-            )
+            frames = "make them frames of one medium (images_as: frames; in messages a list as a video), or "
             logger.warning_once(
-                "Some samples show several pictures with no words between them: the words behind see the last one "
-                f"alone. {frames if self.has_films else 'P'}ut words between them."
+                "Some samples show several pictures without words between them: the words behind see the last one "
+                f"alone; {frames if self.has_films else ''}put words between them."
             )
 
     def _row(self, sample: Sample, tokens: list[int]) -> Row:
