@@ -76,6 +76,7 @@ def main():
     model = make_model()
     transform = open_clip.transform.image_transform(56, is_train=False)
     questions = {kind: make_questions(kind) for kind, _ in BESIDE}
+    questions["first"] = questions["few, fixed"][:2]
     for line in sys.stdin:
         kind, beams = line.strip().rsplit(", ", 1)
         print(json.dumps(ask(model, transform, questions[kind], int(beams))), flush=True)

@@ -4,7 +4,7 @@
 
 Random weights, float32: the 79M Otter on Llama of `decoding.py` (width 512, 8 layers) behind a processor whose tokens
 are words, asked by `otter_hf.evaluation.model.ConversationModel`, as `otter-hf eval` does; the peer is the package at
-59969af, before anything of a picture or text was kept. Both read the same folder; their replies are compared first.
+59969af, before anything of a picture or text was kept. Both read the same folder; their replies are compared.
 
 Questions: 5 to 9 words and a picture of 256 x 256 each, all different, behind 8 worked examples, the same for all or
 drawn for each from 100; 5 new tokens, 3 beams (as OpenFlamingo answers VQA) or greedy; 16 rows a batch on both sides.
@@ -135,7 +135,8 @@ def make_workloads(folder: str) -> dict:
         return [total for one in conversations for total, *_ in model.log_likelihood(one, classes, BATCH)]
 
     kinds = {f"{kind}, {beams}": lambda kind=kind, beams=beams: ask(kind, beams) for kind, beams in (*ASKED, *BESIDE)}
-    return {**kinds, "ranking": rank}
+    questions["first"] = questions["few, fixed"][:2]
+    return {**kinds, "ranking": rank, "first, 1": lambda: ask("first", 1)}
 
 
 ASKED = [("fixed", 3), ("fixed", 1), ("drawn", 3), ("drawn", 1)]
@@ -157,22 +158,34 @@ def describe(kind: str) -> str:
     return f"{count} questions behind {SHOTS} examples, {NAMES[examples]}, {beams} beam{'s' * (beams != '1')}"
 
 
+def told(row: dict) -> dict:
+    """The row, which is told as it comes: all of them take their time."""
+    print(json.dumps(row), file=sys.stderr, flush=True)
+    return row
+
+
 def beside_peer(repeats: int) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder) / "model")
         sources = [Path(__file__).resolve().parent.parent / "src", check_out(PEER_COMMIT, folder)]
         sides = [Side(__file__, source, arguments=(f"{folder}/model",)) for source in sources]
+        for side in sides:
+            side.run("first, 1")  # which reads the model and wakes the threads
         for kind in [f"{kind}, {beams}" for kind, beams in ASKED] + ["ranking"]:
-            ours, peer = (side.run(kind) for side in sides)
+            said = [None, None]
+
+            def run(side: int, kind: str = kind, said: list = said):
+                said[side] = sides[side].run(kind)
+
+            row = compare(describe(kind), lambda: run(0), lambda: run(1), repeats, is_warm=True)  # noqa: B023
             if kind == "ranking":
-                same = torch.allclose(torch.tensor(ours), torch.tensor(peer), atol=1e-3)
+                same = torch.allclose(*(torch.tensor(totals) for totals in said), atol=1e-3)
             else:
-                same = ours == peer
+                same = said[0] == said[1]
             if not same:
                 raise SystemExit(f"{describe(kind)}: the two sides do not say the same.")
-            calls = [lambda side=side, kind=kind: side.run(kind) for side in sides]
-            rows.append(compare(describe(kind), *calls, repeats, is_warm=True, replies=len(ours)))
+            rows.append(told(row | {"replies": len(said[0])}))
         for side in sides:
             side.close()
     return rows
@@ -189,12 +202,12 @@ def beside_open_flamingo(repeats: int) -> list[dict]:
         write_model(Path(folder) / "model")
         ours = Side(__file__, arguments=(f"{folder}/model",))
         peer = Side(str(Path(__file__).with_name("_open_flamingo.py")), python=str(python))
+        for side in (ours, peer):
+            side.run("first, 1")
         for kind in (f"{kind}, {beams}" for kind, beams in BESIDE):
             calls = [lambda side=side, kind=kind: side.run(kind) for side in (ours, peer)]
-            for call in calls:
-                call()
             name = f"{describe(kind)}; the loop of open_flamingo 2.0.1, its model and weights"
-            rows.append(compare(name, *calls, repeats, is_warm=True))
+            rows.append(told(compare(name, *calls, repeats, is_warm=True)))
         ours.close(), peer.close()
     return rows
 
