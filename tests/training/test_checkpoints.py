@@ -205,7 +205,10 @@ def test_killed_from_outside(files, unbroken, wait):
 
 def test_sigterm(files, unbroken):
     """The step is finished, a checkpoint written, and the exit code tells that training is not over."""
-    arguments = command(files, "stopped", **SAVING | {"save_steps": 100, "resume_from_checkpoint": "auto"})
+    evaluating = {"eval_mixture": str(files / "eval.yaml"), "eval_strategy": "epoch", "report_samples": 0}
+    arguments = command(
+        files, "stopped", **SAVING | evaluating | {"save_strategy": "epoch", "resume_from_checkpoint": "auto"}
+    )
     # the signal comes in the middle of the third step
     with pytest.MonkeyPatch.context() as patch:
         from otter_hf.training.trainer import OtterTrainer
@@ -223,10 +226,14 @@ def test_sigterm(files, unbroken):
             main(arguments)
     assert stop.value.code == STOPPED_EXIT_CODE == 143
     assert [path.name for path in (files / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    # the epoch is not over, so that it is not evaluated either
+    assert "eval_loss" not in (files / "stopped" / "checkpoint-3" / "trainer_state.json").read_text()
     assert not (files / "stopped" / "model.safetensors").exists()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     main(arguments)
     assert_same_training(files / "stopped", unbroken)
+    history = json.loads((files / "stopped" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [5, 6]
 
 
 def test_sigterm_to_data_workers(files):

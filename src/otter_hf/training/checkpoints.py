@@ -411,6 +411,11 @@ class _StopOnSigterm(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._hold_back(False)
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        # an epoch that was broken off is not evaluated: it would count for the best model, and takes time
+        if self.trainer.stopped and state.epoch != int(state.epoch):
+            control.should_evaluate = control.should_save = control.should_log = False
+
     def _ask(self, *signal_and_frame):
         self.asked = True
 
