@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainerState
 
-from otter_hf.training.arguments import TrainingArguments, parse_arguments
+from otter_hf.training.arguments import DataArguments, TrainingArguments, parse_arguments
+from otter_hf.training.limits import check_numbers
 from otter_hf.training.run import _check_frames, _check_sizes, _farewell, _tell
 
 
@@ -42,6 +43,33 @@ def test_yaml_and_flags_of_which_the_flag_wins(recipe):
     assert (training_args.learning_rate, training_args.use_cpu) == (0.25, True)
 
 
+def test_an_empty_list_is_said(recipe):
+    """It undoes what a recipe says, and what the code of 2023 froze without being told."""
+    assert parse_arguments([recipe("use_cpu: true\nfreeze: [vision]\n"), "--freeze"])[0].freeze == []
+    of_2023 = recipe("pretrained_model_name_or_path: m\nuse_cpu: true\n")
+    assert parse_arguments([of_2023])[0].freeze == ["vision", "language"]
+    of_2023 = recipe("pretrained_model_name_or_path: m\nuse_cpu: true\nfreeze: []\ndynamic_resolution: []\n")
+    model_args, data_args, _ = parse_arguments([of_2023])
+    assert (model_args.freeze, data_args.dynamic_resolution) == ([], [])
+
+
+def test_a_number_is_one_in_python_too():
+    with pytest.raises(ValueError, match="max_length must be a number, got None; the default is 2048"):
+        check_numbers(DataArguments(train_mixture="t.yaml", max_length=None))
+
+
+def test_the_precision_of_the_launcher(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision`, or its configuration: what transformers' Trainer computes in."""
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    assert not TrainingArguments(**options).bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert TrainingArguments(**options).bf16
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert TrainingArguments(**options, bf16=True).mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="fp16 is True, but on a CPU"):
+        TrainingArguments(**options)
+
+
 def test_dict_in_yaml(recipe):
     path = recipe("use_cpu: true\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.125}\n")
     assert parse_arguments([path])[2].lr_scheduler_kwargs == {"min_lr": 0.125}
@@ -59,6 +87,10 @@ def test_dict_in_yaml(recipe):
         ("dtype: int3", "dtype must be auto, float32, .*, got 'int3'"),
         ("remove_unused_columns: true", "remove_unused_columns must stay False"),
         ("label_smoothing_factor: 0.1", "label_smoothing_factor is 0.1"),
+        ("max_length: null", "max_length is null, and must be a number; leave the line out for 2048"),
+        ("max_seq_len: null", "max_seq_len is null, and must be a number; leave the line out for 2048"),
+        ("eval_do_concat_batches: false", "eval_do_concat_batches must stay True"),
+        ("prediction_loss_only: true\nmetric_for_best_model: answer_accuracy", "'answer_accuracy' is not measured"),
         ("train_sampling_strategy: sequential", "train_sampling_strategy is 'sequential'"),
     ],
 )

@@ -19,7 +19,7 @@ from ..errors import did_you_mean
 from ..reading import load_yaml
 from .devices import find_device
 from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, PretrainingDataArguments, TrainingFields
-from .upstream import Option, add_unsaid, translate
+from .upstream import RENAMED, Option, add_unsaid, translate
 
 
 logger = logging.getLogger(__name__)
@@ -33,10 +33,11 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
     """Those of transformers, with defaults that fit samples of text and images."""
 
     def __post_init__(self):
-        if self.accelerator_config is None and self.dataloader_pin_memory:
+        if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
             self.accelerator_config = {"non_blocking": True}  # batches come while the device computes
         if self.early_stopping_patience is not None and self.metric_for_best_model is None:
             self.metric_for_best_model = "loss"
+        self._take_precision()
         self._check_plan()
         self._connect()
         super().__post_init__()
@@ -61,6 +62,12 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
                 f"label_smoothing_factor is {self.label_smoothing_factor}, which transformers' Trainer applies to "
                 "unshifted labels for image-text models: leave it at 0."
             )
+
+    def _take_precision(self):
+        """`mixed_precision` of `accelerate launch` is what transformers' Trainer computes in, and says nowhere."""
+        told = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        if told in ("bf16", "fp16") and not self.bf16 and not self.fp16:
+            setattr(self, told, True)
 
     def _connect(self):
         """On CPUs the parent class would connect processes without `ddp_timeout`, and without telling DeepSpeed."""
@@ -132,10 +139,13 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
 
     def _check_metric(self):
         """A name that no evaluation gives would end the run at the first one."""
+        metrics = [name for name in METRICS if not (self.prediction_loss_only and name == "answer_accuracy")]
         metric = self.metric_for_best_model
-        if metric is not None and metric.removeprefix("eval_") not in METRICS:
-            hint = did_you_mean(metric.removeprefix("eval_"), METRICS)
+        if metric is not None and metric.removeprefix("eval_") not in metrics:
+            hint = did_you_mean(metric.removeprefix("eval_"), metrics)
             raise ValueError(f"metric_for_best_model: {metric!r} is not measured; {hint}")
+        if not self.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches must stay True: answers are counted over all batches.")
 
     def _check_trackers(self):
         for name in self.report_to:
@@ -228,13 +238,19 @@ def parse_arguments(
     options: list[Option] = []
     if argv and not argv[0].startswith("-"):
         path = argv.pop(0)
-        options = _read_recipe(Path(path))
+        options = _read_recipe(Path(path), parser)
         _check_names(options, kinds, parser, f"{path}: {{!r}} is no argument".format)
     given = _read_flags(argv)
     _check_names(given, kinds, parser, "there is no --{}".format)
     unsaid = add_unsaid(options + given, logger.info)
-    options = unsaid + translate(options + given, logger.warning, pretraining=PretrainingDataArguments in kinds)
-    flags = [part for name, values in options for part in (f"--{name}", *values)]
+    options = [option for option in options if option[1]] + given  # an empty list in a recipe is no bare flag
+    options = unsaid + translate(options, logger.warning, pretraining=PretrainingDataArguments in kinds)
+    last = {f"--{name.replace('-', '_')}": place for place, (name, _) in enumerate(options)}
+    flags: list[str] = []
+    for flag, place in sorted(last.items(), key=lambda item: item[1]):
+        # argparse has no word for an empty list, which is the default of all
+        if options[place][1] or parser._option_string_actions[flag].nargs != "+":
+            flags += [flag, *options[place][1]]
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
 
 
@@ -273,7 +289,7 @@ def _read_flags(argv: Iterable[str]) -> list[Option]:
     return options
 
 
-def _read_recipe(path: Path) -> list[Option]:
+def _read_recipe(path: Path, parser: ArgumentParser) -> list[Option]:
     try:
         recipe = load_yaml(path)
     except FileNotFoundError:
@@ -284,7 +300,17 @@ def _read_recipe(path: Path) -> list[Option]:
         raise ValueError(f"The recipe {path} must map argument names to values, got {recipe!r:.80}.")
     options: list[Option] = []
     for key, value in recipe.items():
-        if value is not None and value != []:
-            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-            options.append((str(key), [*map(str, values)]))
+        if value is None:
+            _refuse_null(str(key), path, parser)
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        options.append((str(key), [*map(str, values)]))
     return options
+
+
+def _refuse_null(key: str, path: Path, parser: ArgumentParser) -> None:
+    """A key without value is as good as none, but for a number: elsewhere null says that there is no limit."""
+    action = parser._option_string_actions.get(f"--{RENAMED.get(key, key)}")
+    default = getattr(action, "default", None)
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        raise ValueError(f"{path}: {key} is null, and must be a number; leave the line out for {default}.")

@@ -55,6 +55,8 @@ def check_numbers(*arguments) -> None:
                 if isinstance(value, float) and not math.isfinite(value):
                     raise ValueError(f"{field.name} must be a number, got {value}.")
                 least = _LEAST.get(field.name)
+                if value is None and least is not None and isinstance(field.default, (int, float)):
+                    raise ValueError(f"{field.name} must be a number, got None; the default is {field.default}.")
                 if least is not None and isinstance(value, (int, float)) and value < least:
                     raise ValueError(f"{field.name} must be at least {least}, got {value}.")
             if field.name == "learning_rate" and values == 0 and not given.learning_rates:

@@ -8,7 +8,7 @@ from pathlib import Path
 # an option as it was given: its name without dashes, and its values as text; none for a bare flag
 Option = tuple[str, list[str]]
 
-_RENAMED = {
+RENAMED = {
     "pretrained_model_name_or_path": "model_name_or_path",
     "training_data_yaml": "train_mixture",
     # not of 2023, but what they are called elsewhere: they need not be YAML
@@ -104,7 +104,7 @@ def translate(options: list[Option], note: Callable[[str], None], *, pretraining
         elif name in _CHANGED:
             translated += _CHANGED[name](given, values)
         else:
-            translated.append((_RENAMED.get(name, given), values))
+            translated.append((RENAMED.get(name, given), values))
     if folder is not None:
         # 2023 wrote to the folder of this name below the other, or to itself
         name = next((values[0] for name, values in translated if name == "run_name"), "otter-9b")
