@@ -145,7 +145,7 @@ def test_rows_never_exceed_the_limit(tiny_processor, by_colour, limit):
     collator = OtterCollator(tiny_processor, max_length=limit, on_overlong="truncate")
     samples = [sample([("Q", answer)], [[by_colour["red"]]])]
     if limit <= AROUND:
-        with pytest.raises(SampleError, match="too small for their instructions"):
+        with pytest.raises(SampleError, match="too small for what stands in front"):
             collator(samples)
     else:
         batch = collator(samples)

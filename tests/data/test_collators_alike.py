@@ -53,8 +53,13 @@ def test_what_is_too_long(make):
     left = whole["input_ids"].shape[1] - cut["input_ids"].shape[1]
     assert left == tokens_of(make, long) - limit["max_length"]
     assert 0 < (cut["labels"] != -100).sum() < (whole["labels"] != -100).sum()
-    with pytest.raises(SampleError, match="Sample 'long'"):
+    with pytest.raises(
+        SampleError, match="'long' and the rest of its batch are cut before their answers .* max_length=3 "
+    ):
         make(max_length=3, on_overlong="truncate")([long])
+    asks_much = sample("much", ("Q" * 50, "A"))  # nothing of its answer is left, and it alone is left out
+    kept = make(**limit, on_overlong="truncate")([short, asks_much])
+    assert kept["labels"].equal(make()([short])["labels"])
     with pytest.raises(ValueError, match="on_overlong must be one of error, truncate, skip, got 'drop'"):
         make(on_overlong="drop")
 

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from otter_hf.cli import main
+from otter_hf.data.formats import write_mimicit
 from otter_hf.data.mixture import MimicitMixture, read_mixture
 from otter_hf.data.samples import SampleOptions
 from otter_hf.data.sources import preferences_as_dataset, read_chats, read_preferences
+from otter_hf.data.stream import StreamedMixture
 from otter_hf.data.validate import check_mixture
 
 
@@ -199,6 +201,10 @@ def test_base64_and_file_addresses(folder):
         ({"messages": [said("user", "a"), ANSWER], "videos": [[]]}, "videos must be a file name"),
         ({"messages": [said("user", "a"), ANSWER], "images": [FRAMES]}, "images must be a file name"),
         ({"messages": [said("user", "a"), ANSWER], "conversations": [1]}, "has both messages and conversations"),
+        (
+            {"messages": [said("user", "a"), ANSWER, said("user", "<image>b")], "images": ["red.png"]},
+            "the question at its end has a picture or film, and no answer",
+        ),
     ],
 )
 def test_what_is_refused(row, message, folder):
@@ -224,6 +230,54 @@ def test_rows_are_a_mixture(folder):
     assert len(MimicitMixture(path, cache_dir=folder / "cache")) == 1
     (entry,) = read_mixture(path, cache_dir=folder / "cache")
     assert entry.task_group == "TEXT_ONLY"
+
+
+def test_a_folder_of_parquet_is_a_mixture(folder, monkeypatch):
+    """As repositories of `datasets` have it; it is read once, however often a training starts."""
+    (folder / "rows").mkdir()
+    for number, picture in enumerate((RED, BLUE)):
+        row = {"messages": [said("user", "<image>?"), ANSWER], "images": [{"bytes": picture, "path": None}]}
+        pq.write_table(pa.Table.from_pylist([row]), folder / "rows" / f"train-{number:05}-of-00002.parquet")
+    assert len(MimicitMixture(folder / "rows", cache_dir=folder / "cache")) == 2
+    monkeypatch.setattr("otter_hf.data.sources.messages.read_chats", None)
+    assert len(MimicitMixture(folder / "rows", cache_dir=folder / "cache")) == 2
+
+
+def test_rows_beside_other_datasets(folder):
+    """Under `mimicit_path` of a training YAML, with the folder of their pictures."""
+    (folder / "pictures").mkdir()
+    (folder / "red.png").rename(folder / "pictures" / "red.png")
+    rows = lines(folder, ROWS["sharegpt"], ROWS["sharegpt"])
+    (folder / "list.json").write_text(json.dumps([ROWS["trl"]]))
+    files = write_mimicit(folder, "X", {"x": {"instruction": "Q", "answer": "A"}})
+    own = {"mimicit_path": rows.name, "images_path": "pictures", "num_samples": 3, "task_description": "Look."}
+    yaml = folder / "mix.yaml"
+    texts = {"X": {"mimicit_path": files.instructions_path.name}, "LIST": {"mimicit_path": "list.json"}}
+    yaml.write_text(json.dumps({"TEXT_ONLY": texts, "IMAGE_TEXT": {"ROWS": own}}))
+    assert check_mixture(yaml, cache_dir=folder / "cache").ok()
+    mixture = MimicitMixture(yaml, SampleOptions(use_task_description=True), cache_dir=folder / "cache")
+    told = [(one["dataset"], one["task_group"], len(one["media"]), one["task_description"]) for one in mixture]
+    assert told == 3 * [("ROWS", "IMAGE_TEXT", 1, "Look.")] + [
+        ("X", "TEXT_ONLY", 0, None),
+        ("LIST", "TEXT_ONLY", 0, None),
+    ]
+    for wrong in ({"train_config_path": "list.json"}, {"images_path": "list.json"}):
+        yaml.write_text(json.dumps({"IMAGE_TEXT": {"ROWS": own | wrong}}))
+        with pytest.raises(ValueError, match="IMAGE_TEXT/ROWS: .*rows.jsonl holds rows of messages, .*: leave train"):
+            read_mixture(yaml, cache_dir=folder / "cache")
+
+
+@pytest.mark.parametrize("make", [MimicitMixture, StreamedMixture])
+def test_rows_that_cannot_be_used_are_skipped(make, folder, caplog):
+    gone = {**ROWS["sharegpt"], "images": ["gone.png"]}
+    path = lines(folder, ROWS["sharegpt"], gone, {"messages": [said("tool", "a"), ANSWER]}, ROWS["trl"])
+    for _ in range(2):  # also where the cache has it
+        caplog.clear()
+        mixture = make(path, on_error="skip", cache_dir=folder / "cache")
+        assert len([*mixture]) == 2
+        assert "Left out of rows: {'missing picture': 1, 'role': 1}" in caplog.text
+    with pytest.raises(ValueError, match="Line 3 of"):
+        make(path, cache_dir=folder / "cache")
 
 
 def test_what_is_held_out_takes_no_turns_from_others(folder):

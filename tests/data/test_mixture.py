@@ -1,18 +1,14 @@
-import itertools
 import json
 import pickle
-import shutil
-from collections import Counter
 
 import pytest
-import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader
 
 import otter_hf.data
 from otter_hf.data.collator import OtterCollator
 from otter_hf.data.formats import write_mimicit
-from otter_hf.data.mixture import GroupedSampler, MimicitMixture, MixtureEntry, read_mixture, sample_rows
+from otter_hf.data.mixture import MimicitMixture, MixtureEntry, sample_rows
 from otter_hf.data.samples import SampleError, SampleOptions, frame_indices
 
 
@@ -33,12 +29,6 @@ def files(tmp_path, by_colour):
         "text": {"instruction": "Hello", "answer": "Hi", "image_ids": None},
     }
     return write_mimicit(tmp_path, "X", records, by_colour)
-
-
-def write_yaml(tmp_path, content):
-    path = tmp_path / "mix.yaml"
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-    return path
 
 
 def mixture(files, task_group, keep, options=None, **settings):
@@ -144,6 +134,14 @@ def test_the_longest_medium_and_the_most_frames(files):
     ):
         data = mixture(files, group, {"clip": []}, options, **settings)
         assert (data.longest_medium(), data.most_frames()) == (longest, most)
+
+
+@pytest.mark.parametrize("num_frames, longest", [(2, 2), (7, 3)])
+def test_the_longest_film_of_frames(tmp_path, by_colour, num_frames, longest):
+    record = {"instruction": "Q", "answer": "A", "image_ids": ["red", "red", "blue", "green"]}
+    files = write_mimicit(tmp_path, "X", {"r": {**record, "frames_per_medium": [1, 3]}}, by_colour)
+    data = mixture(files, "IMAGE_TEXT", {"r": []}, SampleOptions(num_frames=num_frames))
+    assert data.longest_medium() == longest
 
 
 def placed_files(tmp_path, by_colour):
@@ -321,106 +319,6 @@ def test_videos_need_frames(files):
         mixture(files, "VIDEO_TEXT", {"text": []})[0]
 
 
-# the YAML
-
-
-def test_yaml_is_read_in_group_order(tmp_path, files, caplog):
-    path = write_yaml(
-        tmp_path,
-        f"""
-        IMAGE_TEXT_IN_CONTEXT:
-          C: {{mimicit_path: X_instructions.json, images_path: [X.parquet], num_samples: 3}}
-        VIDEO_TEXT:
-        IMAGE_TEXT:
-          B: {{mimicit_path: {files.instructions_path}, images_path: X.parquet, weight: 2, train_config_path: }}
-          A: {{mimicit_path: X_instructions.json, task_description: Look.}}
-        """,
-    )
-    entries = read_mixture(path)
-    assert [(entry.task_group, entry.name) for entry in entries] == [
-        ("IMAGE_TEXT", "B"),
-        ("IMAGE_TEXT", "A"),
-        ("IMAGE_TEXT_IN_CONTEXT", "C"),
-    ]
-    assert entries[0].images_path == [str(tmp_path / "X.parquet")]
-    assert entries[1].task_description == ["Look."]
-    assert entries[2].num_samples == 3
-    data = MimicitMixture(path)
-    assert len(data) == 6 + 6 + 3
-    assert Counter(data.task_groups) == {"IMAGE_TEXT": 12, "IMAGE_TEXT_IN_CONTEXT": 3}
-    assert data[14]["dataset"] == "C" and data[-15]["dataset"] == "B"
-    with pytest.raises(IndexError):
-        data[15]
-    rows = [line.split() for line in data.summary().splitlines()]
-    assert rows[0] == ["group", "dataset", "records", "samples", "share", "images"]
-    assert rows[3] == ["IMAGE_TEXT_IN_CONTEXT", "C", "6", "3", "20.0%", "4"]
-    assert rows[4] == ["total", "18", "15"]
-
-
-def test_files_of_one_name_here_and_beside_the_yaml(tmp_path, files, monkeypatch, caplog):
-    (tmp_path / "here").mkdir()
-    shutil.copy(files.instructions_path, tmp_path / "here")
-    path = write_yaml(tmp_path, "TEXT_ONLY: {A: {mimicit_path: X_instructions.json}}")
-    monkeypatch.chdir(tmp_path)
-    read_mixture(path)
-    assert not caplog.records
-    monkeypatch.chdir(tmp_path / "here")
-    read_mixture(path)
-    assert "X_instructions.json is in the working directory, from where it is taken" in caplog.text
-
-
-def test_yaml_warns_of_unknown_keys_and_empty_groups(tmp_path, files, monkeypatch):
-    messages = []
-    monkeypatch.setattr("otter_hf.data.mixture_yaml.logger.warning", messages.append)
-    read_mixture(
-        write_yaml(
-            tmp_path,
-            {"VIDEO_TEXT": None, "IMAGE_TEXT": {"A": {"mimicit_path": "X.json", "wight": 1}}}
-            | {"IMAGE_TEXT": {"A": {"mimicit_path": str(files.instructions_path), "wight": 1}}},
-        )
-    )
-    assert "VIDEO_TEXT has no datasets" in messages[0]
-    assert "IMAGE_TEXT/A has unknown keys ['wight']" in messages[1]
-
-
-GOOD = {"mimicit_path": "X_instructions.json"}
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("IMAGE_TEXT: [", "mix.yaml cannot be parsed"),
-        ("", "must map task groups to datasets, got None"),
-        ({"IMAGE_TEXT": None}, "names no datasets"),
-        ({"IMAGE_TEXTS": {"A": GOOD}}, "'IMAGE_TEXTS' is no task group, use one of IMAGE_TEXT, TEXT_ONLY"),
-        ({"IMAGE_TEXT": [GOOD]}, "the group IMAGE_TEXT must map dataset names"),
-        ({"IMAGE_TEXT": {"A": "X.json"}}, "IMAGE_TEXT/A must map keys to values, got 'X.json'"),
-        ({"IMAGE_TEXT": {"A": {"num_samples": 3}}}, "IMAGE_TEXT/A: mimicit_path must name the instructions file"),
-        ({"IMAGE_TEXT": {"A": {"mimicit_path": "gone.json"}}}, "IMAGE_TEXT/A: the path gone.json does not exist"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "images_path": "gone.parquet"}}}, "the path gone.parquet does not exist"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "images_path": [1]}}}, "images_path must be a string or a list of strings"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "num_samples": "all"}}}, "num_samples must be .* got 'all'"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "num_samples": True}}}, "num_samples must be .* got True"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "num_samples": -2}}}, "num_samples must be .* got -2"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "task_description": {"a": 1}}}}, "task_description must be"),
-        ({"IMAGE_TEXT": {"A": {**GOOD, "images_as": "grid"}}}, "images_as must be 'frames' or 'media', got 'grid'"),
-        ("IMAGE_TEXT: {A: {num_samples: 1}, A: {num_samples: 2}}", "the key 'A' is there twice"),
-    ],
-)
-def test_wrong_yaml_is_named(tmp_path, files, content, message):
-    with pytest.raises(ValueError, match=message):
-        read_mixture(write_yaml(tmp_path, content))
-
-
-def test_missing_yaml_and_wrong_files_are_named(tmp_path, files):
-    with pytest.raises(ValueError, match="gone.yaml does not exist"):
-        read_mixture(tmp_path / "gone.yaml")
-    (tmp_path / "bad.json").write_text("{}")
-    path = write_yaml(tmp_path, {"TEXT_ONLY": {"A": {"mimicit_path": "bad.json"}}})
-    with pytest.raises(ValueError, match="TEXT_ONLY/A: .*bad.json cannot be read as JSON"):
-        MimicitMixture(path)
-
-
 # batches
 
 
@@ -440,73 +338,11 @@ def test_groups_share_a_batch(files, tiny_processor):
     assert media.any(dim=2).sum(dim=1).tolist() == placeholders.tolist()
 
 
-def test_grouped_batches_cover_everything_in_proportion():
-    groups = ["a"] * 640 + ["b"] * 250 + ["c"] * 3
-    sampler = GroupedSampler(groups, batch_size=8)
-    order = list(sampler)
-    assert sorted(order) == list(range(893)) and len(sampler) == 893
-    batches = [order[i : i + 8] for i in range(0, len(order), 8)]
-    whole = [batch for batch in batches if len({groups[i] for i in batch}) == 1 and len(batch) == 8]
-    assert Counter(groups[batch[0]] for batch in whole) == {"a": 80, "b": 31}
-    # groups alternate: the first half of the epoch has its share of each
-    first_half = Counter(groups[batch[0]] for batch in whole[:55])
-    assert 30 < first_half["a"] < 50
-    # every rank draws the same order, every epoch another one
-    assert list(GroupedSampler(groups, batch_size=8)) == order
-    sampler.set_epoch(1)
-    assert list(sampler) != order and sorted(sampler) == list(range(893))
-
-
-def test_groups_are_drawn_in_proportion_to_their_sizes():
-    sizes = {"a": 500, "b": 300, "c": 200}
-    groups = [name for name, size in sizes.items() for _ in range(size)]
-    sampler, drawn = GroupedSampler(groups, batch_size=10), Counter()
-    for epoch in range(1000):  # ten draws of each
-        sampler.set_epoch(epoch)
-        order = list(itertools.islice(sampler, 0, 100, 10))
-        drawn.update(groups[index] for index in order)
-    expected = {name: 10_000 * size / 1000 for name, size in sizes.items()}
-    chi_squared = sum((drawn[name] - expected[name]) ** 2 / expected[name] for name in sizes)
-    assert chi_squared < 13.8  # exceeded once in a thousand times, with two degrees of freedom
-
-
-def test_ranks_work_on_one_group_in_each_step():
-    accelerate = pytest.importorskip("accelerate.data_loader")
-    groups = ["a"] * 40 + ["b"] * 24
-    order = GroupedSampler(groups, batch_size=2 * 4)
-    steps = []
-    for rank in range(2):
-        batches = torch.utils.data.BatchSampler(order, batch_size=4, drop_last=True)
-        steps.append(list(accelerate.BatchSamplerShard(batches, num_processes=2, process_index=rank)))
-    for first, second in zip(*steps, strict=True):
-        assert len({groups[i] for i in (*first, *second)}) == 1
-
-
 def test_public_names():
     for name in otter_hf.data.__all__:
         assert getattr(otter_hf.data, name).__doc__
     with pytest.raises(AttributeError, match="no_such_name"):
         getattr(otter_hf.data, "no_such_name")  # noqa: B009
-
-
-def test_batches_of_about_the_same_length():
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 1000, (2000,), generator=generator).numpy()
-    groups = ["a" if i % 4 else "b" for i in range(2000)]
-    sampler = GroupedSampler(groups, 8, seed=3, lengths=lengths)
-    order = list(sampler)
-    assert sorted(order) == list(range(2000))
-    assert order == list(GroupedSampler(groups, 8, seed=3, lengths=lengths))
-    batches = [order[i : i + 8] for i in range(0, 2000 // 8 * 8, 8)]
-    spread = [lengths[batch].max() - lengths[batch].min() for batch in batches]
-    assert sum(spread) / len(spread) < 50
-    assert sum(len({groups[i] for i in batch}) > 1 for batch in batches) <= 1
-    means = [lengths[batch].mean() for batch in batches[:100]]
-    assert means != sorted(means)  # long and short ones come in any order
-    sampler.set_epoch(1)
-    assert list(sampler) != order
-    with pytest.raises(ValueError, match="3 lengths for 2 samples"):
-        GroupedSampler(["a", "b"], 1, lengths=[1, 2, 3])
 
 
 def test_text_lengths(files):

@@ -111,6 +111,17 @@ def test_shards_and_workers_divide_the_stream(entries):
     assert sorted(ids(DataLoader(shards[0], batch_size=None, num_workers=2))) == sorted(whole[0::2][11:])
 
 
+@pytest.mark.parametrize("workers, taken", [(0, 3), (2, 3), (2, 4)])
+def test_workers_go_on_behind_whole_batches(entries, workers, taken):
+    def loader(stream):
+        return DataLoader(stream, batch_size=4, num_workers=workers, collate_fn=ids)
+
+    whole = [*loader(StreamedMixture(entries, buffer_size=16))]
+    stream = StreamedMixture(entries, buffer_size=16)
+    stream.load_state_dict({"epoch": 0, "position": 4 * taken, "batch_size": 4})
+    assert [*loader(stream)] == whole[taken:]
+
+
 def test_one_percent_damaged_pictures(tmp_path, by_colour):
     names = list(by_colour)
     records = {f"r{i}": {"instruction": "Q", "answer": "A", "image_ids": [f"i{i}"]} for i in range(200)}

@@ -300,7 +300,8 @@ def test_files_at_addresses(tmp_path, dataset, capsys):
     memory.rm(f"{tmp_path}/X.json")
     assert main(["data", "check", f"{root}/mix.yaml"]) == 1
     assert "the path X.json does not exist" in capsys.readouterr().out
-    write(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "<image>?"}], "images": ["a.png"]})
+    said = [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "yes"}]
+    write(tmp_path / "rows.jsonl", {"messages": said, "images": ["a.png"]})
     memory.put(f"{tmp_path}/rows.jsonl", f"{tmp_path}/rows.jsonl")
     assert main(["data", "check", f"{root}/rows.jsonl"]) == 1
     assert f"{root}/rows.jsonl names a.png: media of rows at an address must be" in capsys.readouterr().out

@@ -138,9 +138,10 @@ class Collator:
     `max_length`, and all are padded, or packed into one row.
 
     Samples that are too long lose their oldest turns first. What happens to one whose last turn alone is too long is
-    `on_overlong`: `"error"` raises, `"skip"` leaves it out of the batch, `"truncate"` cuts the end of its answer. A
-    batch is never empty: when all of it would be left out that is an error, for which our trainer takes other samples
-    (`NamingCollator`). With the `Trainer`, set `remove_unused_columns=False`: it would empty the samples.
+    `on_overlong`: `"error"` raises, `"skip"` leaves it out of the batch, `"truncate"` cuts the end of its answer, or
+    leaves it out if not even the start of that fits. A batch is never empty: when all of it would be left out that is
+    an error, for which our trainer takes other samples (`NamingCollator`). With the `Trainer`, set
+    `remove_unused_columns=False`: it would empty the samples.
 
     A family says how a sample is written, `_encode`, how one is cut, `_cut`, and what its media are to the model,
     `_model_media`.
@@ -208,7 +209,7 @@ class Collator:
         else:
             cut = [row if self._fits(row) else self._cut(row) for row in rows]
             kept = [row for row in cut if row is not None]
-            problem = f"are cut before their answers start: {limit} is too small for their instructions."
+            problem = f"are cut before their answers start: {limit} is too small for what stands in front."
         if not kept:
             raise SampleError(f"{first} and the rest of its batch {problem}", reason="overlong")
         ids = ", ".join(repr(row.sample["id"]) for row in overlong)
@@ -332,8 +333,7 @@ class OtterCollator(AnswerTokenCollator):
         processor: an `OtterProcessor`.
         format: instruction format, one of `otter_hf.prompts.FORMATS` with an image and an answer token.
         max_length: largest number of tokens of a row, BOS and EOS included, or `None` for no limit.
-        on_overlong: what to do with a sample whose last turn alone is longer than `max_length`, see `Collator`;
-            `"truncate"` leaves it out of the batch if not even the start of its answer fits.
+        on_overlong: what to do with a sample whose last turn alone is longer than `max_length`, see `Collator`.
         pad_to_multiple_of: pads the length of a padded batch to a multiple of this.
         packing: put the samples one behind the other into one row, without padding, or pad them on the right.
         remove_answer_token, remove_end_of_turn_token: delete these tokens, once they have told what is learned, as two

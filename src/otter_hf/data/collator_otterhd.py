@@ -43,7 +43,7 @@ class OtterHDCollator(Collator):
         max_pixels: largest number of pixels of an image, see `OtterHDImageProcessor`.
         max_length: largest number of tokens of a sample, or `None` for no limit. Image tokens are never cut.
         on_overlong: what to do with a sample whose last turn alone is longer than `max_length`, see `Collator`;
-            `"truncate"` trains on the rest without `|ENDOFTEXT|`, and raises if nothing of the answer is left.
+            `"truncate"` trains on the rest without `|ENDOFTEXT|`.
         pad_to_multiple_of: pads the length of a padded batch to a multiple of this.
 
     Returns, when called, a dict of
@@ -53,7 +53,7 @@ class OtterHDCollator(Collator):
         int32, `max_length_q` and `max_length_k` (int), which `flash_attention_2` would else work out in every layer.
 
     Raises:
-        SampleError: naming the sample, if an image is refused, if it is too long, or has nothing to learn.
+        SampleError: naming the sample, if an image is refused or it is too long.
     """
 
     processor: "OtterHDProcessor"
@@ -91,15 +91,12 @@ class OtterHDCollator(Collator):
     def _encode(self, samples: Sequence[Sample]) -> list[Row]:
         return [self._row(sample, self._process_images(sample)) for sample in samples]
 
-    def _cut(self, row: Row) -> Row:
-        row = self._row(row.sample, row.media, truncation=True, max_length=self.max_length)
-        if (row.labels == IGNORE_INDEX).all():
-            raise SampleError(
-                f"Sample {row.sample['id']!r} is cut before its answer starts: max_length={self.max_length} is too "
-                "small.",
-                reason="nothing to learn",
-            )
-        return row
+    def _cut(self, row: Row) -> Row | None:
+        try:
+            cut = self._row(row.sample, row.media, truncation=True, max_length=self.max_length)
+        except SampleError:  # not even the images fit
+            return None
+        return None if (cut.labels == IGNORE_INDEX).all() else cut
 
     def _model_media(self, rows: Sequence[Row], batch: dict) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.cat([row.media["pixel_values"] for row in rows])}
@@ -153,9 +150,7 @@ class OtterHDCollator(Collator):
         try:
             ids, starts = self.processor.encode(written[-1], grids, factors, add_answer_token=False, **limit)
         except ValueError as error:
-            raise SampleError(
-                f"Sample {sample['id']!r}: {error}", reason="overlong" if limit else "bad text"
-            ) from error
+            raise SampleError(f"Sample {sample['id']!r}: {error}", reason="bad text") from error
         return ids, starts, spans
 
     def _labels_of_2023(self, ids: list[int], complete: bool) -> tuple[list[int], list[int]]:

@@ -1,5 +1,6 @@
 """The samples of the datasets of a training YAML, by number, and the order in which they are trained on."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from .formats import load_mimicit
 from .image_store import ImageStore
 from .mixture_yaml import MixtureEntry, entries_of, read_mixture  # noqa: F401  here callers find it, too
-from .samples import TEXT_ONLY, VIDEO_TEXT, Sample, SampleError, SampleOptions, build_sample, count_frames
+from .samples import TEXT_ONLY, VIDEO_TEXT, Sample, SampleError, SampleOptions, build_sample
 from .tables import aligned
 
 
@@ -91,7 +92,7 @@ class MimicitMixture(Dataset):
     ):
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}.")
-        self.entries = entries_of(mixture, cache_dir)
+        self.entries = entries_of(mixture, cache_dir, on_error)
         self.options = options or SampleOptions()
         self.on_error = on_error
         self.seed = seed
@@ -150,21 +151,24 @@ class MimicitMixture(Dataset):
 
     def most_frames(self) -> int:
         """The most pictures and film frames of a sample, as far as a few of each dataset tell; at least 1."""
-        counts = (
-            count_frames(table[int(row)], store, entry.task_group, self.options)
-            for entry, table, rows, store in zip(self.entries, self._tables, self._rows, self._stores, strict=True)
-            for row in rows[:: max(1, len(rows) // 4)]
-        )
-        return max(1, *counts)
+        most = 1
+        for end, rows in zip(self._ends.tolist(), self._rows, strict=True):
+            for index in range(end - len(rows), end, max(1, len(rows) // 4)):
+                with contextlib.suppress(SampleError):
+                    most = max(most, sum(map(len, self._build(index)["media"])))
+        return most
 
     def longest_medium(self) -> int:
-        """The most frames of a medium, as far as records tell: films are taken to be in VIDEO_TEXT alone."""
+        """The most frames of a medium, as far as records tell: encoded films are taken to be in VIDEO_TEXT alone."""
         longest = 1
         for entry, table in zip(self.entries, self._tables, strict=True):
             if entry.task_group == VIDEO_TEXT:
                 longest = max(longest, self.options.num_frames)
-            elif entry.task_group != TEXT_ONLY and entry.images_as == "frames":
-                longest = max(longest, _most_images(table))
+            elif entry.task_group != TEXT_ONLY:
+                images, frames = _most_images(table)
+                longest = max(
+                    longest, min(frames, self.options.num_frames), images if entry.images_as == "frames" else 1
+                )
         return longest
 
     def digest(self) -> list[list]:
@@ -241,15 +245,16 @@ def sample_of_entry(
     return {**sample, "task_group": entry.task_group, "dataset": entry.name}
 
 
-def _most_images(table: Table) -> int:
-    """The most images of a record that are frames of one medium."""
+def _most_images(table: Table) -> tuple[int, int]:
+    """The most images of a record that are frames of one medium, and the most frames of a film among its media."""
+    most_images = most_frames = 1
     names = ["image_ids", "frames_per_medium", "images_in_text"]
-    most = 0
     for part in table.select_columns(names).with_format("arrow").iter(10_000):
         images, films = (pc.list_value_length(part[name]).fill_null(0).to_numpy() for name in names[:2])
         apart = part["images_in_text"].fill_null(False).to_numpy() | (films > 0)
-        most = max(most, int(np.where(apart, 1, images).max(initial=0)))
-    return most
+        most_images = max(most_images, int(np.where(apart, 1, images).max(initial=0)))
+        most_frames = max(most_frames, pc.max(pc.list_flatten(part["frames_per_medium"])).as_py() or 1)
+    return most_images, most_frames
 
 
 def _text_lengths(table: Table) -> np.ndarray:
@@ -275,15 +280,8 @@ class SkipCounter:
     """
 
     reasons = (
-        *(
-            "missing image",
-            "unreadable image",
-            "unreadable film",
-            "no frames",
-            "missing instruction",
-            "missing answer",
-        ),
-        *("overlong", "nothing to learn", "bad image", "bad text", "unusable"),
+        *("missing image", "unreadable image", "unreadable film", "no frames", "images and places"),
+        *("missing instruction", "missing answer", "overlong", "bad image", "bad text", "unusable"),
     )
 
     def __init__(self):

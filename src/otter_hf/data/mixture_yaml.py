@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +86,7 @@ def read_mixture(
     path: AnyPath,
     report: Callable[[Problem], None] = _raise_or_warn,
     cache_dir: str | Path | None = None,
+    on_error: str = "raise",
 ) -> list[MixtureEntry]:
     """Reads a training YAML: task group -> dataset name -> the fields of `MixtureEntry`.
 
@@ -93,12 +94,17 @@ def read_mixture(
     and the YAML file itself, may be addresses (`s3://bucket/x.json`). Unknown keys of a dataset and groups without
     datasets are warned of.
 
+    Rows of messages (`.jsonl`, a `.json` list, `.parquet` or a folder of that, see `otter_hf.data.sources.messages`)
+    become a dataset in the cache. They may stand under `mimicit_path`, with the folder of the media that they name
+    under `images_path`.
+
     Args:
-        path: the YAML file; or a file of rows of messages (`.jsonl`, `.json`, `.parquet`, see
-            `otter_hf.data.sources.messages`), which becomes one dataset in the cache.
-        cache_dir: of rows of messages, see `MimicitMixture`.
+        path: the YAML file, or rows of messages.
         report: what to do with a problem, by default to raise or to log it. If it returns, reading goes on without
             the group or dataset that is wrong.
+        cache_dir: of rows of messages, see `MimicitMixture`.
+        on_error: `"raise"`, or `"skip"` rows of messages that no record can keep, or whose pictures are not there,
+            with a warning that counts them.
 
     Returns:
         The datasets, ordered by group as in `TASK_GROUPS` and then as in the file.
@@ -108,11 +114,9 @@ def read_mixture(
     """
     path = to_path(path)
     entries = []
-    if path.suffix in (".jsonl", ".json", ".parquet"):
-        from .sources import chats_as_mixture
-
+    if path.suffix == ".json" or _are_rows(path):
         try:
-            path = chats_as_mixture(path, cache_dir)
+            return [_entry_of_rows(path, {}, cache_dir, on_error)]
         except (ValueError, OSError) as error:
             report(Problem("error", "messages", str(error)))
             return []
@@ -131,17 +135,47 @@ def read_mixture(
         else:
             for name, settings in datasets.items():
                 try:
-                    entries.append(_read_entry(path, group, str(name), settings, report))
-                except ValueError as error:
+                    settings = _settings_of(path, group, str(name), settings, report)
+                    settings = {"task_group": group, "name": str(name), "mimicit_path": "", **settings}
+                    source = settings["mimicit_path"]
+                    if isinstance(source, str) and _are_rows(to_path(source)):
+                        entries.append(_entry_of_rows(to_path(source), settings, cache_dir, on_error))
+                    else:
+                        entries.append(MixtureEntry(**settings))
+                except (ValueError, OSError) as error:
                     report(Problem("error", "settings", f"{path}: {error}", group, str(name)))
     if not entries:
         report(Problem("error", "no datasets", f"The training YAML {path} names no datasets."))
     return sorted(entries, key=lambda entry: TASK_GROUPS.index(entry.task_group))
 
 
-def entries_of(mixture: AnyPath | Sequence[MixtureEntry], cache_dir: str | Path | None = None) -> list[MixtureEntry]:
+def entries_of(
+    mixture: AnyPath | Sequence[MixtureEntry], cache_dir: str | Path | None = None, on_error: str = "raise"
+) -> list[MixtureEntry]:
     """The datasets of a mixture: those given, or those of a file, see `read_mixture`."""
-    return read_mixture(mixture, cache_dir=cache_dir) if is_one_path(mixture) else list(mixture)
+    return read_mixture(mixture, cache_dir=cache_dir, on_error=on_error) if is_one_path(mixture) else list(mixture)
+
+
+def _are_rows(path: Path) -> bool:
+    """Whether a path is of rows of messages: instructions of MIMIC-IT are an object, not a list."""
+    if path.suffix == ".json" and path.is_file():
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
+            return file.read(64).lstrip().startswith("[")
+    return path.suffix in (".jsonl", ".parquet") or (path.name != "" and path.is_dir())
+
+
+def _entry_of_rows(path: Path, settings: dict[str, Any], cache_dir: str | Path | None, on_error: str) -> MixtureEntry:
+    """The dataset that rows of messages become, with these settings of it."""
+    from .sources import chats_as_mixture
+
+    folder = settings.get("images_path") or None
+    if settings.get("train_config_path") or (folder and not (isinstance(folder, str) and to_path(folder).is_dir())):
+        raise ValueError(
+            f"{settings['task_group']}/{settings['name']}: {path} holds rows of messages, which are whole "
+            "conversations: leave train_config_path out, and give as images_path the folder of the media they name."
+        )
+    (entry,) = read_mixture(chats_as_mixture(path, cache_dir, image_folder=folder, on_error=on_error))
+    return replace(entry, **{key: value for key, value in settings.items() if not key.endswith("_path")})
 
 
 def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any] | None:
@@ -159,7 +193,10 @@ def _read_groups(path: Path, report: Callable[[Problem], None]) -> dict[str, Any
     return None
 
 
-def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callable[[Problem], None]) -> MixtureEntry:
+def _settings_of(
+    path: Path, group: str, name: str, settings: Any, report: Callable[[Problem], None]
+) -> dict[str, Any]:
+    """What a dataset says, with paths that are found."""
     if not isinstance(settings, dict):
         raise ValueError(f"{group}/{name} must map keys to values, got {settings!r:.80}.")
     known = [field.name for field in fields(MixtureEntry)][2:]
@@ -175,7 +212,7 @@ def _read_entry(path: Path, group: str, name: str, settings: Any, report: Callab
             settings[key] = _find(value, path.parent)
         elif isinstance(value, list):
             settings[key] = [_find(item, path.parent) if isinstance(item, str) else item for item in value]
-    return MixtureEntry(group, name, **{"mimicit_path": "", **settings})
+    return settings
 
 
 def _find(value: str, folder: Path) -> str:

@@ -207,38 +207,6 @@ def build_sample(
     return sample
 
 
-def count_frames(row: Mapping[str, Any], store: ImageStore, task_group: str, options: SampleOptions) -> int:
-    """How many pictures and film frames `build_sample` would read of a row; what is missing counts as a picture."""
-    records = [*row["context"], row]
-    if options.max_context is not None:
-        records = records[-1 - options.max_context :]
-    if task_group in (IMAGE_TEXT, VIDEO_TEXT) and not any(record.get("images_in_text") for record in records):
-        records = [row]
-
-    def frames_of(id: str) -> int:
-        try:
-            medium = store.medium(id)
-        except (KeyError, OSError):
-            return 1
-        return options.num_frames if isinstance(medium, Path) or is_film(medium) else 1
-
-    def frames_of_record(record: Mapping[str, Any]) -> int:
-        ids = record["image_ids"]
-        if task_group == TEXT_ONLY or not ids:
-            return 0
-        if counts := record.get("frames_per_medium"):
-            ends = accumulate(counts)
-            return sum(
-                min(options.num_frames, count) if count > 1 else frames_of(ids[end - 1])
-                for count, end in zip(counts, ends, strict=True)
-            )
-        if task_group == VIDEO_TEXT and frames_of(ids[0]) == 1:
-            return options.num_frames
-        return sum(map(frames_of, ids))
-
-    return sum(map(frames_of_record, records))
-
-
 def drop_oldest_turn(sample: Sample) -> Sample:
     """The sample without its first turn.
 

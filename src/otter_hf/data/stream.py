@@ -43,8 +43,9 @@ class StreamedMixture(IterableDataset):
         transform: see `MimicitMixture`.
 
     Resuming: `state_dict()` and `load_state_dict()` hold the epoch and how many samples have been taken of it; the
-    next iteration goes on behind them, without decoding their pictures. With data loader workers use the loader's own
-    count: `load_state_dict({"epoch": e, "position": batches * batch_size})`, each worker skips its part.
+    next iteration goes on behind them, without decoding their pictures. With data loader workers, which make whole
+    batches in turn, use the loader's own count: `load_state_dict({"epoch": e, "position": batches * batch_size,
+    "batch_size": batch_size})`.
 
     Raises:
         ValueError: for mistakes in the YAML, and while iterating for those in the files.
@@ -70,7 +71,7 @@ class StreamedMixture(IterableDataset):
             raise ValueError(f"buffer_size must be at least 1, got {buffer_size}.")
         if not 0 <= shard[0] < shard[1]:
             raise ValueError(f"shard must be (index, number) with 0 <= index < number, got {shard}.")
-        self.entries = entries_of(mixture, cache_dir)
+        self.entries = entries_of(mixture, cache_dir, on_error)
         self.weights = _weights(self.entries, weights or {})
         if unused := [entry.name for entry in self.entries if entry.num_samples not in (-1, 0)]:
             logger.warning(f"num_samples of {', '.join(unused)} has no effect on a stream: give weights.")
@@ -86,7 +87,7 @@ class StreamedMixture(IterableDataset):
         self._stores = [open_store(tuple(entry.images_path)) for entry in self.entries]
         # shared with data loader workers, which live through epochs
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self._start = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()  # samples taken, and of a batch of workers
         self._taken = 0
         self._skipped = SkipCounter()
 
@@ -108,15 +109,19 @@ class StreamedMixture(IterableDataset):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Makes the next iteration go on where `state_dict` was called."""
         self._epoch[0] = state["epoch"]
-        self._start[0] = self._taken = state["position"]
+        self._start[:] = torch.tensor([state["position"], state.get("batch_size", 1)])
+        self._taken = state["position"]
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        epoch, start = int(self._epoch), int(self._start)
+        epoch, (start, batch_size) = int(self._epoch), self._start.tolist()
+        batches, part_of_one = divmod(start, max(1, batch_size))
+        # a data loader begins with its first worker, which takes the part of the one whose turn it is
+        number = (number + batches) % workers
+        taken = -(-(batches - number) // workers) * batch_size + (part_of_one if batches % workers == number else 0)
         # the samples of this shard go to its workers in turn
         first = self.shard[0] + self.shard[1] * number
-        taken = max(0, -(-(start - number) // workers))
         rows = islice(enumerate(self._rows(epoch)), first, None, self.shard[1] * workers)
         self._taken, self._start[0] = (start, 0) if worker is None else (self._taken, start)
         for index, (dataset, row) in islice(rows, taken, None):

@@ -103,8 +103,8 @@ class DataArguments:
 
     train_mixture: str = _option(
         ...,
-        "Training YAML: groups and datasets to train on; or a file of rows of messages (.jsonl, .json, "
-        ".parquet). Also --train_data.",
+        "Training YAML: groups and datasets to train on; or rows of messages (.jsonl, .json, .parquet or a "
+        "folder of that). Also --train_data.",
     )
     eval_mixture: str | None = _option(None, "YAML of the same form, to evaluate on.")
     eval_fraction: float = _option(

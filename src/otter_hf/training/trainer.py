@@ -225,10 +225,6 @@ def _unpacked(values, ends: list[int]):
 _NAMES = ("sample_ids", "task_groups", "on_host")
 
 
-# reasons of errors that on_overlong decides about
-_OF_LENGTH = ("overlong", "nothing to learn")
-
-
 class NamingCollator:
     """
     A collator in which no sample ends a run that leaves out what it cannot use, and whose batches say who is in them.
@@ -291,7 +287,7 @@ class NamingCollator:
     def _leaves_out(self, error: SampleError) -> bool:
         if self.dataset is None:  # where no other sample could be found
             return False
-        if error.reason in _OF_LENGTH and getattr(self.collator, "on_overlong", "error") != "error":
+        if error.reason == "overlong" and getattr(self.collator, "on_overlong", "error") != "error":
             return True
         return getattr(self.dataset, "on_error", "raise") == "skip"
 

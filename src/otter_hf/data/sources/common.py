@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -147,11 +147,16 @@ def write_conversations(
     meta = {"version": "0.0.1"} | ({} if made_from is None else {"made_from": made_from})
     images = pictures() if has_pictures else _run(pictures())
     files = write_mimicit(folder, name, records(), images, train_config, meta)
+    tell_left_out(name, left_out, unused)
+    return ConversionCounts(files, **counts, images=len(names), left_out=dict(left_out), unused=dict(unused))
+
+
+def tell_left_out(name: str, left_out: Mapping[str, int], unused: Mapping[str, int]) -> None:
+    """Warns of conversations that a dataset is without, and of what is not used of the others."""
     if left_out:
         logger.warning(f"Left out of {name}: {dict(left_out)}.")
     if unused:
         logger.warning(f"Not used of {name}: {dict(unused)}.")
-    return ConversionCounts(files, **counts, images=len(names), left_out=dict(left_out), unused=dict(unused))
 
 
 def _reason_to_leave_out(
@@ -408,7 +413,8 @@ def read_messages(messages: Any, where: str) -> tuple[list[tuple[str, str]], str
     answers in front of the first question, and a question without answer at the end.
 
     Raises:
-        UnusableConversation: for a message with a weight other than 1, or a system message behind the first.
+        UnusableConversation: for a message with a weight other than 1, a system message behind the first, or a
+            question without answer that has a picture, which would go to another question.
     """
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError(
@@ -443,6 +449,12 @@ def read_messages(messages: Any, where: str) -> tuple[list[tuple[str, str]], str
             runs.append((asks, text))
     if len(runs) % 2:
         unused.append("question without answer at the end")
+        if any(mark in runs[-1][1] for mark in (IMAGE_TOKEN, "<video>")):
+            raise UnusableConversation(
+                f"{where}: the question at its end has a picture or film, and no answer; remove both, or leave such "
+                "conversations out (--skip-invalid).",
+                "picture of a question without answer",
+            )
     if any(IMAGE_TOKEN in text for text in system):
         raise UnusableConversation(
             f"{where}: a system message holds {IMAGE_TOKEN}, but pictures are only given with questions; remove it, "
