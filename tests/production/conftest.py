@@ -1,8 +1,11 @@
+import json
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
+from otter_hf.production.syphus import SyphusRun
 
 
 @pytest.fixture(autouse=True)
@@ -40,3 +43,16 @@ def serve():
         return _serving(Handler)
 
     return start
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """Makes a run of `count` pairs of pictures in `tmp_path / name`."""
+    rows = [{"img_id": str(number), "sentences": [f"It is number {number}"]} for number in range(30)]
+    (tmp_path / "sd.json").write_text(json.dumps(rows))
+
+    def make(count=None, name="run", **kwargs):
+        dataset = "change.SpotTheDifference"
+        return SyphusRun.create(tmp_path / name, dataset, tmp_path / "sd.json", "m", end=count, **kwargs)
+
+    return make

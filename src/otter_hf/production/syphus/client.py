@@ -115,9 +115,22 @@ def check_address(base_url: str | None) -> None:
 
 
 def request_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options of a request: the defaults with `options` over them, without those that are None."""
+    """
+    The options of a request: the defaults with `options` over them, without those that are None.
+
+    Raises:
+        ValueError: for those that ask another model or other questions, or for more or less than one whole answer.
+    """
     merged = {**DEFAULT_OPTIONS, **(options or {})}
-    return {key: value for key, value in merged.items() if value is not None}
+    merged = {key: value for key, value in merged.items() if value is not None}
+    for key, harmless in (("model", None), ("messages", None), ("stream", False), ("n", 1)):
+        value = merged.get(key, harmless)
+        if type(value) is not type(harmless) or value != harmless:
+            raise ValueError(
+                f"The option {key} cannot be {value!r:.80}, as a run asks its model for one whole answer to "
+                "each query: leave it out."
+            )
+    return merged
 
 
 def read_completion(body: Any) -> ChatReply:
