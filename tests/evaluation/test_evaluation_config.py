@@ -147,6 +147,9 @@ MODELS = {"models": ["a/b"]}
         ({**MODELS, "datasets": ["mme"], "limit": 1.5}, "`limit` is 1.5; it must be a whole number from 1 on"),
         ({**MODELS, "datasets": ["mme"], "controls": "no"}, "the configuration has controls 'no'; it must be true or"),
         ({**MODELS, "datasets": [{"name": "mme", "data_path": 5}]}, "the dataset 'mme' has data_path 5; it must be a"),
+        ({**MODELS, "datasets": [{"name": "mme", "num_run": 5}]}, "'mme' has `num_run`, which is for mmvet: take it"),
+        ({**MODELS, "datasets": [{"name": "mmbench", "prompt": "a"}]}, "`prompt`, which is for magnifierbench, mme,"),
+        ({**MODELS, "datasets": [{"name": "mme", "image_dir": "a"}]}, "`image_dir`, which is for the pictures of a"),
         ({**MODELS, "datasets": [{"name": "mmvet", "num_run": 0}]}, "`num_run` is 0; it must be a whole number"),
         (
             {**MODELS, "datasets": [{"name": "coco", "train": "a", "test": "b", "shots": 4}]},

@@ -25,6 +25,7 @@ def rows(count: int, first: int = 0) -> list[dict]:
             "image": Image.new("RGB", (30 + i, 24), COLOURS[i % 5]),
             "question": f"Colour of {first + i}?",
             "answers": [COLOURS[i % 5]] * 8 + ["pink", "grey"],
+            "answer_type": "other" if i % 2 else "yes/no",
             "captions": [f"a {COLOURS[i % 5]} picture", "one colour"],
             "label": i % 2,
             "text": f"words {i}",
@@ -143,6 +144,8 @@ def test_answers_of_an_endpoint_with_the_most_similar_demonstrations(evaluate, t
         figures = evaluate([model], [dataset])["stub"]["vqav2"]
     # eight of ten annotators say red of one test row in five: full marks for that row
     assert figures["0-shot vqa_accuracy"] == figures["2-shot vqa_accuracy"] == 20.0
+    by_type = [figures[f"2-shot answer_type/{kind}"] for kind in ("other", "yes/no")]
+    assert by_type == [0.0, pytest.approx(100 / 3)]
     with_two = [request["messages"] for request in requests if len(request["messages"]) == 5]
     assert len(with_two) == 5 and len(requests) == 10
     for messages in with_two:

@@ -98,6 +98,7 @@ def test_mmbench_by_turns_with_a_table_for_its_server(evaluate, answering, data,
         "vanilla_accuracy": 100.0,
         "questions": 2,
         "category/animals": 50.0,
+        "l2-category/perception": 50.0,
     }
     import pandas as pd
 
@@ -408,6 +409,27 @@ def test_a_killed_evaluation_asks_only_what_is_not_answered(evaluate, data, tmp_
         assert (tmp_path / "out" / written.relative_to(tmp_path / "whole")).read_bytes() == written.read_bytes()
 
 
+def test_pictures_are_named_in_a_table_and_lie_in_a_folder(evaluate, answering, tmp_path, capsys):
+    """Rows of one's own, in a JSON file: beside it, or in `image_dir`. A row without a picture is no question."""
+    address, _ = answering(is_red)
+    rows = [
+        {"question": f"{i}?", "answer": answer, "category": "random", "image": f"{answer}.png"}
+        for i, answer in enumerate(("yes", "no"))
+    ]
+    for row in coloured(rows):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        row["image"].save(tmp_path / "pictures" / f"{row['answer']}.png")
+    for data, places in (("rows.json", {"image_dir": str(tmp_path / "pictures")}), ("pictures/rows.json", {})):
+        (tmp_path / data).write_text(json.dumps(rows))
+        dataset = {"name": "pope", "data_path": str(tmp_path / data), **places}
+        assert evaluate({"models": [at(address)], "datasets": [dataset]})["stub"]["pope"]["accuracy"] == 100.0
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {**rows[0], "id": "r3", "image": None}]))
+    dataset = {"name": "pope", "data_path": str(tmp_path / "rows.json"), "image_dir": str(tmp_path / "pictures")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"models": [at(address)], "datasets": [dataset]}))
+    assert main(["eval", str(tmp_path / "c.yaml"), "--output", str(tmp_path / "more")]) == 2
+    assert capsys.readouterr().err.endswith("Row 'r3' has no picture: take it out of the data.\n")
+
+
 def test_lmms_eval_finds_the_model_and_the_tasks_by_themselves(otter_folder, data, tmp_path, no_key):
     """`lmms-eval --model otter --tasks .. --include_path ..`, without our command."""
     from lmms_eval.evaluator import simple_evaluate
@@ -433,6 +455,19 @@ def test_lmms_eval_finds_the_model_and_the_tasks_by_themselves(otter_folder, dat
     assert output["n-samples"]["my_pope"]["effective"] == 12
     assert 0 <= output["results"]["my_pope"]["f1,none"] <= 100
     assert output["results"]["my_seedbench"]["accuracy,none"] in (0, 25, 50, 75, 100)
+
+
+def test_how_lmms_eval_calls_a_model():
+    from otter_hf.evaluation.lmms import TransformersModel
+
+    assert TransformersModel(pretrained="a/b", batch_size="3")._loading["path"] == "a/b"
+    for arguments, message in (
+        ({"path": "a", "batch_size": "auto"}, "`batch_size` is 'auto'; it must be a whole"),
+        ({}, "Say which model it is"),
+        ({"path": "a", "pretrained": "b"}, "and not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TransformersModel(**arguments)
 
 
 @pytest.mark.slow

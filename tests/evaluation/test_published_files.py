@@ -6,8 +6,9 @@ from io import BytesIO
 
 import pytest
 import yaml
-from benchmark_rows import BLUE, RED, endpoint
+from benchmark_rows import BLUE, RED, endpoint, write_parquet
 from datasets import Dataset
+from PIL import Image as PILImage
 
 from otter_hf.cli import main
 from otter_hf.evaluation.benchmarks import Options, mme_record
@@ -142,10 +143,13 @@ def test_vqa_challenge_files(tmp_path):
     answers = [{"answer": "cat", "answer_id": i, "answer_confidence": "yes"} for i in range(10)]
     source = {
         "questions": str(dump(tmp_path / "q.json", {"questions": [question], "data_subtype": "val2014"})),
-        "annotations": str(dump(tmp_path / "a.json", {"annotations": [{**question, "answers": answers}]})),
+        "annotations": str(
+            dump(tmp_path / "a.json", {"annotations": [{**question, "answers": answers, "answer_type": "other"}]})
+        ),
     }
     row = Rows(source, "test", "vqa")[0]
     assert (row["id"], row["question"], row["answers"]) == (420, "What?", ["cat"] * 10)
+    assert row["answer_type"] == "other"
     with pytest.raises(ValueError, match="one half of the VQA challenge's files"):
         Rows(source["questions"], "test", "vqa")
     dump(tmp_path / "a.json", {"annotations": []})
@@ -218,7 +222,7 @@ def test_lines_and_tables_that_are_broken_are_named(tmp_path):
 def test_a_table_of_rows_is_read_by_its_benchmark(tmp_path):
     from datasets import load_dataset
 
-    from otter_hf.evaluation.benchmarks import images
+    from otter_hf.evaluation.benchmarks import images, images_if_any
 
     save(tmp_path, "a.png")
     buffer = BytesIO()
@@ -230,11 +234,31 @@ def test_a_table_of_rows_is_read_by_its_benchmark(tmp_path):
     ]
     write_table(tmp_path / "data" / "t.parquet", rows)
     table = load_dataset("parquet", data_files=str(tmp_path / "data" / "t.parquet"), split="train")
-    assert [[picture.getpixel((0, 0)) for picture in images(row)] for row in table] == [
+    assert [[picture.getpixel((0, 0)) for picture in images_if_any(row)] for row in table] == [
         [(255, 0, 0)],
         [(0, 0, 255)],
         [],
     ]
+    with pytest.raises(ValueError, match="Row '3' has no picture"):
+        images(table[2])
+
+
+def test_rows_are_chosen_without_writing_their_pictures_anew(tmp_path):
+    """JPEG loses something whenever it is written."""
+    from datasets import Image, load_dataset
+
+    from otter_hf.evaluation.benchmarks import magnifierbench_rows, scienceqa_rows
+
+    buffer = BytesIO()
+    PILImage.effect_noise((64, 48), 90).convert("RGB").save(buffer, "JPEG", quality=30)
+    noise = PILImage.open(buffer)
+    rows = [{"image": picture, "images": [noise] * count} for picture, count in ((noise, 1), (None, 2), (RED, 1))]
+    table = load_dataset("parquet", data_files=str(write_parquet(tmp_path / "t.parquet", rows)), split="train")
+    told, single = scienceqa_rows(table), magnifierbench_rows(table)
+    assert told["has_image"] == [True, False, True] and len(single) == 2
+    for before, after in (((table, 0), (told, 0)), ((table, 2), (single, 1))):
+        cells = [data.cast_column("image", Image(decode=False))[number]["image"] for data, number in (before, after)]
+        assert cells[0] == cells[1]
 
 
 def test_figures_from_a_published_file(tmp_path, monkeypatch):

@@ -56,8 +56,13 @@ def test_an_instruction_is_a_question_and_four_options():
     )
     assert question == "Which car, the U.S. one?"
     assert options == {"A": "red", "B": "v. small", "C": "2.5", "D": "no"}
-    with pytest.raises(ValueError, match="followed by"):
-        magnifierbench.split_instruction("What is it? A. dog, B. cat")
+    # neither a question mark nor an option's letter in the question is in the way
+    for asked in ("Name the animal.", "Who holds vitamin A. then?", "Is it J. B. Dog?", "Dog or cat?"):
+        question, options = magnifierbench.split_instruction(f"{asked} A. dog, B. cat, C. a, D. b")
+        assert (question, list(options.values())) == (asked, ["dog", "cat", "a", "b"])
+    for text in ("What is it? A. dog, B. cat", "A. dog, B. cat, C. bird, D. fish", "What?", ""):
+        with pytest.raises(ValueError, match="followed by"):
+            magnifierbench.split_instruction(text)
 
 
 @pytest.mark.parametrize(
@@ -300,9 +305,9 @@ def test_refusals_and_what_looks_like_one():
 
 
 def test_mmbench_counts_a_question_only_if_every_turn_is_right():
-    def record(index, prediction, answer="A", category="animals"):
-        common = {"answer": answer, "category": category, "num_options": 2}
-        return {"index": index, "prediction": prediction, **common}
+    def record(index, prediction, answer="A"):
+        levels = {"category": "animals", "l2-category": None if index == 9 else f"level {index % 10 - 6}"}
+        return {"index": index, "prediction": prediction, "answer": answer, "num_options": 2, **levels}
 
     records = [
         record(7, "A"),
@@ -314,6 +319,9 @@ def test_mmbench_counts_a_question_only_if_every_turn_is_right():
     score = mmbench.score(records)
     assert score["circular_accuracy"] == pytest.approx(100 / 3) and score["questions"] == 3
     assert score["vanilla_accuracy"] == pytest.approx(200 / 3) and score["incomplete_questions"] == 1
+    assert score["category/animals"] == score["circular_accuracy"]
+    levels = {name: value for name, value in score.items() if name.startswith("l2")}
+    assert levels == {"l2-category/level 1": 100.0, "l2-category/level 2": 0.0}
     assert mmbench.score([record(7, "A", None)]) == {"questions": 1}
 
 

@@ -6,10 +6,11 @@ dict per row, which goes into the sample log and from which everything is scored
 
 import ast
 import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
+import pyarrow as pa
 from transformers.utils import logging
 
 from ..data.controls import visual_gains
@@ -57,11 +58,36 @@ def options_from_environment() -> Options:
 
 
 def images(row: Mapping) -> list:
-    """The pictures of a row in RGB: `image` or `images`, pictures, bytes or base64 text; none where it has none."""
-    cell = row.get("image") if row.get("image") is not None else row.get("images")
-    cell = row["decoded_image"] if row.get("decoded_image") is not None else cell
+    """
+    The pictures of a row in RGB: `image` or `images`, pictures, bytes, base64 texts or paths.
+
+    Raises:
+        ValueError: if there are none, which would be a question about nothing, or one cannot be read.
+    """
+    if not (found := images_if_any(row)):
+        raise ValueError(f"Row {row_id(row)!r} has no picture: take it out of the data.")
+    return found
+
+
+def images_if_any(row: Mapping) -> list:
+    """As `images`; none where a row has none."""
+    return [read_image(cell, f"image of row {row_id(row)!r}") for cell in _picture_cells(row)[1]]
+
+
+def with_paths(row: Mapping, place: Callable[[str], str]) -> Mapping:
+    """The row, in which texts for pictures are what `place` makes of them: the paths of those that are names."""
+    name, cells = _picture_cells(row)
+    if not any(isinstance(cell, str) for cell in cells):
+        return row
+    return {**row, name: [place(cell) if isinstance(cell, str) else cell for cell in cells]}
+
+
+def _picture_cells(row: Mapping) -> tuple[str, list]:
+    """The column that pictures are in, and what it has of them."""
+    name = next((name for name in ("decoded_image", "image", "images") if row.get(name) is not None), "image")
+    cell = row.get(name)
     cells = cell if isinstance(cell, (list, tuple)) else [cell]
-    return [read_image(cell, f"image of row {row_id(row)!r}") for cell in cells if cell is not None]
+    return name, [cell for cell in cells if cell is not None]
 
 
 def row_id(row: Mapping) -> str:
@@ -87,7 +113,9 @@ def answer(row: Mapping) -> str:
 
 def magnifierbench_rows(rows):
     """Rows with exactly one picture, as in 2023; the others are left out with a warning."""
-    kept = rows.filter(lambda pictures: len(pictures) == 1, input_columns=["images"])
+    cells = enumerate(_arrow_cells(rows, "images"))
+    single = [n for n, cell in cells if cell.is_valid and (not isinstance(cell, pa.ListScalar) or len(cell) == 1)]
+    kept = rows.select(single)
     if len(kept) < len(rows):
         logger.warning(f"MagnifierBench: {len(rows) - len(kept)} rows without exactly one image are left out.")
     return kept
@@ -159,6 +187,7 @@ def mmbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     return {
         "index": row["index"],
         "category": row.get("category"),
+        "l2-category": table_row["l2-category"],
         "num_options": len(mmbench.options_of(row)),
         "prediction": parse_choice(replies[0], mmbench.options_of(row)),
         "answer": row.get("answer"),
@@ -183,7 +212,13 @@ def scienceqa_answer(row: Mapping) -> str:
 
 def scienceqa_rows(rows):
     """The rows, each told whether it has a picture: pictures are not at hand when replies are read."""
-    return rows.map(lambda image: {"has_image": image is not None}, input_columns=["image"])
+    return rows.add_column("has_image", [cell.is_valid for cell in _arrow_cells(rows, "image")])
+
+
+def _arrow_cells(rows, column: str) -> Iterator:
+    """The cells of a column as Arrow has them: no picture is decoded, and none written anew."""
+    for batch in rows.select_columns(column).with_format("arrow").iter(batch_size=256):
+        yield from batch[column]
 
 
 def scienceqa_record(row: Mapping, replies: list[str], options: Options) -> dict:

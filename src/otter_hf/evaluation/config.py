@@ -72,6 +72,18 @@ _UNUSED_DATASET_KEYS |= {"debug"}
 _PROMPT_KEYS = ("prompt", "sys_prompt", "shot_type")
 _READING_KEYS = ("num_run", "quick_extract", "legacy_parse", "shot_type", "likelihood")
 _DATASET_KEYS = {"name", "data_path", "image_dir", "split", "limit", "gpt_model", *_PROMPT_KEYS, *_READING_KEYS}
+# benchmark -> which keys it has beside those of all
+_OWN_KEYS = {
+    "magnifierbench": ("prompt", "gpt_model", "legacy_parse"),
+    "mmbench": ("sys_prompt",),
+    "mme": ("prompt",),
+    "mathvista": ("gpt_model", "quick_extract", "shot_type"),
+    "mmvet": ("prompt", "gpt_model", "num_run"),
+    "seedbench": ("likelihood",),
+    "seedbench_official": ("likelihood",),
+    "pope": ("prompt",),
+    "scienceqa": ("prompt",),
+}
 _FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
 _FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit", "likelihood", "normaliser"}
 _FEWSHOT_KEYS |= {"train_split", "test_split"}
@@ -161,7 +173,7 @@ def load_config(path: str | Path) -> EvalConfig:
         # 2023 wrote a text file
         output=output.with_suffix("") if output.suffix == ".txt" else output,
         controls=bool(raw.get("controls")),
-        judge_retries=_whole(judge.get("max_retries", 5), "max_retries", least=0),
+        judge_retries=whole_number(judge.get("max_retries", 5), "max_retries", least=0),
         judge_options=dict(judge.get("options") or {}),
         training_data=raw.get("training_data"),
     )
@@ -183,7 +195,7 @@ def _read_model(entry) -> ModelSpec:
         raise ValueError(
             f"The model {name!r} needs a repository of 2023 that is not part of this package; give a path."
         )
-    batch_size = _whole(entry.get("batch_size", entry.get("batch", 1)), "batch_size")
+    batch_size = whole_number(entry.get("batch_size", entry.get("batch", 1)), "batch_size")
     if "endpoint" in entry or name == "gpt4v":
         model = entry.get("model", "gpt-4-vision-preview" if name == "gpt4v" else None)
         if model is None:
@@ -209,11 +221,11 @@ def _read_model(entry) -> ModelSpec:
     if "chat_template" in options:
         options["chat_template"] = read_chat_template(options["chat_template"])
     if "max_new_tokens" in entry:
-        generation = {**generation, "max_new_tokens": _whole(entry["max_new_tokens"], "max_new_tokens")}
+        generation = {**generation, "max_new_tokens": whole_number(entry["max_new_tokens"], "max_new_tokens")}
     if generation or "generation" in options:
         options["generation"] = check_generation({**generation, **options.get("generation", {})})
     if entry.get("resolution", -1) not in (None, -1):
-        resolution = _whole(entry["resolution"], "resolution")
+        resolution = whole_number(entry["resolution"], "resolution")
         options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": resolution}
     if "load_bit" in entry:
         options["dtype"] = _DTYPES_OF_2023.get(entry["load_bit"], entry["load_bit"])
@@ -272,13 +284,19 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
         return _read_fewshot(name, entry, limit)
     entry = _check_keys(entry, _DATASET_KEYS | _UNUSED_DATASET_KEYS, f"the dataset {name!r}")
     if "num_run" in entry:
-        entry["num_run"] = _whole(entry["num_run"], "num_run")
+        entry["num_run"] = whole_number(entry["num_run"], "num_run")
     _say_unused(name, entry, _UNUSED_DATASET_KEYS)
     if name not in TASKS and (fixed := sorted(entry.keys() - {"name", "limit"} - _UNUSED_DATASET_KEYS)):
         raise ValueError(
             f"The dataset {name!r} is a task of lmms-eval, whose `{fixed[0]}` is fixed; for other data write a task "
             "(docs/evaluation.md)."
         )
+    for key in ("gpt_model", *_PROMPT_KEYS, *_READING_KEYS):
+        if key in entry and key not in _OWN_KEYS.get(name, ()):
+            of = ", ".join(other for other, keys in _OWN_KEYS.items() if key in keys)
+            raise ValueError(f"The dataset {name!r} has `{key}`, which is for {of}: take it out.")
+    if "image_dir" in entry and "data_path" not in entry:
+        raise ValueError(f"The dataset {name!r} has `image_dir`, which is for the pictures of a `data_path`: add one.")
     if entry.get("likelihood", "mean") not in LIKELIHOODS:
         raise ValueError(
             f"The dataset {name!r} has likelihood {entry['likelihood']!r}; use {' or '.join(LIKELIHOODS)}."
@@ -290,7 +308,7 @@ def _read_dataset(entry, limit, judge: str | None) -> DatasetSpec:
         data_path=entry.get("data_path"),
         image_dir=entry.get("image_dir"),
         split=_split_of(entry),
-        limit=None if limit is None else _whole(limit, "limit"),
+        limit=None if limit is None else whole_number(limit, "limit"),
         prompts={key: entry[key] for key in _PROMPT_KEYS if key in entry},
         judge=entry.get("gpt_model") or judge or DEFAULT_JUDGE,
         options={key: entry[key] for key in _READING_KEYS if key in entry},
@@ -318,13 +336,13 @@ def _read_fewshot(name: str, entry, limit) -> DatasetSpec:
         if not isinstance(entry.get(key, [0]), list) or entry.get(key) == []:
             raise ValueError(f"`{key}` is {entry[key]!r:.80}; it must be a list of whole numbers, e.g. [0, 4, 8].")
         if key in entry:
-            entry[key] = [_whole(number, key, least) for number in entry[key]]
+            entry[key] = [whole_number(number, key, least) for number in entry[key]]
     _say_unused(name, entry, {"batch_size"})
     settings = {key: value for key, value in entry.items() if key not in ("name", "limit", "batch_size")}
     settings.setdefault("num_samples", entry.get("limit", limit))
     for key in ("num_samples", "query_set_size"):
         if settings.get(key) is not None:
-            settings[key] = _whole(settings[key], key)
+            settings[key] = whole_number(settings[key], key)
     return DatasetSpec(name, fewshot=settings)
 
 
@@ -336,7 +354,8 @@ def _say_unused(name: str, entry: Mapping, unused: set[str]) -> None:
         )
 
 
-def _whole(value, name: str, least: int | None = 1) -> int:
+def whole_number(value, name: str, least: int | None = 1) -> int:
+    """A setting as a whole number; ValueError, calling it `name`, if it is none, or below `least`."""
     try:
         number = None if isinstance(value, bool) else int(value)
         number = None if isinstance(value, float) and value != number else number

@@ -21,7 +21,7 @@ from ..data.mixture_yaml import read_mixture
 from ..made_from import MadeFrom
 from ..pictures import ImageError
 from ..storage import is_remote
-from .benchmarks import BENCHMARKS, images, row_id
+from .benchmarks import BENCHMARKS, row_id
 from .config import DatasetSpec, EvalConfig
 from .fewshot.rows import Rows
 from .fewshot.run import KINDS
@@ -105,9 +105,9 @@ def _tables(dataset: DatasetSpec, config: EvalConfig) -> Iterator[tuple[str, _Ta
         def look(number: int, task=task, docs=docs, ours=ours) -> tuple[str, str, list[Image.Image | None]]:
             doc = docs[number]
             id, question = row_id(doc) or str(number), doc.get("question") or doc.get("instruction")
-            if ours:
-                return id, str(question or ""), images(doc)
             visuals = [one if isinstance(one, Image.Image) else None for one in task.doc_to_visual(doc) or []]
+            if ours:
+                return id, str(question or ""), visuals
             # a task's own text may have its prompt around the question, which training data have not
             return id, question if isinstance(question, str) else str(task.doc_to_text(doc)), visuals
 

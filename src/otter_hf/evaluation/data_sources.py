@@ -1,11 +1,14 @@
 """Rows of a data set: where they are, as lmms-eval is told it, and the rows themselves."""
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from ..data.arrow_cache import open_arrow_file
+from ..reading import leads_out
 
 
 # suffix -> reader of `datasets`
@@ -51,3 +54,27 @@ def read_split(path: str, split: str):
         return load_dataset(place["dataset_path"], split=split, **options)
     except (DatasetGenerationError, pa.ArrowException) as error:
         raise ValueError(f"{path} cannot be read: {error.__cause__ or error}") from None
+
+
+def picture_places(source: str | None, image_dir: str | Path | None = None) -> Callable[[str], str]:
+    """
+    What gives the path of a picture that a row names; what names none, such as base64, comes back as it is.
+
+    Args:
+        source: a file or a folder of data, where pictures lie, too, unless `image_dir` says where; what is on the Hub
+            has its pictures in it.
+        image_dir: their folder.
+    """
+    data = None if source is None else Path(source).expanduser()
+    folder = data and (data if data.is_dir() else data.parent if data.is_file() else None)
+
+    def place(text: str) -> str:
+        if image_dir is not None:
+            return str(Path(image_dir).expanduser() / text)
+        if folder is not None and not leads_out(text):
+            with contextlib.suppress(OSError):  # longer than a name can be
+                if (path := folder / text).is_file():
+                    return str(path)
+        return text
+
+    return place

@@ -20,6 +20,7 @@ from ..models.otterhd import OtterHDProcessor
 from ..prompts import read_chat_template
 from ..thinking import strip_thinking
 from .benchmarks import BENCHMARKS
+from .config import whole_number
 from .model import ConversationModel
 from .replies import ReplyLog, answer_all
 from .scoring.replies import FAILED_REQUEST
@@ -99,11 +100,26 @@ class TransformersModel(ResumableModel):
         path: see [`ConversationModel`], which all other keywords go to.
         batch_size: conversations per forward pass.
         replies: folder in which replies are kept, so that an interrupted run goes on where it ended.
+        pretrained: what lmms-eval's own models call the path.
+
+    Raises:
+        ValueError: for a batch size that is no number, and without a path.
     """
 
-    def __init__(self, path: str | Path, batch_size: int | str = 1, replies: str | Path | None = None, **kwargs):
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        batch_size: int | str = 1,
+        replies: str | Path | None = None,
+        pretrained: str | Path | None = None,
+        **kwargs,
+    ):
         super().__init__()
         from accelerate import Accelerator
+
+        if (path is None) == (pretrained is None):
+            raise ValueError("Say which model it is, with path=FOLDER or pretrained=FOLDER, and not both.")
+        path = pretrained if path is None else path
 
         kwargs.pop("max_batch_size", None)
         if kwargs.get("chat_template") is not None:
@@ -111,7 +127,7 @@ class TransformersModel(ResumableModel):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
-        self.batch_size = int(batch_size)
+        self.batch_size = whole_number(batch_size, "batch_size")
         if replies is not None:
             parts = (path, *(kwargs.get(part) for part in ("processor", "tokenizer", "tokenizer_reference")))
             options = {name: value for name, value in kwargs.items() if not name.startswith("media_store")}

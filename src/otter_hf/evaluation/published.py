@@ -346,17 +346,18 @@ def _vqa_challenge(paths: Mapping[str, Path], pictures: Pictures) -> Iterator[di
     questions, annotations = (_json(paths[name]) for name in ("questions", "annotations"))
     subset = questions.get("data_subtype", "") if isinstance(questions, Mapping) else ""
     try:
-        answers = {str(row["question_id"]): row["answers"] for row in annotations["annotations"]}
+        annotated = {str(row["question_id"]): row for row in annotations["annotations"]}
         for row in questions["questions"]:
             id, image = row["question_id"], row["image_id"]
-            if str(id) not in answers:
+            if str(id) not in annotated:
                 raise ValueError(f"Question {id} of {paths['questions']} has no answers in {paths['annotations']}.")
             names = _names_of(row.get("image", image), subset)
             yield {
                 "question_id": id,
                 "image": pictures.find(names, id),
                 "question": row["question"],
-                "answers": [_answer(answer) for answer in answers[str(id)]],
+                "answers": [_answer(answer) for answer in annotated[str(id)]["answers"]],
+                "answer_type": annotated[str(id)].get("answer_type"),
             }
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -385,6 +386,7 @@ def _textvqa(rows: list[dict], pictures: Pictures) -> Iterator[dict]:
             "image": pictures.find(_names_of(row["image_id"], ""), row["question_id"]),
             "question": row["question"],
             "answers": [_answer(answer) for answer in row["answers"]],
+            "answer_type": row.get("answer_type"),
         }
 
 

@@ -22,9 +22,9 @@ from ..data.controls import CONTROLS
 from ..extras import pip_install, requirements
 from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
-from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function
+from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function, with_paths
 from .config import DatasetSpec, EvalConfig, ModelSpec, file_name
-from .data_sources import READERS, data_source, read_split
+from .data_sources import READERS, data_source, picture_places, read_split
 from .judge import Judge
 from .published import read_published, write_table
 from .replies import ReplyLog
@@ -258,6 +258,8 @@ def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path)
         path = _in_our_columns(dataset, config["test_split"], tables)
         config |= data_source(path, config["test_split"])
         _check_columns(dataset, path, config)
+        read, place = config["doc_to_visual"], picture_places(dataset.data_path, dataset.image_dir)
+        config["doc_to_visual"] = lambda row: read(with_paths(row, place))
     task_class = config.pop("class", ConfigurableMessagesTask)
     try:
         return task_class(config=config)

@@ -1,15 +1,13 @@
 """Training and test rows of the few-shot data sets, whatever their columns are called."""
 
-import contextlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...made_from import state_of_all
-from ...reading import leads_out
-from ..benchmarks import images
-from ..data_sources import read_split
+from ..benchmarks import images, with_paths
+from ..data_sources import picture_places, read_split
 from ..published import read_published_fewshot
 
 
@@ -19,6 +17,7 @@ _COLUMNS = {
     "image": ("image", "img", "image_path"),
     "question": ("question", "instruction"),
     "answers": ("answers", "answer"),
+    "answer_type": ("answer_type",),
     "captions": ("captions", "caption", "answer", "sentences"),
     "label": ("label",),
     "text": ("text", "ocr"),
@@ -58,10 +57,7 @@ class Rows:
         columns: Mapping[str, str] | None = None,
     ):
         self._table = _table(source, split, image_dir)
-        self._image_dir = image_dir
-        file = None if isinstance(source, Mapping) else Path(str(source)).expanduser()
-        # what is on the Hub is no path
-        self._data_dir = file and (file if file.is_dir() else file.parent if file.is_file() else None)
+        self._place = picture_places(None if isinstance(source, Mapping) else str(source), image_dir)
         there = self._table.column_names
         chosen = {name: next((c for c in names if c in there), None) for name, names in _COLUMNS.items()}
         self._columns = {name: column for name, column in {**chosen, **(columns or {})}.items() if column in there}
@@ -82,7 +78,8 @@ class Rows:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """
-        `number`, `id`, `image` (PIL, RGB), and of `question`, `answers`, `captions`, `label` and `text` what there is.
+        `number`, `id`, `image` (PIL, RGB), and of `question`, `answers`, `answer_type`, `captions`, `label` and `text`
+        what there is.
         """
         return self._read(number)
 
@@ -137,22 +134,11 @@ class Rows:
             number = pc.index(empty, True).as_py()
             raise ValueError(f"Row {number} of {self._source} has no {name}: take a split in which they are told.")
 
-    def _place(self, text: str) -> str:
-        """The path of a picture that a row names; what names none, such as base64, as it is."""
-        if self._image_dir is not None:
-            return str(Path(self._image_dir, text))
-        if self._data_dir is not None and not leads_out(text):
-            with contextlib.suppress(OSError):  # longer than a name can be
-                if (path := self._data_dir / text).is_file():
-                    return str(path)
-        return text
-
     def _read_row(self, number: int) -> dict[str, Any]:
         raw = self._table[number]
         row = {name: raw[column] for name, column in self._columns.items()}
-        if isinstance(row["image"], str):
-            row["image"] = self._place(row["image"])
-        row["image"] = images({"image": row["image"], "id": row.get("id", number)})[0]
+        picture = {"image": row["image"], "id": row.get("id", number)}
+        row["image"] = images(with_paths(picture, self._place))[0]
         for name in ("answers", "captions"):
             if name in row:
                 row[name] = _texts(row[name])

@@ -67,8 +67,8 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
         with_controls: whether every question is asked with other pictures, too; its demonstrations stay.
 
     Returns:
-        `N-shot METRIC` (mean over seeds) and `N-shot/seed S` for each trial, and `controls` of the first, means over
-        seeds, too; {} on other processes than the main one.
+        `N-shot METRIC` (mean over seeds) and its parts, such as `N-shot answer_type/number`, `N-shot/seed S` for each
+        trial, and `controls` of the first, means over seeds, too; {} on other processes than the main one.
 
     Raises:
         ValueError: for settings or data that do not fit.
@@ -122,6 +122,9 @@ def run_fewshot(lm, dataset: DatasetSpec, folder: Path, with_controls: bool = Fa
             if with_controls and known:
                 gains = figures.setdefault("controls", {})
                 gains[f"{shots}-shot {_METRICS[kind]}"] = _gains(kind, units)
+            for part in dict.fromkeys(name for trial in trials for name in trial if "/" in name):
+                of_part = [trial[part] for trial in trials if part in trial]
+                figures[f"{shots}-shot {part}"] = sum(of_part) / len(of_part)
             if "tokenizer" in trials[0]:
                 figures["tokenizer"] = trials[0]["tokenizer"]
             for name, count in unanswered.items():
@@ -290,7 +293,8 @@ def _record(kind: str, row: dict, shown: list[int], reply, settings: dict) -> di
     if kind == "vqa":
         answer, normalise = vqa.clean_reply(reply), vqa.answer_normaliser(settings.get("normaliser", "official"))
         accuracy = vqa.accuracy(answer, row["answers"], normalise)
-        return {**record, "reply": reply, "answer": answer, "answers": row["answers"], "accuracy": accuracy}
+        told = {"answer_type": row["answer_type"]} if row.get("answer_type") else {}
+        return {**record, "reply": reply, "answer": answer, "answers": row["answers"], "accuracy": accuracy, **told}
     return {**record, "log_likelihoods": reply, "label": int(row["label"])}
 
 

@@ -9,25 +9,26 @@ from .replies import is_answered, read_reply
 
 
 LETTERS = "ABCD"
-_OPTION = re.compile(r"(?:^|[\s,])([A-D])\.\s")
+# of letters that a question holds, too, the last ones in order
+_LISTED = re.compile(r"(.*(?:^|[\s,?]))A\.\s(.*?)[\s,]B\.\s(.*?)[\s,]C\.\s(.*?)[\s,]D\.\s(.*)", re.DOTALL)
 _LEGACY_OPTIONS = re.compile(r"A\. (.+), B\. (.+), C\. (.+), D\. (.+)")
 
 
 def split_instruction(instruction: str) -> tuple[str, dict[str, str]]:
     """
-    The question of a row, with its question mark, and its options `{letter: text}`.
+    The question of a row, up to its question mark where it has one, and its options `{letter: text}`.
 
     Raises:
-        ValueError: if there is no question mark, or not the four options `A. .., B. .., C. .., D. ..` behind it.
+        ValueError: if it does not end in the four options `A. .., B. .., C. .., D. ..`, with a question in front.
     """
-    question, mark, rest = instruction.partition("?")
-    pieces = _OPTION.split(rest)
-    options = {letter: text.strip().rstrip(".,?") for letter, text in zip(pieces[1::2], pieces[2::2], strict=True)}
-    if not mark or "".join(options) != LETTERS:
+    found = _LISTED.fullmatch(instruction)
+    question, mark, _ = found[1].partition("?") if found else ("", "", "")
+    if not question.strip():
         raise ValueError(
             f"The instruction {instruction!r} is not a question followed by 'A. .., B. .., C. .., D. ..'."
         )
-    return question.strip() + mark, options
+    texts = [text.strip().rstrip(".,?") for text in found.groups()[1:]]
+    return question.strip() + mark, dict(zip(LETTERS, texts, strict=True))
 
 
 def parse_answer(reply: str, instruction: str, legacy: bool = False) -> str:

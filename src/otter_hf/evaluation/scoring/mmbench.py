@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 
-from . import percent
+from . import mean_by, percent
 
 
 LETTERS = "ABCDE"
@@ -36,12 +36,13 @@ def score(records: list[Mapping]) -> dict[str, float]:
     CircularEval: a question is right only if all its shifted copies are.
 
     Args:
-        records: with `index`, `category`, `num_options`, `prediction` and `answer` (None on the test split, which only
-            the server can score).
+        records: with `index`, `num_options`, `prediction` and `answer` (None on the test split, which only the server
+            can score), and where the data tell them `category` and `l2-category`.
 
     Returns:
-        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `category/NAME`, and where there
-        are any `incomplete_questions`, those without a copy for each option (a limit cut them off, or the data have
+        `circular_accuracy`, `vanilla_accuracy` (of the unshifted rows), `questions`, `category/NAME` and
+        `l2-category/NAME` (both by CircularEval, as the authors' toolkit has them), and where there are any
+        `incomplete_questions`, those without a copy for each option (a limit cut them off, or the data have
         none), which makes them easier; of unanswered data only `questions`.
     """
     questions: dict[int, list[Mapping]] = {}
@@ -52,15 +53,17 @@ def score(records: list[Mapping]) -> dict[str, float]:
     right = {index: all(r["prediction"] == r["answer"] for r in rows) for index, rows in questions.items()}
     incomplete = sum(len(rows) < rows[0].get("num_options", 0) for rows in questions.values())
     unshifted = [record for record in records if int(record["index"]) < _COPY_OFFSET]
-    categories: dict[str, list[bool]] = {}
-    for index, rows in questions.items():
-        categories.setdefault(rows[0]["category"], []).append(right[index])
+    circular = [{**rows[0], "correct": right[index]} for index, rows in questions.items()]
     return {
         "circular_accuracy": percent(sum(right.values()), len(right)),
         "vanilla_accuracy": percent(sum(r["prediction"] == r["answer"] for r in unshifted), len(unshifted)),
         "questions": len(questions),
         **({"incomplete_questions": incomplete} if incomplete else {}),
-        **{f"category/{name}": percent(sum(values), len(values)) for name, values in sorted(categories.items())},
+        **{
+            name: value
+            for level in ("category", "l2-category")
+            for name, value in mean_by([record for record in circular if present(record.get(level))], level).items()
+        },
     }
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from . import percent
+from . import mean_by, percent
 from .replies import fate, read_reply
 
 
@@ -75,8 +75,14 @@ def clean_reply(reply: str) -> str:
 
 
 def score(records: Sequence[Mapping]) -> dict[str, float]:
-    """Mean accuracy in percent; `records` have `accuracy`."""
+    """
+    Mean accuracy in percent, over all and, as the authors' code tells it, of each kind of answer.
+
+    Args:
+        records: with `accuracy`, and where the data tell it `answer_type`: yes/no, number, other.
+    """
     return {
         "vqa_accuracy": percent(sum(record["accuracy"] for record in records), len(records)),
         "questions": len(records),
+        **mean_by([record for record in records if record.get("answer_type")], "answer_type", "accuracy"),
     }
