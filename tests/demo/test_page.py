@@ -122,16 +122,25 @@ def test_the_page_is_built_and_loads_nothing_from_elsewhere(page, server, tmp_pa
 def test_the_command_serves_and_shows(page, folders, tmp_path, monkeypatch):
     import gradio
 
+    from otter_hf.loading import load
+    from otter_hf.models.skills import Skill
+    from otter_hf.serving.session import make_message
+
+    examples = [make_message("user", "what?"), make_message("assistant", "red")]
+    skill = tmp_path / "colors.safetensors"
+    Skill.compile(*load(folders["otter"], device_map="cpu"), examples).save(skill)
     shown = {}
 
     def launch(blocks, **options):
         (chat,) = [fn for fn in blocks.fns.values() if fn.api_name == "chat"]
-        shown.update(options, chat=chat)
+        shown.update(options, chat=chat, models=chat.inputs)
 
     monkeypatch.setattr(gradio.Blocks, "launch", launch)
     flags = ["--port", "1234", "--flag-folder", str(tmp_path / "flags"), "--device-map", "cpu"]
-    assert main(["demo", folders["otter"], *flags]) == 0
+    assert main(["demo", folders["otter"], "--skill", str(skill), *flags]) == 0
     assert shown["server_port"] == 1234 and shown["chat"]
+    (models,) = [box for box in shown["models"] if isinstance(box, gradio.Dropdown)]
+    assert [name for name, _ in models.choices] == [folders["otter"], f"{folders['otter']}:colors"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +148,7 @@ def test_the_command_serves_and_shows(page, folders, tmp_path, monkeypatch):
     [
         ([], "Give models, or the --url of a server"),
         (["model", "--url", "http://localhost:1/v1"], "Give models, or the --url of a server"),
+        (["--url", "http://localhost:1/v1", "--skill", "a"], "give it to the server at --url"),
         (["--url", "http://127.0.0.1:1/v1"], "the server at http://127.0.0.1:1/v1 does not list its models"),
     ],
 )

@@ -8,7 +8,7 @@ import secrets
 from ..extras import missing
 from ..model_names import check_model_name
 from .chat import loading_options
-from .serve import API_KEY_VARIABLE, add_server_arguments, require_serving, settings_from
+from .serve import API_KEY_VARIABLE, add_server_arguments, named_skills, require_serving, settings_from
 
 
 def add_parser(subparsers):
@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Show the page until the process is told to end."""
     if bool(arguments.url) == bool(arguments.models):
         raise ValueError("Give models, or the --url of a server that has them.")
+    if arguments.url and arguments.skill:
+        raise ValueError("--skill is for models of this process: give it to the server at --url.")
     for name in arguments.models:
         check_model_name(name, weights=True)
     require_serving()
@@ -69,6 +71,11 @@ def serve_in_process(arguments: argparse.Namespace):
     from ..serving.models import ServedModels
 
     settings = replace(settings_from(arguments), api_key=secrets.token_urlsafe(32))
-    models = ServedModels(arguments.models, model_timeout=arguments.model_timeout, **loading_options(arguments))
+    models = ServedModels(
+        arguments.models,
+        skills=named_skills(arguments.models, arguments.skill),
+        model_timeout=arguments.model_timeout,
+        **loading_options(arguments),
+    )
     with BackgroundServer(create_app(models, settings)) as server:
         yield f"{server.url}/v1", settings.api_key

@@ -22,14 +22,6 @@ def add_parser(subparsers):
         f"GET /v1/models, /health and /metrics. The environment variable {API_KEY_VARIABLE} holds the API key.",
     )
     parser.add_argument("models", nargs="+", help="folders or Hub ids; clients call a model by this name")
-    parser.add_argument(
-        "--skill",
-        action="append",
-        default=[],
-        metavar="[MODEL=]FILE",
-        help="worked examples that `otter-hf skill make` wrote; clients call them MODEL:NAME, after the file; "
-        "repeatable",
-    )
     add_server_arguments(parser, port=8000)
     parser.set_defaults(func=run)
 
@@ -46,6 +38,14 @@ def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
     """Where it listens, how models are loaded, and what `ServerSettings` holds, whose defaults are its own."""
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all addresses (default: 127.0.0.1)")
     parser.add_argument("--port", type=port_number, default=port, help=f"default: {port}")
+    parser.add_argument(
+        "--skill",
+        action="append",
+        default=[],
+        metavar="[MODEL=]FILE",
+        help="worked examples that `otter-hf skill make` wrote; clients call them MODEL:NAME, after the file; "
+        "repeatable",
+    )
     add_loading_arguments(parser)
     parser.add_argument(
         "--model-timeout",

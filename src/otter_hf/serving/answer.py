@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .logprobs import TokenLogprobs
 from .stop import StopFilter
 from .streamer import AnswerStreamer
 
@@ -18,12 +19,18 @@ class Answer:
         stops: the answer ends before the first of them.
         streamed: whether pieces are wanted as they come. Otherwise, and without stop strings, it is decoded once.
         emit: called with pieces of text, none of them empty, in the thread that calls `add`.
+        logprobs: is told the tokens, too.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stops: list[str], streamed: bool, emit: Callable[[str], None]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: list[str],
+        streamed: bool,
+        emit: Callable[[str], None],
+        logprobs: TokenLogprobs | None = None,
     ):
-        self._emit = emit
+        self._emit, self._logprobs = emit, logprobs
         self._at_once = streamed or bool(stops)
         self._held: list[int] = []
         self._filter = StopFilter(stops)
@@ -38,6 +45,8 @@ class Answer:
     def add(self, tokens: Sequence[int]) -> bool:
         """Take new token ids; whether the answer ends here."""
         self._held += tokens
+        if self._logprobs is not None and tokens:
+            self._logprobs.take(tokens[-1])  # it knows those in front of it
         if self._at_once:
             self._decode()
         return self.stopped

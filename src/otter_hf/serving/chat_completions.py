@@ -11,17 +11,16 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jinja2 import TemplateError
-from openai.types.chat import ChatCompletionChunk
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from starlette.requests import ClientDisconnect
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import Cache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 from transformers.utils import logging
@@ -38,11 +37,13 @@ from .body import BodyReader
 from .errors import ContextLengthExceeded, Refused, error_body, has_lost_device
 from .gate import Gate, QueueFull, Ticket
 from .generation import RepeatPenalty, StopWhenCancelled
+from .logprobs import TokenLogprobs
 from .media import fit_media
 from .messages import Cancelled, MessageReader
 from .metrics import Metrics
 from .models import ServedModels
 from .request import ChatOptions, check_request, unknown_field
+from .responses import Piece, choice_of, chunk, completion, event, first_choice
 from .settings import ServerSettings
 
 
@@ -58,20 +59,12 @@ class ClientGone(Exception):
     """Nobody is there to read the answer."""
 
 
-class Finish:
-    """The end of an answer."""
-
-    def __init__(self, reason: str, usage: CompletionUsage):
-        self.reason = reason
-        self.usage = usage
-
-
 class ChatJob:
     """
     One request between the HTTP side and its work.
 
-    `items` holds what there is to say: first `None` when all checks have passed, then texts, last a [`Finish`]; or an
-    exception. `cancelled` tells the work to stop.
+    `items` holds what there is to say: first `None` when all checks have passed, then each [`Piece`]; or an exception.
+    `cancelled` tells the work to stop.
     """
 
     def __init__(self, body: dict, options: ChatOptions, ticket: Ticket):
@@ -84,6 +77,7 @@ class ChatJob:
         self.task: asyncio.Task | None = None
         self.skill: Skill | None = None
         self.prompt_tokens = self.new_tokens = 0
+        self.unfinished = options.choices
         self.known_tokens = 0  # of the prompt, which were not read again
 
     def usage(self) -> CompletionUsage:
@@ -163,6 +157,8 @@ class ChatCompletions(ChatCompletionHandler):
             if unknown := unknown_field(body):
                 raise HTTPException(422, unknown)
             options = check_request(body)
+            if options.choices > self.settings.slots:
+                raise ValueError(f"n is {options.choices}; this server gives at most {self.settings.slots} at a time.")
             body["model"] = self.model_manager.find(body.get("model"))
             ticket = self.gate.admit()
         except ClientDisconnect:
@@ -187,13 +183,8 @@ class ChatCompletions(ChatCompletionHandler):
             if body.get("stream"):
                 ends_with_response = True
                 return _EventStream(self._events(reader, request_id), lambda: self._end(reader, started))
-            pieces = [item async for item in reader]
-            finish = pieces.pop()
-            return JSONResponse(
-                self._build_completion(
-                    request_id, "".join(pieces), body["model"], finish_reason=finish.reason, usage=finish.usage
-                )
-            )
+            pieces = [piece async for piece in reader]
+            return JSONResponse(completion(request_id, body["model"], pieces, options.top_logprobs is not None))
         finally:
             if not ends_with_response:
                 self._end(reader, started)
@@ -205,37 +196,23 @@ class ChatCompletions(ChatCompletionHandler):
             self.metrics.add("otter_cancelled_total")
 
     async def _events(self, reader: "_Reader", request_id: str):
-        model = reader.job.body["model"]
-        yield self._build_chunk_sse(request_id, role="assistant", model=model)
+        job, say = reader.job, functools.partial(chunk, request_id, reader.job.body["model"])
+        for number in range(job.options.choices):
+            yield say(first_choice(number))
         try:
-            async for item in reader:
-                if isinstance(item, Finish):
-                    apart = reader.job.options.usage_apart
-                    usage = None if apart else item.usage
-                    yield self._build_chunk_sse(request_id, finish_reason=item.reason, usage=usage, model=model)
-                    if apart:
-                        yield self._build_usage_sse(request_id, item.usage, model)
-                else:
-                    usage = reader.job.usage() if reader.job.options.usage_so_far else None
-                    yield self._build_chunk_sse(request_id, content=item, usage=usage, model=model)
+            async for piece in reader:
+                usage = None if job.options.usage_apart else piece.usage
+                if piece.finish is None and job.options.usage_so_far:
+                    usage = job.usage()
+                yield say(choice_of(piece), usage=usage)
+                if piece.usage is not None and job.options.usage_apart:
+                    yield say(usage=piece.usage)
         except HTTPException as error:
             # the status has been sent; the clients of OpenAI read an error from the stream
-            yield self.chunk_to_sse(JSONResponse(error_body(error)).body.decode())
+            yield event(error_body(error))
         except ClientGone:
             return
         yield "data: [DONE]\n\n"
-
-    def _build_usage_sse(self, request_id: str, usage: CompletionUsage, model: str) -> str:
-        """The piece without a choice that ends a stream with `include_usage`."""
-        chunk = ChatCompletionChunk(
-            id=request_id,
-            created=int(time.time()),
-            model=model,
-            choices=[],
-            usage=usage,
-            object="chat.completion.chunk",
-        )
-        return self.chunk_to_sse(chunk)
 
     # ----- the work -----
 
@@ -313,6 +290,9 @@ class ChatCompletions(ChatCompletionHandler):
             config.temperature = max(config.temperature, 0.01)
         if not config.do_sample:
             config.temperature = config.top_p = config.top_k = config.min_p = None
+        if (config.num_beams or 1) > 1 and (options.choices > 1 or options.top_logprobs is not None):
+            asked = f"n is {options.choices}" if options.choices > 1 else "logprobs is true"
+            raise ValueError(f"{asked}, and num_beams {config.num_beams}: beams have one answer and no logprobs.")
         # beams are rows, too
         room = settings.batch_tokens // (config.num_beams or 1) - length
         if room < 1:
@@ -334,51 +314,84 @@ class ChatCompletions(ChatCompletionHandler):
         return super()._build_generation_config(body, copy.deepcopy(model_generation_config), use_cb=use_cb)
 
     async def _generate(self, job: ChatJob, model, processor, inputs, config) -> None:
+        name = self.model_manager.model_of(job.body["model"])
+        with self.model_manager.in_use(name, model):
+            if can_batch(model, config):
+                batch = self.model_manager.batch_of(name, model, self._make_batch)
+                loop = asyncio.get_running_loop()
+                prefix = await loop.run_in_executor(self._submitters, self._prefix_of, job, batch, inputs)
+                answering = functools.partial(self._answer_in_batch, job, batch, prefix)
+            else:
+                answering = functools.partial(self._answer_alone, job, model)
+            numbers = range(job.options.choices)
+            answers = [self._answer(job, number, processor, inputs, config, answering) for number in numbers]
+            ended = await asyncio.gather(*answers, return_exceptions=True)
+        for error in filter(None, ended):
+            raise error
+        if not job.cancelled.is_set():
+            self.metrics.add("otter_prompt_tokens_total", job.prompt_tokens)
+            self.metrics.add("otter_completion_tokens_total", job.new_tokens)
+
+    async def _answer(
+        self, job: ChatJob, number: int, processor, inputs, config, answering: Callable[..., Awaitable[list[int]]]
+    ) -> None:
+        """One of the answers of a request; where it fails, the others end, too."""
         loop = asyncio.get_running_loop()  # which a thread cannot reach itself
         emit = functools.partial(loop.call_soon_threadsafe, job.items.put_nowait)
-        answer = Answer(processor.tokenizer, job.options.stops, bool(job.body.get("stream")), emit)
-        length = job.prompt_tokens
+        told, ends = job.options.top_logprobs, end_tokens(config)
+        logprobs = None if told is None else TokenLogprobs(processor.tokenizer, told, ends)
+
+        def say(text: str = "", **end) -> None:
+            emit(Piece(number, text, logprobs.new() if logprobs else [], **end))
+
+        answer = Answer(processor.tokenizer, job.options.stops, bool(job.body.get("stream")), say, logprobs)
         frequency, presence = (float(job.body.get(f"{name}_penalty") or 0) for name in ("frequency", "presence"))
-        penalties = [RepeatPenalty(length, frequency, presence)] if frequency or presence else []
-        answering = self._answer_in_batch if can_batch(model, config) else self._answer_alone
-        with self.model_manager.in_use(self.model_manager.model_of(job.body["model"]), model):
-            new = await answering(job, model, inputs, config, penalties, answer)  # token ids
+        processors = [RepeatPenalty(job.prompt_tokens, frequency, presence)] if frequency or presence else []
+        processors += [logprobs] if logprobs else []
+        seed = None if job.body.get("seed") is None else job.body["seed"] + number
+        try:
+            new = await answering(inputs, config, processors, seed, answer)  # token ids
+        except BaseException:
+            job.cancelled.set()
+            raise
         if job.cancelled.is_set():
             return
         answer.end()
-        cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in end_tokens(config)
-        self.metrics.add("otter_prompt_tokens_total", length)
-        self.metrics.add("otter_completion_tokens_total", len(new))
+        cut_off = not answer.stopped and len(new) >= config.max_new_tokens and new[-1] not in ends
+        job.unfinished -= 1
         # behind what the answer's thread has sent
-        emit(Finish("length" if cut_off else "stop", job.usage()))
+        say(finish="length" if cut_off else "stop", usage=None if job.unfinished else job.usage())
+
+    def _prefix_of(self, job: ChatJob, batch: BatchThread, inputs) -> Cache | None:
+        """What need not be read again of a prompt."""
+        if job.skill is not None:
+            prefix = job.skill.prefix_of(inputs)
+        else:
+            prefix = batch.prefix_of(inputs, job.cancelled.is_set)
+        job.known_tokens = 0 if prefix is None else prefix.get_seq_length()
+        if job.options.choices > 1 and job.skill is None:
+            # a prompt that comes again is read by itself, for all
+            prefix = batch.prefix_of(inputs, job.cancelled.is_set)
+        return prefix
 
     async def _answer_in_batch(
-        self, job: ChatJob, model, inputs, config, penalties: list, answer: Answer
+        self, job: ChatJob, batch: BatchThread, prefix, inputs, config, processors, seed, answer: Answer
     ) -> list[int]:
-        name = self.model_manager.model_of(job.body["model"])
-        batch = self.model_manager.batch_of(name, model, self._make_batch)
-
         def take(token: int) -> bool:
             job.new_tokens += 1
             return answer.add([token])
 
-        def submit():
-            if job.skill is not None:
-                prefix = job.skill.prefix_of(inputs)
-            else:
-                prefix = batch.prefix_of(inputs, job.cancelled.is_set)
-            job.known_tokens = 0 if prefix is None else prefix.get_seq_length()
-            return batch.submit(
-                inputs,
-                config,
-                prefix=prefix,
-                # torch's generator is left to those that are answered alone
-                seed=secrets.randbits(63) if job.body.get("seed") is None else job.body["seed"],
-                logits_processor=penalties,
-                on_token=take,
-                is_cancelled=job.cancelled.is_set,
-            )
-
+        submit = functools.partial(
+            batch.submit,
+            inputs,
+            config,
+            prefix=prefix,
+            # torch's generator is left to those that are answered alone
+            seed=secrets.randbits(63) if seed is None else seed,
+            logits_processor=processors,
+            on_token=take,
+            is_cancelled=job.cancelled.is_set,
+        )
         row = await asyncio.get_running_loop().run_in_executor(self._submitters, submit)
         await asyncio.wrap_future(row.future)
         return row.tokens
@@ -392,29 +405,29 @@ class ChatCompletions(ChatCompletionHandler):
             prefixes = PrefixStore(model, media, settings.prefix_bytes, settings.prefill_tokens)
         return BatchThread(batch, prefixes)
 
-    async def _answer_alone(self, job: ChatJob, model, inputs, config, penalties: list, answer: Answer) -> list[int]:
+    async def _answer_alone(self, job: ChatJob, model, inputs, config, processors, seed, answer: Answer) -> list[int]:
         """What a batch does not have (beams), and other families: one at a time beside it."""
         inputs = inputs.to(model.device, model.dtype)
 
         def generate() -> torch.LongTensor:
             if job.cancelled.is_set():  # it may have waited for the model
                 return inputs["input_ids"]
-            if job.body.get("seed") is not None:
-                torch.manual_seed(job.body["seed"])
+            if seed is not None:
+                torch.manual_seed(seed)
             cache = job.skill and job.skill.cache_for(inputs, config.num_beams or 1)
             job.known_tokens = cache.get_seq_length() if cache else 0
             return model.generate(
                 **inputs,
                 past_key_values=cache,
                 generation_config=config,
-                logits_processor=LogitsProcessorList(penalties),
+                logits_processor=LogitsProcessorList(processors),
                 stopping_criteria=StoppingCriteriaList([StopWhenCancelled(job.cancelled)]),
             )
 
         manager = self.generation_state.get_manager(self.model_manager.model_of(job.body["model"]))
         sequences = await manager.async_submit(generate)  # (1, L + L_new)
         new = sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        job.new_tokens = len(new)
+        job.new_tokens += len(new)
         answer.add(new)
         return new
 
@@ -446,14 +459,11 @@ class _Reader:
             item.cancel()
 
     async def __aiter__(self):
-        """Texts, then the [`Finish`]."""
-        while True:
-            item = await self.next()
-            self._finished = isinstance(item, Finish)
-            if item is not None:
-                yield item
-            if self._finished:
-                return
+        """Each [`Piece`]."""
+        while not self._finished:
+            piece = await self.next()
+            self._finished = piece.usage is not None
+            yield piece
 
     @property
     def client_is_gone(self) -> bool:

@@ -16,8 +16,6 @@ UNSUPPORTED = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
-    "logprobs": (),
-    "top_logprobs": (0,),
     "prediction": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -25,7 +23,6 @@ UNSUPPORTED = {
     "moderation": (),
     "service_tier": ("auto", "default"),
     "store": (),
-    "n": (1,),
 }
 # say who asks or what could be kept for later, neither of which changes an answer; there are no tools to be called
 WITHOUT_EFFECT = (
@@ -40,10 +37,12 @@ RANGES = {
     "max_tokens": (1, None),
     "max_completion_tokens": (1, None),
     "min_tokens": (0, None),
+    "n": (1, None),
+    "top_logprobs": (0, 20),
     "seed": (-(2**63), 2**63 - 1),
 }
-WHOLE = ("max_tokens", "max_completion_tokens", "min_tokens", "seed")
-SWITCHES = ("stream", "ignore_eos")
+WHOLE = ("max_tokens", "max_completion_tokens", "min_tokens", "n", "top_logprobs", "seed")
+SWITCHES = ("stream", "ignore_eos", "logprobs")
 # of transformers' generation_config, which a request may carry as JSON, or by themselves, as clients of vLLM do:
 # name -> type, smallest, largest
 GENERATION = {
@@ -67,6 +66,8 @@ MAX_STOPS = 16
 class ChatOptions:
     """What a request asks for beside its messages."""
 
+    choices: int  # answers
+    top_logprobs: int | None  # told of each token beside its own; None: nothing is
     stops: list[str]
     num_frames: int | None
     generation: dict
@@ -107,8 +108,12 @@ def check_request(body) -> ChatOptions:
     for name in SWITCHES:
         if not isinstance(body.get(name) or False, bool):
             raise ValueError(f"{name} must be true or false, not {body[name]!r:.80}.")
+    if body.get("top_logprobs") and not body.get("logprobs"):
+        raise ValueError(f"top_logprobs is {body['top_logprobs']}, which needs logprobs: true.")
     usage = _stream_options(body.get("stream_options"))
     return ChatOptions(
+        1 if body.get("n") is None else body["n"],
+        (body.get("top_logprobs") or 0) if body.get("logprobs") else None,
         _stops(body.get("stop")),
         _num_frames(body.get("chat_template_kwargs")),
         _generation(body),

@@ -1,14 +1,12 @@
 """The text of an answer, piece by piece while it is generated."""
 
-import re
 from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+from .logprobs import BYTE
 
 
 class AnswerStreamer(BaseStreamer):
@@ -36,7 +34,7 @@ class AnswerStreamer(BaseStreamer):
             self._ids = []
             return
         self._ids += value.flatten().tolist()
-        if not _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""):
+        if not BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(self._ids[-1]) or ""):
             self._send()
 
     def end(self) -> None:
