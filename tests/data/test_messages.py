@@ -13,7 +13,7 @@ from otter_hf.cli import main
 from otter_hf.data.formats import write_mimicit
 from otter_hf.data.mixture import MimicitMixture, read_mixture
 from otter_hf.data.samples import SampleOptions
-from otter_hf.data.sources import preferences_as_dataset, read_chats, read_preferences
+from otter_hf.data.sources import preferences_as_dataset, read_chats, read_llava, read_preferences
 from otter_hf.data.stream import StreamedMixture
 from otter_hf.data.validate import check_mixture
 
@@ -121,6 +121,18 @@ def test_turns_of_the_cauldron(folder):
     assert set(read.unused) == {"key 'relevance_min'", "key 'source' of a message"}
 
 
+def test_pictures_that_are_named_in_a_text(folder):
+    """Qwen-VL's form."""
+    asked = "Picture 1: <img>red.png</img>\nPicture 2: <img>blue.png</img>\nAlike?"
+    messages = [{"role": "user", "content": asked}, ANSWER, {"role": "user", "content": "Sure?"}, ANSWER]
+    path = lines(folder, {"messages": messages})
+    conversations = [{"from": message["role"], "value": message["content"]} for message in messages]
+    (folder / "llava.json").write_text(json.dumps([{"id": "0", "conversations": conversations}]))
+    for read in (*read_chats(path), *read_llava(folder / "llava.json", folder)):
+        assert colours(read) == ["red", "blue"] and read.pictures_per_turn == [2, 0]
+        assert read.turns[0][0] == "Picture 1: <image>\nPicture 2: <image>\nAlike?"
+
+
 def test_parts_may_say_which_picture(folder):
     """The index of a part counts, and what a part has besides is named."""
     parts = [{"type": "image", "index": 1, "text": None}, {"type": "image", "index": 0, "min_pixels": 4}, text("?")]
@@ -197,7 +209,8 @@ def test_base64_and_file_addresses(folder):
         ({"messages": [said("user", "a"), ANSWER], "objects": {"ref": [], "bbox": [[1, 2, 3, 4]]}}, "has objects"),
         ({"messages": [said("user", [{"type": "image", "index": 1}]), ANSWER], "images": ["red.png"]}, "the index 1"),
         ({"messages": [said("user", [{**text("a"), "image": "red.png"}]), ANSWER]}, "has the key 'image'"),
-        ({"messages": [said("user", "<img>red.png</img>a"), ANSWER]}, "name a picture in <img></img>"),
+        ({"messages": [said("user", "a"), said("assistant", "<img>red.png</img>")]}, "name a picture in <img></img>"),
+        ({"messages": [said("user", "<img>red.png</img>a<image>"), ANSWER]}, "name a picture in <img></img>"),
         ({"messages": [said("user", "a"), ANSWER], "videos": [[]]}, "videos must be a file name"),
         ({"messages": [said("user", "a"), ANSWER], "images": [FRAMES]}, "images must be a file name"),
         ({"messages": [said("user", "a"), ANSWER], "conversations": [1]}, "has both messages and conversations"),

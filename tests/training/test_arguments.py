@@ -89,6 +89,8 @@ def test_dict_in_yaml(recipe):
         ("label_smoothing_factor: 0.1", "label_smoothing_factor is 0.1"),
         ("max_length: null", "max_length is null, and must be a number; leave the line out for 2048"),
         ("max_seq_len: null", "max_seq_len is null, and must be a number; leave the line out for 2048"),
+        ("accelerator_config: {dispatch_batches: true}", "split_batches and dispatch_batches cut batches up by rows"),
+        ("accelerator_config: {dispatched: true}", "hold what nothing takes: .*'dispatched'"),
         ("eval_do_concat_batches: false", "eval_do_concat_batches must stay True"),
         ("prediction_loss_only: true\nmetric_for_best_model: answer_accuracy", "'answer_accuracy' is not measured"),
         ("train_sampling_strategy: sequential", "train_sampling_strategy is 'sequential'"),

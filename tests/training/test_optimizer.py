@@ -112,6 +112,11 @@ def test_rows_of_the_embeddings_keep_other_gradients_away(model):
     assert model.model.language_model.layers[0].decoder_layer.mlp.up_proj.weight.grad.any()
 
 
+def test_a_schedule_that_does_not_take_what_it_is_given(fit):
+    with pytest.raises(ValueError, match="lr_scheduler_kwargs {'minimum': 1} are not those of the schedule cosine: "):
+        fit(lr_scheduler_type="cosine", lr_scheduler_kwargs={"minimum": 1})
+
+
 def test_unknown_row(fit):
     with pytest.raises(ValueError, match="train_embedding_rows: '<anser>' is no token"):
         fit(train_embedding_rows=["<anser>"])

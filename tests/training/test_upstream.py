@@ -55,6 +55,16 @@ def test_the_command_of_the_readme_of_2023(caplog, monkeypatch):
     assert sorted(notes) == sorted(dead.split())
 
 
+def test_arguments_of_transformers_before_version_5(caplog):
+    flags = "--warmup_ratio 0.03 --evaluation_strategy no --overwrite_output_dir True --save_safetensors True"
+    arguments = parse(*flags.split())[2]
+    assert (arguments.warmup_steps, arguments.eval_strategy) == (0.03, "no")
+    assert [message for message in caplog.messages if "no effect" in message] == [
+        "overwrite_output_dir: resume_from_checkpoint says whether a run goes on; it has no effect.",
+        "save_safetensors: weights are always safetensors; it has no effect.",
+    ]
+
+
 def test_flags_in_a_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "pretrained_model_name_or_path: m\ntraining_data_yaml: t.yaml\nuse_cpu: true\nbatch_size: 3\n"

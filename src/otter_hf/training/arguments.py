@@ -40,7 +40,15 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         self._take_precision()
         self._check_plan()
         self._connect()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # of a key in a mapping that transformers hands on
+            raise ValueError(f"The training arguments hold what nothing takes: {error}.") from error
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config: split_batches and dispatch_batches cut batches up by rows, of which packed ones "
+                "have one: leave them out."
+            )
         self.learning_rates = read_rates(self.learning_rates)
         self._check_early_stopping()
         self._check_float16()

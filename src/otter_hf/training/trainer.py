@@ -78,6 +78,14 @@ class OtterTrainer(PublishingTrainer):
             set_learning_rates(optimizer, self.model, rates)
         return optimizer
 
+    def create_scheduler(self, *args, **kwargs):
+        """As in the parent class; ValueError for `lr_scheduler_kwargs` that are not of this schedule."""
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except TypeError as error:
+            given, name = self.args.lr_scheduler_kwargs, self.args.lr_scheduler_type.value
+            raise ValueError(f"lr_scheduler_kwargs {given} are not those of the schedule {name}: {error}.") from error
+
     def get_train_dataloader(self) -> DataLoader:
         """As in the parent class, with a `GroupedSampler`."""
         dataset, args = self.train_dataset, self.args

@@ -1,4 +1,7 @@
-"""The flags of Otter's 2023 training scripts: what they are called today, and what became of those that are gone."""
+"""
+The flags of Otter's 2023 training scripts, and of transformers' before version 5: what they are called today, and what
+became of those that are gone.
+"""
 
 import json
 from collections.abc import Callable
@@ -23,6 +26,10 @@ RENAMED = {
     "resample_frames": "num_frames",
     "with_task_description": "use_task_description",
     "remove_eos_token": "remove_end_of_turn_token",
+    # transformers' own; below 1, warmup_steps is a ratio
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
 }
 _LAUNCHER = "torchrun and accelerate launch set up the processes: it has no effect."
 # flags without effect, with the note that is given once
@@ -34,6 +41,8 @@ _DEAD = {
     "dist_backend": _LAUNCHER,
     "no_set_device_rank": _LAUNCHER,
     "save_checkpoints_to_wandb": "set the environment variable WANDB_LOG_MODEL=checkpoint; it has no effect.",
+    "overwrite_output_dir": "resume_from_checkpoint says whether a run goes on; it has no effect.",
+    "save_safetensors": "weights are always safetensors; it has no effect.",
     "offline": "set the environment variables HF_HUB_OFFLINE=1 and WANDB_MODE=offline; it has no effect.",
 }
 # flags that asked for something which is not done here

@@ -342,7 +342,7 @@ def system_text(row: dict[str, Any], of_messages: str | None, where: str) -> str
 
 # refused where a reader does not know them
 _OTHER_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_NAMED_IN_TEXT = re.compile(r"<img>[^<>\n]+</img>")
+NAMED_IN_TEXT = re.compile(r"<img>([^<>\n]+)</img>")
 _ASKING = ("human", "user")
 _ANSWERING = ("gpt", "assistant", "chatgpt", "bard", "bing")
 
@@ -387,15 +387,8 @@ def _is_empty(value: Any) -> bool:
 
 def check_media_marks(turns: Sequence[tuple[str, str]], where: str, marks: Sequence[str] = ("<video>",)) -> None:
     """
-    Raises `UnusableConversation` for a text with a placeholder of sound, in an answer, or one of `marks`, and for the
-    picture that Qwen-VL's data name in a text.
+    Raises `UnusableConversation` for a text with a placeholder of sound, in an answer, or one of `marks`.
     """
-    if any(_NAMED_IN_TEXT.search(text) for turn in turns for text in turn):
-        raise UnusableConversation(
-            f"{where}: the texts name a picture in <img></img>, which this conversion does not read; name it under "
-            "image and write <image>, or leave such conversations out (--skip-invalid).",
-            "picture named in the text",
-        )
     for mark in ("<video>", "<audio>"):
         unread = mark in marks or mark == "<audio>"
         if any(mark in text for turn in turns for text in (turn if unread else turn[1:])):

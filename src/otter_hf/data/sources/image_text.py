@@ -15,6 +15,7 @@ from ...prompts import IMAGE_TOKEN
 from ...reading import path_inside
 from ..images import decode_base64
 from .common import (
+    NAMED_IN_TEXT,
     Conversation,
     UnusableConversation,
     check_keys,
@@ -48,7 +49,8 @@ def read_llava(
     lines or parquet. `image` (also `images`) may be missing, a file name, `{"bytes", "path"}` as parquet holds it, or
     a list of these, one for each `<image>` in the texts. Where these stand is kept: one in front of the first
     question, or on a line behind it, is the record's picture as 2023 had it, all others are marked
-    (`images_in_text`). Without any `<image>` the pictures stand in front. A picture's id is its file name without
+    (`images_in_text`). Without any `<image>` the pictures stand in front. Qwen-VL's `<img>name</img>` in a text is a
+    picture and its place in one. A picture's id is its file name without
     suffix. `image_folder` is not needed where the rows hold the pictures themselves. A name that leads out of it is
     refused unless `allow_outside`, as in the other readers.
     """
@@ -58,7 +60,8 @@ def read_llava(
         turns, system, unused_messages = read_messages(row.get("conversations"), where)
         pictures = media_of_row(row, where, image_folder, allow_outside)
         films = media_of_row(row, where, image_folder, allow_outside, "video")
-        turns, pictures = join_media(turns, pictures, films, where)
+        turns, named = take_named(turns, pictures, where, image_folder, allow_outside)
+        turns, pictures = join_media(turns, pictures + named, films, where)
         turns, per_turn = place_pictures(turns, pictures, where, marked=True)
         system = system_text(row, system, where)
         unused += unused_messages
@@ -82,6 +85,31 @@ def media_of_row(
 def is_there(medium: Any) -> bool:
     """Whether a medium is given: tables have null for what is not there, also in each field of it."""
     return medium is not None and medium != {"bytes": None, "path": None}
+
+
+def take_named(
+    turns: list[tuple[str, str]],
+    pictures: list[Medium],
+    where: str,
+    folder: str | Path | None,
+    allow_outside: bool,
+) -> tuple[list[tuple[str, str]], list[Medium]]:
+    """
+    The turns with `<image>` in place of each `<img>name</img>`, as Qwen-VL's data have it, and these pictures.
+
+    Raises:
+        UnusableConversation: for one in an answer, or beside others.
+    """
+    names = [name for question, _ in turns for name in NAMED_IN_TEXT.findall(question)]
+    in_answers = any(NAMED_IN_TEXT.search(answer) for _, answer in turns)
+    if in_answers or (names and (pictures or any(IMAGE_TOKEN in question for question, _ in turns))):
+        raise UnusableConversation(
+            f"{where}: the texts name a picture in <img></img> in an answer or beside others; name all of them under "
+            "image and write <image>, or leave such conversations out (--skip-invalid).",
+            "picture named in the text",
+        )
+    media = [medium_of(name, "image", folder, where, allow_outside) for name in names]
+    return [(NAMED_IN_TEXT.sub(IMAGE_TOKEN, question), answer) for question, answer in turns], media
 
 
 def join_media(

@@ -6,8 +6,8 @@ Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a
 [{"user", "assistant"}]}` of The Cauldron and FineVision. A content is a text, where `<image>` and `<video>` stand
 for the next of the row's images and videos, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}`
 likewise for the next one, for that of an `index`, or with one of its own under `image`, `url`, `path`, `base64` or
-`image_url`, and so for videos. Media are file names, `{"bytes", "path"}`, or addresses of the kinds `data:` and
-`file:`; a film may be a list of these, its frames.
+`image_url`, and so for videos; `<img>name</img>` in a question is a picture, too. Media are file names, `{"bytes",
+"path"}`, or addresses of the kinds `data:` and `file:`; a film may be a list of these, its frames.
 """
 
 import os
@@ -40,7 +40,7 @@ from .common import (
     write_conversations,
     write_mixture,
 )
-from .image_text import MARKS, is_there, join_media, media_of_row, medium_of
+from .image_text import MARKS, is_there, join_media, media_of_row, medium_of, take_named
 from .rows import read_named_rows
 
 
@@ -89,7 +89,9 @@ def read_chats(
             _refuse_other_form(row, where)
         reader = _MediaReader(row, where, folder, allow_outside)
         turns, system, unused_messages = read_messages(reader.texts(_messages(messages, where)), where)
-        turns, media = join_media(turns, *reader.media(), where)
+        pictures, films = reader.media()
+        turns, named = take_named(turns, pictures, where, folder, allow_outside)
+        turns, media = join_media(turns, pictures + named, films, where)
         turns, per_turn = place_pictures(turns, media, where, marked=True)
         system = system_text(row, system, where)
         id = number if row.get("id") is None else row["id"]
