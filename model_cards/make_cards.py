@@ -34,7 +34,8 @@ def commands(name: str, facts: dict) -> str:
         return usage(repository)
     if "language_model" in facts:
         convert = (
-            f"otter-hf convert openflamingo --checkpoint checkpoint.pt --language-model {facts['language_model']} \\\n"
+            f"otter-hf convert openflamingo --checkpoint {repository} \\\n"
+            f"    --language-model {facts['language_model']} \\\n"
             f"    --vision-tower openai/clip-vit-large-patch14 --dtype bfloat16 --output {name}"
         )
         return f"```shell\n{convert}\n```\n\n{completion_usage(name)}"

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    IdeficsProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -46,7 +47,12 @@ from .prompts import read_chat_template
 # with these Idefics was trained: its fast tokenizer dropped no blank
 IDEFICS_REFERENCE = "4.35"
 _MOST_SIDE = 1 << 14
-_SIDES = (dict, SizeDict)
+# by which processors enlarge pictures; those of other families mean other things by such names: Qwen2-VL counts pixels
+_SIDES = {
+    FlamingoProcessor: ("size", "crop_size"),
+    OtterHDProcessor: ("resolution",),  # its `size` is a limit
+    IdeficsProcessor: ("image_size",),
+}
 _PROCESSOR_FILES = "processor_config.json, tokenizer_config.json or config.json"
 
 
@@ -302,11 +308,9 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
 def _refuse_large_pictures(name: str, processor: ProcessorMixin) -> None:
     """ValueError for a processor that would enlarge pictures beyond what memory holds, each of them."""
     images = getattr(processor, "image_processor", None)
-    # OtterHD's `size` is a limit: it never enlarges
-    limits = () if isinstance(processor, OtterHDProcessor) else ("size",)
-    for field in (*limits, "crop_size", "image_size", "resolution"):
+    for field in next((fields for kind, fields in _SIDES.items() if isinstance(processor, kind)), ()):
         value = getattr(images, field, None)
-        sides = [value] if isinstance(value, int) else dict(value).values() if isinstance(value, _SIDES) else ()
+        sides = dict(value).values() if isinstance(value, (dict, SizeDict)) else [value]
         if largest := max((side for side in sides if isinstance(side, int) and side > _MOST_SIDE), default=0):
             raise ValueError(
                 f"{name} cannot be used: {field} is {largest} in its processor_config.json, and pictures are made of "

@@ -1,6 +1,8 @@
 """Folders to folders: 2023 and back, Flamingo to Otter, training files, LoRA, deltas, dtypes, damage."""
 
 import json
+from fnmatch import fnmatch
+from pathlib import Path
 
 import golden_numbers
 import pytest
@@ -23,8 +25,10 @@ from otter_hf.conversion import (
     plan_lora,
     plan_trainer_pt,
 )
+from otter_hf.conversion import job as conversion_job
 from otter_hf.conversion.export import to_legacy_config
-from otter_hf.conversion.job import finish_with_adapter
+from otter_hf.conversion.job import finish_with_adapter, resolve_checkpoint, resolve_folder
+from otter_hf.conversion.tensors import open_checkpoint
 from otter_hf.testing.otter import build_tokenizer
 
 
@@ -347,6 +351,13 @@ class TestDamage:
         self.refuse(folder, tmp_path, "pickled objects other than tensors")
         assert not (tmp_path / "ran").exists()
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit")
+    def test_torchscript(self, tmp_path):
+        """As OpenAI published CLIP, and open_clip of 2023 kept it."""
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "ViT-L-14.pt")
+        with pytest.raises(ConversionError, match="TorchScript archive.*openai/clip-vit-large-patch14"):
+            open_checkpoint(tmp_path / "ViT-L-14.pt")
+
     def test_config_only(self, folder, tmp_path):
         (folder / "model.safetensors").unlink()
         self.refuse(folder, tmp_path, "holds no weights")
@@ -425,6 +436,34 @@ class TestDamage:
         with pytest.raises(ConversionError, match="computes other logits"):
             finish(job, tmp_path / "output", verify=True)
         assert not (tmp_path / "output").exists()
+
+
+def test_of_a_repository_what_is_read_is_downloaded(tmp_path, monkeypatch):
+    files = {
+        "both": ["config.json", "model-1-of-1.safetensors", "model.safetensors.index.json", "pytorch_model.bin"],
+        "pickled": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin", "tf_model.h5", "optimizer.bin"],
+        "openflamingo/OpenFlamingo-3B": ["checkpoint.pt", "README.md"],
+    }
+
+    def download(_, name, filename=None, allow_patterns=()):
+        patterns = [filename or allow_patterns] if isinstance(filename or allow_patterns, str) else allow_patterns
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files[name]:
+            if any(fnmatch(file, pattern) for pattern in patterns):
+                (folder / file).touch()
+        return str(folder / (filename or ""))
+
+    monkeypatch.setattr(conversion_job, "_download", download)
+
+    def downloaded(folder):
+        return sorted(path.name for path in folder.iterdir())
+
+    assert downloaded(resolve_folder("pickled", weights=False)) == ["config.json", "merges.txt", "vocab.json"]
+    assert downloaded(resolve_folder("both")) == sorted(files["both"][:3])
+    assert downloaded(resolve_folder("pickled")) == sorted(files["pickled"][:4])
+    assert downloaded(resolve_checkpoint("openflamingo/OpenFlamingo-3B").parent) == ["checkpoint.pt"]
+    assert resolve_checkpoint("folder/gone.pt") == Path("folder/gone.pt")  # a mistyped file is no repository
 
 
 def test_report_names_the_sources_by_checksum(tmp_path):

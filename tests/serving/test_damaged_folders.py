@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
 from otter_hf.loading import load_model, read_model, read_processor
@@ -211,6 +212,16 @@ def test_a_processor_of_huge_pictures_is_refused(folder):
         read_processor(str(folder))
 
 
+def test_sizes_of_other_families_are_theirs(folder):
+    """Qwen2-VL's say how many pixels a picture has, which is what evaluations compare with."""
+    tokenizer = read_processor(str(folder)).tokenizer
+    processor = LlavaProcessor(Qwen2VLImageProcessorPil(), tokenizer, vision_feature_select_strategy="default")
+    assert max(dict(processor.image_processor.size).values()) > 10**5
+    LlavaConfig().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    assert isinstance(read_processor(str(folder)), LlavaProcessor)
+
+
 @pytest.fixture(scope="module")
 def adapter(whole, tmp_path_factory):
     """A folder of updates of attention and a whole resampler, for the model in `whole`."""
@@ -297,6 +308,11 @@ def test_the_base_of_an_adapter_is_looked_at(adapter, folder, tmp_path):
     (copy / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="damaged lacks model.perceiver.norm.bias, which would be random numbers"):
         read_model(str(copy))
+
+
+def test_weights_in_eight_bits_are_whole(folder):
+    change(folder, lambda tensors: tensors.update({"a": torch.ones(2, 2, dtype=torch.float8_e4m3fn)}))
+    assert open_checkpoint(folder)["a"].load().dtype == torch.float8_e4m3fn
 
 
 def test_a_whole_folder_loads(whole):

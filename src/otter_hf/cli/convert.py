@@ -91,7 +91,7 @@ def _add_tokenizer(parser) -> None:
 
 def _openflamingo(parser) -> None:
     """an OpenFlamingo checkpoint.pt (v1 or v2) with its language model and CLIP -> Flamingo"""
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt, or a repository with one")
     parser.add_argument("--language-model", required=True, help="folder or repository it was trained on")
     parser.add_argument("--vision-tower", required=True, help="folder or repository of the CLIP, or an open_clip file")
     _add_tokenizer(parser)

@@ -1,13 +1,14 @@
 """What all conversions share: reading folders, checking, writing everything a model folder needs, pushing it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -188,23 +189,47 @@ def most_common_dtype(tensors: dict[str, LazyTensor]) -> str:
 
 
 # what of a repository is downloaded: no code, no other frameworks' weights
-_PATTERNS = ["*.json", "*.txt", "*.bin", "*.safetensors", "*.model"]
+_PATTERNS = ["*.json", "*.txt", "*.model"]
+# of these the first that are there, as `weight_files` reads them: many repositories hold their weights in both forms
+_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
 
-def resolve_folder(name_or_path: str | Path) -> Path:
-    """A local folder as it is; otherwise the named Hub repository, downloaded or from the cache."""
+def resolve_folder(name_or_path: str | Path, *, weights: bool = True) -> Path:
+    """
+    A local folder as it is; otherwise the named Hub repository, downloaded or from the cache.
+
+    Args:
+        weights: False where it is asked for its tokenizer only, whatever else it holds.
+    """
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
+    folder = Path(_download(snapshot_download, name_or_path, allow_patterns=_PATTERNS))
+    for pattern in _WEIGHTS if weights else ():
+        _download(snapshot_download, name_or_path, allow_patterns=pattern)
+        if any(folder.glob(pattern)):
+            break
+    return folder
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path:
+    """A file or folder, or what has the name of a file, as it is; otherwise `checkpoint.pt` of the Hub repository."""
+    path = Path(name_or_path)
+    if path.exists() or path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+        return path
+    return Path(_download(hf_hub_download, name_or_path, filename="checkpoint.pt"))
+
+
+def _download(download: Callable[..., str], name: str | Path, **options: Any) -> str:
     # a tokenizer's repository has no config.json
     try:
-        check_model_name(name_or_path, config=False)
+        check_model_name(name, config=False)
     except ValueError as error:
         raise ConversionError(error) from None
-    path, revision = split_revision(str(name_or_path))
+    path, revision = split_revision(str(name))
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=_PATTERNS))
+        return download(path, revision=revision, **options)
     except OSError as error:
-        raise ConversionError(f"{name_or_path} cannot be downloaded from the Hub: {error}") from error
+        raise ConversionError(f"{name} cannot be downloaded from the Hub: {error}") from error
 
 
 def read_raw_config(folder: str | Path) -> dict:

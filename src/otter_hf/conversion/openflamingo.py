@@ -20,6 +20,7 @@ from .job import (
     open_flamingo_weights,
     open_tokenizer,
     read_raw_config,
+    resolve_checkpoint,
     resolve_folder,
     set_token_ids,
 )
@@ -75,7 +76,8 @@ def plan_openflamingo(
     last norm, as in open_clip up to 2.22, with which the published models were trained.
 
     Args:
-        checkpoint: `checkpoint.pt`; flat, wrapped in `model_state_dict` or `model`, with or without `module.`.
+        checkpoint: `checkpoint.pt`, or the Hub repository of one; flat, wrapped in `model_state_dict` or `model`, with
+            or without `module.`.
         language_model: folder or Hub repository of the language model.
         vision_tower: the same of a CLIP (or its vision part), or a file of open_clip.
         tokenizer: folder or Hub repository, where the language model's has none.
@@ -83,7 +85,8 @@ def plan_openflamingo(
         tokenizer_reference: for a LLaMA tokenizer of 2023, see [`FlamingoProcessor.from_pretrained`].
     """
     report = ConversionReport("openflamingo")
-    trained = open_checkpoint(checkpoint)
+    file = resolve_checkpoint(checkpoint)
+    trained = open_checkpoint(file)
     text_config, text_source, text_folder = open_language_model(language_model)
     rename = rename_openflamingo(text_config)
     renamed = {rename(key): tensor for key, tensor in trained.items()}
@@ -94,7 +97,7 @@ def plan_openflamingo(
     vision_config, vision_source, vision_folder = open_vision_tower(
         vision_tower, open_clip_head_dim, open_clip_activation
     )
-    tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
+    tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer, weights=False)
     tokenizer = open_tokenizer(tokenizer_folder, legacy=True, reference=tokenizer_reference)
     processor = make_processor("flamingo", tokenizer, vision_config, vision_folder)
 
@@ -114,7 +117,7 @@ def plan_openflamingo(
     )
     set_token_ids(config, processor.tokenizer)
     source = TensorSource(
-        Path(checkpoint).name,
+        file.name,
         trained,
         rename,
         ignore=lambda key: (
@@ -122,7 +125,7 @@ def plan_openflamingo(
             if key.startswith("lang_encoder.gated_cross_attn_layers.")
             else None
         ),
-        paths=source_files(checkpoint),
+        paths=source_files(file),
     )
     tensors = plan_model(config, [source, text_source, vision_source], report)
     report.notes.append(
@@ -176,7 +179,7 @@ def plan_inject_lm(
     report = ConversionReport("inject-lm")
     text_config, text_source, text_folder = open_language_model(language_model)
     vision_config, vision_source, vision_folder = open_vision_tower(vision_tower)
-    tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer)
+    tokenizer_folder = text_folder if tokenizer is None else resolve_folder(tokenizer, weights=False)
     tokenizer = open_tokenizer(tokenizer_folder, legacy=False, reference=tokenizer_reference)
     processor = make_processor(model_type, tokenizer, vision_config, vision_folder)
     if vision_folder is None or not (vision_folder / "preprocessor_config.json").is_file():

@@ -25,6 +25,12 @@ SAFETENSORS_DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -195,6 +201,11 @@ def _open_torch(path: Path) -> dict[str, LazyTensor]:
             "author for a file of plain tensors."
         ) from error
     except Exception as error:  # whatever its bytes make of the reader
+        if "TorchScript" in str(error):
+            raise ConversionError(
+                f"{path} is a TorchScript archive, such as OpenAI's files of CLIP, and is not opened; name the same "
+                "weights in another form, such as openai/clip-vit-large-patch14."
+            ) from error
         raise ConversionError(f"{path} is damaged or is no file of torch.save; copy it again.") from error
     opened: list = []
     while isinstance(content, dict) and (wrapper := next((key for key in _WRAPPERS if key in content), None)):
