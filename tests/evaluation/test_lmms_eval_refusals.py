@@ -1,5 +1,7 @@
 """What `otter-hf eval` refuses before it asks a model anything."""
 
+from types import SimpleNamespace
+
 import benchmark_rows
 import pytest
 import yaml
@@ -39,6 +41,22 @@ def test_a_filelock_that_lmms_eval_cannot_use_is_named(otter_folder, data, tmp_p
     path.write_text(yaml.safe_dump({"models": [str(otter_folder)], "datasets": [dataset], "output": str(tmp_path)}))
     assert main(["eval", str(path)]) == 2
     assert "install 'filelock<4'" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_benchmark_that_there_is_not(otter_folder, tmp_path, capsys, no_key, monkeypatch):
+    """Told before anything is read; lmms-eval would end in a KeyError."""
+    known = SimpleNamespace(all_tasks=["mmmu_val"])
+    monkeypatch.setattr(run, "_task_manager", lambda is_ours: known)
+    for name, hint in (
+        ("mmee", "did you mean 'mme'?"),
+        ("mmmu_vall", "did you mean 'mmmu_val'?"),
+        ("x", "lists ours"),
+    ):
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({"models": [str(otter_folder)], "datasets": [name], "output": str(tmp_path)}))
+        assert main(["eval", str(path)]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"There is no benchmark {name!r}, neither here nor in lmms-eval" in error and hint in error
 
 
 def test_a_missing_column_is_named(otter_folder, tmp_path, capsys, no_key):

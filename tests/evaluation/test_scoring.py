@@ -1,7 +1,9 @@
 """Every score against numbers worked out by hand."""
 
+import benchmark_rows
 import pytest
 
+from otter_hf.evaluation.benchmarks import BENCHMARKS, Options, scienceqa_answer
 from otter_hf.evaluation.scoring import (
     magnifierbench,
     mathvista,
@@ -474,3 +476,20 @@ def test_mathvista_query_and_scores():
     }
     hidden = [{**record, "answer": ""} for record in records]  # the test split
     assert mathvista.score(hidden) == {"extraction_failures": 1, "questions": 2}
+
+
+def test_the_right_answer_is_an_option_however_it_is_written():
+    rows = {
+        "otter_magnifierbench": benchmark_rows.magnifierbench()[0],
+        "otter_mmbench": benchmark_rows.mmbench()[0],
+        "otter_seedbench_ppl": benchmark_rows.seedbench()[0],
+    }
+    replies = [(-1.0, True, 2)] * 4
+    for name, row in rows.items():
+        record = BENCHMARKS[name].record
+        said = replies if "ppl" in name else ["B"]
+        assert record({**row, "answer": " b "}, said, Options())["answer"] == "B"
+        with pytest.raises(ValueError, match="has the answer 'E', none of A, B, C, D"):
+            record({**row, "answer": "E"}, said, Options())
+    with pytest.raises(ValueError, match="has the answer 3, counted from 0, of 3 choices"):
+        scienceqa_answer({**benchmark_rows.scienceqa()[0], "answer": 3})

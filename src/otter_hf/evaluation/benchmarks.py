@@ -6,7 +6,7 @@ dict per row, which goes into the sample log and from which everything is scored
 
 import ast
 import os
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
@@ -108,6 +108,14 @@ def answer(row: Mapping) -> str:
     return str(row.get("answer", ""))
 
 
+def letter(row: Mapping, letters: Iterable[str]) -> str:
+    """The letter of the right option; ValueError if it is none of `letters`, as nobody could then be right."""
+    told, letters = str(row["answer"]).strip().upper(), list(letters)
+    if told not in letters:
+        raise ValueError(f"Row {row_id(row)!r} has the answer {row['answer']!r:.80}, none of {', '.join(letters)}.")
+    return told
+
+
 # MagnifierBench
 
 
@@ -129,13 +137,13 @@ def magnifierbench_freeform_question(row: Mapping, prompts: Mapping | None = Non
 def magnifierbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Which option the reply names."""
     prediction = magnifierbench.parse_answer(replies[0], row["instruction"], legacy=options.legacy_parse)
-    return {"id": row_id(row), "prediction": prediction, "answer": row["answer"].strip()}
+    return {"id": row_id(row), "prediction": prediction, "answer": letter(row, magnifierbench.LETTERS)}
 
 
 def magnifierbench_freeform_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """What the judge says about the reply."""
     asked, choices = magnifierbench.split_instruction(row["instruction"])
-    truth = choices[row["answer"].strip()]
+    truth = choices[letter(row, choices)]
     judge = _require(options.judge, "MagnifierBench in free form")
     if fate(replies[0]) in ("failed", "empty"):
         return {"id": row_id(row), "truth": truth, "judge": None, "verdict": "no"}
@@ -184,13 +192,14 @@ def mmbench_record(row: Mapping, replies: list[str], options: Options) -> dict:
     """Which option the reply names, and the row for the server's table."""
     table_row = {name: row.get(name) for name in mmbench.SUBMISSION_COLUMNS if name != "prediction"}
     table_row["l2-category"] = row.get("l2-category", row.get("L2-category"))
+    choices = mmbench.options_of(row)
     return {
         "index": row["index"],
         "category": row.get("category"),
         "l2-category": table_row["l2-category"],
-        "num_options": len(mmbench.options_of(row)),
-        "prediction": parse_choice(replies[0], mmbench.options_of(row)),
-        "answer": row.get("answer"),
+        "num_options": len(choices),
+        "prediction": parse_choice(replies[0], choices),
+        "answer": letter(row, choices) if mmbench.present(row.get("answer")) else None,
         "row": {**table_row, "prediction": "" if fate(replies[0]) == "failed" else read_reply(replies[0])},
     }
 
@@ -207,7 +216,10 @@ def scienceqa_question(row: Mapping, prompts: Mapping | None = None) -> str:
 
 def scienceqa_answer(row: Mapping) -> str:
     """The letter of the right choice."""
-    return chr(ord("A") + int(row["answer"]))
+    number, count = int(row["answer"]), len(row["choices"])
+    if not 0 <= number < count:
+        raise ValueError(f"Row {row_id(row)!r} has the answer {number}, counted from 0, of {count} choices.")
+    return chr(ord("A") + number)
 
 
 def scienceqa_rows(rows):
@@ -254,7 +266,7 @@ def seedbench_choices(row: Mapping) -> list[str]:
 
 def seedbench_target(row: Mapping) -> int:
     """The number of the right option."""
-    return "ABCD".index(row["answer"])
+    return "ABCD".index(letter(row, "ABCD"))
 
 
 def seedbench_record(row: Mapping, replies: list, options: Options, likelihood: str = "mean") -> dict:
@@ -268,7 +280,7 @@ def seedbench_record(row: Mapping, replies: list, options: Options, likelihood: 
         "question_id": row.get("question_id"),
         "losses": losses,
         "prediction": seedbench.rank(losses),
-        "answer": row["answer"],
+        "answer": letter(row, "ABCD"),
         "question_type": row.get("question_type_id"),
         "data_type": row.get("data_type"),
     }

@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +20,12 @@ from PIL import ImageFile
 from transformers.utils import logging
 
 from ..data.controls import CONTROLS
+from ..errors import did_you_mean
 from ..extras import pip_install, requirements
 from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function, with_paths
-from .config import DatasetSpec, EvalConfig, ModelSpec, file_name
+from .config import FEWSHOT, TASKS, DatasetSpec, EvalConfig, ModelSpec, file_name
 from .data_sources import READERS, data_source, picture_places, read_split
 from .judge import Judge
 from .published import read_published, write_table
@@ -51,6 +53,14 @@ def _pillow_as_lmms_eval_sets_it():
         yield
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+@cache
+def _task_manager(is_ours: bool):
+    """lmms-eval's view of our tasks, or of all, which takes it a while."""
+    from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[str(TASK_FOLDER)], include_defaults=not is_ours)
 
 
 @_pillow_as_lmms_eval_sets_it()
@@ -187,17 +197,15 @@ def run_benchmark(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) ->
 def _simple_evaluate(lm, dataset: DatasetSpec, tasks: list[str], options: Options, folder: Path, config: EvalConfig):
     """What lmms-eval makes of a benchmark: its results and samples, on the main process only."""
     from lmms_eval.evaluator import simple_evaluate
-    from lmms_eval.tasks import TaskManager
     from tenacity import RetryError
 
     ours = all(task in BENCHMARKS for task in tasks)
-    manager = TaskManager(include_path=[str(TASK_FOLDER)], include_defaults=not ours)
     built = [_build_task(task, dataset, options, config.output / "data") for task in tasks] if ours else list(tasks)
     try:
         return simple_evaluate(
             model=lm,
             tasks=built,
-            task_manager=manager,
+            task_manager=_task_manager(ours),
             limit=dataset.limit,
             bootstrap_iters=0,
             log_samples=True,
@@ -231,9 +239,9 @@ def build_tasks(dataset: DatasetSpec, tables: Path) -> Iterator[tuple[str, Any]]
     if all(task in BENCHMARKS for task in dataset.tasks):
         yield dataset.tasks[0], _build_task(dataset.tasks[0], dataset, Options(), tables)
         return
-    from lmms_eval.tasks import TaskManager, get_task_dict
+    from lmms_eval.tasks import get_task_dict
 
-    found = [*get_task_dict([*dataset.tasks], TaskManager(include_path=[str(TASK_FOLDER)])).items()]
+    found = [*get_task_dict([*dataset.tasks], _task_manager(False)).items()]
     while found:
         name, task = found.pop(0)
         if isinstance(task, Mapping):  # a group
@@ -305,6 +313,12 @@ def _check_columns(dataset: DatasetSpec, path: str, config: Mapping) -> None:
 def _check_dataset(dataset: DatasetSpec) -> None:
     if dataset.tasks and set(dataset.tasks) <= set(_NEEDS_JUDGE) and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(f"The dataset {dataset.name!r} needs a judge: set OPENAI_API_KEY in the environment.")
+    if any(task not in BENCHMARKS for task in dataset.tasks):
+        known = _task_manager(False).all_tasks
+        for task in dataset.tasks:
+            if task not in known:
+                hint = did_you_mean(task, [*TASKS, *FEWSHOT, *known], "docs/evaluation.md lists ours.")
+                raise ValueError(f"There is no benchmark {task!r}, neither here nor in lmms-eval; {hint}")
     paths = [dataset.data_path]
     if dataset.fewshot is not None:
         sources = [dataset.fewshot["train"], dataset.fewshot["test"]]

@@ -122,7 +122,7 @@ def normalise(extraction: str, row: Mapping) -> str | None:
         if row["answer_type"] == "integer":
             return str(int(float(extraction)))
         if row["answer_type"] == "float":
-            return str(round(float(extraction), int(row["precision"])))
+            return str(round(float(extraction), int(1 if row["precision"] is None else row["precision"])))
     except (ValueError, OverflowError):
         return None
     return extraction
