@@ -147,6 +147,17 @@ def test_batch_of_questions(folder, files, tmp_path, capsys, monkeypatch):
     assert asked == [2, 2, 2]
     (again,) = (tmp_path / "again").iterdir()  # nothing else is left
     assert json.loads(again.read_text()) == log
+    # what is drawn with a seed does not depend on where it was interrupted
+    logs = []
+    for name, deaths in (("whole", 0), ("broken", 1)):
+        arguments[3] = str(tmp_path / name)
+        asked[:] = [] if deaths else [0, 0]
+        drawn = [*arguments, "--temperature", "2", "--seed", "3"]
+        for _ in range(deaths):
+            assert main(["chat", str(folder), "--max-new-tokens", "4", *drawn]) == 130
+        chat(capsys, folder, *drawn)
+        logs.append(json.loads(next((tmp_path / name).iterdir()).read_text())["results"])
+    assert logs[0] == logs[1] != log["results"]
 
 
 def test_flamingo_without_a_template_continues_the_text(model, processor, folder, files, tmp_path, capsys):

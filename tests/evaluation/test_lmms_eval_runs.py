@@ -300,7 +300,8 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_result(
 ):
     from otter_hf.evaluation.model import ConversationModel
 
-    model = {"path": str(otter_folder), "name": "tiny", "batch_size": 2, "generation": {"max_new_tokens": 3}}
+    drawn = {"max_new_tokens": 3, "temperature": 1.5}
+    model = {"path": str(otter_folder), "name": "tiny", "batch_size": 2, "generation": drawn}
     datasets = [{"name": name, "data_path": data(name)} for name in ("pope", "seedbench")]
     config = {"models": [model], "datasets": datasets}
     evaluate(config)
@@ -340,7 +341,7 @@ def test_a_group_of_which_all_is_answered_is_not_prepared(otter_folder, monkeypa
     from otter_hf.evaluation.lmms import TransformersModel
 
     class Answering:
-        def answers(self, conversations, until, chat_template, batch_size, wanted, **options):
+        def answers(self, conversations, until, chat_template, batch_size, wanted, seed, **options):
             yield {place: f"{text} {sorted(wanted)}" for place, text in enumerate(conversations)}
 
     lm = TransformersModel(otter_folder, batch_size=4)

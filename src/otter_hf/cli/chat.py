@@ -198,9 +198,8 @@ def answer_list(
     if arguments.skill is not None:
         context.append(state(arguments.skill))
     with kept_replies(arguments.output_dir, [*context, arguments.seed, arguments.num_frames]) as replies:
-        answered = answer_questions(
-            asked, entries, arguments.num_frames, arguments.batch_size, replies, until, examples, **options
-        )
+        how = (arguments.num_frames, arguments.batch_size, replies, until, examples, arguments.seed)
+        answered = answer_questions(asked, entries, *how, **options)
         path = write_log(arguments.output_dir, model.config.model_type, arguments.model, answered, print_answer)
     print(f"wrote {path}")
 

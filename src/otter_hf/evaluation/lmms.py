@@ -6,6 +6,7 @@ from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.chat.openai import OpenAICompatible
@@ -186,7 +187,8 @@ class TransformersModel(ResumableModel):
         def ask(window: list, wanted: set[int]) -> Iterator[dict]:
             conversations = (conversation() for conversation in window)
             size = self.batch_size
-            return self.conversation_model.answers(conversations, (), chat_template, size, wanted, **options)
+            seed = torch.initial_seed()
+            return self.conversation_model.answers(conversations, (), chat_template, size, wanted, seed, **options)
 
         return self.answer(questions, lambda conversation: [conversation(), options, chat_template], ask)
 
@@ -223,7 +225,7 @@ class TransformersModel(ResumableModel):
                 continue
             conversations = (self.messages(window[number]) for number in numbers)
             for found in self.conversation_model.answers(
-                conversations, until, chat_template, self.batch_size, missing, **options
+                conversations, until, chat_template, self.batch_size, missing, torch.initial_seed(), **options
             ):
                 yield {numbers[place]: reply for place, reply in found.items()}
 

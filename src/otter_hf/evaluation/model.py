@@ -1,6 +1,8 @@
 """Any image-text-to-text model of transformers, asked in conversations: greedy answers and log-probabilities."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,6 +17,7 @@ from ..films import read_video
 from ..loading import load_model, read_processor
 from ..models.chat_processing import MEDIA_SOURCES, read_conversations
 from ..models.flamingo import FlamingoForConditionalGeneration, FlamingoProcessor
+from ..models.media_folder import hash_of_tensor
 from ..models.media_store import MediaStore
 from ..models.prefix_cache import (
     branch,
@@ -168,6 +171,7 @@ class ConversationModel:
         chat_template: str | None = None,
         batch_size: int = 8,
         wanted: Collection[int] | None = None,
+        seed: int | None = None,
         **generation,
     ) -> Iterator[dict[int, str]]:
         """
@@ -178,19 +182,24 @@ class ConversationModel:
 
         Args:
             wanted: numbers of conversations; batches without any of these are not asked.
+            seed: what is drawn for a batch depends on it and on the batch alone, not on those asked before it; by
+                default torch's generator goes on.
         """
         options = _generation_kwargs({**generation, **self.generation})
-        for numbers, ask in self._asked(conversations, chat_template, batch_size, wanted):
-            new = ask(options)  # (B, L_new)
+        for numbers, inputs, ask in self._asked(conversations, chat_template, batch_size, wanted):
+            with nullcontext() if seed is None or not options["do_sample"] else _draws(seed, inputs):
+                new = ask(options)  # (B, L_new)
             texts = self.processor.post_process_image_text_to_text(new)
             yield {number: _cut(text, until) for number, text in zip(numbers, texts, strict=True)}
 
-    def _asked(self, conversations, chat_template, batch_size, wanted) -> Iterator[tuple[list[int], Callable]]:
-        """Batches, and what generates for each the new tokens `(B, L_new)`."""
+    def _asked(
+        self, conversations, chat_template, batch_size, wanted
+    ) -> Iterator[tuple[list[int], Mapping[str, torch.Tensor], Callable]]:
+        """Batches with their inputs, and what generates for each the new tokens `(B, L_new)`."""
         if self._batches is not None:
             prompts = self._prompts(conversations, chat_template, batch_size)
             for batch in self._batches.batches(prompts, batch_size, wanted):
-                yield batch.numbers, partial(self._generate, batch)
+                yield batch.numbers, batch.inputs, partial(self._generate, batch)
             return
         for numbers, chunk in _chunks(conversations, batch_size):
             if wanted is None or not set(wanted).isdisjoint(numbers):
@@ -198,6 +207,7 @@ class ConversationModel:
                 length = inputs["input_ids"].shape[1]
                 yield (
                     numbers,
+                    inputs,
                     lambda options, inputs=inputs, at=length: self.model.generate(**inputs, **options)[:, at:],
                 )
 
@@ -306,6 +316,15 @@ class ConversationModel:
         name = "perceiver_embeddings" if self.model.config.use_resampler else "image_encoder_embeddings"
         mask = inputs["image_attention_mask"][:, -1:].expand(rows, width, -1)
         return {name: states.repeat_interleave(rows, dim=0), "image_attention_mask": mask}
+
+
+@contextmanager
+def _draws(seed: int, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within, torch draws what the seed and these inputs say; behind it goes on as if nothing had been drawn."""
+    told = [str(seed), *map(hash_of_tensor, inputs.values())]
+    with torch.random.fork_rng(range(torch.accelerator.device_count())):
+        torch.manual_seed(int(hashlib.sha256(" ".join(told).encode()).hexdigest()[:16], 16))
+        yield
 
 
 def _chunks(items: Iterable, size: int) -> Iterator[tuple[list[int], list]]:

@@ -38,6 +38,8 @@ from .scoring.replies import count_fates, fate
 logger = logging.get_logger(__name__)
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
+# of what is drawn, as lmms-eval has it for its tasks
+_SEED = 1234
 # tasks without a score when nobody judges
 _NEEDS_JUDGE = ("otter_magnifierbench_freeform", "otter_mmvet")
 
@@ -100,6 +102,7 @@ def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
             if dataset.fewshot is not None:
                 from .fewshot.run import run_fewshot
 
+                torch.manual_seed(_SEED)
                 figures = run_fewshot(lm, dataset, folder, config.controls)
             else:
                 figures = run_benchmark(lm, dataset, folder, config)

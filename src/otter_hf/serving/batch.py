@@ -63,6 +63,7 @@ def answer_questions(
     replies: ReplyLog | None = None,
     until: Sequence[str] = (),
     examples: Sequence[dict] = (),
+    seed: int | None = None,
     **generation,
 ) -> Iterator[tuple[dict, str]]:
     """
@@ -75,6 +76,7 @@ def answer_questions(
         replies: answers of before, which are not asked for again, and where new ones are kept.
         until: an answer ends before the first of these.
         examples: messages in front of each question, which are read once.
+        seed: of what is drawn, see [`ConversationModel.answers`].
         generation: see [`ConversationModel.generate`].
     """
 
@@ -88,7 +90,7 @@ def answer_questions(
 
     def ask(window: list[dict], wanted: set[int]) -> Iterator[dict[int, str]]:
         conversations = ([*examples, *conversation(entry)] for entry in window)
-        return model.answers(conversations, until, batch_size=batch_size, wanted=wanted, **generation)
+        return model.answers(conversations, until, None, batch_size, wanted, seed, **generation)
 
     yield from zip(entries, answer_all(entries, question, ask, 4 * batch_size, replies, disable=None), strict=True)
 
