@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.distributed.utils import is_local_dist_rank_0
 from transformers.image_utils import SizeDict
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
@@ -53,6 +54,9 @@ _SIDES = {
     OtterHDProcessor: ("resolution",),  # its `size` is a limit
     IdeficsProcessor: ("image_size",),
 }
+# transformers 5.23 leaves the end of this name out when it reads a DoRA adapter
+_DORA = WeightRenaming(r"(\.lora_magnitude_vector\.[^.]+)$", r"\1.weight")
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")
 _PROCESSOR_FILES = "processor_config.json, tokenizer_config.json or config.json"
 
 
@@ -90,19 +94,34 @@ def load_model(
         attn_implementation: a name, or names by part; as `from_pretrained` takes them, or as typed in a command.
 
     Raises:
-        ValueError: if bitsandbytes is missing, or a tokenizer is given for a model of another family.
+        ValueError: if bitsandbytes is missing, for a dtype or device that there is not, and for a tokenizer that is
+            given for a model of another family.
         OSError: if there is no such model.
     """
     loading = {"quantization_config": quantization_config()} if load_in_4bit else {}
     if attn_implementation is not None:
         loading["attn_implementation"] = read_attention(attn_implementation)
     device_map = default_device() if device_map is None else device_map
+    _check_place(dtype, device_map)
     model = read_model(name, tokenizer, dtype=dtype, device_map=device_map, **loading).eval()
     # an answer ends with <|endofchunk|>, which not every repository of 2023 says
     end_of_chunk = getattr(model.config, "end_of_chunk_token_id", None)
     if end_of_chunk is not None:
         model.generation_config.eos_token_id = sorted({*end_tokens(model.generation_config), end_of_chunk})
     return model
+
+
+def _check_place(dtype: str, device_map: Any) -> None:
+    """ValueError for what there is not, before a configuration is blamed for it."""
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"dtype {dtype!r} is unknown: use auto, float32, bfloat16 or float16.")
+    if isinstance(device_map, (str, torch.device)) and device_map not in _PLACEMENTS:
+        try:
+            torch.empty(0, device=device_map)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"The device {str(device_map)!r} cannot be used here: {str(error).splitlines()[0].rstrip('.')}."
+            ) from error
 
 
 def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTrainedModel:
@@ -126,11 +145,17 @@ def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTr
         else:
             # in two steps, since `from_pretrained` tells of the adapter's weights only
             model = read_model(base, tokenizer, **options)
-            loading = LoadStateDictConfig(ignore_mismatched_sizes=True, download_kwargs={"revision": revision})
+            loading = LoadStateDictConfig(
+                ignore_mismatched_sizes=True,
+                download_kwargs={"revision": revision},
+                weight_mapping=[*get_model_conversion_mapping(model), _DORA],
+            )
             told = _load_adapter(model, path, loading)
             refuse_left_over(name, told)
     except (SafetensorError, UnpicklingError) as error:
         raise ValueError(f"The weights of {name} are damaged ({error}): fetch them again.") from error
+    except ImportError as error:  # of attention and quantisation that is not installed
+        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split()):.300}") from error
     refuse_incomplete(name, told)
     refuse_no_numbers(name, model)
     refuse_integers(path, model)

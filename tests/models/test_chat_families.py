@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from transformers import DynamicCache, ImageTextToTextPipeline
+from transformers import AutoProcessor, DynamicCache, ImageTextToTextPipeline
 
 from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
 from otter_hf.data.collator import OtterCollator
@@ -268,6 +268,24 @@ def test_prompts_are_not_cut_before_their_answer(family):
     assert len(whole["input_ids"][0]) == full
 
 
+def test_the_tokens_of_pictures_are_told(family):
+    name, processor, _ = family
+    batch = processor(
+        text=[f"{IMAGE[name]}a", "abc"], images=[[RED], []], return_mm_token_type_ids=True, return_tensors="pt"
+    )
+    told = batch["mm_token_type_ids"].bool()
+    is_picture = torch.isin(batch["input_ids"], torch.tensor(processor.image_token_ids))
+    assert torch.equal(told, is_picture) and told[0].any() and not told[1].any()
+
+
+def test_the_side_of_padding_may_be_given(family, tmp_path):
+    _, processor, _ = family
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).tokenizer.padding_side == "left"
+    right = AutoProcessor.from_pretrained(tmp_path, padding_side="right")
+    assert not right(text=["a", "abc"], return_tensors="pt")["attention_mask"][0, -1]
+
+
 def test_lengths_are_padded_to_a_multiple(family):
     _, processor, _ = family
     messages = [[user(RED, "a")], [user(BLUE, "a longer one")]]
@@ -317,7 +335,8 @@ def test_the_last_answer_is_read(family):
     messages = [user(RED, "q"), assistant("one"), user(BLUE, "r"), assistant("two")]
     ids = inputs_of(processor, messages, add_generation_prompt=False)["input_ids"]
     # a Flamingo marks no answer: all behind the last picture is read
-    assert processor.post_process_image_text_to_text(ids) == ["rtwo" if name == "flamingo" else "two"]
+    for given in (ids, ids[0], ids[0].tolist(), ids.numpy()):
+        assert processor.post_process_image_text_to_text(given) == ["rtwo" if name == "flamingo" else "two"]
 
 
 def test_tokens_that_do_not_exist_are_not_generated(family):

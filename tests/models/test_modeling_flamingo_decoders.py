@@ -100,10 +100,11 @@ def test_hidden_states_start_in_front_of_the_gated_block(model):
 def test_attention_implementations_agree(model):
     inputs = {"input_ids": torch.cat([row(1, 5), row(3, seed=1)]), "pixel_values": images(2, 2)}
     logits = {}
-    for implementation in ("eager", "sdpa"):
+    for implementation in ("eager", "varlen_sdpa", "sdpa"):
         model.set_attn_implementation(implementation)
         logits[implementation] = model(**inputs).logits
     assert_close(logits["sdpa"], logits["eager"], 2e-5)
+    assert_close(logits["varlen_sdpa"], logits["eager"], 2e-5)
 
 
 @pytest.mark.parametrize("model_type", ["bloom", "gptj", "phi", "mpt"])

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import is_flash_attn_3_available
 
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
 from otter_hf.loading import load_model, read_model, read_processor
@@ -246,6 +247,20 @@ def test_a_whole_adapter_loads(adapter):
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
+def test_an_adapter_of_dora_loads(whole, tmp_path):
+    """`from_pretrained` of transformers 5.23 finds no place for its magnitudes."""
+    config = LoraConfig(r=2, target_modules=r"model\.language_model\..*\.q_proj", use_dora=True)
+    model = get_peft_model(AutoModelForImageTextToText.from_pretrained(whole), config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(0.1)
+    model.save_pretrained(tmp_path)
+    expected = {name.removeprefix("base_model.model."): value for name, value in model.state_dict().items()}
+    loaded = read_model(str(tmp_path)).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
 LORA_A = "base_model.model.model.language_model.layers.0.decoder_layer.self_attn.q_proj.lora_A.weight"
 LATENTS = "base_model.model.model.perceiver.latents"
 
@@ -319,6 +334,25 @@ def test_a_whole_folder_loads(whole):
     expected = load_file(whole / "model.safetensors")
     loaded = load_model(str(whole), device_map="cpu")
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"dtype": "float8"}, "dtype 'float8' is unknown: use auto, float32, bfloat16 or float16"),
+        ({"device_map": "cuda:99"}, "The device 'cuda:99' cannot be used here: .*CUDA"),
+        ({"device_map": "gpu"}, "The device 'gpu' cannot be used here: Expected one of cpu, cuda"),
+        pytest.param(
+            {"attn_implementation": "flash_attention_3"},
+            "cannot be loaded: FlashAttention3 .*be installed",
+            marks=pytest.mark.skipif(is_flash_attn_3_available(), reason="it is installed"),
+        ),
+    ],
+)
+def test_what_there_is_not_is_not_blamed_on_the_folder(whole, options, told):
+    with pytest.raises(ValueError, match=told) as error:
+        load_model(str(whole), **options)
+    assert "\n" not in str(error.value) and "config.json" not in str(error.value)
 
 
 def write_header(path, entries, size=16):

@@ -101,6 +101,8 @@ def attention_for(model_class: type[PreTrainedModel], requested: str | None, par
         requested: None leaves the choice to transformers.
         part: its name, e.g. `vision_config`.
     """
+    if requested == "varlen_sdpa" and not getattr(model_class, "_supports_varlen_sdpa", True):
+        return "sdpa"
     declared = {"flash": "_supports_flash_attn", "flex": "_supports_flex_attn", "sdpa": "_supports_sdpa"}
     if all(kind not in (requested or "") or getattr(model_class, name) for kind, name in declared.items()):
         return requested

@@ -31,6 +31,14 @@ class ChatProcessorMixin(ProcessorMixin):
     modalities = ("text", "images", "videos")
     unsupported_text_options = UNSUPPORTED_TEXT_OPTIONS
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As in the parent class; `padding_side` goes before the left, which generation needs."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("padding_side") is not None:
+            processor.tokenizer.padding_side = kwargs["padding_side"]
+        return processor
+
     def apply_chat_template(
         self,
         conversation: list[dict] | list[list[dict]],
@@ -164,6 +172,12 @@ def media_parts_of(messages: Iterable[dict]) -> list[dict]:
     """The pictures and films of messages, in their order."""
     contents = (message["content"] for message in messages if not isinstance(message["content"], str))
     return [part for content in contents for part in content if part["type"] != "text"]
+
+
+def as_rows(ids) -> list[list[int]]:
+    """Token ids, `(B, L)` or one sequence `(L,)`, of any kind as a list of lists."""
+    ids = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
+    return [list(row) for row in ids] if ids and isinstance(ids[0], (list, tuple)) else [ids]
 
 
 def read_texts(text) -> list[str]:

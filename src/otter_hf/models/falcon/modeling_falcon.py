@@ -22,6 +22,8 @@ class OtterFalconModel(FalconModel):
         ValueError: at construction, for a configuration with ALiBi.
     """
 
+    # transformers has a list of Falcon's attentions, in which it is not
+    _supports_varlen_sdpa = False
     _can_record_outputs = {
         "hidden_states": FalconDecoderLayer,
         "attentions": OutputRecorder(FalconAttention, index=1),

@@ -55,8 +55,6 @@ def make_language_model(config: FlamingoConfig) -> PreTrainedModel:
     decoder_class = _DECODER_CLASSES.get(text_type)
     build = AutoModel.from_config if decoder_class is None else decoder_class._from_config
     requested = config.text_config._attn_implementation
-    if text_type == "falcon" and requested == "varlen_sdpa":
-        requested = "sdpa"  # transformers has a list of Falcon's attentions, in which it is not
     text_class = decoder_class or MODEL_MAPPING[type(config.text_config)]
     config.text_config._attn_implementation = attention_for(text_class, requested, "text_config")
     language_model = build(config.text_config)

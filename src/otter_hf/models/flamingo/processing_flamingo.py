@@ -12,7 +12,7 @@ from transformers.video_utils import VideoInput
 
 from ...films import check_sampling, read_video
 from ...pictures import is_array, read_image
-from ..chat_processing import ChatProcessorMixin, read_texts
+from ..chat_processing import ChatProcessorMixin, as_rows, read_texts
 from ..legacy import find_raw_config, is_legacy_config
 from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
 from ..prepared_media import PreparedMedium, check_prepared
@@ -147,7 +147,8 @@ class FlamingoProcessor(ChatProcessorMixin):
                 of frames all, unless `num_frames` is given. A text holds images or videos, not both.
             legacy_pictures (`bool`, defaults to `False`): read images as the code of 2023 did, without orientation
                 and with transparency dropped.
-            kwargs: those of the tokenizer and the image processor, and `return_tensors`.
+            kwargs: those of the tokenizer and the image processor, `return_tensors`, and `return_mm_token_type_ids`:
+                `mm_token_type_ids (B, L)`, 1 for `<image>`.
 
         Raises:
             ValueError: if images and `<image>` tokens differ in number, naming the text; if an image cannot be read,
@@ -160,6 +161,7 @@ class FlamingoProcessor(ChatProcessorMixin):
             raise ValueError("Nothing to process: give text, images or videos.")
         merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        with_types = merged["text_kwargs"].pop("return_mm_token_type_ids", None)
         merged["images_kwargs"].pop("return_tensors", None)
 
         data = {}
@@ -171,6 +173,8 @@ class FlamingoProcessor(ChatProcessorMixin):
                 self._check_cut(texts, data["input_ids"], merged["text_kwargs"])
             counts = [list(ids).count(self.image_token_id) for ids in data["input_ids"]]
             data.pop("token_type_ids", None)
+            if with_types:
+                data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if images is not None or videos is not None:
             options, images_kwargs = merged["videos_kwargs"], merged["images_kwargs"]
             sampling = {name: options.get(name) for name in ("num_frames", "fps", "do_sample_frames")}
@@ -311,14 +315,13 @@ class FlamingoProcessor(ChatProcessorMixin):
         `<image>`), or the start if there is none, up to `<|endofchunk|>`.
 
         Args:
-            generated_outputs: `(B, L)` ids from `generate`, with or without the prompt.
+            generated_outputs: `(B, L)` ids from `generate`, with or without the prompt, or one sequence `(L,)`.
             skip_special_tokens, kwargs: for the tokenizer's `decode`.
         """
         start_id = self.tokenizer.convert_tokens_to_ids(self.answer_start_token)
         stop_ids = {self.end_of_chunk_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         answers = []
-        for ids in generated_outputs:
-            ids = [int(token) for token in ids]
+        for ids in as_rows(generated_outputs):
             if start_id in ids:
                 ids = ids[len(ids) - ids[::-1].index(start_id) :]
             end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))

@@ -4,6 +4,8 @@ import re
 
 import torch
 
+from ..chat_processing import as_rows
+
 
 # opening and closing token of a location, and how many numbers it holds
 LOCATIONS = {"box": ("<0x00>", "<0x01>", 4), "point": ("<0x02>", "<0x03>", 2)}
@@ -79,9 +81,3 @@ class OtterHDLocationsMixin:
                         ids = ids[:position] + written + ids[end + 1 :]
                 position += 1
         return ids
-
-
-def as_rows(ids) -> list[list[int]]:
-    """Token ids of any kind as a list of lists."""
-    ids = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
-    return [list(row) for row in ids] if ids and isinstance(ids[0], (list, tuple)) else [ids]

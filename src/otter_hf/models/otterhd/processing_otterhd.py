@@ -19,10 +19,10 @@ from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ...prompts import chat_template as format_chat_template
 from ...prompts import escape_reserved_tokens
-from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, read_texts
+from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, as_rows, read_texts
 from ..prepared_media import PreparedMedium
 from .image_processing_otterhd import OtterHDImageProcessor, OtterHDImagesKwargs
-from .locations_otterhd import LOCATION, OtterHDLocationsMixin, as_rows
+from .locations_otterhd import LOCATION, OtterHDLocationsMixin
 
 
 IMAGE_TOKEN = "|SPEAKER|"
@@ -387,7 +387,7 @@ class OtterHDProcessor(OtterHDLocationsMixin, ChatProcessorMixin):
         if return_offsets_mapping:
             data["offset_mapping"] = places
         if return_mm_token_type_ids:
-            data["mm_token_type_ids"] = [[int(token in self.image_token_ids) for token in row] for row in input_ids]
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(input_ids)
         if return_tensors is None and len({len(row) for row in input_ids}) == 1:
             return_tensors = "pt"
         return BatchFeature(data | image_inputs, tensor_type=return_tensors)
