@@ -2,8 +2,10 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from training_files import environment
@@ -17,11 +19,11 @@ def test_flags_become_limits(monkeypatch, folders, tmp_path):
     started = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **options: started.update(options, app=app))
     folder = folders["otter"]
-    flags = "--port 1234 --max-body-mb 2 --max-image-pixels 100 --max-video-pixels 200 --max-pictures 3 --num-frames 4"
+    flags = "--port 0 --max-body-mb 2 --max-image-pixels 100 --max-video-pixels 200 --max-pictures 3 --num-frames 4"
     flags += " --max-new-tokens 5 --request-timeout 6 --slots 7 --queue 8 --shutdown-timeout 9 --no-fetch"
     assert main(["serve", folder, *flags.split(), "--allow-files", str(tmp_path), "--allow-private-addresses"]) == 0
     settings = started["app"].state.chat.settings
-    assert (started["port"], started["host"], started["timeout_graceful_shutdown"]) == (1234, "127.0.0.1", 9)
+    assert (started["port"], started["host"], started["timeout_graceful_shutdown"]) == (0, "127.0.0.1", 9)
     assert (settings.api_key, settings.body_bytes, settings.num_frames) == ("secret", 2 << 20, 4)
     assert (settings.media.image_pixels, settings.media.video_pixels, settings.media.pictures) == (100, 200, 3)
     assert (settings.new_tokens, settings.request_seconds, settings.slots, settings.queue) == (5, 6.0, 7, 8)
@@ -42,6 +44,22 @@ def test_bad_input_is_one_sentence(folders, capsys):
     with pytest.raises(SystemExit):
         main(["serve", "./nowhere", "--port", "99999"])
     assert "99999 is no port, use one from 0 (any free one) to 65535" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(folders, monkeypatch, capsys):
+    pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+    monkeypatch.setattr(
+        "otter_hf.serving.models.ServedModels.__init__", lambda *args, **options: pytest.fail("loaded")
+    )
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for command in ("serve", *(["demo"] if find_spec("gradio") else [])):
+            assert main([command, folders["otter"], "--port", str(port)]) == 2
+            told = capsys.readouterr().err
+            assert (
+                told == f"otter-hf: Nothing can listen at 127.0.0.1:{port} (Address already in use): give another "
+                "--port or --host.\n"
+            )
 
 
 def test_missing_packages_are_named(folders, monkeypatch, capsys):

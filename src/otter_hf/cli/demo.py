@@ -8,7 +8,7 @@ import secrets
 from ..extras import missing
 from ..model_names import check_model_name
 from .chat import loading_options
-from .serve import API_KEY_VARIABLE, add_server_arguments, named_skills, require_serving, settings_from
+from .serve import API_KEY_VARIABLE, add_server_arguments, check_port, named_skills, require_serving, settings_from
 
 
 def add_parser(subparsers):
@@ -43,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from ..demo.page import CSS, THEME, build_page
 
+    check_port(arguments.host, arguments.port)
     with contextlib.ExitStack() as stack:
         url, key = arguments.url, os.environ.get(API_KEY_VARIABLE) or "none"
         if arguments.models:

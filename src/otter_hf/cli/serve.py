@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 from pathlib import Path
 
 from ..extras import missing
@@ -32,6 +33,19 @@ def port_number(text: str) -> int:
     if not 0 <= port < 1 << 16:
         raise argparse.ArgumentTypeError(f"{port} is no port, use one from 0 (any free one) to 65535")
     return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ValueError where nothing can listen: models take their time to load, and would be loaded for nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can listen at {host}:{port} ({error.strerror}): give another --port or --host."
+        ) from None
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
@@ -125,6 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
         logging.get_logger("otter_hf").warning(
             f"Anyone who reaches {arguments.host}:{arguments.port} may use this server; set {API_KEY_VARIABLE}."
         )
+    check_port(arguments.host, arguments.port)
     models = ServedModels(
         arguments.models,
         skills=skills,
