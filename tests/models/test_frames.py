@@ -61,6 +61,16 @@ def test_only_real_frames_of_referenced_media_are_encoded(model):
     assert counts == [4 + 5 + 7, 3 + 5 + 1]
 
 
+def test_media_are_encoded_once_for_all_answers(model):
+    counts = []
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    for settings in ({"num_beams": 3}, {"num_beams": 2, "use_cache": False}, {"num_return_sequences": 2}):
+        settings["do_sample"] = "num_return_sequences" in settings
+        model.generate(**batch("left"), max_new_tokens=2, **{**GREEDY, **settings})
+    hook.remove()
+    assert counts == [4 + 5 + 7] * 3
+
+
 def test_equal_frame_counts_are_computed_as_without_a_mask(model):
     ids, pixels = torch.cat([row(1, 5), row(3, seed=1)]), images(2, 2, frames=3)
     mask = torch.tensor([[1, 1], [1, 0]])[..., None].expand(2, 2, 3)

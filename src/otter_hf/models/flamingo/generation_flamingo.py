@@ -7,7 +7,7 @@ from transformers.generation import GenerationConfig
 from transformers.utils import logging
 
 from ..generation import ImageTextGenerationMixin
-from ..media_attention import batch_first_media, media_behind
+from ..media_attention import batch_first_media, media_behind, running_media_index
 from ..media_cache import with_media
 from .media_flamingo import check_frame_mask, check_latents
 
@@ -181,6 +181,31 @@ class FlamingoGenerationMixin(ImageTextGenerationMixin):
         if not whole:
             return media  # only the new ones
         return media_behind(media, seen, total - seen)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids=None, **model_kwargs
+    ):
+        """As in the parent class; media are encoded once for all answers to a row, not again for each of them."""
+        pixel_values, cache = model_kwargs.get("pixel_values"), model_kwargs.get("past_key_values")
+        # those of a cache with media are told apart later
+        if expand_size > 1 and pixel_values is not None and getattr(cache, "media_seen", None) is None:
+            media_index, embeds = model_kwargs.get("media_index"), model_kwargs.get("inputs_embeds")
+            explicit = media_index is not None
+            if not explicit:
+                is_media = self.model._find_media_tokens(input_ids if embeds is None else None, embeds)
+                media_index = running_media_index(is_media)
+            model_kwargs["image_hidden_states"] = self.model._encode_media(
+                pixel_values.to(self.device),
+                model_kwargs.get("pixel_attention_mask"),
+                None,
+                media_index,
+                explicit=explicit,
+                blank=False,
+            )
+            del model_kwargs["pixel_values"]
+        return super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, num_new_tokens=1, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(
