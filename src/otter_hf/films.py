@@ -60,6 +60,7 @@ def read_video(
     num_frames: int | None = None,
     fps: float | None = None,
     do_sample_frames: bool | None = None,
+    default_num_frames: int | None = None,
     limits: FilmLimits = DEFAULT_LIMITS,
     **image_options: Any,
 ) -> list[Image.Image]:
@@ -70,6 +71,7 @@ def read_video(
         video: see the module.
         name: what to call it in an error.
         num_frames, fps, do_sample_frames: which frames, see the module.
+        default_num_frames: of an encoded film, where none of these is given; else 16.
         limits: what it may take.
         image_options: for `pictures.read_image`, where the frames are given.
 
@@ -81,7 +83,8 @@ def read_video(
     if is_array(video) or isinstance(video, (list, tuple, Image.Image)):
         return _given_frames(video, name, num_frames, fps, image_options)
     with open_film(video, name, limits) as film:
-        targets = film.targets(num_frames or DEFAULT_NUM_FRAMES, fps, do_sample_frames is not False)
+        count = num_frames or default_num_frames or DEFAULT_NUM_FRAMES
+        targets = film.targets(count, fps, do_sample_frames is not False)
         wanted = len(film) if targets is None else len(targets)
         shrunk = min(
             1.0,

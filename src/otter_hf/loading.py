@@ -25,12 +25,14 @@ from transformers.image_utils import SizeDict
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.modeling_utils import LoadStateDictConfig, set_zero3_state
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import PROCESSOR_NAME, cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 import otter_hf  # noqa: F401  registers the families
 
 from .conversion.tensors import check_weights, refuse_lfs_pointers, weight_files
 from .errors import config_told
+from .films import DEFAULT_NUM_FRAMES, check_sampling
 from .model_names import check_model_name, split_revision
 from .models.attention_choice import read_attention
 from .models.flamingo import FlamingoConfig, FlamingoProcessor
@@ -328,6 +330,18 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
         processor.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     _refuse_large_pictures(name, processor)
     return processor
+
+
+def read_num_frames(name: str) -> int:
+    """How many frames of a film a model is shown where nobody says: as many as in training, if it tells, else 16."""
+    path, revision = split_revision(name)
+    file = cached_file(path, PROCESSOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    try:
+        told = json.loads(Path(file).read_text(encoding="utf-8")).get("num_frames") if file else None
+        check_sampling(told, None, None)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{name} cannot be used, a value in its {PROCESSOR_NAME} is wrong: {error}") from error
+    return told or DEFAULT_NUM_FRAMES
 
 
 def _refuse_large_pictures(name: str, processor: ProcessorMixin) -> None:

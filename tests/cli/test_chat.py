@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_prompts_are_answered_in_turn(folder, files, capsys):
     assert chat(capsys, folder, "--image", files[1], *prompts) != output
 
 
-def test_every_medium_and_example_counts(folder, files, capsys):
+def test_every_medium_and_example_counts(folder, files, capsys, tmp_path):
     ask = ["--prompt", "what?", "--max-new-tokens", "12"]
     outputs = [
         chat(capsys, folder, *ask),
@@ -38,6 +39,11 @@ def test_every_medium_and_example_counts(folder, files, capsys):
         chat(capsys, folder, *ask, "--image", files[0], "--example", files[1], "what?", "green"),
     ]
     assert len(set(outputs)) == len(outputs)
+    # a folder that was trained on films is asked with as many frames as it was shown
+    trained = shutil.copytree(folder, tmp_path / "trained")
+    path = trained / "processor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_frames": 1}))
+    assert chat(capsys, trained, *ask, "--video", files[2]) == outputs[4]
 
 
 def test_interactive_session(folder, files, capsys, monkeypatch):

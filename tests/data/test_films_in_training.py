@@ -121,6 +121,7 @@ def test_llava_rows_with_films(tmp_path):
     shown = [[numbers(medium) for medium in mixture[index]["media"]] for index in range(3)]
     assert shown == [[[0, 10]], [[0, 10]], [[32], [0, 10]]]
     assert [mixture[index]["turns"][0][0] for index in range(3)] == ["What?", "What now?", "After  comes ?"]
+    assert mixture.shows_films()
     for wrong, message in (
         (row("<video><video>", video="a.mp4"), "2 <video> and 0 <image> for 1 films"),
         (row("<video>", image="b.png"), "hold <video>, which"),

@@ -134,6 +134,7 @@ def test_the_longest_medium_and_the_most_frames(files):
     ):
         data = mixture(files, group, {"clip": []}, options, **settings)
         assert (data.longest_medium(), data.most_frames()) == (longest, most)
+        assert data.shows_films() == (group == "VIDEO_TEXT")
 
 
 @pytest.mark.parametrize("num_frames, longest", [(2, 2), (7, 3)])
@@ -141,7 +142,7 @@ def test_the_longest_film_of_frames(tmp_path, by_colour, num_frames, longest):
     record = {"instruction": "Q", "answer": "A", "image_ids": ["red", "red", "blue", "green"]}
     files = write_mimicit(tmp_path, "X", {"r": {**record, "frames_per_medium": [1, 3]}}, by_colour)
     data = mixture(files, "IMAGE_TEXT", {"r": []}, SampleOptions(num_frames=num_frames))
-    assert data.longest_medium() == longest
+    assert data.longest_medium() == longest and data.shows_films()
 
 
 def placed_files(tmp_path, by_colour):

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from otter_hf import FlamingoProcessor, OtterProcessor
-from otter_hf.loading import read_processor
+from otter_hf.loading import read_num_frames, read_processor
 from otter_hf.prompts import render
 from otter_hf.testing import write_tiny
 
@@ -79,6 +79,16 @@ def test_video_is_one_medium_of_many_frames(processor, pictures, tmp_path):
     assert decoded.shape == (1, 1, 4, 3, 28, 28)
     brightness = decoded.mean((0, 1, 3, 4, 5))
     assert (brightness.diff() > 0).all()  # frames in order of time
+    # as many as in training, where nothing is said, and of a folder that does not tell 16
+    for told, frames in ((3, 3), (None, 16)):
+        processor.num_frames = told
+        processor.save_pretrained(tmp_path / "folder")
+        loaded = type(processor).from_pretrained(tmp_path / "folder")
+        assert loaded(text="<image>", videos=str(path), return_tensors="pt")["pixel_values"].shape[2] == frames
+        assert loaded(text="<image>", videos=str(path), fps=1, return_tensors="pt")["pixel_values"].shape[2] == 4
+        assert read_num_frames(str(tmp_path / "folder")) == frames
+    with pytest.raises(ValueError, match="num_frames must be a whole number of at least 1, got 0"):
+        type(processor)(processor.image_processor, processor.tokenizer, num_frames=0)
     given = processor(text=["<image>a", "<image>b"], videos=[pictures[:3], pictures[:1]], return_tensors="pt")
     assert given["pixel_values"].shape == (2, 1, 3, 3, 28, 28)
     assert not given["pixel_values"][1, 0, 1:].any()

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_3_available
 
+from otter_hf import loading
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
 from otter_hf.loading import load_model, read_model, read_processor
 
@@ -160,6 +161,16 @@ def test_sizes_beyond_the_weights_are_refused_before_they_take_memory(folders, t
         with pytest.raises(ValueError, match=told) as error:
             read(str(folder))
         assert "\n" not in str(error.value)
+
+
+def test_zero3_takes_memory_before_a_model_compares(folders, tmp_path, monkeypatch):
+    """Each parameter is shared out as it is made, so that sizes are compared before `from_pretrained` is called."""
+    folder = shutil.copytree(folders["otter"], tmp_path / "large")
+    set_field(folder, "text_config.vocab_size", 2**28)
+    loading._refuse_sizes(str(folder))
+    monkeypatch.setattr(loading, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="large cannot be used: text_config.vocab_size is 268435456"):
+        loading._refuse_sizes(str(folder))
 
 
 def test_layers_that_the_weights_lack(whole, folder, monkeypatch):

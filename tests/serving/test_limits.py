@@ -248,14 +248,16 @@ def test_work_ends_when_nobody_waits(tmp_path):
 def test_frames_of_a_film_may_come_by_themselves():
     """As clients of vLLM send them."""
 
-    def read(num_frames=3, end="", **limits):
+    def read(num_frames=3, end="", of_model=None, **limits):
         pictures = [Image.new("RGB", (8, 8), (40 * number, 0, 0)) for number in range(6)]
         encoded = ",".join(encode_base64(encode_image(picture, "JPEG")) for picture in pictures)
         film = {"type": "video_url", "video_url": {"url": f"data:video/jpeg;base64,{encoded}{end}"}}
-        (message,) = MessageReader(MediaLimits(**limits), FetchPolicy(), num_frames).read(asking(film))
+        reader = MessageReader(MediaLimits(**limits), FetchPolicy(), num_frames)
+        (message,) = reader.decode(reader.fetch(asking(film)), of_model)
         return message["content"][0]["video"]
 
     assert [round(frame.getpixel((4, 4))[0] / 40) for frame in read()] == [0, 2, 4]
+    assert [len(read(3, of_model=2)), len(read(None, of_model=2)), len(read(None))] == [3, 2, 6]
     assert len(read(num_frames=16)) == 6
     for asked, message in (
         ({"num_frames": 1, "pictures": 1}, "has more than 4 frames; send fewer of them"),

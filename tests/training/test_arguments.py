@@ -8,7 +8,7 @@ from transformers import TrainerState
 
 from otter_hf.training.arguments import DataArguments, TrainingArguments, parse_arguments
 from otter_hf.training.limits import check_numbers
-from otter_hf.training.run import _check_frames, _check_sizes, _farewell, _tell
+from otter_hf.training.run import _carry_frames, _check_frames, _check_sizes, _farewell, _tell
 
 
 FLAGS = ["--model_name_or_path", "m", "--train_mixture", "t.yaml", "--output_dir", "out"]
@@ -160,7 +160,11 @@ def test_more_frames_than_the_model_has_embeddings():
         _check_frames(SimpleNamespace(max_num_frames=16), data)
 
 
-def test_films_are_asked_about_with_the_frames_of_training():
+def test_films_are_asked_about_with_the_frames_of_training(processor):
+    data_args = DataArguments("t.yaml", num_frames=8)
+    assert _carry_frames(processor, data_args, SimpleNamespace(shows_films=lambda: False)) is None
+    assert processor.num_frames is None
+    assert _carry_frames(processor, data_args, SimpleNamespace(shows_films=lambda: True)) == processor.num_frames == 8
     told = _farewell(SimpleNamespace(lora=False), SimpleNamespace(output_dir="out", trainable_only=False), 8)
     assert told.endswith("next: otter-hf chat out --video FILM --num-frames 8")
 

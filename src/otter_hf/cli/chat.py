@@ -23,7 +23,7 @@ def add_parser(subparsers):
     )
     media.add_argument("--video", action="append", default=[], metavar="PATH", help="a video, or its URL")
     media.add_argument(
-        "--num-frames", type=positive, default=16, help="evenly spaced frames read of a video (default: 16)"
+        "--num-frames", type=positive, help="evenly spaced frames read of a video (default: as in training, else 16)"
     )
     media.add_argument(
         "--example",
@@ -151,13 +151,14 @@ def run(arguments: argparse.Namespace) -> None:
     # heavy imports wait until someone chats
     import torch
 
-    from ..loading import load
+    from ..loading import load, read_num_frames
     from ..models.skills import Skill, describe_skill
     from ..serving.batch import read_questions
     from ..serving.session import ChatSession
     from .chat_commands import media_parts
     from .chat_terminal import Chat
 
+    arguments.num_frames = arguments.num_frames or read_num_frames(arguments.model)
     # opened before the model loads: a mistyped path should not cost a minute
     entries = read_questions(arguments.yaml_file) if arguments.yaml_file else None
     media = media_parts(arguments.image, arguments.video, arguments.num_frames)

@@ -74,7 +74,7 @@ def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:
         ("--max-image-pixels", positive, 40_000_000, "of a picture (default: 40 million)"),
         ("--max-video-pixels", positive, 20_000_000_000, "of a video (default: 20 thousand million)"),
         ("--max-pictures", not_negative, 128, "and frames of a request (default: 128)"),
-        ("--num-frames", positive, 16, "read of a video (default: 16)"),
+        ("--num-frames", positive, None, "read of a video (default: as in the model's training, else 16)"),
         ("--max-text-characters", positive, 500_000, "of a request (default: 500,000)"),
         ("--max-new-tokens", positive, 1024, "of an answer (default: 1024)"),
         ("--body-timeout", above_0, 30, "seconds for a request to arrive (default: 30)"),

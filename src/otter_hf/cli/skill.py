@@ -24,7 +24,7 @@ def add_parser(subparsers) -> None:
     make.add_argument("examples", help="YAML list of {image_path, question, answer}, or {system, examples}")
     make.add_argument("--model", required=True, help="folder or Hub id; the skill is for this model only")
     make.add_argument("--output", required=True, metavar="FILE", help="e.g. counting.safetensors")
-    make.add_argument("--num-frames", type=positive, default=16, help="read of a film (default: 16)")
+    make.add_argument("--num-frames", type=positive, help="read of a film (default: as in training, else 16)")
     add_loading_arguments(make)
     make.set_defaults(func=run_make)
     show = commands.add_parser("show", help="say what a skill holds", description="Say what a skill holds.")
@@ -36,13 +36,13 @@ def run_make(arguments: argparse.Namespace) -> None:
     """Read the examples and write the file."""
     check_model_name(arguments.model, weights=True)
     # heavy imports wait until the model's name is known to be good
-    from ..loading import load
+    from ..loading import load, read_num_frames
     from ..models.skills import Skill, check_skill_path, describe_skill
     from ..serving.examples import read_examples
     from ..serving.media import fit_media
 
     check_skill_path(arguments.output)
-    messages = read_examples(arguments.examples, arguments.num_frames)
+    messages = read_examples(arguments.examples, arguments.num_frames or read_num_frames(arguments.model))
     model, processor = load(arguments.model, **loading_options(arguments))
     Skill.compile(model, processor, fit_media(messages, processor)).save(arguments.output)
     told = describe_skill(arguments.output)

@@ -18,6 +18,7 @@ from datasets import Dataset as Table
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers.utils import logging
 
+from ..films import is_film
 from .formats import load_mimicit
 from .image_store import ImageStore
 from .mixture_yaml import MixtureEntry, entries_of, read_mixture  # noqa: F401  here callers find it, too
@@ -171,6 +172,18 @@ class MimicitMixture(Dataset):
                 )
         return longest
 
+    def shows_films(self) -> bool:
+        """Whether there are films in the data; encoded ones outside of VIDEO_TEXT as far as some records tell."""
+        for entry, table, rows, store in zip(self.entries, self._tables, self._rows, self._stores, strict=True):
+            if entry.task_group == TEXT_ONLY:
+                continue
+            if entry.task_group == VIDEO_TEXT or _most_images(table)[1] > 1:
+                return True
+            some = itertools.chain(*(table[int(row)]["image_ids"] for row in rows[:: max(1, len(rows) // 64)]))
+            if any(_is_film(store, id) for id in some):
+                return True
+        return False
+
     def digest(self) -> list[list]:
         """
         What the data are, wherever they lie: of each dataset its group, name, number of samples and images, and a
@@ -199,14 +212,14 @@ class MimicitMixture(Dataset):
         index %= len(self)
         for attempt in range(len(self)):
             try:
-                return self._build((index + attempt) % len(self))
+                return self._build((index + attempt) % len(self), self.transform)
             except SampleError as error:
                 if self.on_error == "raise":
                     raise
                 self.skip(error)
         raise SampleError(f"None of the {len(self)} samples of the mixture can be used.")
 
-    def _build(self, index: int) -> Sample:
+    def _build(self, index: int, transform: Callable[[Sample, random.Random], Sample] | None = None) -> Sample:
         number = int(np.searchsorted(self._ends, index, side="right"))
         entry, rows = self.entries[number], self._rows[number]
         row = int(rows[index - (self._ends[number] - len(rows))])
@@ -216,7 +229,7 @@ class MimicitMixture(Dataset):
             context = [turn for turn in record["context"] if turn["id"] not in self._held_out]
             record = {**record, "context": context}
         sample = sample_of_entry(entry, record, self._stores[number], self.options, generator)
-        return sample if self.transform is None else self.transform(sample, generator)
+        return sample if transform is None else transform(sample, generator)
 
     def summary(self) -> str:
         """A table of the datasets: group, name, number of records, samples per epoch, their share, and images."""
@@ -243,6 +256,14 @@ def sample_of_entry(
         generator=generator,
     )
     return {**sample, "task_group": entry.task_group, "dataset": entry.name}
+
+
+def _is_film(store: ImageStore, id: str) -> bool:
+    try:
+        medium = store.medium(id)
+    except (KeyError, OSError):
+        return False
+    return isinstance(medium, Path) or is_film(medium)
 
 
 def _most_images(table: Table) -> tuple[int, int]:

@@ -121,6 +121,7 @@ class ConversationModel:
         options = dict(self.processor_kwargs)
         if not takes_films(self.processor):
             reading = {name: options.pop(name) for name in ("num_frames", "fps") if name in options}
+            reading["default_num_frames"] = getattr(self.processor, "num_frames", None)
             conversations = [_films_as_pictures(messages, **reading) for messages in conversations]
         if self.is_idefics:
             legacy = options.pop("legacy_pictures", False)

@@ -252,13 +252,13 @@ class ChatCompletions(ChatCompletionHandler):
     def _prepare(self, job: ChatJob, reader: MessageReader, messages: list[dict]):
         """Model, processor, inputs and generation config of a request; ValueError for what is wrong with it."""
         settings, options = self.settings, job.options
-        messages = reader.decode(messages)
         name = self.model_manager.process_model_name(self.model_manager.model_of(job.body["model"]))
         try:
             model, processor = self.model_manager.load_model_and_processor(name)
             job.skill = self.model_manager.skill_of(job.body["model"], model, processor)
         except (ValueError, OSError) as error:  # files of the server's, not what the client sent
             raise RuntimeError(f"{job.body['model']} cannot be read: {error}") from error
+        messages = reader.decode(messages, getattr(processor, "num_frames", None))
         inputs = processor.apply_chat_template(
             fit_media([*(job.skill.messages if job.skill else ()), *messages], processor, settings.media),
             add_generation_prompt=True,

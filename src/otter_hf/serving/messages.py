@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from ..films import DEFAULT_NUM_FRAMES
 from ..models.chat_processing import media_parts_of
 from ..reading import whole_characters
 from .fetch import FetchPolicy, is_fetched, read_url
@@ -27,7 +28,7 @@ class MessageReader:
     Args:
         limits: what texts, pictures and videos may take.
         policy: which addresses are read, how many and for how long.
-        num_frames: frames read of each video.
+        num_frames: frames read of each video; None if `decode` is told.
         is_cancelled: tells that nobody waits any more; the work then ends with [`Cancelled`].
     """
 
@@ -35,7 +36,7 @@ class MessageReader:
         self,
         limits: MediaLimits,
         policy: FetchPolicy,
-        num_frames: int,
+        num_frames: int | None,
         is_cancelled: Callable[[], bool] = lambda: False,
     ):
         self.limits = limits
@@ -80,13 +81,17 @@ class MessageReader:
                 part["data"] = self._read(url, part["name"])
         return checked
 
-    def decode(self, messages: list[dict]) -> list[dict]:
+    def decode(self, messages: list[dict], num_frames: int | None = None) -> list[dict]:
         """
         What `fetch` gave as messages for `apply_chat_template`, contents being lists of parts, pictures PIL images.
+
+        Args:
+            num_frames: of a video, where the reader was not told any; else 16.
 
         Raises:
             ValueError: naming the message, for pictures and videos that cannot be read or exceed the limits.
         """
+        wanted = self.num_frames or num_frames or DEFAULT_NUM_FRAMES
         pictures, pixels = self.limits.pictures, self.limits.total_pixels
         for part in media_parts_of(messages):
             self._check()
@@ -99,7 +104,7 @@ class MessageReader:
                 frames = [open_image(data, name, left)]
                 part |= image_part(frames[0])
             else:
-                frames = read_frames(data, name, self.num_frames, left, self._check)
+                frames = read_frames(data, name, wanted, left, self._check)
                 part |= video_part(frames)
             del part["name"]
             pictures -= len(frames)

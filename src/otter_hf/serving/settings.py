@@ -29,7 +29,8 @@ class ServerSettings:
         allow_origins: web pages of these origins (`http://localhost:3000`, or `*` for all) may ask from a browser.
         allow_hosts: names of this server, as in the `Host` of a request, beside those that are none of the web, see
             `is_allowed_host`; `*` for all.
-        num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`).
+        num_frames: read of a video, unless the request says otherwise (`chat_template_kwargs: {"num_frames": 8}`);
+            None for as many as the model was trained with, see [`~otter_hf.loading.read_num_frames`].
 
     Raises:
         ValueError: naming a limit that lets nothing through.
@@ -47,7 +48,7 @@ class ServerSettings:
     prefill_tokens: int = 512
     prefix_bytes: int = 256 << 20
     queue: int = 64
-    num_frames: int = 16
+    num_frames: int | None = None
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
 
@@ -56,8 +57,9 @@ class ServerSettings:
             *("body_bytes", "new_tokens", "body_seconds", "request_seconds", "num_frames"),
             *("slots", "batch_tokens", "prefill_tokens"),
         ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be more than 0, not {value}.")
         for name in ("queue", "prefix_bytes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}.")

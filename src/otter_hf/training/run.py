@@ -120,6 +120,7 @@ def train(
     for dataset in (train_dataset, eval_dataset):
         _check_frames(config, dataset)
     _tell(config, data_args, train_dataset, eval_dataset)
+    frames_of_films = _carry_frames(processor, data_args, train_dataset)
     shapes = meta_model(model_args, config, attention, autocast=training_args.bf16 or training_args.fp16)
     frames = train_dataset.most_frames()
     plan = make_plan(shapes, model_args, data_args, training_args, num_samples=len(train_dataset), frames=frames)
@@ -182,8 +183,7 @@ def train(
         if training_args.push_to_hub:
             trainer.push_to_hub()
         if trainer.is_world_process_zero():
-            films = data_args.num_frames if VIDEO_TEXT in train_dataset.task_groups else None
-            logger.info(_farewell(model_args, training_args, films))
+            logger.info(_farewell(model_args, training_args, frames_of_films))
         return trainer
 
 
@@ -277,6 +277,14 @@ def _tell(config, data_args: DataArguments, train_dataset, eval_dataset) -> None
         logger.warning("The mixture has task_description, which nothing reads without use_task_description.")
     if eval_dataset is not None and not data_args.eval_fraction and eval_dataset.digest() == train_dataset.digest():
         logger.warning("eval_mixture is what is trained on: its loss says nothing about other data.")
+
+
+def _carry_frames(processor, data_args: DataArguments, dataset: MimicitMixture) -> int | None:
+    """Has the processor, which is saved, say how many frames of a film are trained on: these, None without films."""
+    if not dataset.shows_films():
+        return None
+    processor.num_frames = data_args.num_frames
+    return data_args.num_frames
 
 
 def _check_sizes(train_dataset, eval_dataset, training_args: TrainingArguments) -> None:

@@ -32,9 +32,10 @@ class FlamingoProcessor(ChatProcessorMixin):
         tokenizer: see [`FlamingoProcessor.prepare_tokenizer`]. Its padding side is set to left, which generation
             needs; training collators pad on the right themselves.
         chat_template (`str`, *optional*): Jinja template.
+        num_frames (`int`, *optional*): of an encoded film where a call does not say how many, as in training; else 16.
 
     Raises:
-        ValueError: if a special token is missing in the tokenizer.
+        ValueError: if a special token is missing in the tokenizer, or `num_frames` is no number of frames.
     """
 
     text_kwargs = {"padding": True}
@@ -45,7 +46,9 @@ class FlamingoProcessor(ChatProcessorMixin):
     # what follows the last of these in a text is the model's answer
     answer_start_token = image_token
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=None, **kwargs):
+        check_sampling(num_frames, None, None)
+        self.num_frames = num_frames
         vocabulary = tokenizer.get_vocab()
         for token in self.special_tokens:
             if token not in vocabulary:
@@ -142,9 +145,10 @@ class FlamingoProcessor(ChatProcessorMixin):
                 out to the texts in order, one image per `<image>`. What an image may be, and how its numbers, axes,
                 transparency and orientation are read, is in `otter_hf.pictures`.
             text: one text or a list of B texts.
-            videos: as `images`; what a video may be is in `otter_hf.films`. Of an encoded one `num_frames` (default
-                16) frames evenly spaced in time are taken, or `fps` a second, or with `do_sample_frames=False` all;
-                of frames all, unless `num_frames` is given. A text holds images or videos, not both.
+            videos: as `images`; what a video may be is in `otter_hf.films`. Of an encoded one `num_frames` (default:
+                those of the processor) frames evenly spaced in time are taken, or `fps` a second, or with
+                `do_sample_frames=False` all; of frames all, unless `num_frames` is given. A text holds images or
+                videos, not both.
             legacy_pictures (`bool`, defaults to `False`): read images as the code of 2023 did, without orientation
                 and with transparency dropped.
             kwargs: those of the tokenizer and the image processor, `return_tensors`, and `return_mm_token_type_ids`:
@@ -179,6 +183,7 @@ class FlamingoProcessor(ChatProcessorMixin):
             options, images_kwargs = merged["videos_kwargs"], merged["images_kwargs"]
             sampling = {name: options.get(name) for name in ("num_frames", "fps", "do_sample_frames")}
             check_sampling(**sampling)
+            sampling["default_num_frames"] = self.num_frames
             reading = {"legacy": legacy_pictures, "input_data_format": images_kwargs.pop("input_data_format", None)}
             if images_kwargs.get("do_rescale") is False:
                 # the reader makes 0 to 255 of floats of 0 to 1, and refuses all else

@@ -26,10 +26,9 @@ class OtterProcessor(FlamingoProcessor):
     special_tokens = (*FlamingoProcessor.special_tokens, answer_token)
     answer_start_token = answer_token
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        super().__init__(
-            image_processor, tokenizer, chat_template=chat_template or otter_chat_template("spaced"), **kwargs
-        )
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=None, **kwargs):
+        chat_template = chat_template or otter_chat_template("spaced")
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, num_frames=num_frames, **kwargs)
         self.answer_token_id = tokenizer.convert_tokens_to_ids(self.answer_token)
 
 

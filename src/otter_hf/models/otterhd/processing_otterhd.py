@@ -17,6 +17,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, TextKwargs, Unpack
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
+from ...films import check_sampling
 from ...prompts import chat_template as format_chat_template
 from ...prompts import escape_reserved_tokens
 from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, as_rows, read_texts
@@ -81,6 +82,7 @@ class OtterHDProcessor(OtterHDLocationsMixin, ChatProcessorMixin):
             gives other ids: load with `OtterHDProcessor.from_pretrained`.
         chat_template (`str`, *optional*): Jinja template; defaults to the format OtterHD was trained with,
             `User:{question} Assistant:` and the answer after `<0x04>`. Reserved tokens in the messages are escaped.
+        num_frames (`int`, *optional*): of a film in training, for programs that make pictures of films.
     """
 
     valid_processor_kwargs = OtterHDProcessorKwargs
@@ -94,7 +96,9 @@ class OtterHDProcessor(OtterHDLocationsMixin, ChatProcessorMixin):
         "sanitize_control_tokens",
     )
 
-    def __init__(self, image_processor, tokenizer, chat_template: str | None = None):
+    def __init__(self, image_processor, tokenizer, chat_template: str | None = None, num_frames: int | None = None):
+        check_sampling(num_frames, None, None)
+        self.num_frames = num_frames
         vocabulary = tokenizer.get_vocab()
         for token in (IMAGE_TOKEN, IMAGE_NEWLINE_TOKEN, END_OF_TEXT_TOKEN, TEXT_START_TOKEN, ANSWER_TOKEN):
             if token not in vocabulary:
