@@ -42,6 +42,17 @@ def test_settings_reach_the_model(page, server):
     assert len(sampled) > 1
 
 
+def test_a_server_that_knows_openais_settings_only(page, server, monkeypatch):
+    """As OpenAI's own and that of transformers; what a visitor chose of the others is said to be refused."""
+    from otter_hf.serving import request
+
+    own = ("model", "messages", "stream", "max_tokens", "temperature", "top_p")
+    monkeypatch.setattr(request, "KNOWN", {*own})
+    assert list(ask(page, server, "what?"))[-1].isalpha()
+    (failure,) = ask(page, server, "what?", settings=(16, 0, 1, 0, 1, 3, 1))
+    assert isinstance(failure, page.Failure) and "'no_repeat_ngram_size', which this server does not know" in failure
+
+
 def test_stopping_tells_the_server(page, server):
     slow_down(server.model_of(), 0.02)
     pieces = ask(page, server, {"text": "what?", "files": []}, settings=(500, *SETTINGS[1:]))

@@ -20,6 +20,8 @@ NUM_WORKED_EXAMPLES = 2
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 # Gradio's button for sharing a picture needs a server elsewhere
 CSS = "button[aria-label=Share] { display: none }"
+# of settings that OpenAI's API has not, the values that ask for nothing
+_NOTHING = {"top_k": 0, "num_beams": 1, "no_repeat_ngram_size": 0, "length_penalty": 1}
 _PART = re.compile(r"messages\[(\d+)\]\.content\[(\d+)\]\.\w+_url")
 
 
@@ -96,7 +98,7 @@ def build_page(client: openai.OpenAI, flag_folder: str | Path) -> gr.Blocks:
                 gr.Slider(0, 1, 1, step=0.05, label="Top p"),
                 gr.Slider(0, 100, 0, step=1, label="Top k (0: all)"),
                 gr.Slider(1, 4, 1, step=1, label="Beams (more than 1: the answer comes at once)"),
-                gr.Slider(0, 10, 3, step=1, label="Words in a row that may not repeat (0: any)"),
+                gr.Slider(0, 10, 0, step=1, label="Words in a row that may not repeat (0: any)"),
                 gr.Slider(-5, 5, 1, step=0.5, label="Length penalty of beams"),
             ]
         inputs = [*worked_examples, model, *settings]
@@ -197,24 +199,13 @@ def answer(client: openai.OpenAI, message: dict | str, history: list[dict], *inp
     boxes, settings = inputs[: 3 * NUM_WORKED_EXAMPLES], inputs[3 * NUM_WORKED_EXAMPLES :]
     model, max_tokens, temperature, top_p, top_k, num_beams, no_repeat, length_penalty = settings
     asked = {"role": "user", "content": [*({"path": path_of(file)} for file in message["files"]), message["text"]]}
-    generation = {
-        "top_k": int(top_k),
-        "num_beams": int(num_beams),
-        "no_repeat_ngram_size": int(no_repeat),
-        "length_penalty": length_penalty,
-    }
+    chosen = (int(top_k), int(num_beams), int(no_repeat), length_penalty)
+    generation = dict(zip(_NOTHING, chosen, strict=True))
     messages = []
     try:
         messages = to_messages([*history, asked], list(zip(boxes[::3], boxes[1::3], boxes[2::3], strict=True)))
-        stream = client.chat.completions.create(
-            model=model,
-            messages=messages,
-            max_tokens=int(max_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            stream=True,
-            extra_body=generation,  # as servers of others know them, too, as far as they do
-        )
+        request = {"model": model, "messages": messages, "max_tokens": int(max_tokens), "temperature": temperature}
+        stream = _stream(client, generation, **request, top_p=top_p)
         text = ""
         with stream:
             for chunk in stream:
@@ -231,6 +222,17 @@ def answer(client: openai.OpenAI, message: dict | str, history: list[dict], *inp
     except Exception as error:  # whatever went wrong, the page goes on
         logger.exception("There is no answer.")
         yield Failure(f"{type(error).__name__}: {error}")
+
+
+def _stream(client: openai.OpenAI, generation: dict, **request) -> openai.Stream:
+    """The answer as it comes. A server that refuses settings beside OpenAI's is told those alone that ask for more."""
+    try:
+        return client.chat.completions.create(**request, stream=True, extra_body=generation)
+    except (openai.BadRequestError, openai.UnprocessableEntityError):
+        asking = {name: value for name, value in generation.items() if value != _NOTHING[name]}
+        if asking == generation:
+            raise
+        return client.chat.completions.create(**request, stream=True, extra_body=asking)
 
 
 def _name_files(sentence: str, files: list, number: int) -> str:
