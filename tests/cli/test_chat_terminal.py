@@ -164,6 +164,10 @@ def test_pictures_and_films_at_addresses(talk, files):
 def test_files_of_many_questions(files):
     (files / "questions.yaml").write_text("- {question: a, image_path: [~/red.png, 'https://a.b/c.png']}\n" * 2)
     assert len(read_questions(files / "questions.yaml")) == 2  # fetched when it is asked about
+    for name in ("red.png", "[red.png]"):  # beside the list
+        (files / "questions.yaml").write_text(f"- {{question: a, image_path: {name}}}")
+        (entry,) = read_questions(files / "questions.yaml")
+        assert entry["image_path"] == ([str(files / "red.png")] if name[0] == "[" else str(files / "red.png"))
     (files / "questions.yaml").write_text("- {question: a, video_path: ~/none.mp4}")
     with pytest.raises(ValueError, match="entry 0: there is no file ~/none.mp4"):
         read_questions(files / "questions.yaml")

@@ -22,7 +22,7 @@ def read_questions(path: str | Path) -> list[dict]:
     """
     The entries of a YAML file: a list of `{question, image_path, video_path}`. `image_path` is a path or
     http(s) address, a list of them or empty, `video_path` one or empty; an entry with neither is a question about text
-    alone.
+    alone. Paths are looked for in the working directory and beside the YAML file.
 
     Raises:
         ValueError: naming the entry, for anything else, and for files that do not exist.
@@ -31,20 +31,36 @@ def read_questions(path: str | Path) -> list[dict]:
     entries = load_yaml(path)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} must hold a list of entries with question and image_path.")
-    for index, entry in enumerate(entries):
-        check_entry(entry, f"{path}, entry {index}", FIELDS)
-    return entries
+    folder = Path(path).parent
+    return [check_entry(entry, f"{path}, entry {index}", FIELDS, folder) for index, entry in enumerate(entries)]
 
 
-def check_entry(entry, place: str, fields: tuple[str, ...]) -> None:
-    """ValueError, calling it `place`, unless it is a question with files that are there, and no other fields."""
+def check_entry(entry, place: str, fields: tuple[str, ...], folder: Path) -> dict:
+    """
+    The entry, with the paths of its files; ValueError, calling it `place`, unless it is a question with files that are
+    there, and no other fields.
+    """
     if not isinstance(entry, dict) or not isinstance(entry.get("question"), str):
         raise ValueError(f"{place}: give it a question in words.")
     if unknown := set(entry) - set(fields):
         raise ValueError(f"{place}: unknown {', '.join(sorted(map(str, unknown)))}; use {', '.join(fields)}.")
-    for file in _files_of(entry):
-        if not isinstance(file, str) or not (is_url(file) or local_path(file).is_file()):
-            raise ValueError(f"{place}: there is no file {file}.")
+    found = dict(entry)
+    for name in ("image_path", "video_path"):
+        if isinstance(entry.get(name), list) and name == "image_path":
+            found[name] = [find_file(file, place, folder) for file in entry[name]]
+        elif entry.get(name):
+            found[name] = find_file(entry[name], place, folder)
+    return found
+
+
+def find_file(file, place: str, folder: Path) -> str:
+    """A file that a YAML file in a folder names: an address, or where it is; ValueError, calling it `place`."""
+    if isinstance(file, str):
+        if is_url(file) or local_path(file).is_file():
+            return file
+        if (folder / file).is_file():
+            return str(folder / file)
+    raise ValueError(f"{place}: there is no file {file}.")
 
 
 def read_media_of(entry: dict, num_frames: int) -> list[dict]:

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from ..reading import load_yaml
-from .batch import FIELDS, check_entry, read_media_of
-from .media import is_url, local_path
+from .batch import FIELDS, check_entry, find_file, read_media_of
 from .session import make_message
 
 
@@ -21,7 +20,8 @@ def read_examples(path: str | Path, num_frames: int = 16) -> list[dict]:
     Args:
         path: of a list of examples, each `{question, answer, image_path, video_path}` like the entries of a list of
             questions (`read_questions`), or of `{system: text, examples: [...]}`, or of `{messages: [...]}` with a
-            text or parts as content: `{type: text, text}`, `{type: image, path}`, `{type: video, path}`.
+            text or parts as content: `{type: text, text}`, `{type: image, path}`, `{type: video, path}`. Paths are
+            looked for in the working directory and beside the YAML file.
         num_frames: read of a film.
 
     Raises:
@@ -40,14 +40,14 @@ def read_examples(path: str | Path, num_frames: int = 16) -> list[dict]:
     if not isinstance(system, (str, type(None))):
         raise ValueError(f"{path}: system is {system!r:.80}; write it in words.")
     messages = [] if system is None else [make_message("system", system)]
+    read, folder = _example if given[0] == "examples" else _message, Path(path).parent
     for index, entry in enumerate(content[given[0]]):
-        place = f"{path}, {given[0]}[{index}]"
-        messages += _example(entry, place, num_frames) if given[0] == "examples" else [_read(entry, place, num_frames)]
+        messages += read(entry, f"{path}, {given[0]}[{index}]", num_frames, folder)
     return messages
 
 
-def _example(entry, place: str, num_frames: int) -> list[dict]:
-    check_entry(entry, place, (*FIELDS, "answer"))
+def _example(entry, place: str, num_frames: int, folder: Path) -> list[dict]:
+    entry = check_entry(entry, place, (*FIELDS, "answer"), folder)
     answer = entry.get("answer")
     # YAML reads yes, no and 3 as what they are
     if isinstance(answer, bool):
@@ -60,12 +60,12 @@ def _example(entry, place: str, num_frames: int) -> list[dict]:
     ]
 
 
-def _read(message, place: str, num_frames: int) -> dict:
+def _message(message, place: str, num_frames: int, folder: Path) -> list[dict]:
     if not isinstance(message, dict) or message.keys() != {"role", "content"} or message["role"] not in _ROLES:
         raise ValueError(f"{place}: a message is {{role, content}} with one of the roles {', '.join(_ROLES)}.")
     content = message["content"]
     if isinstance(content, str):
-        return make_message(message["role"], content)
+        return [make_message(message["role"], content)]
     if not isinstance(content, list):
         raise ValueError(f"{place}: content is {content!r:.80}; write a text or a list of parts.")
     parts = []
@@ -74,12 +74,10 @@ def _read(message, place: str, num_frames: int) -> dict:
         if kind == "text" and part.keys() == {"type", "text"} and isinstance(part["text"], str):
             parts.append(part)
         elif kind in _SOURCES and len(part) == 2 and part.keys() & {"path", "url"}:
-            file = part.get("path", part.get("url"))
-            if not isinstance(file, str) or not (is_url(file) or local_path(file).is_file()):
-                raise ValueError(f"{place}: there is no file {file}.")
+            file = find_file(part.get("path", part.get("url")), place, folder)
             parts += read_media_of({_SOURCES[kind]: file}, num_frames)
         else:
             raise ValueError(
                 f"{place}: {part!r:.80} is none of {{type: text, text}}, {{type: image, path}}, {{type: video, path}}."
             )
-    return {"role": message["role"], "content": parts}
+    return [{"role": message["role"], "content": parts}]
