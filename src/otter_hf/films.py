@@ -1,7 +1,8 @@
 """The one reader of films: encoded films and given frames become PIL images in RGB (single pictures: `pictures`).
 
-* **Given as** bytes, a binary file, a path, a `http(s)` URL, a `data:` URI or base64 text of an encoded film; or as
-  its frames: a list of pictures, or an array or tensor `(F, H, W, C)` or `(F, C, H, W)`, by the rules of `pictures`.
+* **Given as** bytes, a binary file, a path, a `http(s)` or `file` URL, a `data:` URI or base64 text of an encoded
+  film; or as its frames: a list of pictures, or an array or tensor `(F, H, W, C)` or `(F, C, H, W)`, by the rules of
+  `pictures`.
 * **Containers**: those of `film_decoders.CONTAINERS`, with codecs of its `CODECS`, decoded with FFmpeg (PyAV); GIF,
   WebP and other pictures with Pillow. A film is read from its own bytes alone: what names other files or addresses
   (playlists, references) is not followed.
@@ -23,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from .film_decoders import DEFAULT_LIMITS, FilmLimits, open_film
-from .pictures import ImageError, ImageTooLarge, array_range, is_array, read_image, to_numpy
+from .pictures import ImageError, ImageTooLarge, array_range, is_array, is_list, read_image, to_numpy
 
 
 DEFAULT_NUM_FRAMES = 16
@@ -80,7 +81,7 @@ def read_video(
         ValueError: for sampling options that mean nothing.
     """
     check_sampling(num_frames, fps, do_sample_frames)
-    if is_array(video) or isinstance(video, (list, tuple, Image.Image)):
+    if is_array(video) or is_list(video) or isinstance(video, Image.Image):
         return _given_frames(video, name, num_frames, fps, image_options)
     with open_film(video, name, limits) as film:
         count = num_frames or default_num_frames or DEFAULT_NUM_FRAMES
@@ -118,7 +119,7 @@ def is_film(data: bytes) -> bool:
 def _given_frames(video: Any, name: str, num_frames: int | None, fps: float | None, image_options: dict) -> list:
     if fps is not None:
         raise ImageError(f"{name} cannot be read as a video: fps={fps} needs times, and frames alone have none.")
-    if is_array(video):
+    if is_array(video) and not is_list(video):
         video = to_numpy(video, name)
         if video.ndim != 4:
             raise ImageError(

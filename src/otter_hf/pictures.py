@@ -3,8 +3,8 @@
 Processors, chat, server, training data, data checks and evaluation read pictures here, so that a picture is the same
 pixels wherever it is met (films: `otter_hf.films`). The rules:
 
-* **Given as** bytes, a binary file, a path (`str` or `Path`), a `http(s)` URL, a `data:` URI, base64 text, a PIL
-  image, an array or a tensor. The server hands over bytes only, see `otter_hf.serving.fetch`.
+* **Given as** bytes, a binary file, a path (`str` or `Path`), a `http(s)` or `file` URL, a `data:` URI, base64 text, a
+  PIL image, an array or a tensor. The server hands over bytes only, see `otter_hf.serving.fetch`.
 * **Numbers** of arrays and tensors: `uint8` and whole numbers are 0 to 255; floats of any width are 0 to 1; `bool` is
   black and white; `uint16` is 0 to 65535. What lies outside is refused, not clipped or wrapped: floats of 0 to 255 or
   -1 to 1 are, and so is `uint16` that never uses its highest bit, as it could hold 12 bits as well.
@@ -34,6 +34,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+from urllib.request import url2pathname
 
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 from transformers.utils import logging
@@ -170,12 +171,25 @@ def is_array(value: object) -> bool:
     return hasattr(value, "ndim") and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
+def is_list(value: object) -> bool:
+    """Whether it holds several things: a list or tuple, a column of `datasets`, an array or series of objects."""
+    if is_array(value):
+        return value.dtype == object  # type: ignore[attr-defined]
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
+
+
+def path_of_url(url: str) -> str:
+    """The path in a `file://` address."""
+    return url2pathname(url[len("file://") :].removeprefix("localhost"))
+
+
 def open_source(source: Any, name: str, kind: str) -> BinaryIO:
     """
     What is encoded in `source` as a binary file that can be sought, to be closed by the caller.
 
     Args:
-        source: a path, URL, `data:` URI, base64 text, bytes or a binary file, which is read from where it stands.
+        source: a path, a http or file URL, a `data:` URI, base64 text, bytes, or a binary file, which is read from
+            where it stands.
         name, kind: for errors: `f"{name} cannot be read as {kind}"`.
 
     Raises:
@@ -183,7 +197,8 @@ def open_source(source: Any, name: str, kind: str) -> BinaryIO:
     """
     try:
         if isinstance(source, str) and not (_is_file(source)):
-            source = _text_bytes(source)
+            is_file_url = source[:7].lower() == "file://"
+            source = Path(path_of_url(source)) if is_file_url else _text_bytes(source)
         if isinstance(source, (str, Path)):
             if not Path(source).is_file():
                 raise ValueError("there is no such file")

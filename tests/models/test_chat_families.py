@@ -1,7 +1,11 @@
 """What a user of any family relies on in messages, prompts and generation: Otter, Flamingo and OtterHD alike."""
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as DatasetImage
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache, ImageTextToTextPipeline
 
@@ -214,6 +218,18 @@ def test_pictures_of_other_forms_and_empty_fields_are_taken(family, tmp_path):
     ):
         given = inputs_of(processor, [user(part, "a") | {"tool_calls": None}])
         assert given.keys() == expected.keys() and all(torch.equal(given[key], expected[key]) for key in given)
+
+
+def test_several_pictures_come_in_anything_that_is_a_list(family):
+    name, processor, _ = family
+    texts = [IMAGE[name] + "a", IMAGE[name] + "b"]
+    expected = processor(text=texts, images=[RED, BLUE], return_tensors="pt")
+    objects = np.empty(2, dtype=object)
+    objects[:] = [RED, BLUE]
+    column = Dataset.from_dict({"image": [RED, BLUE]}, Features({"image": DatasetImage()}))["image"]
+    for images in (objects, pd.Series([RED, BLUE]), column, ((RED,), (BLUE,))):
+        batch = processor(text=texts, images=images, return_tensors="pt")
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
 def test_answers_are_marked(family):

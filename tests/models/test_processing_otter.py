@@ -55,6 +55,9 @@ def test_one_picture_in_every_form_reads_the_same(processor, tmp_path):
     path = tmp_path / "picture.png"
     Image.fromarray(array).save(path)
     forms = [Image.fromarray(array), array, torch.from_numpy(array).permute(2, 0, 1), path, str(path)]
+    path.rename(spaced := tmp_path / "a picture #1.png")
+    spaced.with_name("picture.png").write_bytes(spaced.read_bytes())
+    forms += [spaced.as_uri(), f"file://localhost{spaced}"]
     first, *others = (processor(text="<image>", images=form, return_tensors="pt")["pixel_values"] for form in forms)
     assert all(torch.equal(first, other) for other in others)
 

@@ -6,15 +6,13 @@ Whoever sends a picture decides how much memory it takes; the limits are checked
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from PIL import Image
 
 from ..films import FilmLimits, read_video
 from ..models.chat_processing import map_parts, media_parts_of
 from ..models.flamingo import FlamingoProcessor
-from ..pictures import FORMATS, fetch, read_image
+from ..pictures import FORMATS, fetch, path_of_url, read_image
 
 
 # frames are kept in memory together, and no vision tower of a video model reads more
@@ -106,7 +104,7 @@ def local_path(name: str) -> Path:
         ValueError: for the home of somebody who is not known here.
     """
     if name.lower().startswith("file://"):
-        return Path(url2pathname(urlsplit(name).path))
+        return Path(path_of_url(name))
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

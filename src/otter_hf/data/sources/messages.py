@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
 from filelock import FileLock
 
 from ...files import write_json
+from ...pictures import path_of_url
 from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ...reading import parse_json
 from ...storage import AnyPath, is_remote
@@ -454,7 +454,7 @@ def _decoded(row: dict[str, Any], where: str) -> dict[str, Any]:
             except ValueError:
                 raise ValueError(f"{where}: a data: address holds damaged base64.") from None
         if isinstance(medium, str) and medium.startswith("file://"):
-            return unquote(medium.removeprefix("file://"))
+            return path_of_url(medium)
         if isinstance(medium, str) and "://" in medium[:16]:
             raise UnusableConversation(
                 f"{where}: {medium!r:.80} is an address, and none are fetched; download it and give its file name, or "

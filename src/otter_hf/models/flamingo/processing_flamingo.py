@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 from transformers.video_utils import VideoInput
 
 from ...films import check_sampling, read_video
-from ...pictures import is_array, read_image
+from ...pictures import is_array, is_list, read_image
 from ..chat_processing import ChatProcessorMixin, as_rows, read_texts
 from ..legacy import find_raw_config, is_legacy_config
 from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
@@ -345,7 +345,7 @@ def _named(name: str, items: list) -> list[tuple[str, object]]:
 
 def _is_image(item) -> bool:
     """Anything but a list, or an array of several pictures."""
-    return not isinstance(item, (list, tuple)) and not (is_array(item) and item.ndim > 3)
+    return not is_list(item) and not (is_array(item) and item.ndim > 3)
 
 
 def _is_video(item) -> bool:
@@ -353,7 +353,7 @@ def _is_video(item) -> bool:
     An encoded video, an array of frames, or a list of frames: of PIL images or arrays of one picture. A list of
     anything else is one of videos.
     """
-    if isinstance(item, (list, tuple)):
+    if is_list(item):
         return len(item) > 0 and all(
             isinstance(frame, Image.Image) or (is_array(frame) and frame.ndim < 4) for frame in item
         )

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.models.fuyu.image_processing_pil_fuyu import FuyuImagesKwargs
 
-from ...pictures import read_image
+from ...pictures import is_list, read_image
 from ..prepared_media import PreparedMedium, check_prepared
 
 
@@ -73,7 +73,7 @@ class OtterHDImageProcessor(FuyuImageProcessorPil):
         return image_url_or_urls
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
-        if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) > expected_ndims:
+        if is_list(images) or getattr(images, "ndim", 0) > expected_ndims:
             return [image for entry in images for image in self._prepare_images_structure(entry, expected_ndims)]
         return [images]
 

@@ -18,6 +18,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Text
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from ...films import check_sampling
+from ...pictures import is_list
 from ...prompts import chat_template as format_chat_template
 from ...prompts import escape_reserved_tokens
 from ..chat_processing import UNSUPPORTED_TEXT_OPTIONS, ChatProcessorMixin, as_rows, read_texts
@@ -446,7 +447,7 @@ class OtterHDProcessor(OtterHDLocationsMixin, ChatProcessorMixin):
 
 def _is_list(images) -> bool:
     """Whether it holds several images: a list, or an array `(N, H, W, C)`."""
-    return isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) > 3
+    return is_list(images) or getattr(images, "ndim", 0) > 3
 
 
 def _cut_text(tokens: list[tuple[int, int, int]], excess: int, max_length: int) -> list[tuple[int, int, int]]:
