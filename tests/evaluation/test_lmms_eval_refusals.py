@@ -43,6 +43,18 @@ def test_a_filelock_that_lmms_eval_cannot_use_is_named(otter_folder, data, tmp_p
     assert "install 'filelock<4'" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("dataset", ["seedbench", {"name": "imagenet", "train": "a", "test": "b"}])
+def test_rankings_of_an_endpoint_are_refused_before_anything_is_asked(dataset, tmp_path, capsys, monkeypatch):
+    models = [{"endpoint": "http://127.0.0.1:1/v1", "model": "far"}]
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"models": models, "datasets": ["pope", dataset], "output": str(tmp_path / "out")}))
+    assert main(["eval", str(path)]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "ranks answers by their log-probabilities, which no endpoint gives: take" in told and "'far' out" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_benchmark_that_there_is_not(otter_folder, tmp_path, capsys, no_key, monkeypatch):
     """Told before anything is read; lmms-eval would end in a KeyError."""
     known = SimpleNamespace(all_tasks=["mmmu_val"])
@@ -59,11 +71,14 @@ def test_a_benchmark_that_there_is_not(otter_folder, tmp_path, capsys, no_key, m
         assert f"There is no benchmark {name!r}, neither here nor in lmms-eval" in error and hint in error
 
 
-def test_a_missing_column_is_named(otter_folder, tmp_path, capsys, no_key):
+def test_a_missing_column_is_named(otter_folder, data, tmp_path, capsys, no_key, monkeypatch):
+    """Before any model is asked about the data in front of it."""
+    monkeypatch.setattr(run, "build_model", lambda *arguments: pytest.fail("no model is needed"))
     rows = [{key: value for key, value in row.items() if key != "category"} for row in benchmark_rows.mmbench()]
     rows = [{key: value for key, value in row.items() if key != "question"} for row in rows]
     path = write_parquet(tmp_path / "rows.parquet", rows)
-    config = {"models": [str(otter_folder)], "datasets": [{"name": "mmbench", "data_path": str(path)}]}
+    datasets = [{"name": "pope", "data_path": data("pope")}, {"name": "mmbench", "data_path": str(path)}]
+    config = {"models": [str(otter_folder)], "datasets": datasets, "output": str(tmp_path / "out")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["eval", str(tmp_path / "config.yaml")]) == 2
     assert "'question'" in capsys.readouterr().err

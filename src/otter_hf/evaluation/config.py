@@ -29,6 +29,8 @@ TASKS = {
     "pope": ("otter_pope",),
     "scienceqa": ("otter_scienceqa",),
 }
+# those that rank answers by their log-probabilities
+RANKED = ("seedbench", "seedbench_official", "imagenet", "hateful_memes")
 FEWSHOT = ("coco", "flickr30k", "vqav2", "ok_vqa", "vizwiz", "textvqa", "imagenet", "hateful_memes")
 
 # model keys of 2023 -> default checkpoint and how it generated; Idefics sampled, ours decodes greedily

@@ -270,6 +270,10 @@ class Endpoint(ResumableModel, OpenAICompatible):
         ]
         return self.answer(requests, lambda request: [self.messages(request), options], self._ask)
 
+    def loglikelihood(self, requests: list[Instance]):
+        """ValueError: what no endpoint tells."""
+        raise ValueError(f"{requests[0].args[-2]} ranks answers by their log-probabilities, which no endpoint gives.")
+
     def _ask(self, window: list[Instance], wanted: set[int]) -> Iterator[dict[int, str]]:
         numbers = sorted(wanted)  # a reply of an endpoint does not depend on who is asked with it
         replies = OpenAICompatible.generate_until(self, [window[number] for number in numbers])

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from ..extras import pip_install, requirements
 from ..files import claim, disk_full_told, replacing, write_json, write_text
 from ..made_from import state
 from .benchmarks import BENCHMARKS, COLUMNS, Options, results_function, with_paths
-from .config import FEWSHOT, TASKS, DatasetSpec, EvalConfig, ModelSpec, file_name
+from .config import FEWSHOT, RANKED, TASKS, DatasetSpec, EvalConfig, ModelSpec, file_name
 from .data_sources import READERS, data_source, picture_places, read_split
 from .judge import Judge
 from .published import read_published, write_table
@@ -82,8 +82,10 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
     _require_lmms_eval()
     # without an accelerator, processes of torchrun meet on the CPU; accelerate would take each for the only one
     state = PartialState(cpu=not torch.accelerator.is_available())
+    for spec in config.models:
+        _check_key(spec)
     for dataset in config.datasets:
-        _check_dataset(dataset)
+        _check_dataset(dataset, config.models)
     # the others share the folder with the first one
     claimed = claim(config.output / ".lock", config.output) if state.is_main_process else nullcontext()
     with claimed, disk_full_told(config.output):
@@ -91,6 +93,9 @@ def evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _evaluate(config: EvalConfig) -> dict[str, dict[str, dict[str, Any]]]:
+    for dataset in config.datasets:
+        if dataset.data_path:  # looked at now, not when those before it have been asked
+            _task_config(dataset.tasks[0], dataset, config.output / "data")
     if config.training_data is not None and PartialState().is_main_process:
         _look_for_contamination(config)
     results: dict[str, dict[str, dict[str, Any]]] = {}
@@ -140,14 +145,18 @@ def build_model(spec: ModelSpec, replies: Path):
 
     if spec.path is not None:
         return TransformersModel(spec.path, batch_size=spec.batch_size, replies=replies, **spec.options)
-    if not os.environ.get("OPENAI_API_KEY"):
+    _check_key(spec)
+    # the address otherwise comes from the environment, too
+    address = {"base_url": spec.endpoint} if spec.endpoint else {}
+    return Endpoint(model=spec.model, batch_size=spec.batch_size, timeout=120, replies=replies, **address)
+
+
+def _check_key(spec: ModelSpec) -> None:
+    if spec.path is None and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(
             f"The endpoint of {spec.name!r} needs a key: set OPENAI_API_KEY in the environment (any word for a local "
             "server)."
         )
-    # the address otherwise comes from the environment, too
-    address = {"base_url": spec.endpoint} if spec.endpoint else {}
-    return Endpoint(model=spec.model, batch_size=spec.batch_size, timeout=120, replies=replies, **address)
 
 
 def run_benchmark(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> dict[str, Any]:
@@ -253,13 +262,11 @@ def build_tasks(dataset: DatasetSpec, tables: Path) -> Iterator[tuple[str, Any]]
             yield str(name), task
 
 
-def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path):
-    from lmms_eval.api.task import ConfigurableMessagesTask
+def _task_config(name: str, dataset: DatasetSpec, tables: Path) -> dict[str, Any]:
+    """What lmms-eval is told of one of our tasks; ValueError for local data that lack a column."""
     from lmms_eval.utils import load_yaml_config
-    from tenacity import RetryError
 
     config = load_yaml_config(str(TASK_FOLDER / f"{name}.yaml"), mode="full")
-    config["process_results"] = results_function(BENCHMARKS[name], options)
     if dataset.prompts:
         config["lmms_eval_specific_kwargs"] = {"default": dict(dataset.prompts)}
     if dataset.split:
@@ -271,6 +278,15 @@ def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path)
         _check_columns(dataset, path, config)
         read, place = config["doc_to_visual"], picture_places(dataset.data_path, dataset.image_dir)
         config["doc_to_visual"] = lambda row: read(with_paths(row, place))
+    return config
+
+
+def _build_task(name: str, dataset: DatasetSpec, options: Options, tables: Path):
+    from lmms_eval.api.task import ConfigurableMessagesTask
+    from tenacity import RetryError
+
+    config = _task_config(name, dataset, tables)
+    config["process_results"] = results_function(BENCHMARKS[name], options)
     task_class = config.pop("class", ConfigurableMessagesTask)
     try:
         return task_class(config=config)
@@ -313,7 +329,13 @@ def _check_columns(dataset: DatasetSpec, path: str, config: Mapping) -> None:
             )
 
 
-def _check_dataset(dataset: DatasetSpec) -> None:
+def _check_dataset(dataset: DatasetSpec, models: Sequence[ModelSpec]) -> None:
+    for model in models:
+        if model.path is None and dataset.name in RANKED:
+            raise ValueError(
+                f"{dataset.name} ranks answers by their log-probabilities, which no endpoint gives: "
+                f"take {dataset.name} or {model.name!r} out."
+            )
     if dataset.tasks and set(dataset.tasks) <= set(_NEEDS_JUDGE) and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError(f"The dataset {dataset.name!r} needs a judge: set OPENAI_API_KEY in the environment.")
     if any(task not in BENCHMARKS for task in dataset.tasks):

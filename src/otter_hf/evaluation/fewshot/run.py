@@ -279,8 +279,6 @@ def _ask(lm, name: str, kind: str, template, build: Callable, shown: dict, names
         options = {**_GENERATION.get(name, _SHORT_ANSWER), "do_sample": False}
         replies = lm.answer_questions(questions, options, template)
     else:
-        if not hasattr(lm, "rank_candidates"):
-            raise ValueError(f"{name} ranks classes by their log-probabilities, which an endpoint does not give.")
         scored = lm.rank_candidates([(question, names) for question in questions], template)
         replies = [[ranking.likelihood(total, count, ranked_by) for total, count, _ in scores] for scores in scored]
     return dict(zip(shown, replies, strict=True))
