@@ -43,8 +43,8 @@ from .models.otter import OtterConfig
 from .models.otterhd import OtterHDConfig, OtterHDProcessor
 from .models.quantization import quantization_config
 from .models.stored_sizes import refuse_impossible, refuse_other_sizes
+from .prompts import RESERVED_TOKENS, read_chat_template
 from .prompts import chat_template as format_chat_template
-from .prompts import read_chat_template
 
 
 # with these Idefics was trained: its fast tokenizer dropped no blank
@@ -378,9 +378,11 @@ def load_processor(
     """
     processor = read_processor(name, tokenizer, tokenizer_reference)
     if chat_template is not None:
-        processor.chat_template = read_chat_template(chat_template)
+        processor.chat_template = read_chat_template(
+            chat_template, getattr(processor, "reserved_tokens", RESERVED_TOKENS)
+        )
     elif processor.chat_template is None and isinstance(processor, FlamingoProcessor):
-        processor.chat_template = format_chat_template("plain")
+        processor.chat_template = format_chat_template("plain", processor.reserved_tokens)
     elif processor.chat_template is None:
         raise ValueError(f"The processor of {name} has no chat template: give a Jinja file as the chat template.")
     return processor

@@ -92,6 +92,12 @@ def get_format(name: str) -> InstructionFormat:
     return FORMATS[name]
 
 
+def reserved_tokens_of(tokenizer) -> list[str]:
+    """`RESERVED_TOKENS`, and what a tokenizer reads as a special token of its own, such as `<|im_end|>`."""
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens, *special})
+
+
 def escape_reserved_tokens(text: str, reserved_tokens: Sequence[str] = RESERVED_TOKENS) -> str:
     """Makes tokens that stand literally in `text` ordinary text: `<image>` becomes `< image>`.
 
@@ -355,10 +361,13 @@ def chat_template(
     return template.replace("%escape%", escape)
 
 
-def read_chat_template(source: str) -> str:
-    """The template that a user names: an instruction format, a Jinja file, or itself. OSError if it is neither."""
+def read_chat_template(source: str, reserved_tokens: Sequence[str] = RESERVED_TOKENS) -> str:
+    """
+    The template that a user names: an instruction format (see `chat_template`), a Jinja file, or itself. OSError if it
+    is neither.
+    """
     if source in FORMATS:
-        return chat_template(source)
+        return chat_template(source, reserved_tokens)
     return source if "{" in source else Path(source).read_text(encoding="utf-8")
 
 

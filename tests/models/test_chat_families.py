@@ -9,7 +9,7 @@ from datasets import Image as DatasetImage
 from PIL import Image
 from transformers import AutoProcessor, DynamicCache, ImageTextToTextPipeline
 
-from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor
+from otter_hf import FlamingoForConditionalGeneration, FlamingoProcessor, OtterProcessor
 from otter_hf.data.collator import OtterCollator
 from otter_hf.data.collator_otterhd import OtterHDCollator
 from otter_hf.prompts import chat_template
@@ -218,6 +218,20 @@ def test_pictures_of_other_forms_and_empty_fields_are_taken(family, tmp_path):
     ):
         given = inputs_of(processor, [user(part, "a") | {"tool_calls": None}])
         assert given.keys() == expected.keys() and all(torch.equal(given[key], expected[key]) for key in given)
+
+
+def test_tokens_of_the_tokenizer_in_user_text_stay_text():
+    """Those of the language models of today, in chats as in training."""
+    tokenizer = otter_tiny.byte_tokenizer(eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|vision_start|>"]})
+    processor = OtterProcessor(make("otter")[0].image_processor, OtterProcessor.prepare_tokenizer(tokenizer))
+    special = ["<|im_end|>", "<|im_start|>", "<|vision_start|>"]
+    words = "</s>".join(special)
+    ids = inputs_of(processor, [user(words)])["input_ids"][0]
+    assert not torch.isin(ids, torch.tensor(processor.tokenizer.convert_tokens_to_ids(special))).any()
+    sample = {"id": "s", "turns": [(words, "e")], "media": [], "media_per_turn": [0], "media_places": [[]]}
+    trained = OtterCollator(processor, format="spaced")([sample])["input_ids"][0]
+    assert torch.equal(trained[: len(ids)], ids)
 
 
 def test_several_pictures_come_in_anything_that_is_a_list(family):

@@ -173,6 +173,8 @@ def test_2023_folder_without_image_processor(golden_case, case, size):
         ("<image>User: q GPT:<answer> a red car<|endofchunk|>User: more", "a red car"),
         ("<image>User: q GPT:<answer> no<|endofchunk|><image>User: q GPT:<answer> yes</s><PAD>", "yes"),
         (" cut off prompt<|endofchunk|><PAD>", "cut off prompt"),
+        ("<PAD><PAD><s>no picture<|endofchunk|><PAD>", "no picture"),
+        ("<PAD></s>", ""),
     ],
 )
 def test_post_process_keeps_the_answer(processor, text, answer_text):

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..pictures import ImageError, read_image
-from ..prompts import RESERVED_TOKENS, get_format, render
+from ..prompts import get_format, render, reserved_tokens_of
 from .samples import Sample, SampleError, drop_oldest_turn
 
 
@@ -258,7 +258,7 @@ class AnswerTokenCollator(Collator):
             *([pieces.end] if self.remove_end_of_turn_token else []),
         ]
         self._removed_ids = torch.tensor(tokenizer.convert_tokens_to_ids(self.removed_tokens), dtype=torch.int64)
-        self._reserved_tokens = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
+        self._reserved_tokens = reserved_tokens_of(tokenizer)
 
     def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
         for sample in samples:

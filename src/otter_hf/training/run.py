@@ -397,6 +397,7 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
     # the saved model shall be asked in the form it was trained on
     processor.chat_template = chat_template(
         data_args.instruction_format,
+        processor.reserved_tokens,
         removed_tokens=collator.removed_tokens,
         answer_lead=collator.answer_lead if isinstance(collator, FlamingoCollator) else None,
     )

@@ -14,7 +14,7 @@ from trl.data_utils import prepare_multimodal_messages
 
 from ..data.collator import IGNORE_INDEX
 from ..models.otterhd import OtterHDProcessor
-from ..prompts import ANSWER_TOKEN, chat_template
+from ..prompts import ANSWER_TOKEN, RESERVED_TOKENS, chat_template
 
 
 # the template leaves these to the tokenizer, and TRL asks that for none; OtterHD's processor and template have theirs
@@ -52,7 +52,9 @@ class TRLCollator:
 
     def __post_init__(self) -> None:
         if self.processor.chat_template is None:
-            self.processor.chat_template = chat_template("simple", removed_tokens=[ANSWER_TOKEN])
+            self.processor.chat_template = chat_template(
+                "simple", getattr(self.processor, "reserved_tokens", RESERVED_TOKENS), [ANSWER_TOKEN]
+            )
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         if "chosen" not in rows[0]:

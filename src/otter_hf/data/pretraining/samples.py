@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
-from ...prompts import END_OF_CHUNK_TOKEN, IMAGE_TOKEN, RESERVED_TOKENS, escape_reserved_tokens
+from ...prompts import END_OF_CHUNK_TOKEN, IMAGE_TOKEN, escape_reserved_tokens, reserved_tokens_of
 from ...reading import parse_json
 from ..images import decode_base64, decode_image
 from ..samples import SampleError
@@ -35,7 +35,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.eos_token = tokenizer.eos_token or ""
-        self._reserved = sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens})
+        self._reserved = reserved_tokens_of(tokenizer)
 
     def escape(self, text: str) -> str:
         """`text` without special tokens in it, see `escape_reserved_tokens`."""

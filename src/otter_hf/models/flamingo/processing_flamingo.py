@@ -1,5 +1,6 @@
 """Text and images for Flamingo: one `<image>` per medium in the text, pixels batch first."""
 
+from itertools import dropwhile
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers.video_utils import VideoInput
 
 from ...films import check_sampling, read_video
 from ...pictures import is_array, is_list, read_image
+from ...prompts import reserved_tokens_of
 from ..chat_processing import ChatProcessorMixin, as_rows, read_texts
 from ..legacy import find_raw_config, is_legacy_config
 from ..legacy_tokens import HUB_ARGUMENTS, add_special_tokens, load_tokenizer
@@ -325,14 +327,22 @@ class FlamingoProcessor(ChatProcessorMixin):
         """
         start_id = self.tokenizer.convert_tokens_to_ids(self.answer_start_token)
         stop_ids = {self.end_of_chunk_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        lead_ids = {self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}  # OPT begins with what it ends with
         answers = []
         for ids in as_rows(generated_outputs):
             if start_id in ids:
                 ids = ids[len(ids) - ids[::-1].index(start_id) :]
+            else:
+                ids = list(dropwhile(lead_ids.__contains__, ids))
             end = next((i for i, token in enumerate(ids) if token in stop_ids), len(ids))
             text = self.tokenizer.decode(ids[:end], skip_special_tokens=skip_special_tokens, **kwargs)
             answers.append(text.strip())
         return answers
+
+    @property
+    def reserved_tokens(self) -> list[str]:
+        """What the words of a user may not hold, see `otter_hf.prompts.escape_reserved_tokens`."""
+        return reserved_tokens_of(self.tokenizer)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -1,6 +1,7 @@
 """Text and images for Otter: a Flamingo processor that also knows `<answer>` and Otter's prompt."""
 
 from ...prompts import chat_template as otter_chat_template
+from ...prompts import reserved_tokens_of
 from ..flamingo.processing_flamingo import FlamingoProcessor
 
 
@@ -27,7 +28,7 @@ class OtterProcessor(FlamingoProcessor):
     answer_start_token = answer_token
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_frames=None, **kwargs):
-        chat_template = chat_template or otter_chat_template("spaced")
+        chat_template = chat_template or otter_chat_template("spaced", reserved_tokens_of(tokenizer))
         super().__init__(image_processor, tokenizer, chat_template=chat_template, num_frames=num_frames, **kwargs)
         self.answer_token_id = tokenizer.convert_tokens_to_ids(self.answer_token)
 
