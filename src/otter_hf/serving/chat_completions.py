@@ -1,11 +1,10 @@
-"""`POST /v1/chat/completions`: the handler of `transformers serve`, within limits.
+"""`POST /v1/chat/completions`, within limits.
 
 A request is a job of its own task, which holds its place in the gate until its work is over: prepared in a thread,
 answered as a row of its model's batch. The HTTP side only reads what the job says and may leave at any time.
 """
 
 import asyncio
-import copy
 import functools
 import secrets
 import threading
@@ -21,7 +20,6 @@ from jinja2 import TemplateError
 from openai.types.completion_usage import CompletionUsage, PromptTokensDetails
 from starlette.requests import ClientDisconnect
 from transformers import Cache, LogitsProcessorList, StoppingCriteriaList
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.utils import GenerationState
 from transformers.utils import logging
 
@@ -36,7 +34,7 @@ from .batch_thread import BatchThread
 from .body import BodyReader
 from .errors import ContextLengthExceeded, Refused, error_body, has_lost_device
 from .gate import Gate, QueueFull, Ticket
-from .generation import RepeatPenalty, StopWhenCancelled
+from .generation import RepeatPenalty, StopWhenCancelled, config_of
 from .logprobs import TokenLogprobs
 from .media import fit_media
 from .messages import Cancelled, MessageReader
@@ -96,7 +94,7 @@ class ChatJob:
             self.task.cancel()
 
 
-class ChatCompletions(ChatCompletionHandler):
+class ChatCompletions:
     """
     Answers chat completion requests; see `ServerSettings` for the limits.
 
@@ -107,7 +105,8 @@ class ChatCompletions(ChatCompletionHandler):
     """
 
     def __init__(self, models: ServedModels, settings: ServerSettings, metrics: Metrics):
-        super().__init__(model_manager=models, generation_state=GenerationState())
+        self.model_manager = models
+        self.generation_state = GenerationState()
         self.settings = settings
         self.metrics = metrics
         self.gate = Gate(settings.slots, settings.queue)
@@ -272,24 +271,7 @@ class ChatCompletions(ChatCompletionHandler):
             raise ContextLengthExceeded(
                 f"The prompt has {length} tokens, but the model reads at most {context - 1}; shorten it."
             )
-        config = self._build_generation_config(job.body, model.generation_config)
-        for setting, value in options.generation.items():
-            setattr(config, setting, value)
-        if options.logit_bias:
-            size = model.config.get_text_config().vocab_size
-            if max(options.logit_bias) >= size:
-                raise ValueError(f"logit_bias has the token id {max(options.logit_bias)}, but the model has {size}.")
-            config.sequence_bias = {(token,): value for token, value in options.logit_bias.items()}
-        if job.body.get("temperature") is None:
-            # who says how to sample wants it
-            cut = job.body.get("top_p") not in (None, 1) or any(map(options.generation.get, ("top_k", "min_p")))
-            config.do_sample = options.generation.get("do_sample", config.do_sample or bool(cut))
-        else:
-            config.do_sample = job.body["temperature"] > 0 and options.generation.get("do_sample", True)
-            # as vLLM has it: logits divided by less are infinite in half precision
-            config.temperature = max(config.temperature, 0.01)
-        if not config.do_sample:
-            config.temperature = config.top_p = config.top_k = config.min_p = None
+        config = config_of(model, job.body, options)
         if (config.num_beams or 1) > 1 and (options.choices > 1 or options.top_logprobs is not None):
             asked = f"n is {options.choices}" if options.choices > 1 else "logprobs is true"
             raise ValueError(f"{asked}, and num_beams {config.num_beams}: beams have one answer and no logprobs.")
@@ -306,12 +288,6 @@ class ChatCompletions(ChatCompletionHandler):
         if options.least_tokens:
             config.min_new_tokens = min(options.least_tokens, config.max_new_tokens)
         return model, processor, inputs, config
-
-    def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
-        # the seed is set where and when generation starts, and stop strings are found in the text
-        own = ("generation_config", "seed", "stop", "logit_bias", "frequency_penalty")
-        body = {name: value for name, value in body.items() if name not in own}
-        return super()._build_generation_config(body, copy.deepcopy(model_generation_config), use_cb=use_cb)
 
     async def _generate(self, job: ChatJob, model, processor, inputs, config) -> None:
         name = self.model_manager.model_of(job.body["model"])
