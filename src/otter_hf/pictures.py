@@ -68,6 +68,8 @@ _PROGRAMS = ("EPS",)
 _TOLERANCE = 0.5 / 255
 # of the longer to the shorter side; beyond it OtterHD's pictures shrink to a line. Qwen2-VL has the same limit
 MAX_ASPECT_RATIO = 200
+# by which pictures are found in a folder
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 _pillow_settings = threading.Lock()
 
 

@@ -96,6 +96,21 @@ def test_a_link_out_of_a_folder_of_films_is_refused(tmp_path):
         store.medium("a.mp4")
 
 
+def test_a_folder_of_pictures_and_films(tmp_path):
+    (tmp_path / "media" / "sub").mkdir(parents=True)
+    (tmp_path / "media" / "a.mp4").write_bytes(film())
+    Image.new("RGB", (48, 32), "white").save(tmp_path / "media" / "sub" / "b.JPG", "JPEG")
+    (tmp_path / "media" / "notes.txt").write_text("no medium")
+    store = ImageStore(tmp_path / "media")
+    assert [*store] == ["a.mp4", "sub/b.JPG"] and store["sub/b.JPG"].size == (48, 32)
+    instructions = tmp_path / "X_instructions.json"
+    instructions.write_text(json.dumps({"data": {"one": record("sub/b.JPG"), "two": record("a.mp4")}}))
+    entry = MixtureEntry("IMAGE_TEXT", "X", str(instructions), str(tmp_path / "media"))
+    one, two = MimicitMixture([entry], SampleOptions(num_frames=2), cache_dir=tmp_path / "cache")
+    assert [numbers(one["media"][0]), numbers(two["media"][0])] == [[32], [0, 10]]
+    assert check_mixture([entry], cache_dir=tmp_path / "cache").ok(strict=True)
+
+
 def test_llava_rows_with_films(tmp_path):
     from otter_hf.data.sources import read_llava, write_conversations, write_mixture
 

@@ -252,8 +252,22 @@ def test_a_folder_of_parquet_is_a_mixture(folder, monkeypatch):
         row = {"messages": [said("user", "<image>?"), ANSWER], "images": [{"bytes": picture, "path": None}]}
         pq.write_table(pa.Table.from_pylist([row]), folder / "rows" / f"train-{number:05}-of-00002.parquet")
     assert len(MimicitMixture(folder / "rows", cache_dir=folder / "cache")) == 2
-    monkeypatch.setattr("otter_hf.data.sources.messages.read_chats", None)
+    monkeypatch.setattr("otter_hf.data.sources.chats_in_cache.read_chats", None)
     assert len(MimicitMixture(folder / "rows", cache_dir=folder / "cache")) == 2
+
+
+def test_files_stay_where_they_are(folder):
+    """A copy of all pictures would take as much room again; of rows that hold pictures it is needed."""
+    (folder / "sub").mkdir()
+    (folder / "blue.png").rename(folder / "sub" / "blue.png")
+    path = lines(folder, {**ROWS["marks"], "images": ["./red.png", "sub/blue.png"]})
+    (entry,) = read_mixture(path, cache_dir=folder / "cache")
+    assert entry.images_path == [str(folder)] and not [*(folder / "cache").rglob("*.parquet")]
+    (sample,) = MimicitMixture(path, cache_dir=folder / "cache")
+    assert [medium[0].getpixel((0, 0)) for medium in sample["media"]] == [(255, 0, 0), (0, 0, 255)]
+    path = lines(folder, {"messages": [said("user", [{"type": "image", "image": DATA}, text("a")]), ANSWER]})
+    (entry,) = read_mixture(path, cache_dir=folder / "cache")
+    assert [name.endswith("rows.parquet") for name in entry.images_path] == [True]
 
 
 def test_rows_beside_other_datasets(folder):

@@ -21,11 +21,14 @@ from transformers.utils import logging
 from ..files import replacing
 from ..films import FILM_SUFFIXES
 from ..made_from import state
+from ..pictures import PICTURE_SUFFIXES
 from ..storage import AnyPath, full_name, is_remote, to_path
 
 
 logger = logging.get_logger(__name__)
 
+# of the files in a folder that is an image store
+MEDIA_SUFFIXES = (*PICTURE_SUFFIXES, *FILM_SUFFIXES)
 _TOLD_BYTES = 100_000_000
 _FORMAT_VERSION = 7  # raise it when the content of cached files changes
 
@@ -37,7 +40,8 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 
 def local_copy(path: AnyPath, cache_dir: str | Path | None = None) -> Path:
     """
-    The path itself, or for an address its copy in the cache: of a file, or of a folder's parquet files or films.
+    The path itself, or for an address its copy in the cache: of a file, or of a folder's parquet files, or else of its
+    pictures and films.
 
     A copy is made once for each state of what is there; several processes may ask for it at a time.
 
@@ -50,10 +54,10 @@ def local_copy(path: AnyPath, cache_dir: str | Path | None = None) -> Path:
     files = [path]
     if path.is_dir():
         files = sorted(path.glob("*.parquet"), key=str) or sorted(
-            (file for file in path.rglob("*") if file.suffix.lower() in FILM_SUFFIXES), key=str
+            (file for file in path.rglob("*") if file.suffix.lower() in MEDIA_SUFFIXES), key=str
         )
     if not files or not files[0].exists():
-        raise FileNotFoundError(f"{path} does not exist, or is a folder without .parquet files or films.")
+        raise FileNotFoundError(f"{path} does not exist, or is a folder without .parquet files, pictures or films.")
     folder = cache_folder(cache_dir) / f"{path.name}-{_digest([_named_state(file) for file in files])}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = folder / path.name

@@ -13,7 +13,7 @@ from ..films import FILM_SUFFIXES
 from ..progress import with_progress
 from ..reading import path_inside, refuse_lfs_pointer
 from ..storage import AnyPath, is_one_path
-from .arrow_cache import IdIndex, cached_arrow_file, local_copy, open_arrow_file
+from .arrow_cache import MEDIA_SUFFIXES, IdIndex, cached_arrow_file, local_copy, open_arrow_file
 from .images import decode_image
 from .json_stream import iter_json_object
 from .parquet_store import PICTURE_SCHEMA, ParquetPictures, picture_batches, text_picture
@@ -32,7 +32,7 @@ class ImageStore:
       `datasets` library's `Image` feature. A folder of such files is one store.
     * `.json`: an object from id to base64 text, or to a list with one such text.
     * `.arrow`: columns `id` and `image` (bytes), used in place.
-    * A folder of films (`otter_hf.films.FILM_SUFFIXES`) without parquet files: the ids are the names of its files.
+    * A folder of pictures and films without parquet files: the ids are the names of its files, as `sub/a.jpg`.
 
     A medium may be an encoded film in any of these; `medium` gives it as it lies, `store[id]` pictures only.
 
@@ -81,7 +81,7 @@ class ImageStore:
         self._parts = []
         for path in self._paths:
             if path.is_dir():
-                self._parts.append((films := _FilmFolder(path), films))
+                self._parts.append((media := _MediaFolder(path), media))
                 continue
             if path.suffix == ".parquet":
                 pictures = ParquetPictures(path, self._cache_dir)
@@ -145,13 +145,14 @@ class ImageStore:
     def medium(self, id: str) -> bytes | Path:
         """As `read_bytes`, but the path of a film that is a file of its own."""
         place = self._place(id)
-        if place is not None and isinstance(self._parts[place[0]][0], _FilmFolder):
-            return self._parts[place[0]][0].path_of(place[1])
+        if place is not None and isinstance(self._parts[place[0]][0], _MediaFolder):
+            path = self._parts[place[0]][0].path_of(place[1])
+            return path if path.suffix.lower() in FILM_SUFFIXES else path.read_bytes()
         return self.read_bytes(id)
 
     def _refuse_conflicts(self):
         """Refuses an id with two different pictures; the same one may be there more than once."""
-        if not self._parts or any(isinstance(pictures, _FilmFolder) for pictures, _ in self._parts):
+        if not self._parts or any(isinstance(pictures, _MediaFolder) for pictures, _ in self._parts):
             return  # names of files in a folder differ; the first part that has an id provides it
         hashes = np.concatenate([index.hashes for _, index in self._parts])
         numbers = np.repeat(np.arange(len(self._parts)), [len(index.hashes) for _, index in self._parts])
@@ -184,8 +185,8 @@ def store_files(paths: Iterable[AnyPath], cache_dir: str | Path | None = None) -
     for path in (local_copy(path, cache_dir) for path in paths):
         if path.is_dir():
             parts = sorted(path.glob("*.parquet"), key=natural_order)
-            if not parts and next(_films_in(path), None) is None:
-                raise ValueError(f"The image store {path} is a folder without .parquet files or films.")
+            if not parts and next(_media_in(path), None) is None:
+                raise ValueError(f"The image store {path} is a folder without .parquet files, pictures or films.")
             yield from parts or [path]
         elif path.suffix not in SUFFIXES:
             raise ValueError(f"The image store {path} is of no known kind: use {', '.join(SUFFIXES)} or a folder.")
@@ -195,16 +196,16 @@ def store_files(paths: Iterable[AnyPath], cache_dir: str | Path | None = None) -
             yield path
 
 
-def _films_in(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in FILM_SUFFIXES)
+def _media_in(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in MEDIA_SUFFIXES)
 
 
-class _FilmFolder:
-    """The films of a folder by their names in it; index and pictures of a store in one."""
+class _MediaFolder:
+    """The pictures and films of a folder by their names in it; index and pictures of a store in one."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        names = sorted(path.relative_to(folder).as_posix() for path in _films_in(folder))
+        names = sorted(path.relative_to(folder).as_posix() for path in _media_in(folder))
         self.ids = pa.chunked_array([pa.array(names, pa.string())])
         self._rows = {name: row for row, name in enumerate(names)}
 

@@ -11,7 +11,8 @@ __all__, __getattr__ = lazy_names(
             *("origin_of", "write_conversations", "write_mixture"),
         ),
         "image_text": ("read_llava", "read_lrv", "read_m3it", "read_svit"),
-        "messages": ("chats_as_mixture", "preferences_as_dataset", "read_chats", "read_preferences"),
+        "chats_in_cache": ("chats_as_mixture",),
+        "messages": ("preferences_as_dataset", "read_chats", "read_preferences"),
         "text": ("read_alpaca", "read_lima", "read_sharegpt"),
     },
 )

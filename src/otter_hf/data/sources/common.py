@@ -1,6 +1,7 @@
 """Conversations of any source, and how they become MIMIC-IT records."""
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from ...files import write_text
 from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ..formats import MimicitFiles, write_mimicit
+from ..image_store import ImageStore
 from ..images import image_bytes
 from ..samples import IMAGE_TEXT, TEXT_ONLY
 from .rows import read_named_rows
@@ -85,6 +87,7 @@ def write_conversations(
     tokenizer: Any = None,
     on_error: str = "raise",
     made_from: Any = None,
+    media_folder: Path | None = None,
 ) -> ConversionCounts:
     """Writes conversations as the MIMIC-IT dataset `name` in `folder`, see `write_mimicit`.
 
@@ -100,6 +103,7 @@ def write_conversations(
         tokenizer: a transformers tokenizer that counts them.
         on_error: `"raise"`, or `"skip"` conversations whose picture file is missing, and count them.
         made_from: for JSON, kept in the file for `origin_of`.
+        media_folder: a folder that holds all pictures and films as files, which records then name in place of copies.
 
     Raises:
         ValueError: if nothing is left, or an id stands for two different pictures.
@@ -112,7 +116,7 @@ def write_conversations(
     left_out = Counter()
 
     kept = set()
-    names = _PictureNames(name)
+    names = _PictureNames(name) if media_folder is None else _FileNames(media_folder)
 
     def pictures() -> Iterator[tuple[str, Path | bytes]]:
         for number, conversation in enumerate(logging.tqdm(read(), desc=f"Pictures of {name}")):
@@ -143,10 +147,13 @@ def write_conversations(
         if not counts:
             raise ValueError(f"Nothing of {name} can be used; left out: {dict(left_out)}.")
 
-    has_pictures = any(conversation.pictures for conversation in read())
     meta = {"version": "0.0.1"} | ({} if made_from is None else {"made_from": made_from})
-    images = pictures() if has_pictures else _run(pictures())
-    files = write_mimicit(folder, name, records(), images, train_config, meta)
+    images = pictures() if media_folder is None and any(one.pictures for one in read()) else _run(pictures())
+    if media_folder is None:
+        files = write_mimicit(folder, name, records(), images, train_config, meta)
+    else:
+        files = write_mimicit(folder, name, records(), ImageStore(media_folder), train_config, meta)
+        files = files._replace(images_path=media_folder)
     tell_left_out(name, left_out, unused)
     return ConversionCounts(files, **counts, images=len(names), left_out=dict(left_out), unused=dict(unused))
 
@@ -193,10 +200,11 @@ def origin_of(path: str | Path) -> Any:
 
 
 def write_mixture(path: str | Path, files: MimicitFiles) -> None:
-    """Writes the training YAML of one dataset: whole conversations, its files beside the YAML."""
+    """Writes the training YAML of one dataset: whole conversations, its files beside the YAML, but for media."""
     entry = {"mimicit_path": files.instructions_path.name}
     if files.images_path:
-        entry["images_path"] = files.images_path.name
+        beside = files.images_path.parent == files.instructions_path.parent
+        entry["images_path"] = files.images_path.name if beside else str(files.images_path.resolve())
     if files.train_config_path:
         entry["train_config_path"] = files.train_config_path.name
     name = files.instructions_path.name.removesuffix("_instructions.json")
@@ -245,6 +253,32 @@ class _PictureNames:
         raise ValueError(f"Image id {id!r} of {self.dataset} stands for two different pictures: rename one.")
 
 
+def _run(pictures: Iterator) -> None:
+    """Decides what is kept where there are no pictures to write."""
+    for _ in pictures:
+        pass
+
+
+class _FileNames:
+    """In place of `_PictureNames`: image ids are names of files in a folder, see `ImageStore`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.known: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    def add(self, id: str, picture: Path) -> tuple[str, bool]:
+        self.known.add(name := name_in_folder(picture, self.folder))
+        return name, False
+
+
+def name_in_folder(file: Path, folder: Path) -> str:
+    """The name of a file in a folder; ValueError if it is none by its path."""
+    return Path(os.path.normpath(file)).relative_to(os.path.normpath(folder)).as_posix()
+
+
 def _digest(picture: Path | bytes) -> bytes:
     return blake2b(image_bytes(picture), digest_size=16).digest()
 
@@ -252,12 +286,6 @@ def _digest(picture: Path | bytes) -> bytes:
 def _same(picture: Path | bytes, first: Path | bytes) -> bool:
     """Whether a picture is the one that a file, or a digest, stands for."""
     return picture == first or _digest(picture) == (_digest(first) if isinstance(first, Path) else first)
-
-
-def _run(pictures: Iterator) -> None:
-    """Decides what is kept where there are no pictures to write."""
-    for _ in pictures:
-        pass
 
 
 def conversations_of(

@@ -10,22 +10,15 @@ likewise for the next one, for that of an `index`, or with one of its own under 
 "path"}`, or addresses of the kinds `data:` and `file:`; a film may be a list of these, its frames.
 """
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from hashlib import blake2b
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value
-from filelock import FileLock
 
-from ...files import write_json
 from ...pictures import path_of_url
 from ...prompts import IMAGE_TOKEN, escape_reserved_tokens
 from ...reading import parse_json
-from ...storage import AnyPath, is_remote
-from ..arrow_cache import cache_folder, cached_arrow_file, local_copy, open_arrow_file
 from ..images import decode_base64
 from .common import (
     Conversation,
@@ -35,13 +28,10 @@ from .common import (
     place_pictures,
     read_messages,
     system_text,
-    tell_left_out,
     text_of,
-    write_conversations,
-    write_mixture,
 )
 from .image_text import MARKS, is_there, join_media, media_of_row, medium_of, take_named
-from .rows import read_named_rows
+from .rows import files_of_rows, read_named_rows, state_of_files
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -77,7 +67,7 @@ def read_chats(
         on_invalid: `"raise"` for what no record can keep, or `"skip"` and count it.
         allow_outside: read media whose names or links lead out of the folder.
     """
-    folder = _folder(path, image_folder)
+    folder = folder_of_media(path, image_folder)
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
         known = ("id", *_CONVERSATIONS, *_OF_QUERY, "texts", "prompt", "completion", "system", *_MEDIA)
@@ -138,7 +128,7 @@ def preferences_as_dataset(
     features = Features({"images": List(Image()), **dict.fromkeys(("prompt", "chosen", "rejected"), messages)})
     options = {"path": str(path), "image_folder": image_folder, "allow_outside": allow_outside}
     # by itself the cache knows the name of the file alone
-    state = _state_of([*_files(Path(path)), *named])
+    state = state_of_files([*files_of_rows(Path(path)), *named])
     return Dataset.from_generator(read_preferences, features, gen_kwargs=options, fingerprint=state)
 
 
@@ -146,7 +136,7 @@ def _preferences(
     path: str | Path, image_folder: str | Path | None, allow_outside: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and row as `read_preferences` says; pictures are files or bytes."""
-    folder = _folder(path, image_folder)
+    folder = folder_of_media(path, image_folder)
     for where, row in read_named_rows(path):
         row = _with_chosen_and_rejected(row, where)
         for key in ("chosen", "rejected"):
@@ -220,78 +210,8 @@ def _check_preference(asked: list[dict], answers: dict[str, list[dict]], num_ima
         raise ValueError(f"{where}: the prompt holds {marks} {IMAGE_TOKEN} for {num_images} images.")
 
 
-def chats_as_mixture(
-    path: AnyPath,
-    cache_dir: str | Path | None = None,
-    *,
-    image_folder: str | Path | None = None,
-    allow_outside: bool = False,
-    on_error: str = "raise",
-) -> Path:
-    """
-    The training YAML of rows of messages, written as MIMIC-IT files to the cache when there are none of this file yet.
-
-    What is not used of the rows is told each time.
-
-    Args:
-        on_error: `"raise"`, or `"skip"` rows that no record can keep, or whose pictures are not there.
-
-    Raises:
-        ValueError, OSError: as `read_chats` and `write_conversations`.
-    """
-    given, path = path, local_copy(path, cache_dir)
-    how = {"image_folder": image_folder and str(Path(image_folder).resolve()), "on_invalid": on_error}
-    how["allow_outside"] = allow_outside
-
-    def read() -> Iterator[Conversation]:
-        return read_chats(path, **how)
-
-    named = _named_files(path, read, cache_dir, how)
-    if named and image_folder is None and is_remote(given):
-        raise ValueError(f"{given} names {named[0].name}: media of rows at an address must be in the rows, as bytes.")
-    state = _state_of([*_files(path), *named], on_error)
-    folder = cache_folder(cache_dir) / f"messages-{state}"
-    mixture, told = folder / "mixture.yaml", folder / "left_out.json"
-    if not mixture.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not mixture.exists():
-                counts = write_conversations(folder, path.stem, read, on_error=on_error)
-                write_json(told, [counts.left_out, counts.unused])
-                write_mixture(mixture, counts.files)
-                return mixture
-    tell_left_out(path.stem, *parse_json(told.read_text(encoding="utf-8")))
-    return mixture
-
-
-def _named_files(
-    path: Path, read: Callable[[], Iterable[Conversation]], cache_dir: str | Path | None, how: dict[str, Any]
-) -> list[Path]:
-    """The files that rows name, looked for once: rows may hold gigabytes of pictures beside them."""
-
-    def build() -> tuple[pa.Schema, list[pa.RecordBatch]]:
-        names = dict.fromkeys(file for one in read() for _, file in one.pictures if isinstance(file, Path))
-        batch = pa.RecordBatch.from_pydict({"name": pa.array(map(os.fsencode, names), pa.large_binary())})
-        return batch.schema, [batch]
-
-    arrow = cached_arrow_file([path], "names", build, cache_dir, **how)
-    return [Path(os.fsdecode(name)) for name in open_arrow_file(arrow)["name"].to_pylist()]
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-
-
-def _state_of(files: Sequence[Path], *options: str) -> str:
-    """What changes when one of the files or options does."""
-    states = [
-        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
-        for file in files
-    ]
-    return blake2b(repr([*states, *options]).encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
-
-
-def _folder(path: str | Path, image_folder: str | Path | None) -> Path:
+def folder_of_media(path: str | Path, image_folder: str | Path | None) -> Path:
+    """Where media are that rows name, unless it is said."""
     path = Path(path)
     return Path(image_folder) if image_folder is not None else path if path.is_dir() else path.parent
 

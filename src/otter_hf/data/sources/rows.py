@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = files_of_rows(path)
     if not files:
         raise ValueError(f"{path} is a folder without parquet files: give a JSON file, JSON lines or parquet.")
     splits = {match[1] for file in files if (match := _SPLIT.fullmatch(file.stem))}
@@ -86,3 +87,17 @@ def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be an object, got {repr(row)[:60]}.")
     return row
+
+
+def files_of_rows(path: Path) -> list[Path]:
+    """The file, or the parquet files of a folder."""
+    return sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+
+
+def state_of_files(files: Sequence[Path], *options: str) -> str:
+    """What changes when one of the files or options does."""
+    states = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else str(file)
+        for file in files
+    ]
+    return blake2b(repr([*states, *options]).encode("utf-8", "surrogateescape"), digest_size=10).hexdigest()
