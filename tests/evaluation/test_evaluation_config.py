@@ -79,7 +79,7 @@ def test_the_plain_form(load):
           - some/model
           - {path: out/model, name: mine, batch_size: 4, generation: {num_beams: 2}, dtype: null}
           - {path: of/2023, tokenizer_reference: 4.28}
-          - {endpoint: "http://localhost:8000/v1", model: served}
+          - {endpoint: "http://localhost:8000/v1", model: served, max_new_tokens: 4096}
         datasets: [mme, {name: coco, train: a.parquet, test: b.parquet, shots: [0, 4]}, textvqa_val]
         limit: 100
         judge: {model: gpt-5, max_retries: 1, options: {reasoning_effort: low}}
@@ -90,6 +90,7 @@ def test_the_plain_form(load):
     assert (first.name, first.path, first.options) == ("model", "some/model", {})
     assert mine.batch_size == 4 and mine.options == {"generation": {"num_beams": 2}}
     assert served.name == "served" and served.endpoint == "http://localhost:8000/v1"
+    assert served.options == {"generation": {"max_new_tokens": 4096}}
     mme, coco, builtin = config.datasets
     assert mme.tasks == ("otter_mme",) and mme.limit == 100 and mme.judge == "gpt-5"
     assert coco.fewshot["shots"] == [0, 4] and coco.fewshot["num_samples"] == 100
@@ -166,12 +167,15 @@ MODELS = {"models": ["a/b"]}
         ({"models": [{"endpoint": "http://x"}], "datasets": ["mme"]}, "needs `model`"),
         (
             {
-                "models": [{"endpoint": "http://x", "model": "m", "generation": {"num_beams": 3}, "dtype": "float16"}],
+                "models": [{"endpoint": "http://x", "model": "m", "resolution": 3, "dtype": "float16"}],
                 "datasets": ["mme"],
             },
-            "'m' is behind an endpoint, which is not told `dtype`, `generation`: leave",
+            "'m' is behind an endpoint, which is not told `dtype`, `resolution`: leave",
         ),
-        ({"models": [{"name": "gpt4v", "max_new_tokens": 9}], "datasets": ["mme"]}, "is not told `max_new_tokens`"),
+        (
+            {"models": [{"name": "gpt4v", "generation": {"num_beams": 3}}], "datasets": ["mme"]},
+            "has `num_beams`, which its endpoint is not told: it knows max_new_tokens, temperature, top_p",
+        ),
         (
             {"models": [{"path": "a/b", "model": "m"}], "datasets": ["mme"]},
             "a name for an `endpoint`, and a/b is none",

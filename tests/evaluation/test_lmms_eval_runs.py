@@ -60,7 +60,9 @@ def at(address: str) -> dict:
 def test_mme_of_a_model_that_always_says_yes(evaluate, answering, data):
     address, requests = answering(lambda text: "Yes")
     datasets = [{"name": "mme", "data_path": data("mme")}]
-    figures = evaluate({"models": [at(address)], "datasets": datasets})["stub"]["mme"]
+    model = {**at(address), "generation": {"max_new_tokens": 4096, "temperature": 0.5}}
+    figures = evaluate({"models": [model], "datasets": datasets})["stub"]["mme"]
+    assert {(request["max_tokens"], request["temperature"]) for request in requests} == {(4096, 0.5)}
     assert figures["perception"] == 50.0 and figures["cognition"] == 50.0
     assert figures["category/existence"] == 50.0
     # the original prompt, not lmms-eval's

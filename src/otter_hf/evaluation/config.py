@@ -68,7 +68,9 @@ _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "tokenizer", "
 _MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store", "media_store_gb")
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
 _MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
-_ENDPOINT_KEYS = {"endpoint", "model", "name", "batch_size", "batch"}
+_ENDPOINT_KEYS = {"endpoint", "model", "name", "batch_size", "batch", "generation", "max_new_tokens"}
+# what OpenAI's protocol has of `generation`
+_ENDPOINT_GENERATION = ("max_new_tokens", "temperature", "top_p")
 _UNUSED_DATASET_KEYS = {"default_output_path", "version", "batch_size", "batch", "decimail_places", "cache_dir"}
 _UNUSED_DATASET_KEYS |= {"debug"}
 _PROMPT_KEYS = ("prompt", "sys_prompt", "shot_type")
@@ -108,7 +110,7 @@ _TOP_KEYS = {"models", "datasets", "output", "limit", "judge", "training_data", 
 
 @dataclass
 class ModelSpec:
-    """A model to evaluate: a transformers `path` with `options`, or `model` behind an `endpoint`."""
+    """A model to evaluate: a transformers `path`, or `model` behind an `endpoint`, with `options`."""
 
     name: str
     path: str | None = None
@@ -207,7 +209,14 @@ def _read_model(entry) -> ModelSpec:
                 f"The model {model!r} is behind an endpoint, which is not told `{'`, `'.join(given)}`: leave that to "
                 "its server."
             )
-        return ModelSpec(name or _short(model), None, entry.get("endpoint", ""), model, batch_size)
+        generation = _generation_of(entry, {})
+        if given := [key for key in generation if key not in _ENDPOINT_GENERATION]:
+            raise ValueError(
+                f"`generation` of {model!r} has `{given[0]}`, which its endpoint is not told: it knows "
+                f"{', '.join(_ENDPOINT_GENERATION)}."
+            )
+        options = {"generation": generation} if generation else {}
+        return ModelSpec(name or _short(model), None, entry.get("endpoint", ""), model, batch_size, options)
 
     checkpoint, generation = _KEYS_OF_2023.get(name, (None, {}))
     path = entry.get("path") or entry.get("model_path") or checkpoint
@@ -222,10 +231,8 @@ def _read_model(entry) -> ModelSpec:
     _check_media_store(options)
     if "chat_template" in options:
         options["chat_template"] = read_chat_template(options["chat_template"])
-    if "max_new_tokens" in entry:
-        generation = {**generation, "max_new_tokens": whole_number(entry["max_new_tokens"], "max_new_tokens")}
-    if generation or "generation" in options:
-        options["generation"] = check_generation({**generation, **options.get("generation", {})})
+    if generation := _generation_of(entry, generation):
+        options["generation"] = generation
     if entry.get("resolution", -1) not in (None, -1):
         resolution = whole_number(entry["resolution"], "resolution")
         options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": resolution}
@@ -236,6 +243,14 @@ def _read_model(entry) -> ModelSpec:
     if name in _TEMPLATES_OF_2023 and "path" not in entry:
         options.setdefault("chat_template", _TEMPLATES_OF_2023[name])
     return ModelSpec(name or _short(path), path, batch_size=batch_size, options=options)
+
+
+def _generation_of(entry: Mapping, default: Mapping) -> dict[str, Any]:
+    """What a model's entry says of all its answers."""
+    generation = {**default, **entry.get("generation", {})}
+    if "max_new_tokens" in entry and "max_new_tokens" not in entry.get("generation", {}):
+        generation["max_new_tokens"] = whole_number(entry["max_new_tokens"], "max_new_tokens")
+    return check_generation(generation)
 
 
 def check_generation(options: Mapping[str, Any]) -> dict[str, Any]:

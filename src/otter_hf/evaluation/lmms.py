@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from lmms_eval.api.instance import Instance
@@ -241,13 +242,29 @@ class Endpoint(ResumableModel, OpenAICompatible):
     """
     lmms-eval's client of OpenAI-compatible endpoints, whose replies are kept as ours are. What it could not get a
     reply to is answered with `FAILED_REQUEST`, and asked again next time.
+
+    Args:
+        replies: see [`TransformersModel`].
+        generation: `max_new_tokens`, `temperature` and `top_p` of every request, over what a task asks for.
     """
 
-    def __init__(self, *args, replies: str | Path | None = None, **kwargs):
+    def __init__(
+        self, *args, replies: str | Path | None = None, generation: Mapping[str, Any] | None = None, **kwargs
+    ):
         OpenAICompatible.__init__(self, *args, **kwargs)
+        self.generation = dict(generation or {})
         if replies is not None:
             context = {name: value for name, value in kwargs.items() if name in ("model", "model_version", "base_url")}
             self.replies = _RepliesOnly(replies, self.rank, context=context)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answer to each request."""
+        told = []
+        for request in requests:
+            text, messages, options, *row = request.args
+            told.append(copy.copy(request))
+            told[-1].arguments = (text, messages, {**options, **self.generation}, *row)
+        return super().generate_until(told)
 
     def answer_questions(
         self, questions: Sequence[Callable[[], list[dict]]], options: Mapping, chat_template: str | None = None
@@ -258,6 +275,7 @@ class Endpoint(ResumableModel, OpenAICompatible):
                 f"OpenAI's protocol has no {', '.join(f'{name} ({value})' for name, value in left_out.items())}: "
                 f"{self.model_version} is asked without, and its answers are greedy."
             )
+        options = {**options, **self.generation}
         self.task_dict["questions"] = {"test": questions}
         requests = [
             Instance(

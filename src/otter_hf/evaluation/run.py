@@ -148,6 +148,7 @@ def build_model(spec: ModelSpec, replies: Path):
     _check_key(spec)
     # the address otherwise comes from the environment, too
     address = {"base_url": spec.endpoint} if spec.endpoint else {}
+    address |= spec.options
     return Endpoint(model=spec.model, batch_size=spec.batch_size, timeout=120, replies=replies, **address)
 
 
