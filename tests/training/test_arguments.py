@@ -7,7 +7,7 @@ import pytest
 from transformers import TrainerState
 
 from otter_hf.training.arguments import DataArguments, TrainingArguments, parse_arguments
-from otter_hf.training.limits import check_numbers
+from otter_hf.training.limits import check_metrics, check_numbers
 from otter_hf.training.run import _carry_frames, _check_frames, _check_sizes, _farewell, _tell
 
 
@@ -91,8 +91,6 @@ def test_dict_in_yaml(recipe):
         ("max_seq_len: null", "max_seq_len is null, and must be a number; leave the line out for 2048"),
         ("accelerator_config: {dispatch_batches: true}", "split_batches and dispatch_batches cut batches up by rows"),
         ("accelerator_config: {dispatched: true}", "hold what nothing takes: .*'dispatched'"),
-        ("eval_do_concat_batches: false", "eval_do_concat_batches must stay True"),
-        ("prediction_loss_only: true\nmetric_for_best_model: answer_accuracy", "'answer_accuracy' is not measured"),
         ("train_sampling_strategy: sequential", "train_sampling_strategy is 'sequential'"),
     ],
 )
@@ -118,7 +116,6 @@ def test_other_mistakes(tmp_path):
     [
         ("--report_to wandb", {}, "report_to: wandb cannot be used .*install it, or set report_to to none"),
         ("--report_to wanbd", {}, "report_to: wanbd cannot be used"),
-        ("--metric_for_best_model eval_acuracy", {}, "'eval_acuracy' is not measured; did you mean 'answer_accuracy'"),
         ("--report_to none", {"WORLD_SIZE": "2"}, "2 processes were started, .*set use_cpu to true"),
         (
             "--report_to none",
@@ -134,6 +131,24 @@ def test_what_would_fail_later_is_refused_at_once(flags, environment, message, m
     monkeypatch.setattr(TrainingArguments, "world_size", 1)
     with pytest.raises(ValueError, match=message):
         parse_arguments(f"--model_name_or_path base --train_mixture t.yaml --output_dir out {flags}".split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"metric_for_best_model": "eval_acuracy"}, "'eval_acuracy' is not measured; did you mean 'answer_accuracy'"),
+        (
+            {"metric_for_best_model": "answer_accuracy", "prediction_loss_only": True},
+            "'answer_accuracy' is not measured",
+        ),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches must stay True"),
+    ],
+)
+def test_what_no_evaluation_measures(settings, message, tmp_path):
+    """In Python a trainer may have metrics of its own."""
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **settings)
+    with pytest.raises(ValueError, match=message):
+        check_metrics(arguments)
 
 
 @pytest.mark.parametrize("shared", ["True", "False"])

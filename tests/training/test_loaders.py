@@ -1,6 +1,9 @@
-"""The data loaders of `OtterTrainer`."""
+"""The data loaders of `OtterTrainer`, and the trainer in Python."""
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
 
 from otter_hf.data import MimicitMixture, OtterCollator
@@ -60,3 +63,33 @@ def test_loaders_of_evaluation(ragged, model, processor, tmp_path):
         OtterTrainer(model, arguments, OtterCollator(processor), train_dataset=mixture).get_eval_dataloader()
     with pytest.raises(ValueError, match="Training needs a train_dataset"):
         OtterTrainer(model, arguments, OtterCollator(processor), eval_dataset=mixture).get_train_dataloader()
+
+
+def test_a_trainer_in_python_as_users_of_transformers_have_it(ragged, model, processor, tmp_path):
+    """Two evaluation sets, a metric of one's own, the best model at the end, early stopping."""
+    mixture = MimicitMixture(ragged / "data.yaml")
+    options = {
+        **{"max_steps": 4, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-3},
+        **{"eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True},
+        **{"metric_for_best_model": "eval_b_likes", "greater_is_better": True, "dataloader_num_workers": 0},
+    }
+    trainer = OtterTrainer(
+        model,
+        TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True, **options),
+        OtterCollator(processor, packing=True),
+        train_dataset=mixture,
+        eval_dataset={"a": mixture, "b": mixture},
+        processing_class=processor,
+        compute_metrics=lambda predicted: {"likes": -len(predicted.label_ids)},
+        callbacks=[transformers.EarlyStoppingCallback(2)],
+    )
+    trainer.train()
+    assert trainer.state.best_metric == -len(mixture) and trainer.state.global_step == 3
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    expected = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert all(torch.equal(tensor, trainer.model.state_dict()[name]) for name, tensor in expected.items())
+    with pytest.raises(ValueError, match="label_smoothing_factor is 0.1"):
+        smoothed = transformers.TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", label_smoothing_factor=0.1
+        )
+        OtterTrainer(model, smoothed, OtterCollator(processor), train_dataset=mixture)

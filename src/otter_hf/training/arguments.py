@@ -19,13 +19,11 @@ from ..errors import did_you_mean
 from ..reading import load_yaml
 from .devices import find_device
 from .fields import PARAMETER_GROUPS, PARTS, DataArguments, ModelArguments, PretrainingDataArguments, TrainingFields
+from .limits import refuse_label_smoothing
 from .upstream import RENAMED, Option, add_unsaid, translate
 
 
 logger = logging.getLogger(__name__)
-
-# what an evaluation gives
-METRICS = ("loss", "answer_accuracy", "runtime", "samples_per_second", "steps_per_second")
 
 
 @dataclass
@@ -54,7 +52,6 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
         self._check_float16()
         refuse_lone_processes(self.world_size)
         self._tell_restarts()
-        self._check_metric()
         self._check_trackers()
         self._tell_wandb()
         if self.remove_unused_columns:
@@ -64,12 +61,7 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
                 f"train_sampling_strategy is {self.train_sampling_strategy!r}, but steps are of one task group: "
                 "set it to random or group_by_length."
             )
-        # the Trainer would compare each label with the token it is the label of, not with the next one
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, which transformers' Trainer applies to "
-                "unshifted labels for image-text models: leave it at 0."
-            )
+        refuse_label_smoothing(self)
 
     def _take_precision(self):
         """`mixed_precision` of `accelerate launch` is what transformers' Trainer computes in, and says nowhere."""
@@ -144,16 +136,6 @@ class TrainingArguments(TrainingFields, transformers.TrainingArguments):
             raise ValueError(f"early_stopping_patience must be at least 1 evaluation, got {patience}.")
         if patience is not None and self.eval_strategy == "no":
             raise ValueError("early_stopping_patience needs evaluations: set eval_strategy to epoch or steps.")
-
-    def _check_metric(self):
-        """A name that no evaluation gives would end the run at the first one."""
-        metrics = [name for name in METRICS if not (self.prediction_loss_only and name == "answer_accuracy")]
-        metric = self.metric_for_best_model
-        if metric is not None and metric.removeprefix("eval_") not in metrics:
-            hint = did_you_mean(metric.removeprefix("eval_"), metrics)
-            raise ValueError(f"metric_for_best_model: {metric!r} is not measured; {hint}")
-        if not self.eval_do_concat_batches:
-            raise ValueError("eval_do_concat_batches must stay True: answers are counted over all batches.")
 
     def _check_trackers(self):
         for name in self.report_to:

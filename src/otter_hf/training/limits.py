@@ -3,6 +3,11 @@
 import math
 from dataclasses import fields
 
+from ..errors import did_you_mean
+
+
+# what an evaluation of `otter-hf train` gives
+METRICS = ("loss", "answer_accuracy", "runtime", "samples_per_second", "steps_per_second")
 
 # name -> the smallest value that means something; None is always one
 _LEAST = {
@@ -42,6 +47,26 @@ def check_sharding(model_args, training_args, sharding: str) -> None:
     for name, value in given.items():
         if value and sharding in ("fsdp", "zero3"):
             raise ValueError(f"{name} needs whole weights on each device, not {sharding}: use DDP or ZeRO-2.")
+
+
+def check_metrics(training_args) -> None:
+    """Raises ValueError for a name that no evaluation gives, which would end the run at the first one."""
+    metrics = [name for name in METRICS if not (training_args.prediction_loss_only and name == "answer_accuracy")]
+    metric = training_args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in metrics:
+        hint = did_you_mean(metric.removeprefix("eval_"), metrics)
+        raise ValueError(f"metric_for_best_model: {metric!r} is not measured; {hint}")
+    if not training_args.eval_do_concat_batches:
+        raise ValueError("eval_do_concat_batches must stay True: answers are counted over all batches.")
+
+
+def refuse_label_smoothing(training_args) -> None:
+    """Raises ValueError for it: the Trainer would compare a label with the token it is of, not with the next one."""
+    if training_args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor is {training_args.label_smoothing_factor}, which transformers' Trainer applies "
+            "to unshifted labels for image-text models: leave it at 0."
+        )
 
 
 def check_numbers(*arguments) -> None:

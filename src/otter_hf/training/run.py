@@ -40,7 +40,7 @@ from .checkpoints import STOPPED_EXIT_CODE, claim_output, resume
 from .features import store_media
 from .freezing import freeze, train_only_rows
 from .kernels import can_pack, choose_attention, use_liger_kernels
-from .limits import check_numbers, check_sharding
+from .limits import check_metrics, check_numbers, check_sharding
 from .lora import add_lora
 from .metrics import answer_accuracy, most_likely_tokens
 from .optimizer import check_precision
@@ -221,6 +221,7 @@ def _fit(data_args: DataArguments, config) -> DataArguments:
 
 def _check(model_args: ModelArguments, data_args: DataArguments, training_args: TrainingArguments, config) -> None:
     """Refuses, before anything is loaded, what does not go together."""
+    check_metrics(training_args)
     evaluates = training_args.eval_strategy != "no"
     given = (
         "eval_mixture" if data_args.eval_mixture is not None else "eval_fraction" if data_args.eval_fraction else ""

@@ -17,6 +17,7 @@ from ..data.mixture import GroupedSampler
 from ..data.samples import Sample, SampleError
 from ..models.host_reads import accepts_known_numbers, known_on_host, reads_are_free
 from .flops import TrainingFlops, measure_peak_flops
+from .limits import refuse_label_smoothing
 from .lora import refuse_tied_head
 from .optimizer import decayed_parameter_names, set_learning_rates
 from .publish import PublishingTrainer
@@ -38,12 +39,13 @@ class OtterTrainer(PublishingTrainer):
         flops: operations of a step, for `mfu` in the logs; see `count_training_flops`.
 
     Raises:
-        ValueError: for LoRA on an output layer that is tied to the input embedding; in training, when a loss or
-            gradient is not finite.
+        ValueError: for LoRA on an output layer that is tied to the input embedding, and for label smoothing; in
+            training, when a loss or gradient is not finite.
     """
 
     def __init__(self, *args, flops: TrainingFlops | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        refuse_label_smoothing(self.args)
         refuse_tied_head(self.model)
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         # a compiled graph would be made anew for each of the numbers
