@@ -60,7 +60,8 @@ def at(address: str) -> dict:
 def test_mme_of_a_model_that_always_says_yes(evaluate, answering, data):
     address, requests = answering(lambda text: "Yes")
     datasets = [{"name": "mme", "data_path": data("mme")}]
-    model = {**at(address), "generation": {"max_new_tokens": 4096, "temperature": 0.5}}
+    # the name holds that of o3, which lmms-eval tells no temperature
+    model = {**at(address), "model": "flamingo3b", "generation": {"max_new_tokens": 4096, "temperature": 0.5}}
     figures = evaluate({"models": [model], "datasets": datasets})["stub"]["mme"]
     assert {(request["max_tokens"], request["temperature"]) for request in requests} == {(4096, 0.5)}
     assert figures["perception"] == 50.0 and figures["cognition"] == 50.0

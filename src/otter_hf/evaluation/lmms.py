@@ -1,6 +1,7 @@
 """lmms-eval's view of models: `--model otter --model_args path=FOLDER`, by the entry point `lmms_eval.models`."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import groupby
@@ -252,6 +253,7 @@ class Endpoint(ResumableModel, OpenAICompatible):
         self, *args, replies: str | Path | None = None, generation: Mapping[str, Any] | None = None, **kwargs
     ):
         OpenAICompatible.__init__(self, *args, **kwargs)
+        self.model_version = _WholeName(self.model_version)
         self.generation = dict(generation or {})
         if replies is not None:
             context = {name: value for name, value in kwargs.items() if name in ("model", "model_version", "base_url")}
@@ -296,6 +298,16 @@ class Endpoint(ResumableModel, OpenAICompatible):
         numbers = sorted(wanted)  # a reply of an endpoint does not depend on who is asked with it
         replies = OpenAICompatible.generate_until(self, [window[number] for number in numbers])
         yield {number: reply.text for number, reply in zip(numbers, replies, strict=True)}
+
+
+class _WholeName(str):
+    """
+    The name of a model. lmms-eval 0.7.3 looks for `o3` and the like in it, and takes a served `flamingo3b` for one of
+    OpenAI's that think, which is told no temperature; here the whole word counts.
+    """
+
+    def __contains__(self, word: str) -> bool:
+        return re.search(rf"(?<![A-Za-z0-9]){re.escape(word)}(?![A-Za-z0-9])", self) is not None
 
 
 def _as_lmms_eval_has_them(conversation: Callable[[], list[dict]]) -> list[dict]:
