@@ -310,7 +310,7 @@ def read_config(name: str, tokenizer: str | None = None) -> PreTrainedConfig:
 
 def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference: str | None = None) -> ProcessorMixin:
     """The processor of a model as it is stored, with the tokens of 2023; see `load_processor`."""
-    path, revision = _locate(name)
+    path, revision = _locate(_with_processor(name))
     config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if config.get("model_type") != "idefics":
         options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
@@ -332,9 +332,20 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     return processor
 
 
+def _with_processor(name: str) -> str:
+    """The model itself, or of an adapter that holds no processor, as PEFT saves them, the model that it is for."""
+    path, revision = _locate(name)
+    base = _base_of_adapter(path, revision)
+    if base is None or cached_file(
+        path, PROCESSOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
+    ):
+        return name
+    return _with_processor(base)
+
+
 def read_num_frames(name: str) -> int:
     """How many frames of a film a model is shown where nobody says: as many as in training, if it tells, else 16."""
-    path, revision = split_revision(name)
+    path, revision = split_revision(_with_processor(name))
     file = cached_file(path, PROCESSOR_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     try:
         told = json.loads(Path(file).read_text(encoding="utf-8")).get("num_frames") if file else None

@@ -29,6 +29,7 @@ from otter_hf.conversion import job as conversion_job
 from otter_hf.conversion.export import to_legacy_config
 from otter_hf.conversion.job import finish_with_adapter, resolve_checkpoint, resolve_folder
 from otter_hf.conversion.tensors import open_checkpoint
+from otter_hf.loading import load
 from otter_hf.testing.otter import build_tokenizer
 
 
@@ -217,6 +218,9 @@ class TestLora:
         assert not torch.allclose(logits(base), logits(expected), atol=1e-3)
         model = peft.PeftModel.from_pretrained(base, tmp_path / "output" / "adapter")
         torch.testing.assert_close(logits(model), logits(expected), atol=1e-4, rtol=1e-4)
+        model, processor = load(str(tmp_path / "output" / "adapter"), device_map="cpu")
+        torch.testing.assert_close(logits(model), logits(expected), atol=1e-4, rtol=1e-4)
+        assert processor.tokenizer.get_vocab() == job.processor.tokenizer.get_vocab()
 
     def test_golden_adapter_computes_the_stored_logits(self, golden, tmp_path):
         peft = pytest.importorskip("peft")

@@ -104,7 +104,6 @@ def lora_adapter(
     adapter_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
         "inference_mode": True,
         "r": lora_config["r"],
         "lora_alpha": lora_config["lora_alpha"],

@@ -153,7 +153,8 @@ def finish_with_adapter(
     push_to_hub: str | None = None,
     **options,
 ) -> ConversionReport:
-    """[`finish`], with a PEFT adapter in the folder `adapter` of the output, for `PeftModel.from_pretrained`."""
+    """[`finish`], with a PEFT adapter for this model in the folder `adapter` of the output."""
+    adapter_config = adapter_config | {"base_model_name_or_path": push_to_hub or str(output)}
     with output_folder(output) as folder:
         model = folder / "model"
         report = finish(job, model, **options)
