@@ -82,7 +82,7 @@ _OWN_KEYS = {
     "mmbench": ("sys_prompt",),
     "mme": ("prompt",),
     "mathvista": ("gpt_model", "quick_extract", "shot_type"),
-    "mmvet": ("prompt", "gpt_model", "num_run"),
+    "mmvet": ("gpt_model", "num_run"),  # whose prompt in 2023 was the judge's
     "seedbench": ("likelihood",),
     "seedbench_official": ("likelihood",),
     "pope": ("prompt",),

@@ -73,7 +73,7 @@ def _message(message, place: str, num_frames: int, folder: Path) -> list[dict]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and part.keys() == {"type", "text"} and isinstance(part["text"], str):
             parts.append(part)
-        elif kind in _SOURCES and len(part) == 2 and part.keys() & {"path", "url"}:
+        elif str(kind) in _SOURCES and len(part) == 2 and part.keys() & {"path", "url"}:
             file = find_file(part.get("path", part.get("url")), place, folder)
             parts += read_media_of({_SOURCES[kind]: file}, num_frames)
         else:
