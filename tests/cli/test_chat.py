@@ -164,6 +164,13 @@ def test_batch_of_questions(folder, files, tmp_path, capsys, monkeypatch):
         chat(capsys, folder, *drawn)
         logs.append(json.loads(next((tmp_path / name).iterdir()).read_text())["results"])
     assert logs[0] == logs[1] != log["results"]
+    # and the same question again is drawn again, in other batches too
+    questions.write_text(json.dumps([{"question": "what?"}] * 10))
+    asked[:] = [0, 0]
+    drawn = [*arguments[:3], str(tmp_path / "same"), "--batch-size", "1", "--temperature", "2", "--seed", "3"]
+    chat(capsys, folder, *drawn)
+    (path,) = (tmp_path / "same").iterdir()
+    assert len({result["answer"] for result in json.loads(path.read_text())["results"].values()}) > 8
 
 
 def test_flamingo_without_a_template_continues_the_text(model, processor, folder, files, tmp_path, capsys):

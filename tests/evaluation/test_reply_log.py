@@ -5,7 +5,7 @@ import pytest
 from benchmark_rows import BLUE, RED, endpoint
 
 from otter_hf.evaluation.judge import Judge
-from otter_hf.evaluation.replies import ReplyLog
+from otter_hf.evaluation.replies import ReplyLog, answer_all
 
 
 def test_replies_are_found_again_by_words_and_pixels(tmp_path):
@@ -47,6 +47,23 @@ def test_a_reply_may_hold_any_character(tmp_path):
     ReplyLog(tmp_path).add({"a": "one\u2028two\x85three\x0cfour\nfive", "b": "\ud83d"})
     again = ReplyLog(tmp_path)
     assert again.get("a") == "one\u2028two\x85three\x0cfour\nfive" and again.get("b") == "?"
+
+
+def test_the_same_question_again_has_a_reply_of_its_own(tmp_path):
+    """In one window and in others, also when the first ones are known."""
+    asked = []
+
+    def ask(window, wanted):
+        asked.extend(wanted)
+        yield {number: f"{window[number]} {len(asked)} {number}" for number in wanted}
+
+    def answers(items):
+        return list(answer_all(items, str, ask, 2, ReplyLog(tmp_path), disable=True))
+
+    first = answers("aab")
+    assert len(set(first)) == 3 and answers("aab") == first and len(asked) == 3
+    more = answers("aabaa")
+    assert more[:3] == first and len(set(more)) == 5 and len(asked) == 5
 
 
 def test_the_judge_keeps_replies_and_says_when_there_is_none(tmp_path, monkeypatch):

@@ -188,7 +188,7 @@ class ConversationModel:
         """
         options = _generation_kwargs({**generation, **self.generation})
         for numbers, inputs, ask in self._asked(conversations, chat_template, batch_size, wanted):
-            with nullcontext() if seed is None or not options["do_sample"] else _draws(seed, inputs):
+            with nullcontext() if seed is None or not options["do_sample"] else _draws(seed, numbers, inputs):
                 new = ask(options)  # (B, L_new)
             texts = self.processor.post_process_image_text_to_text(new)
             yield {number: _cut(text, until) for number, text in zip(numbers, texts, strict=True)}
@@ -320,9 +320,9 @@ class ConversationModel:
 
 
 @contextmanager
-def _draws(seed: int, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within, torch draws what the seed and these inputs say; behind it goes on as if nothing had been drawn."""
-    told = [str(seed), *map(hash_of_tensor, inputs.values())]
+def _draws(seed: int, numbers: list[int], inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within, torch draws what the seed and this batch say; behind it goes on as if nothing had been drawn."""
+    told = [str(seed), str(numbers), *map(hash_of_tensor, inputs.values())]
     with torch.random.fork_rng(range(torch.accelerator.device_count())):
         torch.manual_seed(int(hashlib.sha256(" ".join(told).encode()).hexdigest()[:16], 16))
         yield

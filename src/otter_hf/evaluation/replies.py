@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def answer_all(
 
     Args:
         items: anything.
-        question: what a reply depends on, for [`ReplyLog.key`].
+        question: what a reply depends on, for [`ReplyLog.key`]; of equal ones each has a reply of its own.
         ask: gets a window of items and the numbers of those without a reply; a batch at a time it gives replies by
             number, also of others that belong to the batch: a batch is asked as a whole, so that the same numbers come
             out as without an interruption.
@@ -92,10 +93,18 @@ def answer_all(
         replies: those of before, and where new ones are kept.
         disable: no bar; None: none where nobody looks at a terminal.
     """
+    asked: Counter[str] = Counter()
+
+    def key_of(item: Any) -> str:
+        key = replies.key(question(item))
+        asked[key] += 1
+        # who asks the same again may want another draw
+        return key if asked[key] == 1 else replies.key([key, asked[key]])
+
     with logging.tqdm(total=len(items), desc="Asking", disable=disable) as progress:
         for start in range(0, len(items), window):
             now = list(items[start : start + window])
-            keys = [replies.key(question(item)) for item in now] if replies else []
+            keys = [key_of(item) for item in now] if replies else []
             known = {number: replies.get(key) for number, key in enumerate(keys)}
             missing = {number for number in range(len(now)) if known.get(number) is None}
             progress.update(len(now) - len(missing))

@@ -100,15 +100,19 @@ def answer_questions(
         media = read_media_of(entry, num_frames)
         return fit_media([make_message("user", entry["question"], media)], model.processor)
 
-    def question(entry: dict) -> Any:
+    def question(item: tuple[int, dict]) -> Any:
         """What its answer depends on, told without reading a picture: one would be read again to be asked about."""
+        _, entry = item
         return [entry, [state(local_path(file)) for file in _files_of(entry) if not is_url(file)]]
 
-    def ask(window: list[dict], wanted: set[int]) -> Iterator[dict[int, str]]:
-        conversations = ([*examples, *conversation(entry)] for entry in window)
-        return model.answers(conversations, until, None, batch_size, wanted, seed, **generation)
+    def ask(window: list[tuple[int, dict]], wanted: set[int]) -> Iterator[dict[int, str]]:
+        conversations = ([*examples, *conversation(entry)] for _, entry in window)
+        # who asks the same again and again gets other draws
+        own_seed = None if seed is None else seed + window[0][0]
+        return model.answers(conversations, until, None, batch_size, wanted, own_seed, **generation)
 
-    yield from zip(entries, answer_all(entries, question, ask, 4 * batch_size, replies, disable=None), strict=True)
+    items = list(enumerate(entries))
+    yield from zip(entries, answer_all(items, question, ask, 4 * batch_size, replies, disable=None), strict=True)
 
 
 def write_log(
