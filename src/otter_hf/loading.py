@@ -301,8 +301,10 @@ def _some(names: list[str]) -> str:
 
 
 def read_config(name: str, tokenizer: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model; see `load_model` for arguments and errors."""
+    """The configuration of a model; see `load_model` for arguments and errors. ValueError for an adapter."""
     path, revision = _locate(name)
+    if (base := _base_of_adapter(path, revision)) is not None:
+        raise ValueError(f"{name} is an adapter for {base}, no whole model: merge the two first, or name that one.")
     options = _tokenizer_options(path, revision, tokenizer=tokenizer)
     with config_told(name):
         return AutoConfig.from_pretrained(path, revision=revision, **options)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import MPT, save_model
+from transformers import LlamaConfig
 
 from otter_hf.cli import convert, memory
 from otter_hf.conversion import estimate_memory, memory_table
@@ -115,6 +116,11 @@ class TestMemory:
         assert capsys.readouterr().out.strip() == memory_table(model.config)
         assert run(memory, "memory", tmp_path / "model" / "config.json", "--json") == 0
         assert json.loads(capsys.readouterr().out) == estimate_memory(model.config)
+
+    def test_a_language_model_alone(self, tmp_path):
+        LlamaConfig().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="is a 'llama' model, which sees no pictures: name an Otter"):
+            run(memory, "memory", tmp_path)
 
     def test_a_2023_configuration_needs_no_tokenizer(self, golden, tmp_path, capsys):
         config = (golden / "otter" / "otter_mpt_image" / "config.json").read_text()

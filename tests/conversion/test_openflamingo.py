@@ -407,6 +407,11 @@ class TestInjectLm:
             found, expected = model(input_ids=tokens).logits[..., :258], language_model(input_ids=tokens).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
+    def test_a_language_model_is_no_vision_tower(self, parts):
+        folder, _ = parts
+        with pytest.raises(ConversionError, match="'llama' model, which reads no pictures: name a vision tower"):
+            plan_inject_lm(folder / "language_model", folder / "language_model")
+
     def test_unsupported_language_model(self, parts):
         folder, _ = parts
         config = json.loads((folder / "language_model" / "config.json").read_text()) | {"model_type": "bloom"}

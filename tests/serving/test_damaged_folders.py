@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_3_available
 
 from otter_hf import loading
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
-from otter_hf.loading import load_model, read_model, read_processor
+from otter_hf.loading import load_model, read_config, read_model, read_processor
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -256,6 +256,13 @@ def test_a_whole_adapter_loads(adapter):
         loaded = read_model(str(adapter), dtype=dtype).state_dict()
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
+
+
+def test_an_adapter_is_no_whole_model(whole, adapter):
+    """Its processor is its base's; its configuration would be that of a training on the base alone."""
+    assert read_processor(str(adapter)).tokenizer.get_vocab() == read_processor(str(whole)).tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=f"{adapter} is an adapter for {whole}, no whole model: merge the two first"):
+        read_config(str(adapter))
 
 
 def test_an_adapter_of_dora_loads(whole, tmp_path):

@@ -285,7 +285,12 @@ def open_language_model(name_or_path: str | Path) -> tuple[PreTrainedConfig, Ten
 def open_vision_tower(
     name_or_path: str | Path, open_clip_head_dim: int = 64, open_clip_activation: str = "quick_gelu"
 ) -> tuple[PreTrainedConfig, TensorSource, Path | None]:
-    """Configuration, tensors and (of a transformers model) folder of a vision tower."""
+    """
+    Configuration, tensors and (of a transformers model) folder of a vision tower.
+
+    Raises:
+        ConversionError: for what reads no pictures.
+    """
     if Path(name_or_path).is_file():
         tensors = from_open_clip(open_checkpoint(name_or_path))
         config = open_clip_config(tensors, open_clip_head_dim, open_clip_activation)
@@ -302,6 +307,10 @@ def open_vision_tower(
     with config_told(folder):
         config = AutoConfig.from_pretrained(folder)
     config = getattr(config, "vision_config", config)
+    if not hasattr(config, "num_channels"):
+        raise ConversionError(
+            f"{folder} is a {config.model_type!r} model, which reads no pictures: name a vision tower."
+        )
     source = TensorSource(
         str(name_or_path),
         open_checkpoint(folder),

@@ -45,8 +45,12 @@ def source_files(path: str | Path) -> tuple[Path, ...]:
 
 
 def model_class(config: PreTrainedConfig) -> type:
-    """The class with a language-modelling head for a configuration."""
-    return AutoModelForImageTextToText._model_mapping[type(config)]
+    """The class with a language-modelling head for a configuration; ConversionError for what sees no pictures."""
+    try:
+        return AutoModelForImageTextToText._model_mapping[type(config)]
+    except KeyError:
+        name = f"{config.name_or_path or 'This'} is a {config.model_type!r} model"
+        raise ConversionError(f"{name}, which sees no pictures: name an Otter, Flamingo or OtterHD.") from None
 
 
 def build_meta_model(config: PreTrainedConfig):
