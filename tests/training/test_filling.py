@@ -3,11 +3,11 @@
 import pytest
 from collators_tiny import COLLATORS
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from otter_hf.data.mixture import SkipCounter
 from otter_hf.data.samples import SampleError
-from otter_hf.training.trainer import NamingCollator, _num_samples
+from otter_hf.training.trainer import NamingCollator, _num_samples, _of_samples
 
 
 class Data:
@@ -51,6 +51,19 @@ def test_a_question_that_is_too_long_alone_in_its_batch(family, on_overlong):
         NamingCollator(COLLATORS[family](max_length=200), dataset=data)([data[0]])
     with pytest.raises(SampleError, match="Sample 'S0'"):  # of a report's sample answer, whose place no other takes
         NamingCollator(collator.collator)([data[0]])
+
+
+def test_parts_of_mixtures():
+    """Of torch's subsets and sums, whose mixtures count what they leave out, and of lists, which do not."""
+    data, other = Data(), Data()
+    data.task_groups, other.task_groups = ["A", "B", "A", "B"], ["C"] * 4
+    part = ConcatDataset([Subset(data, [0, 2, 3]), other])
+    assert _of_samples(part, "task_groups", "") == ["A", "A", "B", "C", "C", "C", "C"]
+    assert _of_samples([1, 2], "task_groups", "") == ["", ""]
+    for dataset in (part, [data[0], data[2]]):
+        collator = NamingCollator(COLLATORS["otter"](max_length=200, on_overlong="truncate"), dataset=dataset)
+        assert collator([data[0]])["sample_ids"][0] != "S0"
+    assert sum(data.counter.totals().values()) >= 1
 
 
 @pytest.mark.parametrize("family", COLLATORS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from torch.utils.data import SequentialSampler
+from torch.utils.data import SequentialSampler, Subset
 
 from otter_hf.data import MimicitMixture, OtterCollator
 from otter_hf.training.arguments import TrainingArguments
@@ -77,8 +77,8 @@ def test_a_trainer_in_python_as_users_of_transformers_have_it(ragged, model, pro
         model,
         TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", disable_tqdm=True, **options),
         OtterCollator(processor, packing=True),
-        train_dataset=mixture,
-        eval_dataset={"a": mixture, "b": mixture},
+        train_dataset=Subset(mixture, range(1, len(mixture))),
+        eval_dataset={"a": [mixture[0]], "b": mixture},
         processing_class=processor,
         compute_metrics=lambda predicted: {"likes": -len(predicted.label_ids)},
         callbacks=[transformers.EarlyStoppingCallback(2)],

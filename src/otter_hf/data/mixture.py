@@ -347,7 +347,8 @@ class GroupedSampler(Sampler[int]):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if lengths is not None and len(lengths) != len(groups):
             raise ValueError(f"There are {len(lengths)} lengths for {len(groups)} samples: give one for each.")
-        names, self._group_of = np.unique(np.asarray(groups), return_inverse=True)
+        names = {name: number for number, name in enumerate(sorted(set(groups)))}
+        self._group_of = np.fromiter(map(names.__getitem__, groups), np.int64, len(groups))
         self._num_groups = len(names)
         self._lengths = None if lengths is None else np.asarray(lengths)
         self.batch_size = batch_size

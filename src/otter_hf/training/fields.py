@@ -125,7 +125,9 @@ class DataArguments:
     on_error: str = _option("raise", "A sample that cannot be used: raise or skip.")
     populate_rel_ins: bool = _option(False, "Without a train config, take context from rel_ins_ids.")
     max_context: int | None = _option(None, "Context turns or examples kept, the latest.")
-    num_frames: int = _option(32, "Frames that a video is resampled to.")
+    num_frames: int | None = _option(
+        None, "Frames that a video is resampled to; by default those the model was trained with, else 32."
+    )
     legacy_pictures: bool = _option(
         False, "Read pictures as the original did: photographs not turned, transparency dropped."
     )

@@ -110,6 +110,8 @@ def train(
     attention = choose_attention(config, model_args, data_args, training_args)
     processor = read_processor(model_args.model_name_or_path, model_args.tokenizer, model_args.tokenizer_reference)
     check_vocabulary(processor.tokenizer, config)
+    frames = data_args.num_frames or getattr(processor, "num_frames", None) or SampleOptions.num_frames
+    data_args = replace(data_args, num_frames=frames)
     collator = _make_collator(processor, data_args)
     train_dataset = _load_mixture(data_args.train_mixture, data_args, training_args, processor, transform)
     logger.info(train_dataset.summary())

@@ -5,10 +5,11 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Sampler, Subset
 from transformers import TrainerCallback
 from transformers.trainer_utils import seed_worker
 
@@ -26,7 +27,7 @@ from .throughput import Throughput, count_batch
 
 class OtterTrainer(PublishingTrainer):
     """
-    A `Trainer` for a `MimicitMixture`.
+    A `Trainer` for a `MimicitMixture`, a `Subset` or `ConcatDataset` of torch made of some, or a list of samples.
 
     The samples of an optimizer step are of one task group, as those of a batch in Otter's training, so that rows with
     one image are not padded to those with several; with `train_sampling_strategy="group_by_length"` they are of about
@@ -53,7 +54,7 @@ class OtterTrainer(PublishingTrainer):
         self.data_collator = NamingCollator(
             self.data_collator, getattr(base.config, "image_token_id", None) if self._counts_for_model else None
         )
-        groups = getattr(self.train_dataset, "task_groups", ())
+        groups = () if self.train_dataset is None else _of_samples(self.train_dataset, "task_groups", "")
         self.throughput = Throughput(groups, flops, getattr(self.args, "peak_flops", 0))
         self.add_callback(self.throughput)
         self.add_callback(_TellEpoch(self))
@@ -93,16 +94,18 @@ class OtterTrainer(PublishingTrainer):
         dataset, args = self.train_dataset, self.args
         if dataset is None:
             raise ValueError("Training needs a train_dataset: give one to the trainer.")
-        if not hasattr(dataset, "task_groups"):
+        if isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"train_dataset is a {type(dataset).__name__}, which does not say the task_group of each sample: give "
+                f"train_dataset is a {type(dataset).__name__}, of which steps of one task group cannot be made: give "
                 "a MimicitMixture, or a stream to transformers' Trainer."
             )
         self._sampler = GroupedSampler(
-            dataset.task_groups,
+            _of_samples(dataset, "task_groups", ""),
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.seed if args.data_seed is None else args.data_seed,
-            lengths=dataset.text_lengths if args.train_sampling_strategy == "group_by_length" else None,
+            lengths=_of_samples(dataset, "text_lengths", 0)
+            if args.train_sampling_strategy == "group_by_length"
+            else None,
         )
         seed = functools.partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
         return self._loader(dataset, self._train_batch_size, self._sampler, worker_init_fn=seed)
@@ -235,6 +238,27 @@ def _unpacked(values, ends: list[int]):
 _NAMES = ("sample_ids", "task_groups", "on_host")
 
 
+def _mixtures_in(dataset: Dataset) -> list[Dataset]:
+    """What a dataset is made of by `torch.utils.data`."""
+    if isinstance(dataset, Subset):
+        return _mixtures_in(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return [mixture for part in dataset.datasets for mixture in _mixtures_in(part)]
+    return [dataset]
+
+
+def _of_samples(dataset: Dataset, name: str, default: Any) -> Sequence:
+    """Of each sample what a mixture tells of its own under this name."""
+    if isinstance(dataset, Subset):
+        values = _of_samples(dataset.dataset, name, default)
+        return [values[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        return [value for part in dataset.datasets for value in _of_samples(part, name, default)]
+    if hasattr(dataset, name) or isinstance(dataset, IterableDataset):
+        return getattr(dataset, name, ())
+    return [default] * len(dataset)
+
+
 class NamingCollator:
     """
     A collator in which no sample ends a run that leaves out what it cannot use, and whose batches say who is in them.
@@ -250,7 +274,7 @@ class NamingCollator:
     Args:
         collator: of a batch of samples.
         image_token_id: of the model; None if it does not take these arguments.
-        dataset: a `MimicitMixture`, where to find samples for unusable ones.
+        dataset: where to find samples for unusable ones.
 
     Raises:
         SampleError: as the collator, where nothing is to be left out, or if no sample of the data can be used.
@@ -265,6 +289,7 @@ class NamingCollator:
         self.collator = collator
         self.image_token_id = image_token_id
         self.dataset = dataset
+        self._mixtures = [] if dataset is None else _mixtures_in(dataset)
 
     def on(self, dataset: Dataset) -> "NamingCollator":
         """The same for samples of `dataset`."""
@@ -299,7 +324,7 @@ class NamingCollator:
             return False
         if error.reason == "overlong" and getattr(self.collator, "on_overlong", "error") != "error":
             return True
-        return getattr(self.dataset, "on_error", "raise") == "skip"
+        return getattr(self._mixtures[0], "on_error", "raise") == "skip"
 
     def _usable(self, sample: Sample) -> Sample:
         start = zlib.crc32(sample["id"].encode())
@@ -311,7 +336,8 @@ class NamingCollator:
             except SampleError as error:
                 if not self._leaves_out(error):
                     raise
-                self.dataset.skip(error)
+                if hasattr(self._mixtures[0], "skip"):
+                    self._mixtures[0].skip(error)
         raise SampleError(f"None of the {len(self.dataset)} samples can be used: look at the reasons above.")
 
 
@@ -376,5 +402,7 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # accelerate tells the epoch to the dataset or to the sampler, and to the sampler not on every path
-        train_dataloader.dataset.set_epoch(int(state.epoch))
+        for mixture in _mixtures_in(train_dataloader.dataset):
+            if hasattr(mixture, "set_epoch"):
+                mixture.set_epoch(int(state.epoch))
         self.trainer._sampler.set_epoch(int(state.epoch))
