@@ -260,6 +260,17 @@ def test_bad_media_are_refused_and_the_server_lives_on(part, message, stream, sh
         ({"temperature": float("nan")}, 400, "temperature must be a number"),
         ({"max_tokens": 0}, 400, "max_tokens must be a whole number of 1 or more"),
         ({"max_tokens": True}, 400, "max_tokens must be a whole number"),
+        (
+            {"max_tokens": 5, "max_completion_tokens": 6},
+            400,
+            "max_tokens is 5, and max_completion_tokens 6, which are",
+        ),
+        ({"temperature": 0.7, "do_sample": False}, 400, "temperature is 0.7, which draws tokens, and do_sample false"),
+        (
+            {"temperature": 0, "do_sample": True},
+            400,
+            "temperature is 0, which takes the likeliest, and do_sample true",
+        ),
         ({"n": 17}, 400, "n is 17; this server gives at most 16 at a time"),
         ({"n": 0}, 400, "n must be a whole number of 1 or more, not 0"),
         ({"n": 2, "num_beams": 3}, 400, "n is 2, and num_beams 3: beams have one answer and no logprobs"),

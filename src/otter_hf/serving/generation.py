@@ -38,7 +38,7 @@ def config_of(model: PreTrainedModel, body: dict, options: ChatOptions) -> Gener
         cut = body.get("top_p") not in (None, 1) or any(map(options.generation.get, ("top_k", "min_p")))
         config.do_sample = options.generation.get("do_sample", config.do_sample or bool(cut))
     else:
-        config.do_sample = body["temperature"] > 0 and options.generation.get("do_sample", True)
+        config.do_sample = body["temperature"] > 0
         # as vLLM has it: logits divided by less are infinite in half precision
         config.temperature = max(float(body["temperature"]), 0.01)
     if not config.do_sample:

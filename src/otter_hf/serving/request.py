@@ -110,13 +110,25 @@ def check_request(body) -> ChatOptions:
             raise ValueError(f"{name} must be true or false, not {body[name]!r:.80}.")
     if body.get("top_logprobs") and not body.get("logprobs"):
         raise ValueError(f"top_logprobs is {body['top_logprobs']}, which needs logprobs: true.")
+    most, longest = body.get("max_tokens"), body.get("max_completion_tokens")
+    if None not in (most, longest) and most != longest:
+        raise ValueError(
+            f"max_tokens is {most}, and max_completion_tokens {longest}, which are the same; say it once."
+        )
+    generation, temperature = _generation(body), body.get("temperature")
+    if None not in (temperature, generation.get("do_sample")) and (temperature > 0) != generation["do_sample"]:
+        does = "draws tokens" if temperature > 0 else "takes the likeliest"
+        raise ValueError(
+            f"temperature is {temperature}, which {does}, and do_sample {str(generation['do_sample']).lower()}; leave "
+            "one of them out."
+        )
     usage = _stream_options(body.get("stream_options"))
     return ChatOptions(
         1 if body.get("n") is None else body["n"],
         (body.get("top_logprobs") or 0) if body.get("logprobs") else None,
         _stops(body.get("stop")),
         _num_frames(body.get("chat_template_kwargs")),
-        _generation(body),
+        generation,
         _logit_bias(body.get("logit_bias")),
         least_tokens=math.inf if body.get("ignore_eos") else body.get("min_tokens") or 0,
         usage_apart=usage.get("include_usage") is True,
