@@ -111,6 +111,19 @@ def test_query_and_response(folder):
         list(read_chats(lines(folder, {**row, "history": ["a?"]})))
 
 
+def test_question_and_answer(folder):
+    """As sets of visual questions have them, pictures in the rows; more keys are named."""
+    row = {"image": {"bytes": RED, "path": None}, "question": "a?", "answer": "yes", "answer_type": "CLOSED"}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "rows.parquet")
+    (read,) = read_chats(folder / "rows.parquet")
+    assert read.turns == [("a?", "yes")] and colours(read) == ["red"] and read.unused == ["key 'answer_type'"]
+    with pytest.raises(ValueError, match="it is LRV's form"):
+        list(read_chats(lines(folder, {"image_id": "1", "question": "a?", "answer": "yes"})))
+    beside = {"messages": [said("user", "b?"), ANSWER], "question": "a?", "answer": "yes"}
+    (read,) = read_chats(lines(folder, beside))
+    assert read.turns == [("b?", "yes")] and read.unused == ["key 'question'", "key 'answer'"]
+
+
 def test_turns_of_the_cauldron(folder):
     """FineVision has them, too, with what was measured of each row beside them."""
     texts = [{"user": "a?", "assistant": "no", "source": "x"}, {"user": "b?", "assistant": "yes", "source": "x"}]

@@ -2,12 +2,13 @@
 Rows of messages, as TRL, LLaMA-Factory and ms-swift have them, and those with a chosen and a rejected answer.
 
 `{"messages": [{"role", "content"}], "images": [...], "videos": [...]}` in JSON lines, a JSON list or parquet; also
-`{"conversations": [{"from", "value"}]}`, `{"query", "response", "history": [[query, response]]}` and the `{"texts":
-[{"user", "assistant"}]}` of The Cauldron and FineVision. A content is a text, where `<image>` and `<video>` stand
-for the next of the row's images and videos, or a list of parts: `{"type": "text", "text"}`, `{"type": "image"}`
-likewise for the next one, for that of an `index`, or with one of its own under `image`, `url`, `path`, `base64` or
-`image_url`, and so for videos; `<img>name</img>` in a question is a picture, too. Media are file names, `{"bytes",
-"path"}`, or addresses of the kinds `data:` and `file:`; a film may be a list of these, its frames.
+`{"conversations": [{"from", "value"}]}`, `{"query", "response", "history": [[query, response]]}`, `{"question",
+"answer"}` and the `{"texts": [{"user", "assistant"}]}` of The Cauldron and FineVision. A content is a text, where
+`<image>` and `<video>` stand for the next of the row's images and videos, or a list of parts: `{"type": "text",
+"text"}`, `{"type": "image"}` likewise for the next one, for that of an `index`, or with one of its own under `image`,
+`url`, `path`, `base64` or `image_url`, and so for videos; `<img>name</img>` in a question is a picture, too. Media are
+file names, `{"bytes", "path"}`, or addresses of the kinds `data:` and `file:`; a film may be a list of these, its
+frames.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,9 @@ _SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assist
 _MEDIA = ("image", "images", "video", "videos")
 _CONVERSATIONS = ("messages", "conversations")
 _OF_QUERY = ("query", "response", "history")
+_ASKED = ("question", "answer")
+# beside which these two are not what is learned: a row of LRV names its picture by an id
+_NOT_ASKED = (*_CONVERSATIONS, "query", "texts", "completion", "chosen", "instruction", "image_id")
 # keys of other forms, and what reads them
 _OTHER_FORMS = (
     (("instruction", "output"), "Alpaca's", "otter-hf data from-alpaca"),
@@ -71,7 +75,7 @@ def read_chats(
 
     def read(where: str, number: int, row: dict[str, Any]) -> Iterator[Conversation]:
         known = ("id", *_CONVERSATIONS, *_OF_QUERY, "texts", "prompt", "completion", "system", *_MEDIA)
-        unused = check_keys(row, known, where)
+        unused = check_keys(row, (*known, *(_ASKED if _is_asked(row) else ())), where)
         messages = _conversation_of(row, where)
         if messages is None and row.get("completion"):
             messages = [*_messages(row.get("prompt"), where), *_messages(row["completion"], where)]
@@ -220,6 +224,7 @@ def _conversation_of(row: dict[str, Any], where: str) -> Any:
     """What a row has under one of the names of its messages; None if nothing."""
     given = [name for name in _CONVERSATIONS if row.get(name)]
     given += ["query"] if row.get("query") and row.get("response") else []
+    given += ["question"] if _is_asked(row) else []
     given += ["texts"] if _are_turns(row.get("texts")) else []
     if len(given) > 1:
         raise ValueError(f"{where} has both {' and '.join(given)}: give its messages under one of them.")
@@ -228,11 +233,18 @@ def _conversation_of(row: dict[str, Any], where: str) -> Any:
         if not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
             raise ValueError(f"{where}: history must be a list of [query, response], got {row['history']!r:.60}.")
         turns = [{"user": asked, "assistant": said} for asked, said in turns]
+    elif given == ["question"]:
+        turns = [{"user": row["question"], "assistant": row["answer"]}]
     elif given == ["texts"]:
         turns = row["texts"]
     else:
         return row[given[0]] if given else row.get("messages")
     return [message for turn in turns for message in _messages_of_turn(**turn)]
+
+
+def _is_asked(row: dict[str, Any]) -> bool:
+    """Whether a row is a question and its answer."""
+    return all(isinstance(row.get(key), str) for key in _ASKED) and not any(row.get(key) for key in _NOT_ASKED)
 
 
 def _messages_of_turn(user: Any, assistant: Any, **others: Any) -> list[dict[str, Any]]:
