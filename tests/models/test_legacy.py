@@ -237,6 +237,15 @@ class TestTokenIds:
             processor = AutoProcessor.from_pretrained(folder, tokenizer=tokenizer)
             assert processor.tokenizer.get_vocab() == otter_tokenizer.get_vocab()
 
+    def test_the_tokenizer_of_another_model(self, legacy_folder):
+        """LLaMA's, given for an MPT: all of its ids are there."""
+        folder, _ = legacy_folder
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["vocab_size"] = 3 * len(build_tokenizer()) // 2
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="The tokenizer has .* rows: it is not the one"):
+            AutoConfig.from_pretrained(folder)
+
     def test_answer_above_pad_is_explained(self, tmp_path, caplog):
         tokenizer = OtterProcessor.prepare_tokenizer(FlamingoProcessor.prepare_tokenizer(build_tokenizer()))
         vocabulary = tokenizer.get_vocab()

@@ -49,6 +49,8 @@ _LORA_TARGET_MODULES = {
     "opt": ["q_proj", "v_proj"],
     "otter_mpt": ["Wqkv"],
 }
+# rows of embeddings were filled up to a multiple of 128 at most; LLaMA's tokenizer has two thirds of MPT's rows
+_LEAST_OF_ROWS = 0.75
 _REFINED_WEB_NAMES = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
 
 # Recomputed or unused buffers that old versions of transformers stored.
@@ -80,7 +82,8 @@ def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, toke
     Raises:
         OSError: if `name_or_path` holds no tokenizer and none is given: without the id of `<image>` the model would
             not see any image, and say nothing.
-        ValueError: for a text model that cannot be told, or computes something no decoder here does.
+        ValueError: for a text model that cannot be told, or computes something no decoder here does, and for the
+            tokenizer of another model.
     """
     if not is_legacy_config(config_dict):
         return config_dict
@@ -105,6 +108,11 @@ def upgrade_config_dict(config_dict: dict, name_or_path: str | None = None, toke
         table = read_token_table(tokenizer, config.get("model_type"), num_rows)
     if "<image>" not in table.ids:
         raise OSError(_missing_tokenizer_message(name_or_path, config_dict["text_config"], text_config["model_type"]))
+    if num_rows is not None and table.size < _LEAST_OF_ROWS * num_rows:
+        raise ValueError(
+            f"The tokenizer has {table.size} tokens, but {name_or_path or 'the model'} embeddings of {num_rows} rows: "
+            "it is not the one that the model was trained with, which would take other words for `<image>`."
+        )
     for token, field in SPECIAL_TOKENS.items():
         if config.get(field) is None:
             config[field] = table.ids.get(token)
