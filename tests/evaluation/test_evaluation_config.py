@@ -127,6 +127,18 @@ MODELS = {"models": ["a/b"]}
             "has temperature 0.7, which samples, and `do_sample: false`",
         ),
         ({"models": ["a/m:1", {"path": "b", "name": "m_1"}], "datasets": ["mme"]}, "Two models are called 'm:1'"),
+        (
+            {"models": [{"path": "a", "dtype": "int8"}], "datasets": ["mme"]},
+            "dtype 'int8'; use auto, bfloat16, float16",
+        ),
+        (
+            {"models": [{"path": "a", "model_path": "b"}], "datasets": ["mme"]},
+            "A model has `path` 'a' and `model_path` 'b': give one of them",
+        ),
+        (
+            {"models": [{"path": "a", "max_new_tokens": 5, "generation": {"max_new_tokens": 6}}], "datasets": ["mme"]},
+            "has `max_new_tokens` 5, and another in `generation`",
+        ),
         ({"models": [{"path": "a", "media_store_gb": 3}], "datasets": ["mme"]}, "`media_store_gb` bounds a"),
         (
             {"models": [{"path": "a", "media_store": "b", "media_store_gb": -1}], "datasets": ["mme"]},
@@ -134,6 +146,14 @@ MODELS = {"models": ["a/b"]}
         ),
         ({**MODELS, "datasets": ["mme", "mme"]}, "Two datasets are called 'mme'"),
         ({**MODELS, "datasets": [{"name": "coco", "train": "x"}]}, "needs `test`"),
+        (
+            {**MODELS, "datasets": [{"name": "coco", "train": "a", "test": "b", "normaliser": "official"}]},
+            "'coco' has `normaliser`, which is for vqav2, ok_vqa, vizwiz, textvqa: take it out",
+        ),
+        (
+            {**MODELS, "datasets": [{"name": "coco", "train": "a", "test": "b", "encoder": "c"}]},
+            "rices with an `encoder` (folder or Hub id of a vision encoder); coco has 'random' and 'c'",
+        ),
         ({**MODELS, "datasets": [{"name": "textvqa_val", "data_path": "x"}]}, "whose `data_path` is fixed"),
         ({**MODELS, "datasets": [{"name": "seedbench", "likelihood": "max"}]}, "use mean or sum"),
         (

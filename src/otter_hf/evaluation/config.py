@@ -59,6 +59,7 @@ _OTTERHD_TEMPLATE = (
     "{% else %} {{ message['content'][0]['text'] }}{% endif %}{% endfor %}"
 )
 _TEMPLATES_OF_2023 = {"fuyu": _FUYU_TEMPLATE, "otterhd": _OTTERHD_TEMPLATE}
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
 _DTYPES_OF_2023 = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 # what `generate` takes of what is asked for; the latter where it samples
@@ -68,6 +69,7 @@ _MODEL_OPTIONS = ("dtype", "device", "load_in_4bit", "processor", "tokenizer", "
 _MODEL_OPTIONS += ("processor_kwargs", "generation", "media_store", "media_store_gb")
 _MODEL_KEYS = {"path", "model_path", "name", "batch_size", "batch", "endpoint", "model", "resolution", *_MODEL_OPTIONS}
 _MODEL_KEYS |= {"load_bit", "cuda_id", "max_new_tokens"}
+_SAME_KEYS = (("path", "model_path"), ("dtype", "load_bit"), ("device", "cuda_id"), ("batch_size", "batch"))
 _ENDPOINT_KEYS = {"endpoint", "model", "name", "batch_size", "batch", "generation", "max_new_tokens"}
 # what OpenAI's protocol has of `generation`
 _ENDPOINT_GENERATION = ("max_new_tokens", "temperature", "top_p")
@@ -91,6 +93,12 @@ _OWN_KEYS = {
 _FEWSHOT_KEYS = {"name", "train", "test", "shots", "seeds", "num_samples", "query_set_size", "image_dir", "columns"}
 _FEWSHOT_KEYS |= {"demonstrations", "encoder", "class_names", "batch_size", "limit", "likelihood", "normaliser"}
 _FEWSHOT_KEYS |= {"train_split", "test_split"}
+# few-shot data sets that have these keys
+_OWN_FEWSHOT_KEYS = {
+    "normaliser": ("vqav2", "ok_vqa", "vizwiz", "textvqa"),
+    "class_names": ("imagenet",),
+    "likelihood": ("imagenet", "hateful_memes"),
+}
 _JUDGE_KEYS = {"model", "max_retries", "options"}
 # what keys hold, in types and in words; those of numbers are looked at where they are read
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -195,28 +203,18 @@ def load_config(path: str | Path) -> EvalConfig:
 def _read_model(entry) -> ModelSpec:
     entry = _check_keys({"path": entry} if isinstance(entry, str) else entry, _MODEL_KEYS, "a model")
     name = entry.get("name")
+    for key, old in _SAME_KEYS:
+        if key in entry and old in entry:
+            raise ValueError(
+                f"A model has `{key}` {entry[key]!r:.80} and `{old}` {entry[old]!r:.80}: give one of them."
+            )
     if name in _DROPPED_MODELS:
         raise ValueError(
             f"The model {name!r} needs a repository of 2023 that is not part of this package; give a path."
         )
     batch_size = whole_number(entry.get("batch_size", entry.get("batch", 1)), "batch_size")
     if "endpoint" in entry or name == "gpt4v":
-        model = entry.get("model", "gpt-4-vision-preview" if name == "gpt4v" else None)
-        if model is None:
-            raise ValueError(f"The endpoint {entry['endpoint']!r} needs `model`, the name it knows the model by.")
-        if given := sorted(key for key in entry.keys() - _ENDPOINT_KEYS if entry[key] is not None):
-            raise ValueError(
-                f"The model {model!r} is behind an endpoint, which is not told `{'`, `'.join(given)}`: leave that to "
-                "its server."
-            )
-        generation = _generation_of(entry, {})
-        if given := [key for key in generation if key not in _ENDPOINT_GENERATION]:
-            raise ValueError(
-                f"`generation` of {model!r} has `{given[0]}`, which its endpoint is not told: it knows "
-                f"{', '.join(_ENDPOINT_GENERATION)}."
-            )
-        options = {"generation": generation} if generation else {}
-        return ModelSpec(name or _short(model), None, entry.get("endpoint", ""), model, batch_size, options)
+        return _read_endpoint(entry, batch_size)
 
     checkpoint, generation = _KEYS_OF_2023.get(name, (None, {}))
     path = entry.get("path") or entry.get("model_path") or checkpoint
@@ -236,8 +234,10 @@ def _read_model(entry) -> ModelSpec:
     if entry.get("resolution", -1) not in (None, -1):
         resolution = whole_number(entry["resolution"], "resolution")
         options["processor_kwargs"] = {**options.get("processor_kwargs", {}), "resolution": resolution}
-    if "load_bit" in entry:
-        options["dtype"] = _DTYPES_OF_2023.get(entry["load_bit"], entry["load_bit"])
+    if dtype := entry.get("dtype", entry.get("load_bit")):
+        options["dtype"] = _DTYPES_OF_2023.get(dtype, dtype)
+        if options["dtype"] not in _DTYPES:
+            raise ValueError(f"A model has dtype {dtype!r:.80}; use {', '.join(_DTYPES)}, or `load_in_4bit: true`.")
     if "cuda_id" in entry:
         options["device"] = f"cuda:{entry['cuda_id']}"
     if name in _TEMPLATES_OF_2023 and "path" not in entry:
@@ -245,12 +245,35 @@ def _read_model(entry) -> ModelSpec:
     return ModelSpec(name or _short(path), path, batch_size=batch_size, options=options)
 
 
+def _read_endpoint(entry: Mapping, batch_size: int) -> ModelSpec:
+    name = entry.get("name")
+    model = entry.get("model", "gpt-4-vision-preview" if name == "gpt4v" else None)
+    if model is None:
+        raise ValueError(f"The endpoint {entry['endpoint']!r} needs `model`, the name it knows the model by.")
+    if given := sorted(key for key in entry.keys() - _ENDPOINT_KEYS if entry[key] is not None):
+        raise ValueError(
+            f"The model {model!r} is behind an endpoint, which is not told `{'`, `'.join(given)}`: leave that to "
+            "its server."
+        )
+    generation = _generation_of(entry, {})
+    if given := [key for key in generation if key not in _ENDPOINT_GENERATION]:
+        raise ValueError(
+            f"`generation` of {model!r} has `{given[0]}`, which its endpoint is not told: it knows "
+            f"{', '.join(_ENDPOINT_GENERATION)}."
+        )
+    options = {"generation": generation} if generation else {}
+    return ModelSpec(name or _short(model), None, entry.get("endpoint", ""), model, batch_size, options)
+
+
 def _generation_of(entry: Mapping, default: Mapping) -> dict[str, Any]:
     """What a model's entry says of all its answers."""
-    generation = {**default, **entry.get("generation", {})}
-    if "max_new_tokens" in entry and "max_new_tokens" not in entry.get("generation", {}):
-        generation["max_new_tokens"] = whole_number(entry["max_new_tokens"], "max_new_tokens")
-    return check_generation(generation)
+    given, longest = entry.get("generation", {}), entry.get("max_new_tokens")
+    if longest is not None and given.get("max_new_tokens", longest) != longest:
+        raise ValueError(
+            f"A model has `max_new_tokens` {longest!r:.80}, and another in `generation`: give one of them."
+        )
+    limit = {} if longest is None else {"max_new_tokens": whole_number(longest, "max_new_tokens")}
+    return check_generation({**default, **limit, **given})
 
 
 def check_generation(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -346,6 +369,15 @@ def _read_fewshot(name: str, entry, limit) -> DatasetSpec:
     for key in ("train", "test"):
         if key not in entry:
             raise ValueError(f"The few-shot dataset {name!r} needs `{key}`: a file or Hub id.")
+    for key, names in _OWN_FEWSHOT_KEYS.items():
+        if key in entry and name not in names:
+            raise ValueError(f"The dataset {name!r} has `{key}`, which is for {', '.join(names)}: take it out.")
+    way, encoder = entry.get("demonstrations", "random"), entry.get("encoder")
+    if way not in ("random", "fixed", "rices") or (way == "rices") != bool(encoder):
+        raise ValueError(
+            "`demonstrations` must be random, fixed, or rices with an `encoder` (folder or Hub id of a vision "
+            f"encoder); {name} has {way!r} and {encoder!r}."
+        )
     for key, known in (("likelihood", LIKELIHOODS), ("normaliser", NORMALISERS)):
         if entry.get(key, known[0]) not in known:
             raise ValueError(f"The dataset {name!r} has {key} {entry[key]!r}; use {' or '.join(known)}.")

@@ -174,11 +174,6 @@ def _chooser(settings, train: Rows, test: Rows, rows, shots: int, seed: int, fol
         return lambda row: random_demonstrations(candidates, shots, seed, row, itself(row))
     if way == "fixed":
         return lambda row: fixed_demonstrations(candidates, shots, seed, itself(row))
-    if way != "rices" or not settings.get("encoder"):
-        raise ValueError(
-            "`demonstrations` must be random, fixed, or rices with an `encoder` (folder or Hub id of a vision "
-            f"encoder); got {way!r} and {settings.get('encoder')!r}."
-        )
     features = {}
     for name, table, numbers in (("train", train, candidates), ("test", test, rows)):
         encoder = settings["encoder"]
