@@ -209,7 +209,8 @@ def test_animated_pictures_are_films(format, processor):
     assert numbers(data) == [0, 5, 10, 15]
     assert numbers(data, num_frames=3) == [0, 5, 5]
     assert numbers(data, fps=3) == [0, 5, 5]
-    assert [number_of(Image.fromarray(frame)) for frame in seen(processor, io.BytesIO(data))] == [0, 5, 10, 15]
+    for given in (io.BytesIO(data), {"bytes": data, "path": None}):
+        assert [number_of(Image.fromarray(frame)) for frame in seen(processor, given)] == [0, 5, 10, 15]
     (single,) = read_video(jpeg(frames[1]))
     assert number_of(single) == 5
 

@@ -24,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from .film_decoders import DEFAULT_LIMITS, FilmLimits, open_film
-from .pictures import ImageError, ImageTooLarge, array_range, is_array, is_list, read_image, to_numpy
+from .pictures import ImageError, ImageTooLarge, array_range, is_array, is_list, read_image, to_numpy, undecoded
 
 
 DEFAULT_NUM_FRAMES = 16
@@ -69,7 +69,7 @@ def read_video(
     The frames of a film in RGB, by the rules of this module.
 
     Args:
-        video: see the module.
+        video: see the module; also a mapping with `bytes` or `path`, as `datasets` has it.
         name: what to call it in an error.
         num_frames, fps, do_sample_frames: which frames, see the module.
         default_num_frames: of an encoded film, where none of these is given; else 16.
@@ -81,6 +81,7 @@ def read_video(
         ValueError: for sampling options that mean nothing.
     """
     check_sampling(num_frames, fps, do_sample_frames)
+    video = undecoded(video)
     if is_array(video) or is_list(video) or isinstance(video, Image.Image):
         return _given_frames(video, name, num_frames, fps, image_options)
     with open_film(video, name, limits) as film:

@@ -145,8 +145,7 @@ def read_image(
     Raises:
         ImageError: a ValueError of one sentence that names it, for what cannot be read or is ambiguous.
     """
-    if isinstance(image, dict) and (image.get("bytes") is not None or image.get("path") is not None):
-        image = image["bytes"] if image.get("bytes") is not None else Path(image["path"])
+    image = undecoded(image)
     if is_array(image):
         array = to_numpy(image, name)
         if rescaled and array.dtype.kind != "f":
@@ -161,6 +160,13 @@ def read_image(
         raise _unreadable(name, f"it is a {kind}; give a PIL image, an array, a path, a URL or encoded bytes")
     with open_source(image, name, "an image") as file:
         return _decode(file, name, legacy, truncated, max_pixels, formats)
+
+
+def undecoded(source: Any) -> Any:
+    """What is encoded in a mapping with `bytes` or `path`, as `datasets` has it; anything else as it is."""
+    if isinstance(source, dict) and (source.get("bytes") is not None or source.get("path") is not None):
+        return source["bytes"] if source.get("bytes") is not None else Path(source["path"])
+    return source
 
 
 def _not_rescaled(name: str, kind: object) -> ImageError:

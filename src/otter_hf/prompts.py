@@ -333,6 +333,7 @@ def chat_template(
     reserved_tokens: Sequence[str] = RESERVED_TOKENS,
     removed_tokens: Sequence[str] = (),
     answer_lead: str | None = None,
+    bos: bool = False,
 ) -> str:
     """The Jinja template of a format for `apply_chat_template` of tokenizers and processors.
 
@@ -343,12 +344,13 @@ def chat_template(
     where the model goes on to the token that ends the turn, for `return_assistant_tokens_mask`. Messages that do not
     alternate, parts of other types, tools and documents raise an error.
 
-    `answer_lead` takes the place of the format's own, see `FlamingoCollator`.
+    `answer_lead` takes the place of the format's own, see `FlamingoCollator`; `bos` puts the tokenizer's BOS in front,
+    see `OtterCollator.adds_bos`.
     """
     pieces = get_format(format)
     if answer_lead is not None:
         pieces = replace(pieces, answer_lead=answer_lead)
-    template = _CHAT_TEMPLATE
+    template = "{{- bos_token -}}" * bos + _CHAT_TEMPLATE
     for field in fields(pieces):
         piece = getattr(pieces, field.name)
         for token in removed_tokens if isinstance(piece, str) else ():

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from otter_hf import FlamingoProcessor
@@ -346,6 +346,24 @@ def test_something_must_end_an_answer(tiny_processor):
     processor.tokenizer.eos_token = None
     with pytest.raises(ValueError, match="remove_end_of_turn_token: the tokenizer has no end-of-sequence token"):
         OtterCollator(processor, remove_end_of_turn_token=True)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_prompts_begin_as_samples_do(tiny_processor, by_colour, writes):
+    """GPT-NeoX's tokenizer, which is MPT's, has a BOS and does not write it; training puts it in front in any case."""
+    processor = copy.deepcopy(tiny_processor)
+    if writes:
+        bos = [("<s>", processor.tokenizer.bos_token_id)]
+        processor.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, bos)
+    collate = OtterCollator(processor, format="spaced")
+    trained = collate([sample([("What?", "A Cat")], [[by_colour["red"]]])])["input_ids"][0].tolist()
+    assert collate.adds_bos != writes and trained[0] == processor.tokenizer.bos_token_id
+    processor.chat_template = chat_template("spaced", bos=collate.adds_bos)
+    content = [{"type": "image", "image": by_colour["red"]}, {"type": "text", "text": "What?"}]
+    asked = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"][0]
+    assert list(asked) == trained[: len(asked)]
 
 
 @pytest.mark.parametrize("kind", ["LLaMA", "bytes"])

@@ -260,6 +260,11 @@ class AnswerTokenCollator(Collator):
         self._removed_ids = torch.tensor(tokenizer.convert_tokens_to_ids(self.removed_tokens), dtype=torch.int64)
         self._reserved_tokens = reserved_tokens_of(tokenizer)
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether samples begin with a BOS that the tokenizer does not write by itself, as GPT-NeoX's for MPT."""
+        return bool(self._prefix) and self._tokenizer("a")["input_ids"][:1] != self._prefix
+
     def _tokenize(self, samples: Sequence[Sample]) -> list[list[int]]:
         for sample in samples:
             self._tell_of_hidden_media(sample)

@@ -403,6 +403,7 @@ def _make_collator(processor, data_args: DataArguments) -> OtterCollator | Otter
         processor.reserved_tokens,
         removed_tokens=collator.removed_tokens,
         answer_lead=collator.answer_lead if isinstance(collator, FlamingoCollator) else None,
+        bos=collator.adds_bos,
     )
     return collator
 
