@@ -41,7 +41,7 @@ def _command(commands, name: str, run, help: str) -> argparse.ArgumentParser:
 
 def _check(commands) -> None:
     parser = _command(commands, "check", _run_check, "find all that is wrong with a training YAML and its files")
-    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet, a folder)")
     parser.add_argument("--strict", action="store_true", help="fail at warnings too")
     parser.add_argument("--json", metavar="PATH", help="write the report there, with every id concerned")
     parser.add_argument("--skip-images", action="store_true", help="do not decode the pictures")
@@ -92,7 +92,7 @@ def _run_check(args) -> int:
 
 def _show(commands) -> None:
     parser = _command(commands, "show", _run_show, "show a sample as the model is given it")
-    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet, a folder)")
     parser.add_argument("index", type=int, nargs="?", default=0, help="number of the sample (default: 0)")
     parser.add_argument(
         "--processor", metavar="MODEL", help="folder or Hub id of a model: also show tokens and labels"
@@ -129,7 +129,7 @@ def _run_show(args) -> None:
 
 def _stats(commands) -> None:
     parser = _command(commands, "stats", _run_stats, "lengths of prompts and sizes of pictures")
-    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet, a folder)")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count tokens with that of this folder or Hub id")
     parser.add_argument(
         "--limit", type=not_negative, default=1000, help="samples to look at, 0 for all (default: 1000)"
@@ -273,7 +273,7 @@ def _run_neighbours(args) -> None:
 
 def _to_hub(commands) -> None:
     parser = _command(commands, "to-hub", _run_to_hub, "write a mixture as a Hub dataset, and upload it")
-    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet)")
+    parser.add_argument("mixture", help="the training YAML, or rows of messages (.jsonl, .json, .parquet, a folder)")
     parser.add_argument("--output", required=True, help="folder to write; if it is there, it is only uploaded")
     parser.add_argument("--push-to-hub", metavar="REPO", help="dataset repository to upload to")
     parser.add_argument("--private", action="store_true", help="if the repository is new")
