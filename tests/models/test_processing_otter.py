@@ -68,7 +68,7 @@ def test_grey_and_transparent_pictures_become_rgb(processor):
         assert pixels.shape == (1, 1, 1, 3, 28, 28)
 
 
-def test_video_is_one_medium_of_many_frames(processor, pictures, tmp_path):
+def test_video_is_one_medium_of_many_frames(model, processor, pictures, tmp_path):
     av = pytest.importorskip("av")
     path = tmp_path / "clip.mp4"
     with av.open(str(path), "w") as container:
@@ -83,6 +83,7 @@ def test_video_is_one_medium_of_many_frames(processor, pictures, tmp_path):
     brightness = decoded.mean((0, 1, 3, 4, 5))
     assert (brightness.diff() > 0).all()  # frames in order of time
     # as many as in training, where nothing is said, and of a folder that does not tell 16
+    model.save_pretrained(tmp_path / "folder")
     for told, frames in ((3, 3), (None, 16)):
         processor.num_frames = told
         processor.save_pretrained(tmp_path / "folder")
