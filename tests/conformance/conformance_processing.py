@@ -57,6 +57,14 @@ class FlamingoProcessorConformance(ProcessorTesterMixin):
     def test_subprocessor_defaults_1_images(self):
         pass
 
+    @unittest.skip("The number of frames of a training is what a call without one takes")
+    def test_init_arguments_not_in_processor_kwargs(self):
+        pass
+
+    @unittest.skip("The chat template has no tools, and says so")
+    def test_apply_chat_template_tool_calls_no_content(self):
+        pass
+
 
 class FlamingoProcessorConformanceTest(FlamingoProcessorConformance, unittest.TestCase):
     processor_class = FlamingoProcessor

@@ -308,6 +308,12 @@ def test_the_tokens_of_pictures_are_told(family):
     assert torch.equal(told, is_picture) and told[0].any() and not told[1].any()
 
 
+def test_options_that_are_none_are_not_given(family):
+    name, processor, _ = family
+    expected = processor(text=f"{IMAGE[name]}a", images=[RED])
+    assert processor(text=f"{IMAGE[name]}a", images=[RED], fps=None, audio=None, tools=None).keys() == expected.keys()
+
+
 def test_the_side_of_padding_may_be_given(family, tmp_path):
     _, processor, _ = family
     processor.save_pretrained(tmp_path)

@@ -131,6 +131,8 @@ class ChatProcessorMixin(ProcessorMixin):
         known = {f"{modality}_kwargs": self._option_names(options, modality) for modality in self.modalities}
         flat = {name for name in options.__annotations__ if not name.endswith("_kwargs")}
         flat |= {"common_kwargs", *known, *set().union(*known.values())}
+        # as code for any model gives what it does not want
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name in flat}
         for group, names, given in (
             ("", flat, kwargs),
             *((group, names, kwargs[group]) for group, names in known.items() if group in kwargs),

@@ -138,7 +138,7 @@ class FlamingoProcessor(ChatProcessorMixin):
         text: str | list[str] | None = None,
         videos: VideoInput | list[VideoInput] | None = None,
         audio: None = None,
-        legacy_pictures: bool = False,
+        legacy_pictures: bool | None = None,
         **kwargs,
     ) -> BatchFeature:
         """
@@ -186,7 +186,10 @@ class FlamingoProcessor(ChatProcessorMixin):
             sampling = {name: options.get(name) for name in ("num_frames", "fps", "do_sample_frames")}
             check_sampling(**sampling)
             sampling["default_num_frames"] = self.num_frames
-            reading = {"legacy": legacy_pictures, "input_data_format": images_kwargs.pop("input_data_format", None)}
+            reading = {
+                "legacy": bool(legacy_pictures),
+                "input_data_format": images_kwargs.pop("input_data_format", None),
+            }
             if images_kwargs.get("do_rescale") is False:
                 # the reader makes 0 to 255 of floats of 0 to 1, and refuses all else
                 reading["rescaled"] = True

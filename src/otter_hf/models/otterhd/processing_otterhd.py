@@ -73,7 +73,7 @@ class OtterHDProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "return_mm_token_type_ids": False}}
 
 
-class OtterHDProcessor(OtterHDLocationsMixin, ChatProcessorMixin):
+class OtterHDProcessor(ChatProcessorMixin, OtterHDLocationsMixin):
     r"""
     Joins [`OtterHDImageProcessor`] and the tokenizer of Fuyu.
 
