@@ -9,6 +9,7 @@ from datasets import load_dataset
 from hub_double import HubDouble
 
 from otter_hf.cli import main
+from otter_hf.data import hub
 from otter_hf.data.formats import load_mimicit, write_mimicit
 from otter_hf.data.hub import push_mixture, read_hub_form, write_hub_form
 from otter_hf.data.images import image_bytes
@@ -104,7 +105,7 @@ def test_films_of_frames_keep_their_numbers(tmp_path, by_colour):
             write_mimicit(tmp_path, "W", {"f": {**record, "frames_per_medium": wrong}}, by_colour)
 
 
-def test_pictures_in_the_rows(tmp_path, by_colour):
+def test_pictures_in_the_rows(tmp_path, by_colour, monkeypatch):
     """The form of `pufanyi/MIMICIT` whose rows hold their pictures."""
     from datasets import Dataset, Features, Image, List, Value
 
@@ -128,7 +129,10 @@ def test_pictures_in_the_rows(tmp_path, by_colour):
     (tmp_path / "repo" / "README.md").write_text(
         "---\nconfigs:\n- config_name: CGD\n  data_files:\n  - split: train\n    path: CGD/*\n---\n"
     )
+    read, passes = hub._read_rows, []
+    monkeypatch.setattr(hub, "_read_rows", lambda *args, **options: passes.append(args) or read(*args, **options))
     files = read_hub_form(str(tmp_path / "repo"), "CGD", tmp_path / "out")
+    assert len(passes) == 1  # they come from afar
     table, store = load_mimicit(files.instructions_path, files.images_path)
     assert len(store) == 2
     colours = [[store[id].getpixel((0, 0)) for id in ids] for ids in table["image_ids"]]
@@ -161,8 +165,8 @@ def test_a_folder_of_another_mixture_is_not_uploaded(tmp_path, mixture, by_colou
 
 @pytest.mark.slow
 def test_push_and_read_back(tmp_path, mixture, by_colour):
-    with HubDouble() as hub:
-        environment = hub.environment(tmp_path / "home")
+    with HubDouble() as hub_double:
+        environment = hub_double.environment(tmp_path / "home")
 
         def otter(*arguments):
             command = [sys.executable, "-m", "otter_hf.cli", "data", *map(str, arguments)]
@@ -175,7 +179,7 @@ def test_push_and_read_back(tmp_path, mixture, by_colour):
             *("X_Images", "X_Instructions", "X_Train", "P_Images", "P_Instructions", "T_Instructions")
         ]
         otter(*push)  # the folder is there: it is only uploaded, which changes nothing
-        _, stored = hub.repositories["tester/mix"].at("main")
+        _, stored = hub_double.repositories["tester/mix"].at("main")
         assert not any(name.startswith(".made_from") for name in stored)
         assert "X_Images/train-00000.parquet" in stored and "README.md" in stored
         otter("from-hub", "tester/mix", "--name", "X", "--output", tmp_path / "back")

@@ -6,12 +6,14 @@ add `X_Train` (`id`, `context`) where there is a train config, and the columns `
 and `system` where a record has them.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha1
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, TextIO
 
 import yaml
 from datasets import Features, Image, List, Value, get_dataset_config_names, load_dataset
@@ -126,32 +128,47 @@ def read_hub_form(repository: str, name: str, folder: str | Path, revision: str 
     known = get_dataset_config_names(repository, revision=revision)
     picture = partial(_image, repository=repository)
     rows = partial(_read_rows, repository, revision=revision)
-    usable = _UsableRows()
     train, with_ids = f"{name}_Train", f"{name}_Instructions" in known
     if not with_ids and name not in known:
         raise ValueError(f"{repository} has no configuration {name} or {name}_Instructions, only {', '.join(known)}.")
-    instructions = f"{name}_Instructions" if with_ids else name
-    if with_ids or train in known:
-        for _ in usable.of(rows(instructions)):  # what others have as context is known before they are written
-            pass
-    images = None if with_ids else _embedded_images(name, usable.of(rows(name)), picture)
-    if with_ids and f"{name}_Images" in known:
-        images = ((row["id"], picture(row["image"], row["id"])) for row in rows(f"{name}_Images"))
-    config = None
-    if train in known:
-        config = {row["id"]: usable.ids(row["context"]) for row in rows(train) if usable.ids([row["id"]])}
-
-    def records() -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in usable.of(rows(instructions)):
-            of_row = row.get("images") or []
-            ids = of_row if with_ids else [_picture_id(name, picture(image, row["id"])) for image in of_row]
-            id, record = _record(row, ids)
-            yield id, {**record, "rel_ins_ids": usable.ids(row.get("related instructions"))}
-
-    files = write_mimicit(folder, name, records(), images, config)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryFile("w+", dir=folder, encoding="utf-8", errors="replace") as file:
+        usable, images = _UsableRows(file), None
+        if with_ids:
+            for row in usable.of(rows(f"{name}_Instructions")):
+                usable.keep(row, row.get("images") or [])
+            if f"{name}_Images" in known:
+                images = ((row["id"], picture(row["image"], row["id"])) for row in rows(f"{name}_Images"))
+        else:
+            images = _embedded_images(name, rows, usable, picture)
+            if train in known:  # its contexts are read before pictures and rows
+                for _ in usable.of(rows(name)):
+                    pass
+        config = None
+        if train in known:
+            config = {row["id"]: usable.ids(row["context"]) for row in rows(train) if usable.ids([row["id"]])}
+        files = write_mimicit(folder, name, usable.records(), images, config)
     if usable.left_out:
         logger.warning(f"Left out of {name}: {dict(Counter(usable.left_out.values()))}.")
     return files
+
+
+def _embedded_images(
+    name: str,
+    rows: Callable[[str], Iterable],
+    usable: "_UsableRows",
+    picture: Callable[[Mapping[str, Any], str], bytes],
+) -> Iterator[tuple[str, bytes]]:
+    """The pictures in the rows of a configuration, each once; the rows are kept without them."""
+    seen = set()
+    for row in usable.of(rows(name)):
+        images = [picture(image, row["id"]) for image in row.get("images") or []]
+        ids = [f"{name}_IMG_{sha1(data).hexdigest()[:16]}" for data in images]
+        usable.keep(row, ids)
+        for id, data in zip(ids, images, strict=True):
+            if id not in seen:
+                seen.add(id)
+                yield id, data
 
 
 def _read_rows(repository: str, configuration: str, revision: str | None) -> Iterable[Mapping[str, Any]]:
@@ -167,10 +184,14 @@ def _read_rows(repository: str, configuration: str, revision: str | None) -> Ite
 
 
 class _UsableRows:
-    """Rows that have both texts; `left_out` are the ids of the others that were met, with what they lack."""
+    """
+    Rows that have both texts; `left_out` are the ids of the others that were met, with what they lack. They come from
+    afar, some with pictures in them, and but once: what is written of them later waits in a file.
+    """
 
-    def __init__(self):
+    def __init__(self, file: TextIO):
         self.left_out: dict[str, str] = {}
+        self._file = file
 
     def of(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
         for row in rows:
@@ -180,8 +201,18 @@ class _UsableRows:
             else:
                 yield row
 
-    def ids(self, ids: Iterable[str] | None) -> list[str]:
-        return [id for id in ids or () if id not in self.left_out]
+    def ids(self, ids: Iterable[str]) -> list[str]:
+        return [id for id in ids if id not in self.left_out]
+
+    def keep(self, row: Mapping[str, Any], image_ids: Sequence[str]) -> None:
+        json.dump([*_record(row, image_ids), row.get("related instructions") or []], self._file)
+        self._file.write("\n")
+
+    def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Those that were kept."""
+        self._file.seek(0)
+        for id, record, related in map(json.loads, self._file):
+            yield id, {**record, "rel_ins_ids": self.ids(related)}
 
 
 def _made_from(entries: Sequence[MixtureEntry]) -> MadeFrom:
@@ -239,20 +270,3 @@ def _image(value: Mapping[str, Any] | None, id: str, repository: str) -> bytes:
     if data is None:
         raise ValueError(f"Row {id!r} has an image without bytes.")
     return data
-
-
-def _picture_id(name: str, data: bytes) -> str:
-    return f"{name}_IMG_{sha1(data).hexdigest()[:16]}"
-
-
-def _embedded_images(
-    name: str, rows: Iterable[Mapping[str, Any]], picture: Callable[[Mapping[str, Any], str], bytes]
-) -> Iterator[tuple[str, bytes]]:
-    seen = set()
-    for row in rows:
-        for image in row.get("images") or []:
-            data = picture(image, row["id"])
-            id = _picture_id(name, data)
-            if id not in seen:
-                seen.add(id)
-                yield id, data
