@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,19 +11,12 @@ from packaging.requirements import Requirement
 from otter_hf import extras
 
 
-try:
-    import tomllib
-except ImportError:  # Python 3.10
-    tomllib = None
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
 def metadata(monkeypatch):
     """The extras as they stand in pyproject.toml, whatever is installed, and nothing installed but what is added."""
-    if tomllib is None:
-        pytest.skip("needs Python 3.11 to read pyproject.toml")
     extras_of = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     lines = [f'{line.split("#")[0].strip()}; extra == "{name}"' for name, of in extras_of.items() for line in of]
     installed = {}

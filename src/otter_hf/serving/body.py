@@ -61,7 +61,7 @@ class BodyReader:
             await asyncio.wait_for(receive(), self.seconds)
             # megabytes of base64 take a moment, in which others are answered
             return await asyncio.to_thread(parse, bytes(data))
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(408, f"The request did not arrive within {self.seconds:g} seconds.") from None
         finally:
             self._arriving -= len(data)
