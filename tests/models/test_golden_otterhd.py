@@ -29,7 +29,7 @@ RENAMED = {
     "language_model.model.": "model.language_model.",
     "vision_embed_tokens.": "model.vision_embed_tokens.",
 }
-# before Pillow 13 some pixels of tall pictures differ by up to 3 of 255 (findings/pillow_13_resizes_tall_pictures_otherwise.sh)
+# before Pillow 13 some pixels of tall pictures differ by up to 3 of 255 (findings/pillow_13_resizes_*.sh)
 SHRINKS_AS_STORED = int(PIL.__version__.split(".")[0]) >= 13
 
 
