@@ -112,9 +112,14 @@ class OtterHDConformanceTest(ModelTesterMixin, GenerationTesterMixin, TrainingTe
         pass
 
     def test_reverse_loading_mapping(self):
-        # the names of the first Hub revision are read and never written
+        # the names of the first Hub revision are read and never written, those of Fuyu where it is asked for
         written = [renaming for renaming in CONVERSIONS if not isinstance(renaming, _FirstRevisionName)]
-        with patch(f"{ModelTesterMixin.__module__}.get_model_conversion_mapping", lambda *args, **kwargs: written):
+        save = OtterHDForConditionalGeneration.save_pretrained
+        as_fuyu = functools.partialmethod(save, save_original_format=True)
+        with (
+            patch(f"{ModelTesterMixin.__module__}.get_model_conversion_mapping", lambda *args, **kwargs: written),
+            patch.object(OtterHDForConditionalGeneration, "save_pretrained", as_fuyu),
+        ):
             super().test_reverse_loading_mapping(skip_base_model=True)
 
     def test_training_overfit(self):

@@ -383,6 +383,14 @@ def test_inputs_embeds(model, rows):
         assert torch.equal(logits, model(**rows[0]).logits)
 
 
+def test_an_image_token_beyond_the_vocabulary(model):
+    """The id of Fuyu's vocabulary is the default of every configuration."""
+    tokens = model.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False)
+    small = copy.deepcopy(model)
+    small.config.image_token_id = 71011
+    assert torch.equal(small.generate(input_ids=torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False), tokens)
+
+
 def test_resized_vocabulary(model, rows):
     larger = copy.deepcopy(model)
     larger.resize_token_embeddings(512)

@@ -61,10 +61,11 @@ class ImageTextGenerationMixin(GenerationMixin):
     def _get_logits_processor(self, *args, device=None, **kwargs):
         processors = super()._get_logits_processor(*args, device=device, **kwargs)
         # `<image>` is a place to put an image, not a word: generated, it would ask for an image that does not exist
-        excluded = [] if self.config.image_token_id is None else [self.config.image_token_id]
+        size, image_token_id = self.config.text_config.vocab_size, self.config.image_token_id
+        excluded = [] if image_token_id is None or image_token_id >= size else [image_token_id]
         # rows that only round the embedding up to a multiple were never trained, and no tokenizer can read their ids
         if self.config.tokenizer_vocab_size is not None:
-            excluded.extend(range(self.config.tokenizer_vocab_size, self.config.text_config.vocab_size))
+            excluded.extend(range(self.config.tokenizer_vocab_size, size))
         if excluded:
             processors.insert(0, ExcludeTokens(torch.tensor(excluded, device=device)))
         return processors

@@ -26,6 +26,8 @@ from .legacy import name_lora_layers
 _DEPTH = re.compile(r"(num_|n_)?(hidden_|encoder_|decoder_)?layers?|((perceiver|resampler)_)?depths?")
 # where no weights are at hand; networks have a thousand at most
 _MOST_LAYERS = 10_000
+# that are made in no time, for weights of which most are left out on purpose
+_FEW_LAYERS = 1_000
 # fields that become a side of a tensor, and what none reaches: of larger ones torch cannot even tell the size
 _SIDE = re.compile(r"size|dim|heads|latents|frames|channels|width|d_model|embd|ffn|mult|vocab")
 _MOST_SIDE = 2**28
@@ -50,7 +52,7 @@ def refuse_impossible(config_dict: Mapping[str, Any], name_or_path: str | Path |
     stored = _count_tensors(Path(name_or_path)) if name_or_path else None
     held = "" if stored is None else f"; its weights are {stored} tensors in all"
     for (field, value), most in (
-        (_largest(config_dict, _DEPTH.fullmatch), _MOST_LAYERS if stored is None else stored),
+        (_largest(config_dict, _DEPTH.fullmatch), _MOST_LAYERS if stored is None else max(stored, _FEW_LAYERS)),
         (_largest(config_dict, _SIDE.search), _MOST_SIDE),
     ):
         if value > most:
