@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -37,6 +39,7 @@ from .model_names import check_model_name, split_revision
 from .models.attention_choice import read_attention
 from .models.flamingo import FlamingoConfig, FlamingoProcessor
 from .models.generation import end_tokens
+from .models.legacy import find_raw_config, is_legacy_config
 from .models.legacy_tokens import load_tokenizer
 from .models.offloading import default_device
 from .models.otter import OtterConfig
@@ -126,6 +129,15 @@ def _check_place(dtype: str, device_map: Any) -> None:
             ) from error
 
 
+@contextmanager
+def _installed(name: str) -> Iterator[None]:
+    """ValueError for attention, quantisation or a processor of other families that needs what is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split()):.300}") from error
+
+
 def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTrainedModel:
     """
     A model as `from_pretrained` reads it with these options; see `load_model` for arguments and errors.
@@ -136,17 +148,17 @@ def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTr
     """
     path, revision = _locate(name, weights=True)
     base = _base_of_adapter(path, revision)
-    options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
     try:
         if base is None:
-            with config_told(name):
+            options |= _tokenizer_options(path, revision, tokenizer=tokenizer)
+            with _installed(name), config_told(name):
                 _refuse_sizes(path, **options)
                 model, told = AutoModelForImageTextToText.from_pretrained(
                     path, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
                 )
         else:
             # in two steps, since `from_pretrained` tells of the adapter's weights only
-            model = read_model(base, tokenizer, **options)
+            model = read_model(base, tokenizer or _tokenizer_for(base, path), **options)
             loading = LoadStateDictConfig(
                 ignore_mismatched_sizes=True,
                 download_kwargs={"revision": revision},
@@ -156,8 +168,6 @@ def read_model(name: str, tokenizer: str | None = None, **options: Any) -> PreTr
             refuse_left_over(name, told)
     except (SafetensorError, UnpicklingError) as error:
         raise ValueError(f"The weights of {name} are damaged ({error}): fetch them again.") from error
-    except ImportError as error:  # of attention and quantisation that is not installed
-        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split()):.300}") from error
     refuse_incomplete(name, told)
     refuse_no_numbers(name, model)
     refuse_integers(path, model)
@@ -201,6 +211,13 @@ def _base_of_adapter(path: str, revision: str) -> str | None:
             "folder or Hub id of the model it was trained on there."
         )
     return base
+
+
+def _tokenizer_for(base: str, path: str) -> str | None:
+    """The folder of an adapter, for a base of 2023 that holds no tokenizer, if there is one in it."""
+    base, revision = split_revision(base)
+    is_there = Path(path, "tokenizer.json").is_file() and is_legacy_config(find_raw_config(base, revision=revision))
+    return path if is_there else None
 
 
 def _load_adapter(model: PreTrainedModel, path: str, loading: LoadStateDictConfig) -> dict:
@@ -316,7 +333,7 @@ def read_processor(name: str, tokenizer: str | None = None, tokenizer_reference:
     config, _ = PreTrainedConfig.get_config_dict(path, revision=revision)
     if config.get("model_type") != "idefics":
         options = _tokenizer_options(path, revision, tokenizer=tokenizer, tokenizer_reference=tokenizer_reference)
-        with config_told(name, _PROCESSOR_FILES):
+        with _installed(name), config_told(name, _PROCESSOR_FILES):
             processor = AutoProcessor.from_pretrained(path, revision=revision, **options)
         _refuse_large_pictures(name, processor)
         return processor
@@ -407,6 +424,8 @@ def _tokenizer_options(path: str, revision: str, **options: str | None) -> dict:
     if "tokenizer" in stated:
         check_model_name(stated["tokenizer"], "tokenizer", config=False)
     if stated:
+        if (base := _base_of_adapter(path, revision)) is not None:
+            path, revision = split_revision(base)
         model_type = PreTrainedConfig.get_config_dict(path, revision=revision)[0].get("model_type")
         if model_type not in (FlamingoConfig.model_type, OtterConfig.model_type):
             given = " and ".join(f"{name} {value}" for name, value in stated.items())

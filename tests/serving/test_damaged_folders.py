@@ -9,13 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import is_flash_attn_3_available
 
 from otter_hf import loading
 from otter_hf.conversion.tensors import ConversionError, open_checkpoint
-from otter_hf.loading import load_model, read_config, read_model, read_processor
+from otter_hf.loading import load, load_model, read_config, read_model, read_processor
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
@@ -265,6 +265,23 @@ def test_an_adapter_is_no_whole_model(whole, adapter):
         read_config(str(adapter))
 
 
+def test_an_adapter_for_a_model_of_2023_without_tokenizer(golden, tmp_path):
+    """As a training writes it: with the processor that it had. By itself the base asks for a tokenizer."""
+    base = shutil.copytree(golden / "otter" / "otter_llama_image", tmp_path / "base")
+    processor = AutoProcessor.from_pretrained(base)
+    for file in [*base.glob("tokenizer*"), *base.glob("*tokens*")]:
+        file.unlink()
+    with pytest.raises(OSError, match="holds no tokenizer"):
+        read_model(str(base))
+    model = AutoModelForImageTextToText.from_pretrained(base, tokenizer=processor.tokenizer)
+    config = LoraConfig(r=2, target_modules=r"model\.language_model\..*\.q_proj")
+    for part in (get_peft_model(model, config), processor):
+        part.save_pretrained(tmp_path / "adapter")
+    for options in ({}, {"tokenizer": str(tmp_path / "adapter")}):
+        loaded, asked = load(str(tmp_path / "adapter"), device_map="cpu", **options)
+        assert loaded.config.image_token_id == asked.image_token_id == processor.image_token_id
+
+
 def test_an_adapter_of_dora_loads(whole, tmp_path):
     """`from_pretrained` of transformers 5.23 finds no place for its magnitudes."""
     config = LoraConfig(r=2, target_modules=r"model\.language_model\..*\.q_proj", use_dora=True)
@@ -371,6 +388,17 @@ def test_what_there_is_not_is_not_blamed_on_the_folder(whole, options, told):
     with pytest.raises(ValueError, match=told) as error:
         load_model(str(whole), **options)
     assert "\n" not in str(error.value) and "config.json" not in str(error.value)
+
+
+def test_a_processor_that_needs_another_package_is_told(whole, monkeypatch):
+    def needs_torchvision(*args, **kwargs):
+        raise ImportError("\nQwen2VLVideoProcessor requires the Torchvision library\n but it was not found")
+
+    monkeypatch.setattr("otter_hf.loading.AutoProcessor.from_pretrained", needs_torchvision)
+    with pytest.raises(
+        ValueError, match="cannot be loaded: Qwen2VLVideoProcessor requires the Torchvision library but"
+    ):
+        read_processor(str(whole))
 
 
 def write_header(path, entries, size=16):
