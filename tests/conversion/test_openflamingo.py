@@ -1,6 +1,7 @@
 """OpenFlamingo checkpoints with their language models and towers -> Flamingo; fresh Flamingos."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -363,6 +364,15 @@ class TestInjectLm:
                 plan_inject_lm(
                     **{"language_model": folder / "language_model", "vision_tower": folder / "clip", **options} | wrong
                 )
+
+    def test_a_resampler_of_2023_needs_no_tokenizer(self, parts, golden):
+        folder, _ = parts
+        legacy = shutil.copytree(golden / "otter" / "otter_llama_image", folder / "legacy")
+        for file in [*legacy.glob("tokenizer*"), *legacy.glob("*tokens*")]:
+            file.unlink()
+        # here it was trained behind another tower, and that is all that is wrong
+        with pytest.raises(ConversionError, match="The resampler of .*legacy was trained behind another vision tower"):
+            plan_inject_lm(folder / "language_model", folder / "clip", resampler_from=legacy)
 
     def test_new_rows_are_the_mean(self, parts):
         folder, language_model = parts

@@ -26,6 +26,7 @@ from ..models.flamingo import FlamingoProcessor
 from ..models.legacy import is_legacy_config, split_lora_key, upgrade_text_config
 from ..models.legacy_tokens import SPECIAL_TOKENS, load_tokenizer
 from ..models.otter import OtterProcessor
+from .memory import load_model_config
 from .model_card import conversion_card
 from .names import Rename, rename_2023, vision_tower_rename
 from .plan import TensorSource, model_class, source_files
@@ -315,9 +316,12 @@ def open_flamingo_folder(
 
 
 def open_flamingo_weights(
-    name_or_path: str | Path, tokenizer: str | None = None
+    name_or_path: str | Path, tokenizer: str | None = None, *, tokens: bool = True
 ) -> tuple[PreTrainedConfig, TensorSource]:
-    """As `open_flamingo_folder`, without the processor: a `tokenizer` says which tokens a folder of 2023 has."""
+    """
+    As `open_flamingo_folder`, without the processor: a `tokenizer` says which tokens a folder of 2023 has, if the ids
+    of `tokens` matter.
+    """
     folder = resolve_folder(name_or_path)
     raw = read_raw_config(folder)
     if raw.get("model_type") not in PROCESSORS:
@@ -326,7 +330,7 @@ def open_flamingo_weights(
         )
     try:
         with config_told(folder):
-            config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer)
+            config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer) if tokens else load_model_config(folder)
     except (OSError, ValueError) as error:
         raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
     config.lora_config = None

@@ -214,7 +214,7 @@ def plan_inject_lm(
 
 def _take_resampler(name_or_path: str | Path, shape: dict, tower: TensorSource) -> tuple[dict, TensorSource]:
     """`shape` with the fields of a trained resampler, and the source of its tensors."""
-    config, source = open_flamingo_weights(name_or_path)
+    config, source = open_flamingo_weights(name_or_path, tokens=False)
     resampler, seen = {}, {}
     for key, tensor in source.tensors.items():
         target = source.rename(key) or ""
