@@ -15,7 +15,8 @@ from otter_hf.model_names import check_model_name, split_revision
 def here(tmp_path, monkeypatch):
     """The working folder: a model without weights, one with, a training folder, a folder of 2023."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("out/demo/model", "bare", "runs/checkpoint-9", "runs/checkpoint-10", "sharded", "empty", "of2023"):
+    folders = ("bare", "runs/checkpoint-9", "runs/checkpoint-10", "sharded", "trained", "empty", "of2023")
+    for folder in ("out/demo/model", *folders):
         (tmp_path / folder).mkdir(parents=True)
         if folder not in ("empty", "of2023"):
             (tmp_path / folder / "config.json").write_text("{}")
@@ -24,6 +25,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "sharded/model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     (tmp_path / "sharded/model-1.safetensors").write_bytes(b"")
     (tmp_path / "of2023/checkpoint.pt").write_bytes(b"")
+    for name in ("trainable.json", "trainable.safetensors"):
+        (tmp_path / "trained" / name).write_bytes(b"")
     return tmp_path
 
 
@@ -56,6 +59,7 @@ def on_the_hub(monkeypatch, url: str, cache) -> None:
         ("a b/c", "neither a folder here nor a Hub id"),
         ("out/demo/model/config.json", "is a file; give the folder with config.json"),
         ("bare", r"has a config.json but no weights \(\*.safetensors\)"),
+        ("trained", "holds the trained weights alone: .* with otter_hf.training.load_trainable"),
         ("sharded", "lacks model-2.safetensors, one of 2 files of weights that model.safetensors.index.json names"),
         ("runs", "holds no config.json, but 'runs/checkpoint-10' does: give that"),
         ("out/demo", "holds no config.json, but 'out/demo/model' does: give that"),

@@ -100,6 +100,11 @@ def _problem_of(folder: Path, weights: bool) -> str:
         if missing:
             return f"lacks {missing[0]}, one of {len(shards)} files of weights that {index.name} names: copy it there"
         return ""
+    if (folder / "trainable.json").is_file():
+        return (
+            "holds the trained weights alone: put them on the model they were trained on with "
+            "otter_hf.training.load_trainable, and save that"
+        )
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         return "has a config.json but no weights (*.safetensors): copy them there"
     return ""
