@@ -369,6 +369,8 @@ class TestDamage:
     def test_no_config(self, folder, tmp_path):
         (folder / "config.json").unlink()
         self.refuse(folder, tmp_path, "holds no config.json")
+        (folder / "adapter_config.json").write_text("{}")
+        self.refuse(folder, tmp_path, "is an adapter: put it into its model first .merge_and_unload")
 
     def test_damaged_config(self, folder, tmp_path):
         (folder / "config.json").write_text('{"model_type": "otter",')

@@ -237,6 +237,11 @@ def _download(download: Callable[..., str], name: str | Path, **options: Any) ->
 def read_raw_config(folder: str | Path) -> dict:
     """The parsed `config.json` of a folder. Raises ConversionError without one."""
     path = Path(folder) / "config.json"
+    if not path.is_file() and (path.parent / "adapter_config.json").is_file():
+        raise ConversionError(
+            f"{folder} is an adapter: put it into its model first (merge_and_unload() of PEFT), and name the folder "
+            "that you save."
+        )
     if not path.is_file():
         raise ConversionError(f"{folder} holds no config.json.")
     try:
@@ -311,7 +316,7 @@ def open_flamingo_folder(
             resolve_folder(name_or_path), tokenizer=tokenizer, tokenizer_reference=tokenizer_reference
         )
     except (OSError, ValueError) as error:
-        raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
+        raise ConversionError(_as_typed(error)) from error
     return config, source, processor
 
 
@@ -332,10 +337,14 @@ def open_flamingo_weights(
         with config_told(folder):
             config = AutoConfig.from_pretrained(folder, tokenizer=tokenizer) if tokens else load_model_config(folder)
     except (OSError, ValueError) as error:
-        raise ConversionError(str(error).replace("tokenizer=", "--tokenizer")) from error
+        raise ConversionError(_as_typed(error)) from error
     config.lora_config = None
     rename = _rename_stored(config) if is_legacy_config(raw) else _rename_saved(config)
     return config, TensorSource(str(name_or_path), open_checkpoint(folder), rename, paths=source_files(folder))
+
+
+def _as_typed(error: Exception) -> str:
+    return str(error).replace("tokenizer= (on the command line --tokenizer)", "--tokenizer")
 
 
 def _rename_stored(config) -> Rename:
