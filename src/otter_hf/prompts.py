@@ -211,7 +211,11 @@ def media_counts(media: str | Sequence[int], num_turns: int) -> list[int]:
 _CHAT_TEMPLATE = """\
 {%- set media_types = ['image', 'image_url', 'video', 'video_url'] -%}
 {%- macro escaped(text) -%}
-    {{- text%escape% -}}
+    {%- set safe = namespace(text=text) -%}
+    {%- for token, instead in %escape% -%}
+        {%- set safe.text = safe.text | replace(token, instead) -%}
+    {%- endfor -%}
+    {{- safe.text -}}
 {%- endmacro -%}
 {%- macro refused(index, what) -%}
     {{- raise_exception('messages[' ~ index ~ '] ' ~ what) -}}
@@ -356,11 +360,8 @@ def chat_template(
         for token in removed_tokens if isinstance(piece, str) else ():
             piece = piece.replace(token, "")
         template = template.replace(f"%{field.name}%", _jinja_literal(piece))
-    escape = ""
-    for token in sorted(reserved_tokens, key=len):
-        safe = escape_reserved_tokens(token, [token])
-        escape += f" | replace({_jinja_literal(token)}, {_jinja_literal(safe)})"
-    return template.replace("%escape%", escape)
+    escape = [[token, escape_reserved_tokens(token, [token])] for token in sorted(reserved_tokens, key=len)]
+    return template.replace("%escape%", _jinja_literal(escape))
 
 
 def read_chat_template(source: str, reserved_tokens: Sequence[str] = RESERVED_TOKENS) -> str:
@@ -373,5 +374,5 @@ def read_chat_template(source: str, reserved_tokens: Sequence[str] = RESERVED_TO
     return source if "{" in source else Path(source).read_text(encoding="utf-8")
 
 
-def _jinja_literal(value: str | bool) -> str:
+def _jinja_literal(value: str | bool | list) -> str:
     return json.dumps(value)
