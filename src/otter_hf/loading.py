@@ -81,7 +81,7 @@ def load(
 def load_model(
     name: str,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device_map: str | torch.device | None = None,
     load_in_4bit: bool = False,
     tokenizer: str | None = None,
@@ -92,7 +92,7 @@ def load_model(
 
     Args:
         name: folder or Hub id; a revision may follow an `@`.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`, or torch's.
         device_map: a device, or `auto` to spread over devices; by default the accelerator if there is one.
         load_in_4bit: quantise with bitsandbytes (NF4).
         tokenizer: folder or Hub id of the tokenizer, for an Otter or Flamingo repository of 2023 that has none.
@@ -116,9 +116,9 @@ def load_model(
     return model
 
 
-def _check_place(dtype: str, device_map: Any) -> None:
+def _check_place(dtype: str | torch.dtype, device_map: Any) -> None:
     """ValueError for what there is not, before a configuration is blamed for it."""
-    if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
         raise ValueError(f"dtype {dtype!r} is unknown: use auto, float32, bfloat16 or float16.")
     if isinstance(device_map, (str, torch.device)) and device_map not in _PLACEMENTS:
         try:

@@ -176,13 +176,15 @@ def _not_rescaled(name: str, kind: object) -> ImageError:
 
 def is_array(value: object) -> bool:
     """Whether it is an array or a tensor."""
-    return hasattr(value, "ndim") and hasattr(value, "dtype") and hasattr(value, "shape")
+    is_text = isinstance(value, (str, bytes))  # one of NumPy has all of these, too
+    return not is_text and hasattr(value, "ndim") and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
 def is_list(value: object) -> bool:
-    """Whether it holds several things: a list or tuple, a column of `datasets`, an array or series of objects."""
+    """Whether it holds several: a list or tuple, a column of `datasets`, an array or series of objects or texts."""
     if is_array(value):
-        return value.dtype == object  # type: ignore[attr-defined]
+        # of NumPy and pandas, whose texts are objects, too; torch's types have no kind
+        return len(value.shape) > 0 and getattr(value.dtype, "kind", None) in ("O", "U")  # type: ignore[attr-defined]
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 

@@ -6,11 +6,12 @@ import socket
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 from training_files import environment
 
-from otter_hf.cli import main
+from otter_hf.cli import main, serve
 
 
 def test_flags_become_limits(monkeypatch, folders, tmp_path):
@@ -60,6 +61,19 @@ def test_a_port_in_use_is_told_before_a_model_is_loaded(folders, monkeypatch, ca
                 told == f"otter-hf: Nothing can listen at 127.0.0.1:{port} (Address already in use): give another "
                 "--port or --host.\n"
             )
+
+
+def test_a_name_may_have_an_address_that_is_not_here(monkeypatch):
+    """localhost is one of IPv6, too, in containers that have none."""
+    absent, here = ((socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, 0)) for host in ("192.0.2.1", "127.0.0.1"))
+    for found, listens in (([absent, here], True), ([absent], False)):
+        resolve = lambda *args, found=found, **options: found  # noqa: E731
+        monkeypatch.setattr(serve, "socket", SimpleNamespace(**{**vars(socket), "getaddrinfo": resolve}))
+        if listens:
+            serve.check_port("localhost", 0)
+        else:
+            with pytest.raises(ValueError, match="Nothing can listen at localhost:0 .*assign requested address"):
+                serve.check_port("localhost", 0)
 
 
 def test_missing_packages_are_named(folders, monkeypatch, capsys):

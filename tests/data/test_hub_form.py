@@ -90,6 +90,11 @@ def test_rows_without_texts_are_left_out(tmp_path, mixture, caplog):
     table, _ = load_mimicit(files.instructions_path, files.images_path, files.train_config_path)
     assert table["id"] == ["b"] and table[0]["rel_ins_ids"] == table[0]["context"] == []
     assert "Left out of X: {'no answer': 1}" in caplog.text
+    for path in (tmp_path / "hub" / "X_Train").iterdir():  # nulls, as others write what is empty
+        rows = pq.read_table(path).set_column(1, "context", pa.array([None], pa.list_(pa.string())))
+        pq.write_table(rows, path)
+    files = read_hub_form(str(tmp_path / "hub"), "X", tmp_path / "again")
+    assert load_mimicit(files.instructions_path, files.images_path, files.train_config_path)[0]["context"] == [[]]
 
 
 def test_films_of_frames_keep_their_numbers(tmp_path, by_colour):

@@ -278,6 +278,17 @@ def test_files_stay_where_they_are(folder):
     assert entry.images_path == [str(folder)] and not [*(folder / "cache").rglob("*.parquet")]
     (sample,) = MimicitMixture(path, cache_dir=folder / "cache")
     assert [medium[0].getpixel((0, 0)) for medium in sample["media"]] == [(255, 0, 0), (0, 0, 255)]
+    (folder / "linked").mkdir()
+    (folder / "linked" / "red.png").symlink_to(folder / "red.png")
+    for name, place in (
+        ("sub/blue.png", str(folder / "sub")),
+        ("linked/red.png", None),
+    ):  # of a store no link leads out
+        path = lines(folder, {"messages": [said("user", "<image>?"), ANSWER], "images": [name]})
+        (entry,) = read_mixture(path, cache_dir=folder / "cache")
+        assert entry.images_path == [place] or place is None
+        (sample,) = MimicitMixture(path, cache_dir=folder / "cache")
+        assert sample["media"][0][0].getpixel((0, 0)) == ((0, 0, 255) if place else (255, 0, 0))
     path = lines(folder, {"messages": [said("user", [{"type": "image", "image": DATA}, text("a")]), ANSWER]})
     (entry,) = read_mixture(path, cache_dir=folder / "cache")
     assert [name.endswith("rows.parquet") for name in entry.images_path] == [True]

@@ -236,14 +236,18 @@ def test_tokens_of_the_tokenizer_in_user_text_stay_text():
     assert torch.equal(trained[: len(ids)], ids)
 
 
-def test_several_pictures_come_in_anything_that_is_a_list(family):
+def test_several_pictures_come_in_anything_that_is_a_list(family, tmp_path):
     name, processor, _ = family
     texts = [IMAGE[name] + "a", IMAGE[name] + "b"]
     expected = processor(text=texts, images=[RED, BLUE], return_tensors="pt")
     objects = np.empty(2, dtype=object)
     objects[:] = [RED, BLUE]
     column = Dataset.from_dict({"image": [RED, BLUE]}, Features({"image": DatasetImage()}))["image"]
-    for images in (objects, pd.Series([RED, BLUE]), column, ((RED,), (BLUE,))):
+    names = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for path, picture in zip(names, (RED, BLUE), strict=True):
+        picture.save(path)
+    of_names = (np.array(names), pd.Series(names, index=[7, 8]))
+    for images in (objects, pd.Series([RED, BLUE]), column, ((RED,), (BLUE,)), *of_names):
         batch = processor(text=texts, images=images, return_tensors="pt")
         assert all(torch.equal(batch[key], expected[key]) for key in expected)
 

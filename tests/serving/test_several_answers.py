@@ -1,5 +1,7 @@
 """Several answers to a request, and how likely their tokens were."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from serving_double import image_url
@@ -126,6 +128,10 @@ def test_generate_tells_the_same(model, processor):
 
 
 def test_bytes_of_tokens(processor):
+    in_python = TokenLogprobs(
+        SimpleNamespace(convert_ids_to_tokens=["\N{LOWER ONE EIGHTH BLOCK}a"].__getitem__), 0, ()
+    )
+    assert in_python._bytes_of(0) == b" a"
     text = "what a día: 猫, 🦦!"
     for tokenizer in (processor.tokenizer, tiny_processor().tokenizer):
         recorder = TokenLogprobs(tokenizer, 0, ())

@@ -1,6 +1,7 @@
 """`otter-hf serve`: models behind OpenAI's chat completions API."""
 
 import argparse
+import errno
 import os
 import socket
 from pathlib import Path
@@ -38,14 +39,28 @@ def port_number(text: str) -> int:
 def check_port(host: str, port: int) -> None:
     """Raise ValueError where nothing can listen: models take their time to load, and would be loaded for nothing."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        problems = [_problem_of(*found) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except OSError as error:  # of a name that is none
+        problems = [error]
+    if None in problems:
+        # localhost has an address of IPv6 also where there is none, which servers pass over
+        absent = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+        problems = [problem for problem in problems if problem is not None and problem.errno not in absent]
+    if problems:
+        raise ValueError(
+            f"Nothing can listen at {host}:{port} ({problems[0].strerror}): give another --port or --host."
+        )
+
+
+def _problem_of(family: int, kind: int, protocol: int, name: str, address: tuple) -> OSError | None:
+    """What is wrong with listening at an address that `socket.getaddrinfo` gave."""
+    try:
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        raise ValueError(
-            f"Nothing can listen at {host}:{port} ({error.strerror}): give another --port or --host."
-        ) from None
+        return error
+    return None
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, port: int) -> None:

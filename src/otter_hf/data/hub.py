@@ -201,11 +201,11 @@ class _UsableRows:
             else:
                 yield row
 
-    def ids(self, ids: Iterable[str]) -> list[str]:
-        return [id for id in ids if id not in self.left_out]
+    def ids(self, ids: Iterable[str] | None) -> list[str]:
+        return [id for id in ids or () if id not in self.left_out]
 
     def keep(self, row: Mapping[str, Any], image_ids: Sequence[str]) -> None:
-        json.dump([*_record(row, image_ids), row.get("related instructions") or []], self._file)
+        json.dump([*_record(row, image_ids), row.get("related instructions")], self._file)
         self._file.write("\n")
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -323,7 +323,8 @@ class ConversationModel:
 def _draws(seed: int, numbers: list[int], inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Within, torch draws what the seed and this batch say; behind it goes on as if nothing had been drawn."""
     told = [str(seed), str(numbers), *map(hash_of_tensor, inputs.values())]
-    with torch.random.fork_rng(range(torch.accelerator.device_count())):
+    # of other accelerators, which it does not know, the generator is left with these seeds
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(int(hashlib.sha256(" ".join(told).encode()).hexdigest()[:16], 16))
         yield
 

@@ -28,7 +28,8 @@ class TokenLogprobs(LogitsProcessor):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, top: int, ends: Collection[int]):
         self.tokenizer, self.top, self.ends = tokenizer, top, ends
-        self._is_byte_level = "ByteLevel" in repr(getattr(tokenizer.backend_tokenizer, "decoder", None))
+        backend = getattr(tokenizer, "backend_tokenizer", None)  # one that is written in Python has none
+        self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
         self._step: torch.Tensor | None = None  # (V,), of the token that is not known yet
         self._tokens: list[dict] = []
 

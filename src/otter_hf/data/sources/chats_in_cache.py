@@ -14,7 +14,7 @@ from ...storage import AnyPath, is_remote
 from ..arrow_cache import cache_folder, cached_arrow_file, local_copy, open_arrow_file
 from ..image_store import ImageStore
 from .common import Conversation, name_in_folder, tell_left_out, write_conversations, write_mixture
-from .messages import folder_of_media, read_chats
+from .messages import read_chats
 from .rows import files_of_rows, state_of_files
 
 
@@ -56,7 +56,7 @@ def chats_as_mixture(
             if not mixture.exists():
                 # an image store follows no link that leads out of its folder
                 in_place = all_are_files and not allow_outside
-                place = _place_of(named, folder_of_media(path, how["image_folder"])) if in_place else None
+                place = _place_of(named) if in_place else None
                 counts = write_conversations(folder, path.stem, read, on_error=on_error, media_folder=place)
                 write_json(told, [counts.left_out, counts.unused])
                 write_mixture(mixture, counts.files)
@@ -78,16 +78,26 @@ def _named_files(
         batch = pa.RecordBatch.from_pydict({"name": pa.array(names, pa.large_binary())})
         return batch.schema, [batch]
 
-    names = open_arrow_file(cached_arrow_file([path], "names", build, cache_dir, **how))["name"].to_pylist()
+    # of a folder the rows alone, not the pictures beside them
+    sources = files_of_rows(path) or [path]
+    names = open_arrow_file(cached_arrow_file(sources, "names", build, cache_dir, **how))["name"].to_pylist()
     named = [Path(os.fsdecode(name)) for name in names if name is not None]
     return named, bool(named) and None not in names
 
 
-def _place_of(files: Sequence[Path], folder: Path) -> Path | None:
-    """The folder, where an image store of it has all of these files that are there; else None."""
+def _place_of(files: Sequence[Path]) -> Path | None:
+    """
+    The folder of all of these files, where an image store of it has those that are there; else None. What lies beside
+    it is no part of the store, which lists all that it holds at each start.
+    """
     try:
-        store = ImageStore(folder)
-        there = all(name_in_folder(file, folder) in store for file in files if file.is_file())
-    except (ValueError, OSError):  # of a folder without pictures, or a file outside of it
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        store, whole = ImageStore(folder), folder.resolve()
+        there = all(
+            name_in_folder(file, folder) in store and file.resolve().is_relative_to(whole)
+            for file in files
+            if file.is_file()
+        )
+    except (ValueError, OSError):  # of a folder without pictures, or names of which some are absolute
         return None
     return folder if there else None
