@@ -212,7 +212,7 @@ _CHAT_TEMPLATE = """\
 {%- set media_types = ['image', 'image_url', 'video', 'video_url'] -%}
 {%- macro escaped(text) -%}
     {%- set safe = namespace(text=text) -%}
-    {%- for token, instead in %escape% -%}
+    {%- for token, instead in %escape% if token in safe.text -%}
         {%- set safe.text = safe.text | replace(token, instead) -%}
     {%- endfor -%}
     {{- safe.text -}}
