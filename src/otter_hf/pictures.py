@@ -180,11 +180,11 @@ def is_array(value: object) -> bool:
     return not is_text and hasattr(value, "ndim") and hasattr(value, "dtype") and hasattr(value, "shape")
 
 
-def is_list(value: object) -> bool:
+def is_list(value: Any) -> bool:
     """Whether it holds several: a list or tuple, a column of `datasets`, an array or series of objects or texts."""
     if is_array(value):
         # of NumPy and pandas, whose texts are objects, too; torch's types have no kind
-        return len(value.shape) > 0 and getattr(value.dtype, "kind", None) in ("O", "U")  # type: ignore[attr-defined]
+        return len(value.shape) > 0 and getattr(value.dtype, "kind", None) in ("O", "U")
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, memoryview))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 
 IMAGE_TOKEN = "<image>"
@@ -92,7 +93,7 @@ def get_format(name: str) -> InstructionFormat:
     return FORMATS[name]
 
 
-def reserved_tokens_of(tokenizer) -> list[str]:
+def reserved_tokens_of(tokenizer: Any) -> list[str]:
     """`RESERVED_TOKENS`, and what a tokenizer reads as a special token of its own, such as `<|im_end|>`."""
     special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
     return sorted({*RESERVED_TOKENS, *tokenizer.all_special_tokens, *special})
