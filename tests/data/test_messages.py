@@ -266,6 +266,8 @@ def test_a_folder_of_parquet_is_a_mixture(folder, monkeypatch):
         pq.write_table(pa.Table.from_pylist([row]), folder / "rows" / f"train-{number:05}-of-00002.parquet")
     assert len(MimicitMixture(folder / "rows", cache_dir=folder / "cache")) == 2
     monkeypatch.setattr("otter_hf.data.sources.chats_in_cache.read_chats", None)
+    monkeypatch.chdir(folder / "rows")
+    assert MimicitMixture(".", cache_dir=folder / "cache").entries[0].name == "rows"
     assert len(MimicitMixture(folder / "rows", cache_dir=folder / "cache")) == 2
 
 
@@ -316,6 +318,11 @@ def test_rows_beside_other_datasets(folder):
         yaml.write_text(json.dumps({"IMAGE_TEXT": {"ROWS": own | wrong}}))
         with pytest.raises(ValueError, match="IMAGE_TEXT/ROWS: .*rows.jsonl holds rows of messages, .*: leave train"):
             read_mixture(yaml, cache_dir=folder / "cache")
+    yaml.write_text(json.dumps({"TEXT_ONLY": {"ROWS": own}}))
+    with pytest.raises(
+        ValueError, match="TEXT_ONLY/ROWS: the rows of .*rows.jsonl have pictures .*: move it to IMAGE"
+    ):
+        read_mixture(yaml, cache_dir=folder / "cache")
 
 
 @pytest.mark.parametrize("make", [MimicitMixture, StreamedMixture])

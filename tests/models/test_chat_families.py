@@ -379,6 +379,7 @@ def test_the_last_answer_is_read(family):
     # a Flamingo marks no answer: all behind the last picture is read
     for given in (ids, ids[0], ids[0].tolist(), ids.numpy()):
         assert processor.post_process_image_text_to_text(given) == ["rtwo" if name == "flamingo" else "two"]
+    assert processor.post_process_image_text_to_text(torch.empty(0, 3, dtype=torch.int64)) == []
 
 
 def test_tokens_that_do_not_exist_are_not_generated(family):

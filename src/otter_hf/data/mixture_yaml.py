@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from ..reading import load_yaml
 from ..storage import AnyPath, is_one_path, is_remote, to_path
-from .samples import TASK_GROUPS
+from .samples import TASK_GROUPS, TEXT_ONLY
 
 
 logger = logging.get_logger(__name__)
@@ -138,7 +138,7 @@ def read_mixture(
                     settings = _settings_of(path, group, str(name), settings, report)
                     settings = {"task_group": group, "name": str(name), "mimicit_path": "", **settings}
                     source = settings["mimicit_path"]
-                    if isinstance(source, str) and _are_rows(to_path(source)):
+                    if source and isinstance(source, str) and _are_rows(to_path(source)):
                         entries.append(_entry_of_rows(to_path(source), settings, cache_dir, on_error))
                     else:
                         entries.append(MixtureEntry(**settings))
@@ -161,7 +161,7 @@ def _are_rows(path: Path) -> bool:
     if path.suffix == ".json" and path.is_file():
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             return file.read(64).lstrip().startswith("[")
-    return path.suffix in (".jsonl", ".parquet") or (path.name != "" and path.is_dir())
+    return path.suffix in (".jsonl", ".parquet") or path.is_dir()
 
 
 def _entry_of_rows(path: Path, settings: dict[str, Any], cache_dir: str | Path | None, on_error: str) -> MixtureEntry:
@@ -175,6 +175,11 @@ def _entry_of_rows(path: Path, settings: dict[str, Any], cache_dir: str | Path |
             "conversations: leave train_config_path out, and give as images_path the folder of the media they name."
         )
     (entry,) = read_mixture(chats_as_mixture(path, cache_dir, image_folder=folder, on_error=on_error))
+    if settings.get("task_group") == TEXT_ONLY and entry.images_path:
+        raise ValueError(
+            f"{TEXT_ONLY}/{settings['name']}: the rows of {path} have pictures or films, which this group reads none "
+            "of: move it to IMAGE_TEXT."
+        )
     return replace(entry, **{key: value for key, value in settings.items() if not key.endswith("_path")})
 
 

@@ -179,7 +179,7 @@ def media_parts_of(messages: Iterable[dict]) -> list[dict]:
 def as_rows(ids) -> list[list[int]]:
     """Token ids, `(B, L)` or one sequence `(L,)`, of any kind as a list of lists."""
     ids = [row.tolist() if hasattr(row, "tolist") else row for row in ids]
-    return [list(row) for row in ids] if ids and isinstance(ids[0], (list, tuple)) else [ids]
+    return [list(row) for row in ids] if not ids or isinstance(ids[0], (list, tuple)) else [ids]
 
 
 def read_texts(text) -> list[str]:

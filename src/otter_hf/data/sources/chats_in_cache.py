@@ -48,7 +48,7 @@ def chats_as_mixture(
     if named and image_folder is None and is_remote(given):
         raise ValueError(f"{given} names {named[0].name}: media of rows at an address must be in the rows, as bytes.")
     state = state_of_files([*files_of_rows(path), *named], on_error)
-    folder = cache_folder(cache_dir) / f"messages-{state}"
+    folder, name = cache_folder(cache_dir) / f"messages-{state}", path.resolve().stem
     mixture, told = folder / "mixture.yaml", folder / "left_out.json"
     if not mixture.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,11 +57,11 @@ def chats_as_mixture(
                 # an image store follows no link that leads out of its folder
                 in_place = all_are_files and not allow_outside
                 place = _place_of(named) if in_place else None
-                counts = write_conversations(folder, path.stem, read, on_error=on_error, media_folder=place)
+                counts = write_conversations(folder, name, read, on_error=on_error, media_folder=place)
                 write_json(told, [counts.left_out, counts.unused])
                 write_mixture(mixture, counts.files)
                 return mixture
-    tell_left_out(path.stem, *parse_json(told.read_text(encoding="utf-8")))
+    tell_left_out(name, *parse_json(told.read_text(encoding="utf-8")))
     return mixture
 
 
