@@ -294,3 +294,17 @@ class TestGapsAndRefusals:
 
     def test_the_order_of_added_tokens(self):
         assert list(SPECIAL_TOKENS) == OTTER_TOKENS
+
+
+def test_a_revision_of_a_repository(monkeypatch):
+    """As every command takes it, and as `tokenizer=` of `from_pretrained`."""
+    asked = set()
+
+    def find(name, filename, revision=None, **kwargs):
+        asked.add((name, revision))
+
+    monkeypatch.setattr("otter_hf.models.legacy_tokens.cached_file", find)
+    with pytest.raises(OSError, match="lab/tokenizer holds no tokenizer"):
+        load_tokenizer("lab/tokenizer@v1", legacy=True)
+    assert not read_token_table("lab/tokenizer@v1").ids
+    assert asked == {("lab/tokenizer", "v1")}

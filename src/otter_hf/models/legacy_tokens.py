@@ -24,6 +24,8 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
+from ..model_names import split_revision
+
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -110,6 +112,12 @@ class _Files:
         return backend
 
 
+def _at_revision(name_or_path, hub_kwargs: dict) -> tuple[str, dict]:
+    """`owner/name@revision` as the name and the arguments that say the same; others as they are."""
+    name, revision = split_revision(str(name_or_path))
+    return name, hub_kwargs | ({"revision": revision} if name != str(name_or_path) else {})
+
+
 def _text(token) -> str:
     """A token as JSON files write it: its text, or the fields of an AddedToken."""
     return token["content"] if isinstance(token, dict) else token
@@ -122,6 +130,7 @@ def load_tokenizer(
     The tokenizer of a folder or repository; one of 2023 with the ids of 2023, which it keeps when it is saved.
 
     Args:
+        name_or_path: a revision may follow an `@`.
         legacy: whether it is to serve a model of 2023. Otherwise those are taken as of 2023 that say so themselves:
             saved by us from one, or a LLaMA `tokenizer.model` without the tokenizer.json that everyone writes today.
         reference: a key of `REFERENCES`, for a LLaMA tokenizer of 2023; by default as it was saved, or `"4.28"`.
@@ -132,6 +141,7 @@ def load_tokenizer(
         ValueError: if `reference` is unknown or the tokenizer is not of 2023, or for a vocabulary that was not read
             as LLaMA's in 2023.
     """
+    name_or_path, hub_kwargs = _at_revision(name_or_path, hub_kwargs)
     files = _Files(name_or_path, **hub_kwargs)
     tokenizer = _load(files, legacy, reference, **hub_kwargs)
     if (read := tokenizer.init_kwargs.get("tokenizer_reference")) != files.reference:
@@ -337,6 +347,7 @@ def read_token_table(source, model_type: str | None = None, num_rows: int | None
     """
     wanted = [token for token in SPECIAL_TOKENS if token != "<answer>" or model_type == "otter"]
     if isinstance(source, (str, Path)):
+        source, hub_kwargs = _at_revision(source, hub_kwargs)
         files = _Files(source, **hub_kwargs)
         table = _read_table(files)
         if {*wanted, table.eos_token, table.pad_token} <= set(table.ids):
