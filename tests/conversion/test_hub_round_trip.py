@@ -97,3 +97,27 @@ HfApi().upload_folder(repo_id="tester/otter-2023", folder_path=sys.argv[1], igno
     stored = torch.load(folder / "pytorch_model.bin", weights_only=True)
     assert torch.equal(first["lm_head.weight"], stored["lang_encoder.lm_head.weight"])
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.slow
+def test_what_a_conversion_reads_is_downloaded(hub, tmp_path):
+    """Weights in one of their two forms, none of what is named for its tokenizer, and OpenFlamingo's checkpoint."""
+    save_model(tmp_path / "model")
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"the same weights once more")
+    (tmp_path / "model" / "checkpoint.pt").write_bytes(b"trained")
+    upload = """
+import sys
+from huggingface_hub import HfApi
+HfApi().create_repo("tester/both")
+HfApi().upload_folder(repo_id="tester/both", folder_path=sys.argv[1])
+"""
+    run(hub, tmp_path / "cache_a", upload, tmp_path / "model")
+    resolve = """
+import sys
+from otter_hf.conversion.job import resolve_checkpoint, resolve_folder
+names = [sorted(path.name for path in resolve_folder("tester/both", weights=weights).iterdir()) for weights in (0, 1)]
+print(*("weights" if "model.safetensors" in found else "none" for found in names))
+assert not any("pytorch_model.bin" in found or "checkpoint.pt" in found for found in names)
+assert resolve_checkpoint("tester/both@main").read_bytes() == b"trained"
+"""
+    assert run(hub, tmp_path / "cache_b", resolve).split() == ["none", "weights"]
