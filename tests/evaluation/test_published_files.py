@@ -255,7 +255,8 @@ def test_rows_are_chosen_without_reading_their_pictures(tmp_path, monkeypatch):
     table = load_dataset("parquet", data_files=str(write_parquet(tmp_path / "t.parquet", rows)), split="train")
     with monkeypatch.context() as patch:
         patch.setattr(Image, "decode_example", lambda *arguments, **options: pytest.fail("a picture is read"))
-        told, single = scienceqa_rows(table), magnifierbench_rows(table)
+        # data may have been told before
+        told, single = scienceqa_rows(scienceqa_rows(table)), magnifierbench_rows(table)
     assert told["has_image"] == [True, False, True] and len(single) == 2
     for before, after in (((table, 0), (told, 0)), ((table, 2), (single, 1))):
         cells = [data.cast_column("image", Image(decode=False))[number]["image"] for data, number in (before, after)]

@@ -224,7 +224,9 @@ def scienceqa_answer(row: Mapping) -> str:
 
 def scienceqa_rows(rows):
     """The rows, each told whether it has a picture: pictures are not at hand when replies are read."""
-    return rows.add_column("has_image", [cell.is_valid for cell in _arrow_cells(rows, "image")])
+    told = [cell.is_valid for cell in _arrow_cells(rows, "image")]
+    others = [name for name in rows.column_names if name != "has_image"]
+    return rows.select_columns(others).add_column("has_image", told)
 
 
 def _arrow_cells(rows, column: str) -> Iterator:
