@@ -215,7 +215,7 @@ def _base_of_adapter(path: str, revision: str) -> str | None:
 
 def _tokenizer_for(base: str, path: str) -> str | None:
     """The folder of an adapter, for a base of 2023 that holds no tokenizer, if there is one in it."""
-    base, revision = split_revision(base)
+    base, revision = _locate(base)  # or says what is wrong with it
     is_there = Path(path, "tokenizer.json").is_file() and is_legacy_config(find_raw_config(base, revision=revision))
     return path if is_there else None
 

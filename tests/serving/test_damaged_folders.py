@@ -360,6 +360,28 @@ def test_the_base_of_an_adapter_is_looked_at(adapter, folder, tmp_path):
         read_model(str(copy))
 
 
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "is neither a folder here nor a Hub id"), ("{", "base/config.json' is not a valid JSON file")],
+)
+def test_an_adapter_of_a_base_that_is_not_there(adapter, tmp_path, content, told):
+    """Whether or not the adapter has a tokenizer, which one for a model of 2023 may be asked for."""
+    folder, base = shutil.copytree(adapter, tmp_path / "adapter"), tmp_path / "base"
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    if content is not None:
+        base.mkdir()
+        (base / "config.json").write_text(content)
+        save_file({"a": torch.zeros(1)}, base / "model.safetensors")
+    told_of = []
+    for _ in range(2):
+        with pytest.raises((ValueError, OSError), match=told) as refusal:
+            read_model(str(folder))
+        told_of.append(str(refusal.value))
+        (folder / "tokenizer.json").write_text("{}")
+    assert told_of[0] == told_of[1] and str(base) in told_of[0]
+
+
 def test_weights_in_eight_bits_are_whole(folder):
     change(folder, lambda tensors: tensors.update({"a": torch.ones(2, 2, dtype=torch.float8_e4m3fn)}))
     assert open_checkpoint(folder)["a"].load().dtype == torch.float8_e4m3fn
