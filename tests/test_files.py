@@ -189,6 +189,13 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path, error):
         raise ValueError("no such thing")
 
 
+def test_errors_that_led_to_one_another_end():
+    """As where the last attempt's error is raised from that of a library that gave up."""
+    first, second = ValueError("of a row"), RuntimeError("gave up")
+    first.__cause__, second.__cause__ = second, first
+    assert not is_disk_full(first)
+
+
 def test_the_command_on_a_full_disk(tmp_path, monkeypatch, capsys):
     def fill(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

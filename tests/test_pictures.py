@@ -230,6 +230,7 @@ REFUSED = {
     "other scheme": ("ftp://x/y.png", "ftp:// addresses are not read"),
     "text file": (io.StringIO("x"), "open it in binary mode"),
     "no picture": (b"nonsense", "it is of no known kind"),
+    "a film": (b"\0\0\0\x18ftypisom" + bytes(16), "it is a film; give it as a video"),
     "a program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "EPS is a program"),
 }
 PROCESSORS = (FlamingoProcessor, OtterHDProcessor)

@@ -203,7 +203,9 @@ def disk_full_told(path: str | Path) -> Iterator[None]:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether this error, or one that led to it, is of a full disk."""
-    while error is not None:
+    seen = []  # what led to an error may be the error itself, where a library raises one again
+    while error is not None and error not in seen:
+        seen.append(error)
         text = str(error)
         if isinstance(error, OSError) and error.errno in _FULL or any(words in text for words in _FULL_WORDS):
             return True

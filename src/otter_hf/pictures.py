@@ -266,6 +266,14 @@ def fetch(url: str) -> bytes:
     return response.content
 
 
+def _kind(file: BinaryIO) -> str:
+    """What a file is that Pillow does not know."""
+    from .films import is_film
+
+    file.seek(0)
+    return "it is a film; give it as a video" if is_film(file.read(64)) else "it is of no known kind"
+
+
 def _decode(
     file: BinaryIO, name: str, legacy: bool, truncated: bool, max_pixels: int | None, formats: Sequence[str] | None
 ) -> Image.Image:
@@ -283,8 +291,7 @@ def _decode(
         raise ImageTooLarge(f"{name} is too large ({str(error).partition(',')[0]}); {_advice(max_pixels)}.") from error
     except Exception as error:  # Pillow's plugins raise SyntaxError, struct.error, ... on damaged files
         if not truncated:
-            unknown = isinstance(error, UnidentifiedImageError)
-            raise _unreadable(name, "it is of no known kind" if unknown else error) from error
+            raise _unreadable(name, _kind(file) if isinstance(error, UnidentifiedImageError) else error) from error
     file.seek(0)
     # Pillow keeps this switch in its module; it is put back at once
     with _pillow_settings:

@@ -78,8 +78,8 @@ def test_earlier_turns_that_are_not_trained(tmp_path, dataset):
 
 
 def test_over_long_examples(tmp_path, dataset, tiny_processor):
-    # one token per byte; with its context the example r2 has 7 + 3 + 5 + 3
-    for max_length, ids in ((18, None), (17, ["r2"])):
+    # one token per byte; with its context the example r2 has 7 + 3 + 5 + 3, and 12 around each
+    for max_length, ids in ((42, None), (41, ["r2"])):
         report = check_mixture(mixture(tmp_path), tokenizer=tiny_processor.tokenizer, max_length=max_length)
         found = rules(report, "warning").get("over-long")
         assert (found and found.ids) == ids

@@ -107,6 +107,12 @@ def test_rows_under_our_names(tmp_path):
     assert (row["number"], row["id"], row["question"], row["answers"]) == (0, 7, "Red?", ["yes", "no"])
     assert row["image"].getpixel((0, 0)) == (255, 0, 0)
 
+    # a name that two of ours may have
+    single = [{"image": "r.png", "question": "Red?", "answer": "yes"}]
+    RED.save(tmp_path / "r.png")
+    row = Rows(str(write_parquet(tmp_path / "single.parquet", single)), "test", "vqa", image_dir=str(tmp_path))[0]
+    assert row["answers"] == ["yes"]
+
     (tmp_path / "img").mkdir()
     BLUE.save(tmp_path / "img" / "1.png")
     memes = tmp_path / "memes.jsonl"

@@ -207,6 +207,9 @@ def test_api_key(folders, serve):
     assert http.get(f"{server.url}/v1/models").status_code == 401
     assert http.get(f"{server.url}/metrics").status_code == 401
     assert http.get(f"{server.url}/health").json() == {"status": "ok"}
+    for path, method in (("/v1/responses", http.post), ("/v1/engines", http.get)):
+        message = method(f"{server.url}{path}").json()["error"]["message"]
+        assert f"{path}; it has POST /v1/chat/completions" in message
 
 
 def huge_png() -> bytes:

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from collections.abc import Callable
 
 
@@ -18,17 +19,27 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As in argparse; what is left over is an error here, where the flags that it might stand for are known."""
-        namespace, rest = super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else [*args]
+        namespace, rest = super().parse_known_args(words, namespace)
         if rest and not getattr(namespace, "takes_rest", False):
-            self.error(self._unknown(rest))
+            self.error(self._unknown(rest, words))
         return namespace, rest
 
-    def _unknown(self, rest: list[str]) -> str:
+    def _unknown(self, rest: list[str], words: list[str]) -> str:
         flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
         sentences = []
         for flag in flags:
             sentences.append(f"there is no {flag}{nearest(flag, self._option_string_actions)}")
-        return "; ".join(sentences) or f"nothing takes {' '.join(map(repr, rest))}"
+        return "; ".join(sentences) or f"nothing takes {' '.join(map(repr, rest))}{self._repeated(rest[0], words)}"
+
+    def _repeated(self, word: str, words: list[str]) -> str:
+        """`--image A B`: what to do, if the flag in front of B may be repeated."""
+        before = words[: words.index(word)] if word in words else []
+        flags = [flag for flag in before if flag in self._option_string_actions]
+        takes_one = flags and self._option_string_actions[flags[-1]].nargs is None
+        if takes_one and isinstance(self._option_string_actions[flags[-1]], argparse._AppendAction):
+            return f": repeat {flags[-1]} in front of each"
+        return ""
 
     def _check_value(self, action, value):
         """A choice that does not exist, in words, with the nearest one."""

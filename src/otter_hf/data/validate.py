@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..files import remove
 from ..films import is_film, read_video
 from ..pictures import ImageError, is_dark_by_depth, orientation, read_image
-from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS
+from ..prompts import IMAGE_TOKEN, RESERVED_TOKENS, render
 from ..storage import AnyPath, is_one_path, to_path
 from .contamination import Overlap
 from .engine import Engine, read_records, run
@@ -158,8 +158,8 @@ def check_mixture(
             that all machines see.
         cache_dir: where the index files of image stores are kept.
         tokenizer: a transformers tokenizer, to count with for `max_length`.
-        max_length: of an example in tokens, context included and pictures not; without a tokenizer, examples are
-            told that have more words than training keeps tokens by default.
+        max_length: of an example's prompt in tokens, context included and pictures, BOS and EOS not; without a
+            tokenizer, examples are told that have more words than training keeps tokens by default.
         max_image_pixels: as for `SampleOptions`.
 
     Raises:
@@ -296,8 +296,8 @@ class _DatasetCheck:
         texts = [str(record.get(key) or "") for key in ("instruction", "answer")]
         if self.max_length is None:
             return sum(len(text.split()) for text in texts)  # no token holds two words
-        ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return sum(map(len, ids))
+        prompt = render([tuple(texts)], media="none")
+        return len(self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _check_texts(self, id: str, record: dict[str, Any]):
         for key in ("instruction", "answer"):
@@ -345,12 +345,12 @@ class _DatasetCheck:
                     self._add("warning", "context about other images", message, id)
             length = sum(self.lengths.get(other, 0) for other in (*(context if in_use else ()), id))
             if self.max_length is not None and length > self.max_length:
-                message = f"the texts of example {id!r} have {length} tokens, more than {self.max_length}"
+                message = f"the prompt of example {id!r} has {length} tokens, more than {self.max_length}"
                 self._add("warning", "over-long", message, id)
             elif self.max_length is None and length > _MAX_LENGTH:
                 message = (
                     f"the texts of example {id!r} have {length} words, and training keeps {_MAX_LENGTH} tokens unless "
-                    "max_length says otherwise; --tokenizer and --max-length count exactly"
+                    "max_length says otherwise; --tokenizer and --max-length count tokens"
                 )
                 self._add("warning", "over-long", message, id)
         unused = sum(map(bool, self.related.values()))

@@ -435,7 +435,7 @@ _PICTURE, _QUESTION = "image or images", "question or instruction"
 _SEED = (_QUESTION, "choice_a", "choice_b", "choice_c", "choice_d", "answer", _PICTURE)
 COLUMNS = {
     "magnifierbench": ("instruction", "answer", "images"),
-    "mme": (_QUESTION, "answer", "category or image_ids", _PICTURE),
+    "mme": (_QUESTION, "answer", "category or image_ids", "question_id or image_ids", _PICTURE),
     "pope": (_QUESTION, "answer", "category", _PICTURE),
     "mmbench": ("index", "question", "A", "B", _PICTURE),
     "scienceqa": ("question", "choices", "answer", "image"),

@@ -225,7 +225,7 @@ def _simple_evaluate(lm, dataset: DatasetSpec, tasks: list[str], options: Option
             cli_args=Namespace(process_with_media=not ours, output_path=str(folder)),
         )
     except RetryError as error:  # lmms-eval tries five times whatever went wrong
-        raise error.last_attempt.exception() from error
+        raise error.last_attempt.exception() from None
 
 
 def _options(lm, dataset: DatasetSpec, folder: Path, config: EvalConfig) -> tuple[Options, list[str]]:

@@ -23,6 +23,9 @@ from .settings import ServerSettings
 NOT_OF_THE_WEB = (".localhost", ".local", ".home.arpa", ".internal")
 
 
+_ROUTES = "POST /v1/chat/completions, GET /v1/models, GET /health and GET /metrics"
+
+
 def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     """
     The routes `/v1/chat/completions`, `/v1/models`, `/health` and `/metrics`.
@@ -90,6 +93,8 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
 
     @app.exception_handler(StarletteHTTPException)
     async def say_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        if error.status_code in (404, 405) and not isinstance(error, HTTPException):  # of the router
+            error.detail = f"This server has no {request.method} {request.url.path:.80}; it has {_ROUTES}."
         return JSONResponse(error_body(error), error.status_code, headers=error.headers)
 
     app.state.chat = chat

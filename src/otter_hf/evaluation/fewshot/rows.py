@@ -66,8 +66,9 @@ class Rows:
                 f"{source} has no column for {missing[0]!r}; it has {', '.join(there)}. Say which one it is with "
                 f"`columns: {{{missing[0]}: NAME}}`."
             )
-        texts = [column for name, column in self._columns.items() if name not in ("id", "image")]
-        self._texts = self._table.select_columns(texts)
+        # one column may have two of our names
+        texts = {column: None for name, column in self._columns.items() if name not in ("id", "image")}
+        self._texts = self._table.select_columns([*texts])
         self._source = source
         for name in _TRUTHS & {*NEEDED[kind]}:
             self._check_filled(name)
