@@ -65,6 +65,19 @@ def test_arguments_of_transformers_before_version_5(caplog):
     ]
 
 
+def test_an_argument_under_two_names_is_refused(tmp_path):
+    """Within one place; a flag wins over the recipe, whatever each calls it."""
+    both = "warmup_ratio is 0.03, and warmup_steps 100, which are the same argument: give one of them"
+    with pytest.raises(ValueError, match=both):
+        parse("--warmup_ratio", "0.03", "--warmup-steps", "100")
+    (tmp_path / "recipe.yaml").write_text("warmup_ratio: 0.03\nwarmup_steps: 100\n")
+    with pytest.raises(ValueError, match=both):
+        parse(base=[str(tmp_path / "recipe.yaml"), *BASE])
+    (tmp_path / "recipe.yaml").write_text("warmup_ratio: 0.03\n")
+    flags = ("--warmup_steps", "100", "--warmup_steps_ratio", "100")
+    assert parse(*flags, base=[str(tmp_path / "recipe.yaml"), *BASE])[2].warmup_steps == 100
+
+
 def test_flags_in_a_recipe(tmp_path):
     (tmp_path / "recipe.yaml").write_text(
         "pretrained_model_name_or_path: m\ntraining_data_yaml: t.yaml\nuse_cpu: true\nbatch_size: 3\n"

@@ -199,8 +199,17 @@ def answer_list(
     if arguments.skill is not None:
         context.append(state(arguments.skill))
     with kept_replies(arguments.output_dir, [*context, arguments.seed, arguments.num_frames]) as replies:
-        how = (arguments.num_frames, arguments.batch_size, replies, until, examples, arguments.seed)
-        answered = answer_questions(asked, entries, *how, **options)
+        answered = answer_questions(
+            asked,
+            entries,
+            arguments.num_frames,
+            arguments.batch_size,
+            replies=replies,
+            until=until,
+            examples=examples,
+            seed=arguments.seed,
+            **options,
+        )
         path = write_log(arguments.output_dir, model.config.model_type, arguments.model, answered, print_answer)
     print(f"wrote {path}")
 

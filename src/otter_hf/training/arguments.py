@@ -257,9 +257,20 @@ def call(function: Callable, argv: Sequence[str] | None, kinds: tuple[type, ...]
 def _check_names(
     options: list[Option], kinds: tuple[type, ...], parser: ArgumentParser, sentence: Callable[[str], str]
 ) -> None:
-    """argparse would take the beginning of a name for the whole, and name what is unknown without a hint."""
+    """
+    argparse would take the beginning of a name for the whole, name what is unknown without a hint, and of two names
+    of an argument take the last.
+    """
     known = [flag.lstrip("-") for flag in parser._option_string_actions if flag.startswith("--")]
+    said: dict[str, Option] = {}
     for option in options:
+        given = option[0].replace("-", "_")
+        first, values = said.setdefault(RENAMED.get(given, given), (given, option[1]))
+        if first != given and values != option[1]:
+            raise ValueError(
+                f"{first} is {' '.join(values)}, and {given} {' '.join(option[1])}, which are the same argument: give "
+                "one of them."
+            )
         for name, _ in translate([option], lambda note: None, pretraining=PretrainingDataArguments in kinds):
             if name not in known:
                 hint = did_you_mean(name, known, "`otter-hf train --help` lists them.")
