@@ -83,6 +83,10 @@ def test_a_picture_that_the_collator_refuses(family, monkeypatch):
     names = NamingCollator(Picky(), dataset=data)([data[1], data[2]])["sample_ids"]
     assert names[1] == "S2" and names[0] != "S1"
     assert data.counter.totals() == {"bad image": 1}
+    both = ConcatDataset([[data[3]], data])  # a list, which does not say what to do
+    assert NamingCollator(Picky(), dataset=both)([data[1], data[2]])["sample_ids"][1] == "S2"
+    with pytest.raises(SampleError, match="'S1' has a picture of no pixels"):
+        NamingCollator(Picky(), dataset=ConcatDataset([data, Data()]))([data[1], data[2]])
     with pytest.raises(SampleError, match="'S1' has a picture of no pixels"):
         NamingCollator(Picky(), dataset=Data())([data[1], data[2]])
 

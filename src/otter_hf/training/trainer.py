@@ -289,7 +289,8 @@ class NamingCollator:
         self.collator = collator
         self.image_token_id = image_token_id
         self.dataset = dataset
-        self._mixtures = [] if dataset is None else _mixtures_in(dataset)
+        # a list of samples does not say what to do with one that cannot be used, and counts none
+        self._mixtures = [] if dataset is None else [one for one in _mixtures_in(dataset) if hasattr(one, "on_error")]
 
     def on(self, dataset: Dataset) -> "NamingCollator":
         """The same for samples of `dataset`."""
@@ -324,7 +325,7 @@ class NamingCollator:
             return False
         if error.reason == "overlong" and getattr(self.collator, "on_overlong", "error") != "error":
             return True
-        return getattr(self._mixtures[0], "on_error", "raise") == "skip"
+        return bool(self._mixtures) and all(mixture.on_error == "skip" for mixture in self._mixtures)
 
     def _usable(self, sample: Sample) -> Sample:
         start = zlib.crc32(sample["id"].encode())
@@ -336,8 +337,8 @@ class NamingCollator:
             except SampleError as error:
                 if not self._leaves_out(error):
                     raise
-                if hasattr(self._mixtures[0], "skip"):
-                    self._mixtures[0].skip(error)
+                for mixture in self._mixtures[:1]:
+                    mixture.skip(error)
         raise SampleError(f"None of the {len(self.dataset)} samples can be used: look at the reasons above.")
 
 
