@@ -9,7 +9,7 @@ OUT ?= out/demo
 # what tells soon whether an installed package is whole
 QUICK := test_public_names.py test_pictures.py test_model_names.py test_prompts.py cli/test_start.py models/test_golden_otter.py
 
-.PHONY: demo demo-real test next fuzz slow evaluation quality style dist docs bench gpu conformance parity-2023 clean
+.PHONY: demo demo-real test next lowest fuzz slow evaluation quality style dist docs bench gpu conformance parity-2023 clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,13 @@ next: ## the tests with the transformers behind the pinned one: what fails here 
 	$(MAKE) .venv-next/.installed VENV=.venv-next
 	.venv-next/bin/python -m pip install --quiet --upgrade "transformers>=5.24"
 	$(MAKE) test VENV=.venv-next
+
+lowest: ## the tests with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[dev]"
+	@touch .venv-lowest/.installed
+	$(MAKE) test VENV=.venv-lowest
 
 FUZZ_SECONDS ?= 60
 
