@@ -3,6 +3,7 @@
 import json
 import pickle
 
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -89,7 +90,9 @@ class TestLabels:
         for name in ("input_ids", "attention_mask", "labels"):
             assert torch.equal(batch[name], expected[name]), name
         patches = torch.cat([expected[f"image_patches_{row}"][0] for row in range(3)])
-        assert torch.equal(batch["pixel_values"], patches)
+        # before Pillow 13 tall pictures differ by up to 3 of 255 (findings/pillow_13_resizes_*.sh)
+        atol = 0 if int(PIL.__version__.split(".")[0]) >= 13 else 0.03
+        torch.testing.assert_close(batch["pixel_values"], patches, atol=atol, rtol=0)
         right = OtterHDCollator(processor, **options)(samples)
         assert learned(processor, right, 1) == "There are two dogs. The ball is under the table.|ENDOFTEXT|"
 

@@ -1,6 +1,7 @@
 """What a request may cost: each limit is looked at before the cost is paid."""
 
 import asyncio
+import inspect
 import json
 import random
 import threading
@@ -46,6 +47,12 @@ def picture_at(url: str) -> dict:
 
 
 FAMILIES = ["otter", "flamingo", "otterhd"]
+
+
+def test_what_locks_the_server_is_awaited_by_every_fastapi(app_of):
+    """FastAPI before 0.124 calls a partial of a coroutine function and never awaits it: the door stood open."""
+    locks = [lock.dependency for route in app_of().routes for lock in getattr(route, "dependencies", ())]
+    assert len(locks) == 9 and all(inspect.iscoroutinefunction(lock) and inspect.isfunction(lock) for lock in locks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,6 +1,5 @@
 """The HTTP server: OpenAI's chat completions for the models of this package."""
 
-import functools
 import hmac
 import ipaddress
 import re
@@ -52,8 +51,16 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
     )
-    known_host = Depends(functools.partial(check_host, settings))
-    locked = [known_host, Depends(functools.partial(authorize, settings))]
+
+    # functions, and not partials of some: FastAPI before 0.124 does not await those, and would let everyone in
+    async def of_known_host(request: Request) -> None:
+        check_host(settings, request)
+
+    async def with_key(request: Request) -> None:
+        authorize(settings, request)
+
+    known_host = Depends(of_known_host)
+    locked = [known_host, Depends(with_key)]
 
     @app.post("/v1/chat/completions", dependencies=locked)
     async def chat_completions(request: Request) -> Response:
@@ -101,7 +108,7 @@ def create_app(models: ServedModels, settings: ServerSettings) -> FastAPI:
     return app
 
 
-async def check_host(settings: ServerSettings, request: Request) -> None:
+def check_host(settings: ServerSettings, request: Request) -> None:
     """Raise HTTPException 400 for a `Host` that the server does not answer to."""
     host = request.headers.get("Host", "")
     if not is_allowed_host(host, settings.allow_hosts):
@@ -110,7 +117,7 @@ async def check_host(settings: ServerSettings, request: Request) -> None:
         )
 
 
-async def authorize(settings: ServerSettings, request: Request) -> None:
+def authorize(settings: ServerSettings, request: Request) -> None:
     """Raise HTTPException 401 for a request without the API key."""
     given = re.sub("^bearer +", "", request.headers.get("Authorization", ""), flags=re.IGNORECASE)
     if settings.api_key is not None and not hmac.compare_digest(given.encode(), settings.api_key.encode()):
