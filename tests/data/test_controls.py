@@ -1,5 +1,7 @@
 """Controls: other pictures for the same questions, and what the right ones are worth."""
 
+from types import SimpleNamespace
+
 import pytest
 from PIL import Image
 
@@ -28,7 +30,7 @@ def test_each_row_gets_the_picture_of_another():
     assert other == [swap([own[i]], i, 7, lambda row: [own[row]])[0] for i in range(7)] != again
 
 
-def test_the_same_picture_of_another_row_is_none():
+def test_the_same_picture_of_another_row_is_none(monkeypatch):
     # three questions about each of two pictures, and a row without
     rows = [[picture(i // 3)] for i in range(6)] + [[]]
     for i in range(6):
@@ -36,8 +38,12 @@ def test_the_same_picture_of_another_row_is_none():
         assert other.width != rows[i][0].width
     # as many as there were; nothing else is there
     assert [p.width for p in swap([picture(5), picture(6)], 6, 7, rows.__getitem__)] in ([8, 8], [9, 9])
+    told = []
+    monkeypatch.setattr("otter_hf.data.controls.logger", SimpleNamespace(warning_once=told.append))
+    assert swap([], 0, 3, lambda row: []) == [] and not told
     assert swap([picture(0)], 0, 3, lambda row: [picture(0)])[0].width == 8
     assert swap([picture(0)], 0, 1, lambda row: [picture(1)])[0].width == 8
+    assert len(told) == 2 and "takes rows with different pictures" in told[0]
 
 
 @pytest.mark.parametrize("control", ["swapped", "blank"])

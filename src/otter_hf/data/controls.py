@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 CONTROLS = ("swapped", "blank")
 _GREY = (127, 127, 127)
@@ -56,7 +59,7 @@ def media_of(messages: list[dict]) -> list[dict]:
 def swap(own: Sequence, number: int, count: int, of_row: Callable[[int], Sequence], seed: int = 0) -> list:
     """
     As many media as a row has, of the next row whose media are all others, in a cycle of all rows drawn by a seed; its
-    own where there are no others.
+    own, with a warning, where there are no others.
 
     Args:
         own: media of the row: pictures, lists of frames, paths, or parts of a message with these.
@@ -73,6 +76,11 @@ def swap(own: Sequence, number: int, count: int, of_row: Callable[[int], Sequenc
         if other and not any(_is_same(mine, theirs) for mine, theirs in zip(own, other, strict=True)):
             return other
         row = following[row]
+    if own:
+        logger.warning_once(
+            "Questions whose picture no other row replaces keep it in the control `swapped`, which makes the visual "
+            "gain too small: it takes rows with different pictures."
+        )
     return list(own)
 
 
