@@ -204,3 +204,10 @@ def test_about_twenty_values_are_logged_whatever_the_length(steps, every):
     state = TrainerState()
     state.compute_steps(parse_arguments([*FLAGS, "--use_cpu", "True"])[2], steps)
     assert state.logging_steps == every
+
+
+def test_several_values_of_an_argument_that_takes_one():
+    with pytest.raises(ValueError, match="--train_mixture takes one value, and is given a, b; several datasets stand"):
+        parse_arguments(["--train_data", "a", "b"])
+    with pytest.raises(ValueError, match="--seed takes one value, and is given 1, 2.$"):
+        parse_arguments(["--seed", "1", "2"])

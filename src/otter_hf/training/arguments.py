@@ -238,9 +238,13 @@ def parse_arguments(
     last = {f"--{name.replace('-', '_')}": place for place, (name, _) in enumerate(options)}
     flags: list[str] = []
     for flag, place in sorted(last.items(), key=lambda item: item[1]):
+        values, nargs = options[place][1], parser._option_string_actions[flag].nargs
+        if len(values) > 1 and nargs in (None, "?"):
+            several = "; several datasets stand in one YAML, or in one folder" if flag.endswith("_mixture") else ""
+            raise ValueError(f"{flag} takes one value, and is given {', '.join(values)}{several}.")
         # argparse has no word for an empty list, which is the default of all
-        if options[place][1] or parser._option_string_actions[flag].nargs != "+":
-            flags += [flag, *options[place][1]]
+        if values or nargs != "+":
+            flags += [flag, *values]
     return parser.parse_args_into_dataclasses(flags, look_for_args_file=False)
 
 
