@@ -37,7 +37,7 @@ def make_workloads() -> dict:
     padded = packing.make_model("sdpa"), packing.padded(samples, pixels)
     packed = packing.make_model("varlen_sdpa"), packing.packed(samples, pixels)
     sizes = {"vocabulary": 4096, "hidden": 256, "layers": 4, "heads": 4}
-    otter_hd = otterhd.make_models(("ours",), **sizes)["ours"]
+    otter_hd = drawn_alike(otterhd.make_models(("ours",), **sizes)["ours"])
     patches, _, _ = otterhd.make_batches((300, 448, 300, 300), sizes["vocabulary"])
     decoder, ids = mpt.make_model("ours"), mpt.make_ids(1024)
     return {
@@ -48,6 +48,16 @@ def make_workloads() -> dict:
         "training step of OtterHD, 4 images, packed": lambda: [otterhd.step(otter_hd, patches)],
         "training step of an MPT, 1,024 tokens": lambda: [mpt.step(decoder, ids)],
     }
+
+
+def drawn_alike(model: torch.nn.Module) -> torch.nn.Module:
+    """With weights that do not depend on the order in which the package draws them."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.02, generator=generator)
+    return model
 
 
 def work() -> None:
