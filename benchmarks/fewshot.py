@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -170,15 +171,16 @@ def beside_peer(repeats: int) -> list[dict]:
         write_model(Path(folder) / "model")
         sources = [Path(__file__).resolve().parent.parent / "src", check_out(PEER_COMMIT, folder)]
         sides = [Side(__file__, source, arguments=(f"{folder}/model",)) for source in sources]
-        for side in sides:
-            side.run("first, 1")  # which reads the model and wakes the threads
+        said = [None, None]
+
+        def run(side: int, kind: str) -> None:
+            said[side] = sides[side].run(kind)
+
+        for side in range(2):
+            run(side, "first, 1")  # which reads the model and wakes the threads
         for kind in [f"{kind}, {beams}" for kind, beams in ASKED] + ["ranking"]:
-            said = [None, None]
-
-            def run(side: int, kind: str = kind, said: list = said):
-                said[side] = sides[side].run(kind)
-
-            row = compare(describe(kind), lambda: run(0), lambda: run(1), repeats, is_warm=True)  # noqa: B023
+            calls = (partial(run, side, kind) for side in range(2))
+            row = compare(describe(kind), *calls, repeats, is_warm=True)
             if kind == "ranking":
                 same = torch.allclose(*(torch.tensor(totals) for totals in said), atol=1e-3)
             else:

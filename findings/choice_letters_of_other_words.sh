@@ -22,7 +22,7 @@ expected = {
     "The correct answer is (B), as in Denmark.": "D",
     "A dog is shown, so the answer is B.": "A",
 }
-seen = {reply: extract_mcq_answer(reply, choices=list("ABCD")) for reply in expected}  # noqa: F821
+seen = {reply: extract_mcq_answer(reply, choices=list("ABCD")) for reply in expected}
 for reply, letter in seen.items():
     print(f"{reply} -> {letter}")
 assert seen == expected

@@ -18,7 +18,7 @@ source = zipfile.ZipFile(glob.glob("*.whl")[0]).read("lmms_eval/tasks/mathvista/
 (cls,) = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
 cls.body = [node for node in cls.body if getattr(node, "name", "") in ("normalize_extracted_answer", "safe_equal")]
 exec(compile(ast.Module([cls], []), "mathvista_evals.py", "exec"))
-evaluator = MathVistaEvaluator()  # noqa: F821
+evaluator = MathVistaEvaluator()
 seen = {}
 for precision in (1.0, 1):
     read = evaluator.normalize_extracted_answer("1.5", None, "free_form", "float", precision)
