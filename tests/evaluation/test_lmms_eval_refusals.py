@@ -3,12 +3,15 @@
 from types import SimpleNamespace
 
 import benchmark_rows
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from benchmark_rows import write_parquet
 
 from otter_hf.cli import main
 from otter_hf.evaluation import run
+from otter_hf.evaluation.benchmarks import COLUMNS
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (docs/evaluation.md)")
@@ -82,3 +85,17 @@ def test_a_missing_column_is_named(otter_folder, data, tmp_path, capsys, no_key,
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["eval", str(tmp_path / "config.yaml")]) == 2
     assert "'question'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", sorted(COLUMNS))
+def test_a_column_that_is_not_there_is_told_before_anything_is_asked(benchmark, tmp_path):
+    """Each that a benchmark needs, such as MME's `question_id`, by which its pairs of questions are found."""
+    path, dataset = str(tmp_path / "rows.parquet"), SimpleNamespace(name=benchmark, data_path="rows.parquet")
+    needed = [column.split(" or ")[-1] for column in COLUMNS[benchmark]]
+    for left_out in dict.fromkeys(needed):
+        pq.write_table(pa.table({column: ["x"] for column in needed if column != left_out}), path)
+        with pytest.raises(ValueError, match=f"has the columns .*, and no .*{left_out}'") as refused:
+            run._check_columns(dataset, path, {"test_split": "train"})
+        assert str(refused.value).count("\n") == 0
+    pq.write_table(pa.table({column: ["x"] for column in needed}), path)
+    run._check_columns(dataset, path, {"test_split": "train"})
